@@ -1,0 +1,76 @@
+"""Log-probabilities of answers: token log-probs at labelled positions, without the logits of all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+
+
+class AnswerLogps(NamedTuple):
+    """What a sequence's labels say of it under the model."""
+
+    logps: Tensor  # [B] float32, sum over the labelled tokens of log pi(token | everything before)
+    tokens: Tensor  # [B] int64, how many tokens were summed
+
+
+def token_logps(hidden: Tensor, targets: Tensor, lm_head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+    """log softmax(lm_head(hidden))[target] at every position.
+
+    Args:
+        hidden: [M, D] final hidden states. targets: [M] token ids.
+        lm_head: [m, D] to [m, V].
+        chunk: positions whose logits exist at one time; they are computed again in the backward pass.
+
+    Returns:
+        [M] float32.
+    """
+
+    def of_chunk(h: Tensor, y: Tensor) -> Tensor:
+        logits = lm_head(h).float()
+        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    pieces = zip(hidden.split(chunk), targets.split(chunk))
+    if not torch.is_grad_enabled() or len(hidden) <= chunk:
+        return torch.cat([of_chunk(h, y) for h, y in pieces])
+    return torch.cat([checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in pieces])
+
+
+def answer_logps(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Tensor], chunk: int = 1024) -> AnswerLogps:
+    """Sums of token log-probs over the labelled positions of each row.
+
+    Args:
+        hidden: [B, T, D] final hidden states; position t-1 predicts label t.
+        labels: [B, T], IGNORE_INDEX where nothing is predicted.
+    """
+    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    values = token_logps(hidden[rows, positions], labels[rows, positions + 1], lm_head, chunk)
+    zeros = values.new_zeros(len(labels))
+    counts = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+    return AnswerLogps(zeros.index_add(0, rows, values), counts.index_add(0, rows, torch.ones_like(rows)))
+
+
+def get_batch_logps(
+    logits: Tensor, labels: Tensor, return_per_token_logp: bool = False, return_all: bool = False
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The released code's interface on full logits: sum, or per token, or (per token, sum, average).
+
+    Args:
+        logits: [B, T, V]. labels: [B, T], IGNORE_INDEX where nothing is predicted.
+
+    Returns:
+        [B] sums; [B, T-1] with `return_per_token_logp` (at ignored positions the log-prob of token 0, as there);
+        all three with `return_all`. The average of a row without labels is NaN.
+    """
+    mask = labels[:, 1:] != IGNORE_INDEX
+    targets = labels[:, 1:].masked_fill(~mask, 0)
+    per_token = logits[:, :-1].log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    total = (per_token * mask).sum(-1)
+    if return_all:
+        return per_token, total, total / mask.sum(-1)
+    return per_token if return_per_token_logp else total

@@ -1,0 +1,127 @@
+"""LLaMA with images: LlavaConfig, LlavaLlamaModel and LlavaLlamaForCausalLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.generation.utils import GenerateOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dama.logps import AnswerLogps, answer_logps
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+
+
+class LlavaConfig(LlamaConfig):
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    config_class = LlavaConfig
+
+
+class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
+    config_class = LlavaConfig
+    # The tower has a home of its own (config.mm_vision_tower); old checkpoints repeat its weights.
+    _keys_to_ignore_on_load_unexpected = [r"model\.vision_tower\."]
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> LlavaLlamaModel:
+        return self.model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: list[list[int]] | None = None,
+        return_dict: bool | None = None,
+        *,
+        image_index: Tensor | None = None,
+        logp_chunk: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple | AnswerLogps:
+        """LLaVA's forward; with `logp_chunk` the log-probs of the labelled positions instead of all logits.
+
+        Args:
+            input_ids, attention_mask, labels: [B, T], an image as IMAGE_TOKEN_INDEX.
+            images: pictures in the order of their placeholders, see `prepare_inputs_labels_for_multimodal`.
+            image_index: [M] which picture each placeholder shows, where rows share pictures.
+            logp_chunk: positions whose logits (vocabulary-sized) exist at one time.
+
+        Returns:
+            transformers' output, or with `logp_chunk` an AnswerLogps with one sum for each row.
+        """
+        if inputs_embeds is None:
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes,
+                    image_index=image_index,
+                )
+            )  # fmt: skip
+        options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        options = {name: value for name, value in options.items() if value is not None}
+        if logp_chunk is not None:
+            hidden = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=False,
+            ).last_hidden_state
+            return answer_logps(hidden, labels, self.lm_head, chunk=logp_chunk)
+        if return_dict is not None:
+            options["return_dict"] = return_dict
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **options,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> GenerateOutput | Tensor:
+        """New tokens [B, up to max_new_tokens], without the prompt; rows are padded at the left while generating."""
+        if "inputs_embeds" in kwargs:
+            raise NotImplementedError("`inputs_embeds` is not supported")
+        kwargs.pop("position_ids", None)
+        attention_mask = kwargs.pop("attention_mask", None)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(inputs, dtype=torch.bool)
+        if images is None:
+            embeds = self.get_model().embed_tokens(inputs)
+        else:
+            _, _, attention_mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+                inputs, None, attention_mask, None, None, images, image_sizes, padding_side="left"
+            )
+        return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+
+AutoConfig.register("llava_llama", LlavaConfig)
+AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

@@ -1,0 +1,195 @@
+"""The mixins that make a language model multimodal: they own the vision tower and prepare its input."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
+from llava.model.multimodal_encoder.builder import build_vision_tower, locate_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import pad, splice, truncate
+
+
+class LlavaMetaModel:
+    """Mixin of the decoder (LlamaModel): holds `vision_tower` and `mm_projector`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if getattr(config, "mm_vision_tower", None):
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.mm_projector = build_vision_projector(config, delay_load=True)
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        tower = getattr(self, "vision_tower", None)
+        # FSDP keeps modules that must not be sharded in a list.
+        return tower[0] if isinstance(tower, list) else tower
+
+    def load_vision_tower(self, device: Any = None, dtype: torch.dtype | None = None) -> CLIPVisionTower:
+        """Brings the weights of the tower that the config names (a folder beside the checkpoint's files comes first).
+
+        Raises:
+            ValueError: the model has no tower. FileNotFoundError: the tower is nowhere.
+        """
+        tower = self.get_vision_tower()
+        if tower is None:
+            raise ValueError(
+                f"checkpoint '{self.config._name_or_path}': expected mm_vision_tower in config.json, got none; "
+                "name the tower with --vision_tower"
+            )
+        if not tower.is_loaded:
+            folder = locate_vision_tower(tower.vision_tower_name, self.config._name_or_path)
+            tower.load_model(folder=folder, dtype=dtype)
+            tower.vision_tower_name = folder
+            self.config.mm_vision_tower = folder
+        return tower.to(device=device)
+
+    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
+        """Gives a model its tower and projector as ModelArguments name them, and writes them into the config.
+
+        A projector that the checkpoint already has keeps its weights unless `pretrain_mm_mlp_adapter` names others.
+        """
+        config = self.config
+        requested = {
+            "mm_vision_tower": model_args.vision_tower,
+            "mm_vision_select_layer": model_args.mm_vision_select_layer,
+            "mm_vision_select_feature": model_args.mm_vision_select_feature,
+            "mm_projector_type": model_args.mm_projector_type,
+            "mm_patch_merge_type": model_args.mm_patch_merge_type,
+        }
+        defaults = {
+            "mm_vision_select_layer": -1,
+            "mm_vision_select_feature": "patch",
+            "mm_projector_type": "linear",
+            "mm_patch_merge_type": "flat",
+        }
+        old_projector = getattr(config, "mm_projector_type", None)
+        for name, value in requested.items():
+            if value is None:
+                value = getattr(config, name, None) or defaults.get(name)
+            setattr(config, name, value)
+
+        if self.get_vision_tower() is None or model_args.vision_tower is not None:
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+        tower = self.load_vision_tower()
+        config.use_mm_proj = True
+        config.mm_hidden_size = tower.hidden_size
+        if fsdp:
+            self.vision_tower = [tower]
+
+        if getattr(self, "mm_projector", None) is None or old_projector != config.mm_projector_type:
+            self.mm_projector = build_vision_projector(config)
+        for parameter in self.mm_projector.parameters():
+            parameter.requires_grad = True
+        if model_args.pretrain_mm_mlp_adapter:
+            load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
+
+
+def load_projector(projector: nn.Module, path: str) -> None:
+    """Loads `mm_projector.bin` (keys `model.mm_projector.*`) strictly."""
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    marker = "mm_projector."
+    projector.load_state_dict({key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key})
+
+
+class LlavaMetaForCausalLM(ABC):
+    """Mixin of the causal language model: images and token ids to input embeddings."""
+
+    @abstractmethod
+    def get_model(self) -> LlavaMetaModel: ...
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        return self.get_model().get_vision_tower()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] pictures to [N, P, D] features in the language model's embedding space."""
+        features = self.get_model().get_vision_tower()(images)
+        projector = self.get_model().mm_projector
+        return projector(features.to(next(projector.parameters(), features).dtype))
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Tensor | list[Tensor] | None,
+        image_sizes: list[list[int]] | None = None,
+        *,
+        image_index: Tensor | None = None,
+        padding_side: str | None = None,
+    ) -> tuple[None | Tensor, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
+        """Encode -> splice -> truncate -> pad. What was None on the way in is None on the way out.
+
+        Args:
+            input_ids, attention_mask, labels: [B, T]; an image stands as IMAGE_TOKEN_INDEX.
+            images: [N, 3, H, W], or a list of [3, H, W] or of [F, 3, H, W] (F crops of one picture).
+            image_index: [M] which of the N pictures each placeholder shows, where rows share pictures.
+            padding_side: 'left' or 'right'; the config's tokenizer_padding_side when None.
+
+        Returns:
+            input_ids (None once embedded), position_ids, attention_mask [B, T'], past_key_values,
+            inputs_embeds [B, T', D], labels [B, T'].
+        """
+        tower = self.get_vision_tower()
+        if tower is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        if getattr(self.config, "tune_mm_mlp_adapter", False) and getattr(self.config, "mm_use_im_start_end", False):
+            raise NotImplementedError("tune_mm_mlp_adapter together with mm_use_im_start_end: choose one of the two")
+
+        features = self._image_features(images, image_sizes)
+        if image_index is not None:
+            features = [features[i] for i in image_index.tolist()]
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        targets = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
+        rows = splice(
+            [ids[k] for ids, k in zip(input_ids, keep)],
+            [target[k] for target, k in zip(targets, keep)],
+            features,
+            self.get_model().embed_tokens,
+        )
+        rows = truncate(rows, getattr(self.config, "tokenizer_model_max_length", None))
+        batch = pad(rows, padding_side or getattr(self.config, "tokenizer_padding_side", "right"))
+        return (
+            None,
+            None if position_ids is None else batch.position_ids,
+            None if attention_mask is None else batch.mask.to(attention_mask.dtype),
+            past_key_values,
+            batch.embeds,
+            None if labels is None else batch.labels,
+        )
+
+    def _image_features(self, images: Tensor | list[Tensor], image_sizes: list[list[int]] | None) -> list[Tensor]:
+        """One [P, D] for each picture; the crops of a picture follow one another ('flat' merging)."""
+        if isinstance(images, Tensor) and images.ndim == 4:
+            return list(self.encode_images(images))
+        crops = [image[None] if image.ndim == 3 else image for image in images]
+        merge = getattr(self.config, "mm_patch_merge_type", "flat")
+        if merge != "flat":
+            raise ValueError(f"mm_patch_merge_type: expected 'flat', got {merge!r}")
+        encoded = self.encode_images(torch.cat(crops)).split([len(crop) for crop in crops])
+        return [features.flatten(0, 1) for features in encoded]
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
+        """Adds LLaVA's image tokens where ModelArguments ask for them; new rows start as the mean of the old ones."""
+        if model_args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer))
+        if model_args.mm_use_im_start_end:
+            added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer))
+            if added:
+                for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
+                    with torch.no_grad():
+                        table[-added:] = table[:-added].mean(dim=0, keepdim=True)
+            if model_args.tune_mm_mlp_adapter:
+                self.get_input_embeddings().requires_grad_(True)
+                self.get_output_embeddings().requires_grad_(False)
+        elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
+            self.get_input_embeddings().requires_grad_(False)
+            self.get_output_embeddings().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Vision towers: pictures in, patch features out."""

@@ -1,0 +1,104 @@
+"""The CLIP vision tower: pictures to patch features of one hidden layer, frozen unless it is asked for otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+
+class CLIPVisionTower(nn.Module):
+    """LLaVA's view of a CLIPVisionModel. With `delay_load` only the config is read; `load_model` brings the weights.
+
+    Args:
+        vision_tower: folder or hub name of a CLIPVisionModel.
+        args: has `mm_vision_select_layer` (index into the hidden states, -2 in LLaVA-v1.5) and optionally
+            `mm_vision_select_feature` ('patch' without the class token, or 'cls_patch' with it).
+    """
+
+    def __init__(self, vision_tower: str, args: Any, delay_load: bool = False) -> None:
+        super().__init__()
+        self.is_loaded = False
+        self.vision_tower_name = vision_tower
+        self.select_layer: int = args.mm_vision_select_layer
+        self.select_feature: str = getattr(args, "mm_vision_select_feature", None) or "patch"
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"mm_vision_select_feature: expected 'patch' or 'cls_patch', got {self.select_feature!r}")
+        # A model under construction on the meta device must not load another: LlavaMetaModel always delays.
+        self.cfg_only: CLIPVisionConfig | None = None
+        if not delay_load:
+            self.load_model()
+
+    def load_model(self, device_map: Any = None, *, folder: str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Reads weights and image processor, once. `folder` overrides the name when the tower lies elsewhere."""
+        if self.is_loaded:
+            return
+        source = folder or self.vision_tower_name
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(source)
+        self.vision_tower = CLIPVisionModel.from_pretrained(source, device_map=device_map, dtype=dtype or torch.float32)
+        self.vision_tower.requires_grad_(False)
+        self.is_loaded = True
+
+    def feature_select(self, image_forward_outs: Any) -> Tensor:
+        """[N, P, width] of the selected hidden layer, P patches (one more with the class token)."""
+        features = image_forward_outs.hidden_states[self.select_layer]
+        return features[:, 1:] if self.select_feature == "patch" else features
+
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """[N, 3, H, W] to [N, P, width]; a list of [3, H, W] to a list of [1, P, width]. No gradient when frozen."""
+        if isinstance(images, list):
+            return list(self._encode(torch.stack(images)).split(1))
+        return self._encode(images)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        trainable = any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+            outputs = self.vision_tower(images.to(self.device, self.dtype), output_hidden_states=True)
+        return self.feature_select(outputs).to(images.dtype)
+
+    @property
+    def dummy_feature(self) -> Tensor:
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        if self.is_loaded:
+            return self.vision_tower.config
+        if self.cfg_only is None:
+            self.cfg_only = CLIPVisionConfig.from_pretrained(self.vision_tower_name)
+        return self.cfg_only
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Positions that one picture takes in the language model's input."""
+        return self.num_patches + (self.select_feature == "cls_patch")
+
+
+def preprocessing_of(folder: str | Path) -> dict[str, Any]:
+    """The settings of the image processor in a local tower folder, for fingerprints."""
+    return json.loads((Path(folder) / "preprocessor_config.json").read_text())

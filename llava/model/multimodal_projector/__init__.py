@@ -1,0 +1,1 @@
+"""Projectors from the vision tower's width to the language model's."""
