@@ -1,0 +1,1 @@
+"""Training: arguments, data, model set-up, trainers and the commands."""

@@ -1,0 +1,235 @@
+"""The flags of training: three dataclasses, the checks that report all faults at once, and LLaVA's old flag names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import HfArgumentParser
+
+from dama.console import say
+from dama.weighting import Selection, Strategy, Variant, WeightingConfig
+from llava.conversation import get_template
+
+
+def described(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = described(
+        None, "Checkpoint to start from: a LLaVA or LLaMA folder, or a hub name. For DPO it is also the reference."
+    )
+    version: str | None = described(
+        "v1", "Prompt template: v1 (LLaVA-v1.5), plain (projector pre-training), llava_llama_2, mpt, ..."
+    )
+    freeze_backbone: bool = described(False, "Do not train the language model.")
+    tune_mm_mlp_adapter: bool = described(False, "Train the projector only, and save it as mm_projector.bin.")
+    vision_tower: str | None = described(None, "Folder or hub name of the CLIP tower. Default: the checkpoint's own.")
+    mm_vision_select_layer: int | None = described(
+        None, "Hidden layer that gives the features, counted as in Python (-2 in LLaVA-v1.5). Default: the "
+        "checkpoint's, else -1."
+    )  # fmt: skip
+    pretrain_mm_mlp_adapter: str | None = described(None, "mm_projector.bin to start the projector from.")
+    mm_projector_type: str | None = described(
+        None, "linear, mlp2x_gelu (LLaVA-v1.5), mlp<depth>x_gelu or identity. Default: the checkpoint's, else linear."
+    )
+    mm_use_im_start_end: bool = described(False, "Put <im_start> and <im_end> around each image.")
+    mm_use_im_patch_token: bool = described(False, "Add <im_patch> to the vocabulary.")
+    mm_patch_merge_type: str | None = described(None, "How crops of one picture are joined. Default: flat.")
+    mm_vision_select_feature: str | None = described(None, "patch, or cls_patch with the class token. Default: patch.")
+
+
+@dataclass
+class DataArguments:
+    data_path: str | None = described(
+        None, "Training data. Task DPO: preference pairs as RLAIF-V's JSON or JSONL. Task LM: LLaVA's conversations."
+    )
+    image_folder: str | None = described(None, "Folder that the image paths in the data are relative to.")
+    image_aspect_ratio: str | None = described(
+        None, "pad: to a square with the mean colour (LLaVA-v1.5); square: resize and cut the centre. "
+        "Default: the checkpoint's, else pad."
+    )  # fmt: skip
+    lazy_preprocess: bool = described(True, "Kept for LLaVA's scripts; data are always tokenised when needed.")
+    is_multimodal: bool = described(True, "Kept for LLaVA's scripts; whether a row has an image is seen from the row.")
+    on_bad_image: str = described("fail", "A missing or unreadable image: 'fail', or 'skip' and list the row.")
+    on_long_pair: str = described("fail", "A pair longer than --model_max_length: 'fail', or 'skip' and list it.")
+    hardness: str | None = described(
+        None, "Folder written by `python -m dama hardness`; gives delta of each pair and delta_bar. Without it the "
+        "scores inside the data file (chosen_logits, rejected_logits) are used."
+    )  # fmt: skip
+    reference: str | None = described(
+        None, "Folder written by `python -m dama reference`. Without it the log-probs inside the data file are used."
+    )
+    eval_pairs: float = described(
+        0.0, "Pairs held out for evaluation during training: a share below 1, or a number. Whole images are held out, "
+        "drawn by --seed."
+    )  # fmt: skip
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    cache_dir: str | None = described(None, "Folder for downloads.")
+    optim: str = described("adamw_torch", "Optimiser.")
+    remove_unused_columns: bool = described(False, "Kept for LLaVA's scripts.")
+    freeze_mm_mlp_adapter: bool = described(False, "Do not train the projector.")
+    model_max_length: int = described(2048, "Longest sequence in tokens, image features included.")
+    bits: int = described(16, "16, or 8 or 4 for a quantised base under LoRA.")
+    double_quant: bool = described(True, "4 bits: quantise the scales too.")
+    quant_type: str = described("nf4", "4 bits: nf4 or fp4.")
+    lora_enable: bool = described(False, "Train LoRA adapters instead of all weights.")
+    lora_r: int = described(64, "LoRA: rank.")
+    lora_alpha: int = described(16, "LoRA: scale numerator; the update is multiplied by alpha / r.")
+    lora_dropout: float = described(0.05, "LoRA: dropout.")
+    lora_weight_path: str = described("", "LoRA: adapter to start from.")
+    lora_bias: str = described("none", "LoRA: which biases train: none, all or lora_only.")
+    mm_projector_lr: float | None = described(None, "Learning rate of the projector. Default: --learning_rate.")
+    group_by_modality_length: bool = described(False, "Batches of one modality and of similar lengths (task LM).")
+    task: str = described("LM", "LM: supervised fine-tuning; DPO: preference alignment with DAMA.")
+
+    dpo_beta: float = described(0.1, "beta of the paper: strength of the pull towards the reference.")
+    dpo_use_average: bool = described(False, "Mean instead of sum of the answer's token log-probs.")
+    strategy: Strategy = described(
+        Strategy.BOTH, "What sets beta per pair: none (plain DPO), data (alpha_D), model (alpha_M), both (DAMA), "
+        "beta_dpo (Wu et al. 2024)."
+    )  # fmt: skip
+    variant: Variant = described(
+        Variant.PAPER, "paper: Algorithm 1, defined per optimiser step, whatever the hardware; released: what the "
+        "authors' released code computes, per gathered micro-batch."
+    )  # fmt: skip
+    selection: Selection = described(
+        Selection.AUTO, "Which pairs of a step are trained on: off (all), sample (Eq. 10-11), nearest (the K smallest "
+        "|R - R_bar|), random; auto: off for none and data, sample otherwise."
+    )  # fmt: skip
+    select_ratio: float = described(0.75, "K / N: share of a step's pairs that is selected (12 of 16).")
+    gamma: float = described(0.9, "Decay of the running mean R_bar (Eq. 14).")
+    beta_min: float = described(1e-3, "Lower bound of beta per pair.")
+    delta_bar: float | None = described(
+        None, "Mean hardness. Default: computed from the data in use. 0.0482190464911681 is the released code's."
+    )
+    check_reference: bool = described(
+        True, "Stop after the first forward pass when policy and reference log-probs are not the same model's."
+    )
+    logp_chunk: int = described(1024, "Answer positions whose logits exist at one time (memory: chunk x vocabulary).")
+
+    def weighting(self) -> WeightingConfig:
+        """The method's constants as the flags give them."""
+        return WeightingConfig(
+            strategy=Strategy(self.strategy),
+            variant=Variant(self.variant),
+            selection=Selection(self.selection),
+            beta=self.dpo_beta,
+            gamma=self.gamma,
+            keep=self.select_ratio,
+            beta_min=self.beta_min,
+            seed=self.data_seed if self.data_seed is not None else self.seed,
+        )
+
+
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
+
+# Flags of LLaVA's and of the released code's scripts that transformers 5 or this repository calls otherwise.
+RENAMED = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--warmup_ratio": "--warmup_steps",
+    "--no_cuda": "--use_cpu",
+    "--group_by_length": "--group_by_modality_length",
+}
+# ... or no longer has, and why.
+DROPPED = {
+    "--logging_dir": "TensorBoard's folder is set by the environment variable TENSORBOARD_LOGGING_DIR",
+    "--save_safetensors": "weights are always saved as safetensors",
+    "--overwrite_output_dir": "a run continues from its last checkpoint; give another --output_dir to start anew",
+    "--past_index": "transformers removed it",
+    "--mpt_attn_impl": "MPT is not supported",
+    "--data_source_names": "one file of pairs is read",
+    "--data_source_weights": "one file of pairs is read",
+    "--eval_data_source_names": "--eval_pairs holds pairs out",
+    "--image_token_len": "the vision tower says how many tokens an image has",
+    "--dpo_token_weight": "token-weighted log-probs are not part of DAMA",
+    "--dpo_token_weighted": "token-weighted log-probs are not part of DAMA",
+    "--shuffle_data": "training data are shuffled by --data_seed",
+}
+
+
+def translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Old flag names to today's: (arguments, one warning for each change)."""
+    translated: list[str] = []
+    warnings: list[str] = []
+    skipping = False
+    for word in argv:
+        flag, has_value, value = word.partition("=")
+        if not word.startswith("--"):
+            if not skipping:
+                translated.append(word)
+            continue
+        skipping = flag in DROPPED
+        if skipping:
+            warnings.append(f"{flag} is ignored: {DROPPED[flag]}")
+            continue
+        if flag in RENAMED:
+            warnings.append(f"{flag} is now {RENAMED[flag]}")
+            flag = RENAMED[flag]
+        translated.append(f"{flag}={value}" if has_value else flag)
+    return translated, warnings
+
+
+def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) -> Arguments:
+    """Flags to the three dataclasses, checked. `task` overrides the default of --task.
+
+    Raises:
+        ValueError: listing every fault.
+    """
+    words, warnings = translate_flags(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments), description=__doc__, prog="train_mem.py"
+    )  # type: ignore[arg-type]
+    if task is not None:
+        parser.set_defaults(task=task)
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(words)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    faults = find_faults(model_args, data_args, training_args)
+    if faults:
+        raise ValueError("\n  ".join([f"{len(faults)} fault(s) in the flags:", *faults]))
+    return model_args, data_args, training_args
+
+
+def find_faults(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> list[str]:
+    """Everything that can be known to be wrong before any long work."""
+    faults = []
+
+    def expect(holds: bool, fault: str) -> None:
+        if not holds:
+            faults.append(fault)
+
+    def one_of(name: str, value: Any, allowed: tuple) -> None:
+        expect(value in allowed, f"--{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+
+    expect(bool(model_args.model_name_or_path), "--model_name_or_path: expected a folder or hub name, got none")
+    for name, path in (("data_path", data_args.data_path), ("image_folder", data_args.image_folder)):
+        expect(bool(path) and Path(str(path)).exists(), f"--{name}: expected an existing path, got {path!r}")
+    one_of("task", args.task, ("LM", "DPO"))
+    one_of("bits", args.bits, (4, 8, 16))
+    one_of("on_bad_image", data_args.on_bad_image, ("fail", "skip"))
+    one_of("on_long_pair", data_args.on_long_pair, ("fail", "skip"))
+    one_of("image_aspect_ratio", data_args.image_aspect_ratio, (None, "pad", "square", "anyres"))
+    expect(args.bits == 16 or args.lora_enable, f"--bits {args.bits}: a quantised base is trained with --lora_enable True")
+    expect(data_args.eval_pairs >= 0, f"--eval_pairs: expected a share or a number, got {data_args.eval_pairs}")
+    for check in (lambda: get_template(model_args.version or "v1"), args.weighting):
+        try:
+            check()
+        except (ValueError, KeyError) as error:
+            faults.append(str(error))
+    if args.task == "DPO":
+        for name, stage in (("hardness", data_args.hardness), ("reference", data_args.reference)):
+            expect(
+                stage is None or (Path(stage) / "manifest.json").is_file(),
+                f"--{name}: expected a folder written by `python -m dama {name}`, got {stage!r}",
+            )
+    return faults

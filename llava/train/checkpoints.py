@@ -1,0 +1,158 @@
+"""What is saved and under which names: full weights, projector, LoRA with what trained beside it, the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dama.console import write_atomic, write_json
+
+Named = Iterable[tuple[str, Any]]
+PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]
+TOWER_PREFIX = "model.vision_tower."
+
+
+def maybe_zero_3(param: Any, ignore_status: bool = False, name: str | None = None) -> Tensor:
+    """A parameter's value on the CPU, gathered from all ranks first where ZeRO-3 has spread it."""
+    if not hasattr(param, "ds_id"):
+        return param.detach().cpu().clone()
+    from deepspeed import zero
+
+    with zero.GatheredParameters([param]):
+        return param.data.detach().cpu().clone()
+
+
+def get_mm_adapter_state_maybe_zero_3(named_params: Named, keys_to_match: list[str]) -> dict[str, Tensor]:
+    """The parameters whose name contains one of the keys."""
+    return {name: maybe_zero_3(p) for name, p in named_params if any(key in name for key in keys_to_match)}
+
+
+def get_peft_state_maybe_zero_3(named_params: Named, bias: str) -> dict[str, Tensor]:
+    """The adapter's parameters, with biases as LoRA's `bias` says: none, all, or those of adapted layers."""
+    parameters = dict(named_params)
+    if bias not in ("none", "all", "lora_only"):
+        raise NotImplementedError(f"lora_bias: expected none, all or lora_only, got {bias!r}")
+    adapted = {name.split("lora_")[0] + "bias" for name in parameters if "lora_" in name}
+
+    def belongs(name: str) -> bool:
+        if "lora_" in name:
+            return True
+        return (bias == "all" and "bias" in name) or (bias == "lora_only" and name in adapted)
+
+    return {name: maybe_zero_3(p) for name, p in parameters.items() if belongs(name)}
+
+
+def get_peft_state_non_lora_maybe_zero_3(named_params: Named, require_grad_only: bool = True) -> dict[str, Tensor]:
+    """What trains beside the adapter (the projector)."""
+    return {
+        name: maybe_zero_3(p)
+        for name, p in named_params
+        if "lora_" not in name and (p.requires_grad or not require_grad_only)
+    }
+
+
+def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
+    """Saves the trained model once, by one process, as LLaVA's layout wants it."""
+    if trainer.args.lora_enable:
+        save_lora(trainer, output_dir)
+    else:
+        trainer.save_model(output_dir)
+
+
+def save_lora(trainer: Any, output_dir: str) -> None:
+    """adapter_config.json, adapter weights, config.json and non_lora_trainables.bin, beside the tokenizer."""
+    model, args = trainer.model, trainer.args
+    adapter = get_peft_state_maybe_zero_3(model.named_parameters(), args.lora_bias)
+    beside = get_peft_state_non_lora_maybe_zero_3(model.named_parameters())
+    if not args.should_save:
+        return
+    model.config.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, state_dict=adapter)
+    torch.save(beside, Path(output_dir) / "non_lora_trainables.bin")
+    trainer.processing_class.save_pretrained(output_dir)
+    if trainer.provenance is not None:
+        write_model_card(output_dir, trainer.provenance)
+
+
+def without_frozen_tower(state_dict: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Drops the vision tower's weights unless they were trained: they have a home of their own."""
+    if getattr(config, "unfreeze_mm_vision_tower", False):
+        return state_dict
+    return {name: value for name, value in state_dict.items() if not name.startswith(TOWER_PREFIX)}
+
+
+# --- The model card --------------------------------------------------------------------------------------------------
+
+
+def provenance_of(arguments: Any, **more: Any) -> dict[str, Any]:
+    """Base model, every flag that differs from its default, library versions, revision of this repository."""
+    model_args, data_args, args = arguments
+    return {
+        "base": model_args.model_name_or_path,
+        **more,
+        "flags": changed_flags(model_args, data_args, args),
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed", "peft")},
+        "python": platform.python_version(),
+        "revision": repository_revision(),
+    }
+
+
+def changed_flags(*groups: Any) -> dict[str, Any]:
+    """The flags of dataclasses that are not at their default, as JSON values."""
+    changed = {}
+    for group in groups:
+        for name, entry in type(group).__dataclass_fields__.items():
+            value = getattr(group, name, None)
+            if entry.init and not name.startswith("_") and value != entry.default and value not in ({}, [], None):
+                changed[name] = value if isinstance(value, int | float | bool | str) else str(value)
+    return dict(sorted(changed.items()))
+
+
+def repository_revision() -> str:
+    """The commit that this code is of, with a + where files differ from it; 'unknown' outside a repository."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        commit = _git(root, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def write_model_card(folder: str | Path, provenance: dict[str, Any]) -> None:
+    """README.md for people and dama_provenance.json for programs."""
+    flags = provenance["flags"]
+    rows = "\n".join(f"| `--{name}` | {value} |" for name, value in flags.items())
+    details = {name: value for name, value in provenance.items() if name not in ("flags", "base")}
+    task = "aligned with DAMA (arXiv 2502.01943)" if flags.get("task") == "DPO" else "fine-tuned on instructions"
+    card = f"""---
+base_model: {provenance["base"]}
+library_name: llava
+pipeline_tag: image-text-to-text
+---
+
+# {Path(folder).resolve().name}
+
+A LLaVA-v1.5 model, {task}, from `{provenance["base"]}`.
+
+| flag | value |
+|---|---|
+{rows}
+
+```json
+{json.dumps(details, indent=2, ensure_ascii=False)}
+```
+"""
+    write_atomic(Path(folder) / "README.md", card)
+    write_json(Path(folder) / "dama_provenance.json", provenance)

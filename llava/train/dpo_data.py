@@ -1,0 +1,337 @@
+"""Preference data for training: pairs joined with hardness and reference log-probs, tokenised, checked, batched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from dama.console import digest_of
+from dama.hardness.score import load_hardness
+from dama.pairs import (
+    PreferencePair,
+    SkippedPair,
+    check_pairs,
+    fault_list,
+    image_digests,
+    load_image,
+    pairs_fingerprint,
+    read_pairs,
+    resolve_image,
+)
+from dama.stage import differences
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.conversation import Template, get_template
+from llava.mm_utils import process_images
+from llava.train.preprocess import EncodedTurns, encode_turns
+
+
+@dataclass(frozen=True)
+class PreparedPair:
+    """A pair as the trainer needs it: token ids, hardness, reference log-probs."""
+
+    pair: PreferencePair
+    chosen: EncodedTurns
+    rejected: EncodedTurns
+    delta: float
+    ref_chosen: float  # sum of log pi_ref over the answer's tokens
+    ref_rejected: float
+
+
+def encode_pair(
+    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, template: Template, use_im_start_end: bool = False
+) -> tuple[EncodedTurns, EncodedTurns]:
+    """Ids and labels of both answers to the pair's question, the image before it as in LLaVA-v1.5's training."""
+    image = DEFAULT_IMAGE_TOKEN
+    if use_im_start_end:
+        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+    question = f"{image}\n{pair.question}"
+    return tuple(
+        encode_turns([("human", question), ("gpt", answer)], tokenizer, template, has_image=True)
+        for answer in (pair.chosen, pair.rejected)
+    )  # type: ignore[return-value]
+
+
+class DPODataset(Dataset):
+    """Preference pairs, tokenised once; images are read and prepared when they are asked for.
+
+    Args:
+        prepared: the pairs. image_folder: where their images lie.
+        image_processor, config: the checkpoint's way with images (`image_aspect_ratio`).
+    """
+
+    def __init__(
+        self, prepared: Sequence[PreparedPair], image_folder: str | Path, image_processor: Any, config: Any
+    ) -> None:
+        self.prepared = list(prepared)
+        self.image_folder = Path(image_folder)
+        self.image_processor = image_processor
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    def __getitem__(self, i: int) -> PreparedPair:
+        return self.prepared[i]
+
+    def pixels(self, image: str) -> Tensor:
+        """[3, H, W] of one image file, as the model is to see it."""
+        return process_images([load_image(resolve_image(self.image_folder, image))], self.image_processor, self.config)[0]
+
+
+@dataclass(frozen=True)
+class DataCollatorForDPODataset:
+    """Pairs to one batch of 2B rows, the chosen answers first. An image that several rows show is there once."""
+
+    tokenizer: PreTrainedTokenizerBase
+    dataset: DPODataset
+
+    def __call__(self, instances: Sequence[PreparedPair]) -> dict[str, Tensor]:
+        """Keys: input_ids, attention_mask, targets [2B, T]; images [U, 3, H, W]; image_index [2B]; ref_chosen,
+        ref_rejected, delta [B]."""
+        rows = [item.chosen for item in instances] + [item.rejected for item in instances]
+        images = list(dict.fromkeys(item.pair.image for item in instances))
+        index = [images.index(item.pair.image) for item in instances]
+        input_ids = pad_sequence([row.input_ids for row in rows], True, self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],
+            # Not "labels": the trainer would scale the loss by their number.
+            "targets": pad_sequence([row.labels for row in rows], True, IGNORE_INDEX),
+            "images": torch.stack([self.dataset.pixels(image) for image in images]),
+            "image_index": torch.tensor(index * 2),
+            "ref_chosen": torch.tensor([item.ref_chosen for item in instances], dtype=torch.float64),
+            "ref_rejected": torch.tensor([item.ref_rejected for item in instances], dtype=torch.float64),
+            "delta": torch.tensor([item.delta for item in instances], dtype=torch.float64),
+        }
+
+
+# --- Joining and checking --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """What training reads, and what it has to say about it."""
+
+    train: DPODataset
+    held_out: DPODataset | None
+    delta_bar: float
+    skipped: list[SkippedPair]
+    provenance: dict[str, Any]
+
+
+def read_checked_pairs(data_args: Any) -> tuple[list[PreferencePair], list[SkippedPair]]:
+    """The pairs of --data_path, every image verified."""
+    pairs = read_pairs(data_args.data_path)
+    return check_pairs(pairs, data_args.image_folder, data_args.on_bad_image, subject=str(data_args.data_path))
+
+
+def drop_long_pairs(
+    pairs: Sequence[PreferencePair],
+    encoded: Sequence[tuple[EncodedTurns, EncodedTurns]],
+    tokens_per_image: int,
+    limit: int,
+    on_long_pair: str,
+    subject: str,
+) -> tuple[list[int], list[SkippedPair]]:
+    """Positions of the pairs that fit into the model, and those that do not. Nothing is ever cut.
+
+    Raises:
+        ValueError: with `on_long_pair` 'fail', naming every pair that is too long.
+    """
+    fits, long = [], []
+    for i, (pair, answers) in enumerate(zip(pairs, encoded)):
+        length = max(len(answer.input_ids) for answer in answers) - 1 + tokens_per_image
+        if length <= limit:
+            fits.append(i)
+        else:
+            long.append(SkippedPair(pair.id, f"{length} tokens with its image, the model takes {limit}"))
+    if long and on_long_pair == "fail":
+        raise ValueError(
+            fault_list(
+                subject,
+                [f"pair {skip.id}: {skip.reason}" for skip in long],
+                "raise --model_max_length, or --on_long_pair skip",
+            )
+        )
+    return fits, long
+
+
+@dataclass(frozen=True)
+class PairValues:
+    """One number, or two, for every pair, and where they come from."""
+
+    values: Sequence[Any]
+    source: dict[str, Any]
+
+
+def hardness_of_pairs(pairs: Sequence[PreferencePair], data_args: Any, needed: bool) -> PairValues:
+    """delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed."""
+    if data_args.hardness:
+        hardness = load_hardness(data_args.hardness)
+        refuse_other_inputs("hardness", data_args.hardness, hardness.fingerprint, data_fingerprint(pairs, data_args))
+        return PairValues([hardness.delta[pair.id] for pair in pairs], hardness.fingerprint)
+    without = [pair.id for pair in pairs if pair.clip_scores is None]
+    if not without:
+        scores = [pair.clip_scores for pair in pairs if pair.clip_scores is not None]
+        return PairValues([sum(chosen) - sum(rejected) for chosen, rejected in scores], {"scores": "in the data file"})
+    if not needed:
+        return PairValues([0.0] * len(pairs), {})
+    raise ValueError(
+        f"hardness: expected delta for every pair, got none for {len(without)} of {len(pairs)} (first: {without[0]}). "
+        "Run `python -m dama hardness` and pass its folder as --hardness, or train with --strategy none or model."
+    )
+
+
+def data_fingerprint(pairs: Sequence[PreferencePair], data_args: Any) -> dict[str, str]:
+    """Digests of the pairs and of the bytes of their images."""
+    images = digest_of(image_digests(pairs, data_args.image_folder))
+    return {"pairs": pairs_fingerprint(pairs), "images": images}
+
+
+def refuse_other_inputs(stage: str, folder: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises when a stage's folder was made from something else than what training uses now, naming each field."""
+    changed = differences({name: recorded.get(name) for name in current if name in recorded}, current)
+    changed = [line for line in changed if line.partition(":")[0].split(".")[0] in recorded]
+    if changed:
+        raise ValueError(
+            f"--{stage} {folder}: made from other inputs than this training's ({'; '.join(changed)}). "
+            f"Run `python -m dama {stage}` for these inputs into a new folder, or use the inputs it was made from."
+        )
+
+
+def join_pairs(
+    pairs: Sequence[PreferencePair],
+    hardness: PairValues,
+    reference: PairValues,
+    arguments: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: Any,
+    model: Any,
+) -> PreferenceData:
+    """Tokenises the pairs, joins them with delta and reference log-probs, and holds some out."""
+    model_args, data_args, args = arguments
+    template = get_template(model_args.version)
+    encoded = [encode_pair(pair, tokenizer, template, model.config.mm_use_im_start_end) for pair in pairs]
+    fits, long = drop_long_pairs(
+        pairs, encoded, model.get_vision_tower().tokens_per_image, args.model_max_length, data_args.on_long_pair,
+        str(data_args.data_path),
+    )  # fmt: skip
+    prepared = [PreparedPair(pairs[i], *encoded[i], hardness.values[i], *reference.values[i]) for i in fits]
+    if not prepared:
+        raise ValueError(f"{data_args.data_path}: expected pairs to train on, got none of {len(pairs)}")
+    train, held_out = hold_out(prepared, data_args.eval_pairs, args.seed)
+
+    def dataset(items: list[PreparedPair]) -> DPODataset:
+        return DPODataset(items, data_args.image_folder, image_processor, model.config)
+
+    mean = sum(item.delta for item in prepared) / len(prepared)
+    return PreferenceData(
+        train=dataset(train),
+        held_out=dataset(held_out) if held_out else None,
+        delta_bar=mean if args.delta_bar is None else args.delta_bar,
+        skipped=long,
+        provenance={"data": str(data_args.data_path), "hardness": hardness.source, "reference": reference.source},
+    )
+
+
+def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[PreparedPair], list[PreparedPair]]:
+    """Splits off about `amount` pairs (a share below 1, or a number), keeping all pairs of an image on one side."""
+    wanted = round(amount * len(items)) if amount < 1 else int(amount)
+    if wanted == 0:
+        return items, []
+    images = sorted({item.pair.image for item in items})
+    random.Random(seed).shuffle(images)
+    counts = {image: 0 for image in images}
+    for item in items:
+        counts[item.pair.image] += 1
+    held: set[str] = set()
+    taken = 0
+    for image in images:
+        if taken >= wanted:
+            break
+        held.add(image)
+        taken += counts[image]
+    train = [item for item in items if item.pair.image not in held]
+    if not train:
+        raise ValueError(f"--eval_pairs {amount}: holds out all {len(items)} pairs; leave some to train on")
+    return train, [item for item in items if item.pair.image in held]
+
+
+# --- Steps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How the pairs of one optimiser step are spread: a contiguous block of the global order for each (micro-batch,
+    rank), sizes differing by at most one. No pair is given twice."""
+
+    pairs: int
+    world_size: int
+    micro_batches: int
+
+    def block(self, micro: int, rank: int) -> range:
+        """Positions, within the step, of the pairs of one micro-batch on one rank; may be empty."""
+        blocks = self.world_size * self.micro_batches
+        index = micro * self.world_size + rank
+        return range(index * self.pairs // blocks, (index + 1) * self.pairs // blocks)
+
+
+class StepSampler(Sampler):
+    """Batches of dataset indices for one rank; the global order depends on (seed, epoch) alone, not on the hardware.
+
+    Every rank gets the same number of batches. Where a step has fewer pairs than places, an empty place is filled with
+    the step's first pair so that no rank waits; the trainer knows from the plan that it does not count.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, world_size: int, rank: int, accumulation: int, seed: int, shuffle: bool = True
+    ) -> None:
+        self.size, self.batch_size, self.world_size, self.rank = size, batch_size, world_size, rank
+        self.accumulation, self.seed, self.shuffle = accumulation, seed, shuffle
+        self.epoch = 0
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.batch_size * self.world_size * self.accumulation
+
+    @property
+    def steps(self) -> int:
+        return -(-self.size // self.pairs_per_step)
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of step `step` of an epoch; the last one may be smaller."""
+        pairs = min(self.pairs_per_step, self.size - step * self.pairs_per_step)
+        return StepPlan(pairs, self.world_size, -(-pairs // (self.batch_size * self.world_size)))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.plan(step).micro_batches for step in range(self.steps))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(self.size))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.size, generator=generator).tolist()
+        for step in range(self.steps):
+            plan, first = self.plan(step), step * self.pairs_per_step
+            for micro in range(plan.micro_batches):
+                yield [order[first + p] for p in plan.block(micro, self.rank)] or [order[first]]
+
+
+class StepLoader(DataLoader):
+    """A DataLoader whose StepSampler is told the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

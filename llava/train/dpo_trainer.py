@@ -1,0 +1,390 @@
+"""DAMA's trainer: preference optimisation whose decisions are made per optimiser step over all ranks.
+
+The way of a step: log-probs of both answers -> R_i of all N pairs, gathered in the sampler's global order -> weights
+and selection (dama.weighting) -> the mean loss over the K selected (dama.losses). Where a step has several
+micro-batches, R is computed for all of them first, without gradient, and only the selected pairs are trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dama.console import write_json
+from dama.logps import AnswerLogps
+from dama.losses import preference_loss, reward_gap
+from dama.weighting import Selection, Strategy, Variant, WeightingState, Weights, weigh
+from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset, StepLoader, StepPlan, StepSampler
+from llava.train.llava_trainer import LLaVATrainer
+
+STATE_FILE = "dama_state.json"  # in every checkpoint: R_bar and the draw's step
+# What every rank tells the others of a pair, as columns of one table.
+COLUMNS = ("position", "policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "delta", "tokens")
+NO_PAIR = -1
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """All pairs of a step (or of a gathered micro-batch) in global order, each column [N] float64."""
+
+    columns: dict[str, Tensor]
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    @property
+    def R(self) -> Tensor:
+        return reward_gap(self.policy_chosen, self.policy_rejected, self.ref_chosen, self.ref_rejected)
+
+    @staticmethod
+    def from_rows(rows: Tensor) -> StepTable:
+        """From gathered rows [M, columns]; rows without a pair are left out, the others sorted by position."""
+        rows = rows[rows[:, 0] != NO_PAIR]
+        rows = rows[rows[:, 0].argsort()]
+        return StepTable(dict(zip(COLUMNS, rows.T)))
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Summed log-probs (averages with --dpo_use_average) of B pairs under policy and reference, each [B]."""
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    tokens: Tensor  # answer tokens of both answers
+
+    @property
+    def R(self) -> Tensor:
+        return reward_gap(self.policy_chosen, self.policy_rejected, self.ref_chosen, self.ref_rejected)
+
+
+class LLaVA15DPOTrainer(LLaVATrainer):
+    """Trains on preference pairs with DPO, DAMA or beta-DPO, as `args.weighting()` says.
+
+    Args:
+        train_dataset, eval_dataset: DPODatasets. delta_bar: mean hardness of the training data (Eq. 7).
+        drawn: positions selected in each step, to replay a recorded run instead of drawing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        args: Any,
+        *,
+        train_dataset: DPODataset,
+        eval_dataset: DPODataset | None = None,
+        delta_bar: float = 0.0,
+        drawn: list[list[int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model=model,
+            processing_class=tokenizer,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self.config = args.weighting()
+        self.delta_bar = delta_bar
+        self.drawn = drawn
+        self.collate = DataCollatorForDPODataset(tokenizer, train_dataset)
+        self.weighting_state = WeightingState()
+        self._logged: dict[str, list[float]] = defaultdict(list)
+        self._reference_checked = not args.check_reference
+        self._weights: Weights | None = None
+        self._plan = StepPlan(0, 1, 1)
+
+    # --- Data ----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> StepLoader:
+        args = self.args
+        self.sampler = StepSampler(
+            len(self.train_dataset),
+            args.per_device_train_batch_size,
+            args.world_size,
+            args.process_index,
+            args.gradient_accumulation_steps,
+            self.config.seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+        )
+        return StepLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_num_workers > 0,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, None]:
+        """The micro-batches of one optimiser step, decided upon where the decision needs all of them."""
+        group, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._plan = self.sampler.plan(self.state.global_step % self.sampler.steps)
+        for micro, batch in enumerate(group):
+            block = self._plan.block(micro, self.args.process_index)
+            batch["position"] = torch.tensor(list(block) or [NO_PAIR])
+        self._weights = None
+        if self._looks_ahead(len(group)):
+            self._weights = self._decide(self._look_ahead(group))
+            group = [self._only_selected(batch) for batch in group]
+        return group, None
+
+    def _looks_ahead(self, micro_batches: int) -> bool:
+        """Whether R must be known before the first gradient: several micro-batches, or dropout in the gradient pass."""
+        config = self.config
+        if config.variant is Variant.RELEASED:
+            return False
+        if config.selects is Selection.OFF and config.strategy in (Strategy.NONE, Strategy.DATA):
+            return False
+        has_dropout = self.args.lora_enable and self.args.lora_dropout > 0
+        return micro_batches > 1 or has_dropout
+
+    @torch.no_grad()
+    def _look_ahead(self, group: list[dict[str, Tensor]]) -> StepTable:
+        """Log-probs of all pairs of the step under the current policy, without dropout."""
+        self.model_wrapped.eval()
+        rows = []
+        for batch in group:
+            inputs = self._prepare_inputs(batch)
+            rows.append(self._rows(inputs, self._logps(self.model_wrapped, inputs)))
+        self.model_wrapped.train()
+        table = self._gather(torch.cat(rows))
+        self._check_reference(table, group[0])
+        return table
+
+    def _only_selected(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The micro-batch without the pairs that were not selected; one is left, of weight zero, where none was."""
+        assert self._weights is not None
+        position = batch["position"]
+        chosen = (position != NO_PAIR) & self._weights.selected[position]
+        keep = chosen.nonzero().flatten() if chosen.any() else torch.tensor([0])
+        if len(keep) == len(position):
+            return batch
+        both = torch.cat([keep, keep + len(position)])
+        images, image_index = batch["image_index"][both].unique(return_inverse=True)
+        rows = {name: batch[name][both] for name in ("input_ids", "attention_mask", "targets")}
+        width = int(rows["attention_mask"].sum(1).max())
+        pairs = {name: batch[name][keep] for name in ("ref_chosen", "ref_rejected", "delta", "position")}
+        return (
+            {name: value[:, :width] for name, value in rows.items()}
+            | pairs
+            | {"images": batch["images"][images], "image_index": image_index}
+        )
+
+    # --- One step ------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """To the device, without the cast to bf16 that transformers adds under DeepSpeed: log-probs are sums."""
+        return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
+
+    def _forward(self, model: Any, inputs: dict[str, Tensor], rows: slice = slice(None)) -> AnswerLogps:
+        return model(
+            input_ids=inputs["input_ids"][rows],
+            attention_mask=inputs["attention_mask"][rows],
+            labels=inputs["targets"][rows],
+            images=inputs["images"].to(self.model.dtype),
+            image_index=inputs["image_index"][rows],
+            logp_chunk=self.args.logp_chunk,
+        )
+
+    def _logps(self, model: Any, inputs: dict[str, Tensor]) -> PairLogps:
+        sums = self._forward(model, inputs)
+        chosen, rejected = sums.logps.chunk(2)
+        n_chosen, n_rejected = sums.tokens.chunk(2)
+        ref_chosen, ref_rejected = inputs["ref_chosen"].to(chosen), inputs["ref_rejected"].to(chosen)
+        if not self.args.dpo_use_average:
+            return PairLogps(chosen, rejected, ref_chosen, ref_rejected, n_chosen + n_rejected)
+        return PairLogps(
+            chosen / n_chosen, rejected / n_rejected, ref_chosen / n_chosen, ref_rejected / n_rejected,
+            torch.full_like(n_chosen, 2),
+        )  # fmt: skip
+
+    def _rows(self, inputs: dict[str, Tensor], logps: PairLogps) -> Tensor:
+        """What this rank has to tell of a micro-batch: [batch size, columns] float64, filled up with empty rows."""
+        values = inputs | vars(logps)
+        rows = torch.stack([values[name].detach().double() for name in COLUMNS], dim=1)
+        filled = rows.new_full((self.args.per_device_train_batch_size, len(COLUMNS)), NO_PAIR)
+        filled[: len(rows)] = rows
+        return filled
+
+    def _gather(self, rows: Tensor) -> StepTable:
+        return StepTable.from_rows(self.accelerator.gather(rows.contiguous()).cpu())
+
+    def _decide(self, table: StepTable) -> Weights:
+        """Weighs the pairs, moves R_bar on, and notes the figures of the step."""
+        delta = table.delta if self.config.uses_delta else None
+        step = self.weighting_state.step
+        drawn = self.drawn[step] if self.drawn is not None else None
+        weights, self.weighting_state = weigh(
+            self.config, self.weighting_state, table.R, delta, self.delta_bar, drawn=drawn
+        )
+        self._note(self._preference_metrics(table) | self._weighting_metrics(weights))
+        return weights
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This micro-batch's part of the step's loss, scaled so that the trainer's averages give the mean over K."""
+        logps = self._logps(model, inputs)
+        position = inputs["position"]
+        weights = self._weights
+        if weights is None:
+            table = self._gather(self._rows(inputs, logps))
+            self._check_reference(table, inputs)
+            weights = self._decide(table)
+            # A decision for this micro-batch alone: positions are counted within it.
+            position = self._positions_within(table, position)
+        present = position != NO_PAIR
+        index = position.clamp(min=0).cpu()
+        beta = weights.beta[index].to(logps.R)
+        selected = weights.selected[index].to(position.device) & present
+        losses = preference_loss(logps.R, beta) * selected
+        if self.config.variant is Variant.RELEASED:
+            loss = losses.sum() / selected.sum().clamp(min=1)
+        else:
+            parts = self.args.world_size * self.current_gradient_accumulation_steps
+            loss = losses.sum() * parts / self._selected_in_step(weights)
+        return (loss, {}) if return_outputs else loss
+
+    def _selected_in_step(self, weights: Weights) -> int:
+        """K of the whole step; without selection every pair of the step counts, in whichever micro-batch it is."""
+        if self._weights is None and self.config.selects is Selection.OFF:
+            return self._plan.pairs
+        return int(weights.selected.sum())
+
+    @staticmethod
+    def _positions_within(table: StepTable, position: Tensor) -> Tensor:
+        order = {int(p): k for k, p in enumerate(table.position.tolist())}
+        return torch.tensor([order.get(int(p), NO_PAIR) for p in position.tolist()], device=position.device)
+
+    # --- The first step: do the reference log-probs belong to this model? ------------------------------------------
+
+    def _check_reference(self, table: StepTable, batch: dict[str, Tensor]) -> None:
+        """A fresh run starts with policy = reference: R_i is rounding noise, or the file is of another model."""
+        if self._reference_checked or self.state.global_step > 0:
+            return
+        self._reference_checked = True
+        per_token = (table.R.abs() / table.tokens).max().item()
+        limit = 1e-3
+        if next(self.model.parameters()).dtype != torch.float32:
+            limit = max(limit, 5 * self._rounding_noise(batch))
+        if per_token > limit:
+            raise ValueError(
+                f"reference log-probs: expected the first step's |R| per answer token below {limit:.1e} because "
+                f"training starts at the reference, got {per_token:.1e}. They are stale or belong to another model, "
+                "template or image preparation. Run `python -m dama reference` for this --model_name_or_path, or "
+                "pass --check_reference False if training is meant to start elsewhere."
+            )
+
+    @torch.no_grad()
+    def _rounding_noise(self, batch: dict[str, Tensor]) -> float:
+        """How far log-probs per token move when the same pairs are computed in another batch."""
+        inputs = self._prepare_inputs(batch)
+        together = self._forward(self.model, inputs)
+        alone = [self._forward(self.model, inputs, slice(i, i + 1)).logps for i in range(len(together.logps))]
+        return ((torch.cat(alone) - together.logps).abs() / together.tokens).max().item()
+
+    # --- Checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            write_json(Path(output_dir) / STATE_FILE, self.weighting_state.as_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"checkpoint '{checkpoint}': expected {STATE_FILE} with R_bar and the draw's step, found none. "
+                "It is not a checkpoint of a DPO run of this trainer; resume from another one."
+            )
+        self.weighting_state = WeightingState(**json.loads(path.read_text()))
+
+    # --- Figures -------------------------------------------------------------------------------------------------
+
+    def _preference_metrics(self, table: StepTable) -> dict[str, float]:
+        """TRL's names; rewards are beta times the log-ratio, beta the plain one."""
+        chosen = self.config.beta * (table.policy_chosen - table.ref_chosen)
+        rejected = self.config.beta * (table.policy_rejected - table.ref_rejected)
+        return {
+            "rewards/chosen": chosen.mean().item(),
+            "rewards/rejected": rejected.mean().item(),
+            "rewards/margins": (chosen - rejected).mean().item(),
+            "rewards/accuracies": (chosen > rejected).double().mean().item(),
+            "logps/chosen": table.policy_chosen.mean().item(),
+            "logps/rejected": table.policy_rejected.mean().item(),
+        }
+
+    def _weighting_metrics(self, weights: Weights) -> dict[str, float]:
+        alpha, beta = weights.alpha_D, weights.beta
+        return {
+            "dama/R_mean": weights.R_mean,
+            "dama/R_bar": self.weighting_state.R_bar,
+            "dama/alpha_M": weights.alpha_M,
+            "dama/alpha_D": alpha.mean().item(),
+            "dama/alpha_D_min": alpha.min().item(),
+            "dama/alpha_D_max": alpha.max().item(),
+            "dama/beta": beta.mean().item(),
+            "dama/beta_min": beta.min().item(),
+            "dama/beta_max": beta.max().item(),
+            "dama/clamped": weights.clamped,
+            "dama/pairs": float(len(beta)),
+            "dama/selected": float(weights.selected.sum()),
+            "dama/near_ties": float(weights.near_tie),
+        }
+
+    def _note(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._logged[name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the noted figures since the last training log."""
+        if "loss" in logs:
+            logs = logs | {name: sum(values) / len(values) for name, values in self._logged.items()}
+            self._logged.clear()
+        super().log(logs, start_time)
+
+    # --- Held-out pairs ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Plain-beta DPO loss, reward accuracy and margin, and log-probs of both answers on held-out pairs."""
+        dataset = eval_dataset or self.eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation: expected held-out pairs, got none; pass --eval_pairs")
+        args = self.args
+        model = self.model_wrapped if self.is_in_train else self.model
+        micro_batches = -(-len(dataset) // (args.world_size * args.per_device_train_batch_size))
+        plan = StepPlan(len(dataset), args.world_size, micro_batches)
+        was_training = model.training
+        model.eval()
+        rows = []
+        for micro in tqdm(range(micro_batches), desc=metric_key_prefix, leave=False, disable=not args.should_log):
+            block = plan.block(micro, args.process_index)
+            batch = self.collate([dataset[i] for i in block] or [dataset[0]])
+            batch["position"] = torch.tensor(list(block) or [NO_PAIR])
+            inputs = self._prepare_inputs(batch)
+            rows.append(self._rows(inputs, self._logps(model, inputs)))
+        model.train(was_training)
+        table = self._gather(torch.cat(rows))
+        loss = preference_loss(table.R, self.config.beta).mean().item()
+        metrics = {"loss": loss} | self._preference_metrics(table)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics

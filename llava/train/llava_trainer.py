@@ -1,0 +1,153 @@
+"""LLaVA's trainer: length- and modality-grouped sampling, a learning rate of its own for the projector, its saves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from llava.train.checkpoints import (
+    PROJECTOR_KEYS,
+    get_mm_adapter_state_maybe_zero_3,
+    maybe_zero_3,
+    without_frozen_tower,
+    write_model_card,
+)
+
+__all__ = ["LLaVATrainer", "LengthGroupedSampler", "maybe_zero_3", "get_mm_adapter_state_maybe_zero_3"]
+
+
+def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
+    """Deals indices to chunks of equal size so that their total lengths are about equal (longest-first order is kept).
+
+    Indices that do not divide evenly are dealt in turn instead.
+    """
+    if len(indices) % num_chunks:
+        return [list(indices[k::num_chunks]) for k in range(num_chunks)]
+    size = len(indices) // num_chunks
+    chunks: list[list[int]] = [[] for _ in range(num_chunks)]
+    loads = [0.0] * num_chunks
+    for index in indices:
+        lightest = loads.index(min(loads))
+        chunks[lightest].append(index)
+        loads[lightest] += lengths[index]
+        if len(chunks[lightest]) == size:
+            loads[lightest] = float("inf")
+    return chunks
+
+
+def get_length_grouped_indices(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: Any = None, merge: bool = True
+) -> list[int]:
+    """A random order in which every megabatch (world x batch) is sorted by length and dealt evenly to the ranks."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    size = world_size * batch_size
+    megabatches = [sorted(order[i : i + size], key=lengths.__getitem__, reverse=True) for i in range(0, len(order), size)]
+    return [i for batch in megabatches for chunk in split_to_even_chunks(batch, lengths, world_size) for i in chunk]
+
+
+def get_modality_length_grouped_indices(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: Any = None
+) -> list[int]:
+    """As above, each megabatch of one modality: positive lengths have an image, negative ones are text only."""
+    if any(length == 0 for length in lengths):
+        raise AssertionError("lengths: expected none to be 0; the sign says whether a row has an image")
+    if all(length > 0 for length in lengths) or all(length < 0 for length in lengths):
+        return get_length_grouped_indices([abs(n) for n in lengths], batch_size, world_size, generator=generator)
+    size = world_size * batch_size
+    megabatches, leftovers = [], []
+    for wanted in (1, -1):  # the draws' order is part of the original's result
+        rows = [i for i, length in enumerate(lengths) if length * wanted > 0]
+        grouped = get_length_grouped_indices([abs(lengths[i]) for i in rows], batch_size, world_size, generator=None)
+        order = [rows[i] for i in grouped]
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        megabatches += batches[:-1]
+        leftovers += batches[-1]
+    shuffled = [megabatches[i] for i in torch.randperm(len(megabatches), generator=generator).tolist()]
+    return [i for batch in [*shuffled, sorted(leftovers)] for i in batch]
+
+
+class LengthGroupedSampler(Sampler):
+    """Indices grouped by length, and by modality where lengths carry it in their sign."""
+
+    def __init__(
+        self,
+        batch_size: int,
+        world_size: int,
+        lengths: list[int] | None = None,
+        generator: Any = None,
+        group_by_modality: bool = False,
+    ) -> None:
+        if lengths is None:
+            raise ValueError("LengthGroupedSampler: expected the rows' lengths, got none")
+        self.batch_size, self.world_size, self.lengths = batch_size, world_size, lengths
+        self.generator, self.group_by_modality = generator, group_by_modality
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        group = get_modality_length_grouped_indices if self.group_by_modality else get_length_grouped_indices
+        return iter(group(self.lengths, self.batch_size, self.world_size, generator=self.generator))
+
+
+class LLaVATrainer(Trainer):
+    """transformers' Trainer with LLaVA's sampler, parameter groups and checkpoints."""
+
+    provenance: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, provenance: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.provenance = provenance
+        # As in LLaVA, a step's loss is the mean of its micro-batches' means.
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if not self.args.group_by_modality_length:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(
+            self.args.train_batch_size,
+            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
+            lengths=(train_dataset or self.train_dataset).modality_lengths,
+            group_by_modality=True,
+        )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Groups by weight decay, and by learning rate where the projector has one of its own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        trained = model or self.model
+        decayed = set(self.get_decay_parameter_names(trained))
+        rates = {"mm_projector": self.args.mm_projector_lr} if self.args.mm_projector_lr is not None else {}
+        groups: dict[tuple[bool, bool], list[Any]] = {
+            (own, decay): [] for own in ((False, True) if rates else (False,)) for decay in (True, False)
+        }
+        for name, parameter in trained.named_parameters():
+            if parameter.requires_grad:
+                groups[bool(rates) and "mm_projector" in name, name in decayed].append(parameter)
+        options = [
+            {"params": parameters, "weight_decay": self.args.weight_decay if decay else 0.0}
+            | ({"lr": rates["mm_projector"]} if own else {})
+            for (own, decay), parameters in groups.items()
+        ]
+        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+        self.optimizer = cls(options, **kwargs)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A checkpoint without the frozen tower; with tune_mm_mlp_adapter the projector alone."""
+        folder = output_dir or self.args.output_dir
+        if getattr(self.args, "tune_mm_mlp_adapter", False):
+            os.makedirs(folder, exist_ok=True)
+            state = get_mm_adapter_state_maybe_zero_3(self.model.named_parameters(), PROJECTOR_KEYS)
+            self.model.config.save_pretrained(folder)
+            torch.save(state, os.path.join(folder, "mm_projector.bin"))
+            return
+        state = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(folder, without_frozen_tower(state, self.model.config))
+        if self.provenance is not None:
+            write_model_card(folder, self.provenance)

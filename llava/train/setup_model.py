@@ -1,0 +1,112 @@
+"""Builds what is trained: language model, vision tower, projector, adapters, and which of them learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dama.console import say
+from llava.model.builder import load_llava
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.tokenization import load_tokenizer
+from llava.train.arguments import Arguments
+
+
+def setup_model(arguments: Arguments) -> tuple[Any, PreTrainedTokenizerBase, Any]:
+    """(model, tokenizer, image processor) as the flags describe them; the model may be a PeftModel."""
+    model_args, data_args, args = arguments
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model = load_llava(str(model_args.model_name_or_path), dtype=dtype, cache_dir=args.cache_dir, **quantisation(args))
+    model.config.use_cache = False
+    if model_args.freeze_backbone:
+        model.model.requires_grad_(False)
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+
+    tokenizer = load_tokenizer(
+        str(model_args.model_name_or_path), model_max_length=args.model_max_length, padding_side="right"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token
+    llava = model
+    if args.lora_enable:  # before the tower is there, or its layers would get adapters too
+        model = with_lora(model, args)
+    setup_vision(llava, tokenizer, arguments, dtype)
+    return model, tokenizer, llava.get_vision_tower().image_processor
+
+
+def setup_vision(
+    model: LlavaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: Arguments, dtype: torch.dtype
+) -> None:
+    """Tower and projector, and the config fields that a checkpoint records about them."""
+    model_args, data_args, args = arguments
+    model.get_model().initialize_vision_modules(model_args=model_args, fsdp=args.fsdp)
+    model.get_vision_tower().to(dtype=dtype, device=args.device)
+    model.get_model().mm_projector.to(dtype=dtype)
+
+    config = model.config
+    config.image_aspect_ratio = data_args.image_aspect_ratio or getattr(config, "image_aspect_ratio", None) or "pad"
+    config.tokenizer_padding_side = tokenizer.padding_side
+    config.tokenizer_model_max_length = args.model_max_length
+    config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = args.freeze_mm_mlp_adapter
+    config.mm_use_im_start_end = model_args.mm_use_im_start_end
+    config.mm_use_im_patch_token = model_args.mm_use_im_patch_token
+    config.mm_projector_lr = args.mm_projector_lr
+    if model_args.tune_mm_mlp_adapter:
+        model.requires_grad_(False)
+        model.get_model().mm_projector.requires_grad_(True)
+    if args.freeze_mm_mlp_adapter:
+        model.get_model().mm_projector.requires_grad_(False)
+    model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
+
+
+def quantisation(args: Any) -> dict[str, Any]:
+    """Options of from_pretrained for --bits 4 and 8."""
+    if args.bits == 16:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "device_map": {"": args.device},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=args.bits == 4,
+            load_in_8bit=args.bits == 8,
+            llm_int8_skip_modules=["mm_projector"],
+            bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float16,
+            bnb_4bit_use_double_quant=args.double_quant,
+            bnb_4bit_quant_type=args.quant_type,
+        ),
+    }
+
+
+def with_lora(model: LlavaLlamaForCausalLM, args: Any) -> Any:
+    """The model under LoRA adapters on all linear layers of the language model."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if args.bits != 16:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        target_modules=find_all_linear_names(model),
+        lora_dropout=args.lora_dropout,
+        bias=args.lora_bias,
+        task_type="CAUSAL_LM",
+    )
+    say(f"LoRA: rank {config.r} on {', '.join(sorted(config.target_modules))}")
+    return get_peft_model(model, config)
+
+
+def find_all_linear_names(model: torch.nn.Module) -> list[str]:
+    """Last names of the language model's linear layers, the output layer left out."""
+    outside = ("mm_projector", "vision_tower", "vision_resampler", "lm_head")
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not any(part in name for part in outside)
+        }
+    )

@@ -1,0 +1,112 @@
+"""Conversations for supervised fine-tuning: LLaVA's JSON rows to token ids, labels and pixels."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dama.pairs import load_image, resolve_image
+from llava.constants import IGNORE_INDEX
+from llava.conversation import default_conversation
+from llava.mm_utils import process_images
+from llava.train.preprocess import preprocess, preprocess_multimodal
+
+WORDS_OF_AN_IMAGE = 128  # what LLaVA counts for an image when it groups rows by length
+
+
+class LazySupervisedDataset(Dataset):
+    """LLaVA's conversations, tokenised when they are asked for.
+
+    Args:
+        data_path: JSON list of rows {"id", "image"?, "conversations": [{"from", "value"}, ...]}.
+        data_args: has image_folder, image_processor, image_aspect_ratio, is_multimodal, mm_use_im_start_end.
+        template: the prompt format; LLaVA-v1.5's when None.
+    """
+
+    def __init__(
+        self, data_path: str, tokenizer: PreTrainedTokenizerBase, data_args: Any, *, template: Any = None
+    ) -> None:
+        with open(data_path, encoding="utf-8") as file:
+            self.list_data_dict: list[dict[str, Any]] = json.load(file)
+        self.tokenizer, self.data_args = tokenizer, data_args
+        self.template = template or default_conversation
+
+    def __len__(self) -> int:
+        return len(self.list_data_dict)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each row, an image counted as 128."""
+        return [_words(row) + (WORDS_OF_AN_IMAGE if "image" in row else 0) for row in self.list_data_dict]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Words of each row, negative where it has no image."""
+        return [_words(row) if "image" in row else -_words(row) for row in self.list_data_dict]
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        row = self.list_data_dict[i]
+        has_image = "image" in row
+        source = copy.deepcopy(row["conversations"])
+        if has_image:
+            (source,) = preprocess_multimodal([source], self.data_args)
+        encoded = preprocess([source], self.tokenizer, has_image=has_image, template=self.template)
+        item = {"input_ids": encoded["input_ids"][0], "labels": encoded["labels"][0]}
+        if has_image:
+            item["image"] = self._pixels(row["image"])
+        elif self.data_args.is_multimodal:
+            size = self.data_args.image_processor.crop_size
+            item["image"] = torch.zeros(3, size["height"], size["width"])
+        return item
+
+    def _pixels(self, image: str) -> Tensor:
+        picture = load_image(resolve_image(self.data_args.image_folder, image))
+        return process_images([picture], self.data_args.image_processor, self.data_args)[0]
+
+
+def _words(row: dict[str, Any]) -> int:
+    return sum(len(turn["value"].split()) for turn in row["conversations"])
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Rows to one batch: right-padded, cut at the tokenizer's model_max_length."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, instances: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        limit = self.tokenizer.model_max_length
+        ids = [item["input_ids"][:limit] for item in instances]
+        input_ids = pad_sequence(ids, True, self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row) for row in ids])
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "labels": pad_sequence([item["labels"][:limit] for item in instances], True, IGNORE_INDEX),
+            # Lengths, not the pad id: a literal <unk>, which LLaMA pads with, stays visible.
+            "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],
+        }
+        if "image" in instances[0]:
+            images = [item["image"] for item in instances]
+            same = all(image.shape == images[0].shape for image in images)
+            batch["images"] = torch.stack(images) if same else images
+        return batch
+
+
+def make_supervised_data_module(
+    tokenizer: PreTrainedTokenizerBase, data_args: Any, *, template: Any = None
+) -> dict[str, Any]:
+    """The trainer's data arguments: train_dataset, eval_dataset (None), data_collator."""
+    return {
+        "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args, template=template),
+        "eval_dataset": None,
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer),
+    }

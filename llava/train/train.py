@@ -1,0 +1,89 @@
+"""Supervised fine-tuning as in LLaVA-v1.5 (`--task LM`): projector alignment and instruction tuning.
+
+LLaVA's names that used to live here can still be imported from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dama.console import say
+from dama.console import say as rank0_print
+from llava.conversation import get_template
+from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.checkpoints import (
+    get_mm_adapter_state_maybe_zero_3,
+    get_peft_state_maybe_zero_3,
+    get_peft_state_non_lora_maybe_zero_3,
+    maybe_zero_3,
+    provenance_of,
+    safe_save_model_for_hf_trainer,
+)
+from llava.train.llava_trainer import LLaVATrainer
+from llava.train.preprocess import (
+    preprocess,
+    preprocess_llama_2,
+    preprocess_mpt,
+    preprocess_multimodal,
+    preprocess_plain,
+    preprocess_v1,
+)
+from llava.train.setup_model import find_all_linear_names, setup_model
+from llava.train.sft_data import (
+    DataCollatorForSupervisedDataset,
+    LazySupervisedDataset,
+    make_supervised_data_module,
+)
+
+__all__ = [
+    "DataArguments", "DataCollatorForSupervisedDataset", "LazySupervisedDataset", "ModelArguments",
+    "TrainingArguments", "find_all_linear_names", "get_mm_adapter_state_maybe_zero_3", "get_peft_state_maybe_zero_3",
+    "get_peft_state_non_lora_maybe_zero_3", "make_supervised_data_module", "maybe_zero_3", "preprocess",
+    "preprocess_llama_2", "preprocess_mpt", "preprocess_multimodal", "preprocess_plain", "preprocess_v1",
+    "rank0_print", "safe_save_model_for_hf_trainer", "train",
+]  # fmt: skip
+
+
+def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None = None) -> Any:
+    """Parses flags, trains, saves; returns the trainer."""
+    arguments = parse_arguments(argv)
+    return run(arguments)
+
+
+def run(arguments: Arguments) -> Any:
+    model_args, data_args, args = arguments
+    model, tokenizer, image_processor = setup_model(arguments)
+    settings = SimpleNamespace(
+        data_path=data_args.data_path,
+        image_folder=data_args.image_folder,
+        is_multimodal=data_args.is_multimodal,
+        image_processor=image_processor,
+        image_aspect_ratio=model.config.image_aspect_ratio,
+        image_grid_pinpoints=getattr(model.config, "image_grid_pinpoints", None),
+        mm_use_im_start_end=model_args.mm_use_im_start_end,
+    )
+    data = make_supervised_data_module(tokenizer, settings, template=get_template(str(model_args.version)))
+    trainer = LLaVATrainer(
+        model=model, processing_class=tokenizer, args=args, provenance=provenance_of(arguments), **data
+    )
+    train_and_save(trainer)
+    return trainer
+
+
+def train_and_save(trainer: Any) -> None:
+    """Trains from the start or from the last checkpoint, then writes the model into --output_dir."""
+    folder = Path(trainer.args.output_dir)
+    resumes = any(folder.glob("checkpoint-*"))
+    if resumes:
+        say(f"continuing from the last checkpoint in {folder}")
+    trainer.train(resume_from_checkpoint=resumes)
+    trainer.save_state()
+    trainer.model.config.use_cache = True
+    safe_save_model_for_hf_trainer(trainer, str(folder))
+
+
+if __name__ == "__main__":
+    train()

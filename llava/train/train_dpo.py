@@ -1,0 +1,85 @@
+"""Preference alignment with DAMA (`--task DPO`): pairs, hardness and reference log-probs to an aligned model.
+
+The released code's names can still be imported from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dama.console import say
+from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.checkpoints import provenance_of
+from llava.train.dpo_data import (
+    DataCollatorForDPODataset,
+    DPODataset,
+    PreferenceData,
+    hardness_of_pairs,
+    join_pairs,
+    read_checked_pairs,
+)
+from llava.train.dpo_trainer import LLaVA15DPOTrainer
+from llava.train.reference import reference_of_pairs
+from llava.train.setup_model import setup_model
+from llava.train.train import train_and_save
+
+__all__ = [
+    "DPODataset", "DataArguments", "DataCollatorForDPODataset", "LLaVA15DPOTrainer", "ModelArguments",
+    "TrainingArguments", "run", "train",
+]  # fmt: skip
+
+
+def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None = None) -> LLaVA15DPOTrainer:
+    """Parses flags, trains, saves; returns the trainer."""
+    return run(parse_arguments(argv, task="DPO"))
+
+
+def run(arguments: Arguments) -> LLaVA15DPOTrainer:
+    _, data_args, args = arguments
+    # What can be wrong with the data is found before the model is loaded.
+    pairs, skipped = read_checked_pairs(data_args)
+    hardness = hardness_of_pairs(pairs, data_args, args.weighting().uses_delta)
+    model, tokenizer, image_processor = setup_model(arguments)
+    reference = reference_of_pairs(pairs, arguments, model, tokenizer)
+    data = join_pairs(pairs, hardness, reference, arguments, tokenizer, image_processor, model)
+    skipped = skipped + data.skipped
+    announce(arguments, data, len(skipped))
+    trainer = LLaVA15DPOTrainer(
+        model,
+        tokenizer,
+        args,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        delta_bar=data.delta_bar,
+        provenance=provenance_of(
+            arguments,
+            data=data.provenance | {"delta_bar": data.delta_bar, "pairs": len(data.train), "skipped": len(skipped)},
+        ),
+    )
+    train_and_save(trainer)
+    for skip in skipped:
+        say(f"skipped {skip.id}: {skip.reason}")
+    return trainer
+
+
+def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:
+    """One line each on the data, the step and the method, before training."""
+    args: Any = arguments[2]
+    config = args.weighting()
+    n = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    held_out = len(data.held_out) if data.held_out else 0
+    kept = n if config.selects == "off" else config.count_kept(n)
+    say(f"pairs: {len(data.train)} to train on, {held_out} held out, {skipped} skipped; delta_bar {data.delta_bar:.6f}")
+    say(
+        f"step: {n} pairs = {args.per_device_train_batch_size} x {args.world_size} rank(s) x "
+        f"{args.gradient_accumulation_steps} micro-batch(es), {kept} selected"
+    )
+    say(
+        f"method: strategy {config.strategy}, variant {config.variant}, selection {config.selects}, beta {config.beta}, "
+        f"gamma {config.gamma}, learning rate {args.learning_rate}"
+    )
+
+
+if __name__ == "__main__":
+    train()

@@ -1,0 +1,26 @@
+"""The command that LLaVA's scripts start: `train_mem.py --task LM` fine-tunes, `--task DPO` aligns with DAMA."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from dama.console import say
+from llava.train import train as sft
+from llava.train import train_dpo
+from llava.train.arguments import parse_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = parse_arguments(argv)
+        task = train_dpo if arguments[2].task == "DPO" else sft
+        task.run(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
