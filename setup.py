@@ -1,12 +1,14 @@
 """Installs the packages llava, dama and eval with the console entry `dama`. Exact versions: constraints.txt."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="dama-mllm",
     version="0.1.0",
     description="Data- and model-aware alignment of multimodal LLMs (DAMA) on the LLaVA-v1.5 layout",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

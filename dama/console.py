@@ -1,4 +1,4 @@
-"""What every command shares towards its surroundings: one line to the user, one file to the disk, one digest of content."""
+"""What every command shares: one line to the user, one file to the disk, one digest of content."""
 
 from __future__ import annotations
 

@@ -220,7 +220,9 @@ def weigh(
     kept = R[index]
     R_B = float(kept.mean())
     ones = torch.ones_like(R)
-    alpha_D = alpha_data(_checked("hardness delta", delta), delta_bar) if config.uses_delta else ones
+    alpha_D = ones
+    if config.uses_delta and delta is not None:
+        alpha_D = alpha_data(_checked("hardness delta", delta), delta_bar)
     alpha_M = 1.0
     if config.strategy in (Strategy.MODEL, Strategy.BOTH):
         if config.variant is Variant.RELEASED:

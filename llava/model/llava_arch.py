@@ -18,11 +18,15 @@ from llava.model.splice import pad, splice, truncate
 class LlavaMetaModel:
     """Mixin of the decoder (LlamaModel): holds `vision_tower` and `mm_projector`."""
 
+    config: Any
+    embed_tokens: Any
+    vision_tower: Any
+
     def __init__(self, config: Any) -> None:
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(config, delay_load=True)
-            self.mm_projector = build_vision_projector(config, delay_load=True)
+            self.mm_projector = build_vision_projector(config)
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
         tower = getattr(self, "vision_tower", None)
@@ -99,6 +103,11 @@ def load_projector(projector: nn.Module, path: str) -> None:
 class LlavaMetaForCausalLM(ABC):
     """Mixin of the causal language model: images and token ids to input embeddings."""
 
+    config: Any
+    resize_token_embeddings: Any
+    get_input_embeddings: Any
+    get_output_embeddings: Any
+
     @abstractmethod
     def get_model(self) -> LlavaMetaModel: ...
 
@@ -107,19 +116,19 @@ class LlavaMetaForCausalLM(ABC):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] pictures to [N, P, D] features in the language model's embedding space."""
-        features = self.get_model().get_vision_tower()(images)
+        features = self.get_model().vision_tower(images)
         projector = self.get_model().mm_projector
         return projector(features.to(next(projector.parameters(), features).dtype))
 
     def prepare_inputs_labels_for_multimodal(
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         past_key_values: Any,
         labels: Tensor | None,
         images: Tensor | list[Tensor] | None,
-        image_sizes: list[list[int]] | None = None,
+        image_sizes: Any = None,
         *,
         image_index: Tensor | None = None,
         padding_side: str | None = None,
@@ -136,8 +145,7 @@ class LlavaMetaForCausalLM(ABC):
             input_ids (None once embedded), position_ids, attention_mask [B, T'], past_key_values,
             inputs_embeds [B, T', D], labels [B, T'].
         """
-        tower = self.get_vision_tower()
-        if tower is None or images is None or input_ids.shape[1] == 1:
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         if getattr(self.config, "tune_mm_mlp_adapter", False) and getattr(self.config, "mm_use_im_start_end", False):
             raise NotImplementedError("tune_mm_mlp_adapter together with mm_use_im_start_end: choose one of the two")
@@ -154,7 +162,7 @@ class LlavaMetaForCausalLM(ABC):
             self.get_model().embed_tokens,
         )
         rows = truncate(rows, getattr(self.config, "tokenizer_model_max_length", None))
-        batch = pad(rows, padding_side or getattr(self.config, "tokenizer_padding_side", "right"))
+        batch = pad(rows, padding_side or str(getattr(self.config, "tokenizer_padding_side", "right")))
         return (
             None,
             None if position_ids is None else batch.position_ids,
@@ -164,7 +172,7 @@ class LlavaMetaForCausalLM(ABC):
             None if labels is None else batch.labels,
         )
 
-    def _image_features(self, images: Tensor | list[Tensor], image_sizes: list[list[int]] | None) -> list[Tensor]:
+    def _image_features(self, images: Tensor | list[Tensor], image_sizes: Any) -> list[Tensor]:
         """One [P, D] for each picture; the crops of a picture follow one another ('flat' merging)."""
         if isinstance(images, Tensor) and images.ndim == 4:
             return list(self.encode_images(images))

@@ -188,7 +188,7 @@ def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) 
     words, warnings = translate_flags(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, TrainingArguments), description=__doc__, prog="train_mem.py"
-    )  # type: ignore[arg-type]
+    )
     if task is not None:
         parser.set_defaults(task=task)
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(words)
@@ -219,7 +219,9 @@ def find_faults(model_args: ModelArguments, data_args: DataArguments, args: Trai
     one_of("on_bad_image", data_args.on_bad_image, ("fail", "skip"))
     one_of("on_long_pair", data_args.on_long_pair, ("fail", "skip"))
     one_of("image_aspect_ratio", data_args.image_aspect_ratio, (None, "pad", "square", "anyres"))
-    expect(args.bits == 16 or args.lora_enable, f"--bits {args.bits}: a quantised base is trained with --lora_enable True")
+    expect(
+        args.bits == 16 or args.lora_enable, f"--bits {args.bits}: a quantised base is trained with --lora_enable True"
+    )
     expect(data_args.eval_pairs >= 0, f"--eval_pairs: expected a share or a number, got {data_args.eval_pairs}")
     for check in (lambda: get_template(model_args.version or "v1"), args.weighting):
         try:

@@ -84,7 +84,9 @@ class DPODataset(Dataset):
 
     def pixels(self, image: str) -> Tensor:
         """[3, H, W] of one image file, as the model is to see it."""
-        return process_images([load_image(resolve_image(self.image_folder, image))], self.image_processor, self.config)[0]
+        return process_images([load_image(resolve_image(self.image_folder, image))], self.image_processor, self.config)[
+            0
+        ]
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,12 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         drawn: positions selected in each step, to replay a recorded run instead of drawing.
     """
 
+    args: Any  # llava.train.arguments.TrainingArguments
+    model: Any
+    model_wrapped: Any
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(
         self,
         model: Any,

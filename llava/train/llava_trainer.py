@@ -46,7 +46,9 @@ def get_length_grouped_indices(
     """A random order in which every megabatch (world x batch) is sorted by length and dealt evenly to the ranks."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     size = world_size * batch_size
-    megabatches = [sorted(order[i : i + size], key=lengths.__getitem__, reverse=True) for i in range(0, len(order), size)]
+    megabatches = [
+        sorted(order[i : i + size], key=lengths.__getitem__, reverse=True) for i in range(0, len(order), size)
+    ]
     return [i for batch in megabatches for chunk in split_to_even_chunks(batch, lengths, world_size) for i in chunk]
 
 
@@ -98,6 +100,11 @@ class LengthGroupedSampler(Sampler):
 class LLaVATrainer(Trainer):
     """transformers' Trainer with LLaVA's sampler, parameter groups and checkpoints."""
 
+    args: Any  # llava.train.arguments.TrainingArguments
+    model: Any
+    train_dataset: Any
+    optimizer: Any
+    control: Any
     provenance: dict[str, Any] | None = None
 
     def __init__(self, *args: Any, provenance: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of, digest_of_file, say
-from dama.pairs import PreferencePair
+from dama.pairs import PreferencePair, SkippedPair
 from dama.stage import open_stage, read_stage
 from llava.conversation import get_template
 from llava.train.arguments import Arguments
@@ -30,26 +30,33 @@ from llava.train.dpo_data import (
     data_fingerprint,
     drop_long_pairs,
     encode_pair,
-    read_checked_pairs,
     refuse_other_inputs,
 )
+from llava.train.setup_model import setup_model
 
 STAGE = "reference"
+SIDES = ("chosen", "rejected")
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 1 << 20
 
 
-def run_reference(arguments: Arguments, out: str | Path, batch_size: int, *, overwrite: bool = False) -> dict[str, Any]:
-    """Computes log-probs for every pair of --data_path and writes them to `out`; returns the manifest.
+def run_reference(
+    arguments: Arguments,
+    pairs: Sequence[PreferencePair],
+    skipped: Sequence[SkippedPair],
+    out: str | Path,
+    batch_size: int,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Computes log-probs for every pair and writes them to `out`; returns the manifest.
 
     Args:
         arguments: as for training; `model_name_or_path` is pi_ref.
+        pairs, skipped: what `dama.pairs.check_pairs` made of --data_path.
         batch_size: pairs in one forward pass (twice as many sequences).
     """
-    from llava.train.setup_model import setup_model
-
     model_args, data_args, args = arguments
-    pairs, skipped = read_checked_pairs(data_args)
     model, tokenizer, image_processor = setup_model(arguments)
     model = model.to(args.device).eval()
     template = get_template(str(model_args.version))
@@ -79,8 +86,8 @@ def run_reference(arguments: Arguments, out: str | Path, batch_size: int, *, ove
         summary = {
             "pairs": len(records),
             "skipped": [{"id": skip.id, "reason": skip.reason} for skip in skipped],
-            "tokens": {side: sum(r[f"{side}_tokens"] for r in records) for side in ("chosen", "rejected")},
-            "mean_logp": {side: sum(r[f"{side}_logp"] for r in records) / len(records) for side in ("chosen", "rejected")},
+            "tokens": {side: sum(r[f"{side}_tokens"] for r in records) for side in SIDES},
+            "mean_logp": {side: sum(r[f"{side}_logp"] for r in records) / len(records) for side in SIDES},
         }
         return stage.finish(summary)
 

@@ -34,7 +34,7 @@ def setup_model(arguments: Arguments) -> tuple[Any, PreTrainedTokenizerBase, Any
     if args.lora_enable:  # before the tower is there, or its layers would get adapters too
         model = with_lora(model, args)
     setup_vision(llava, tokenizer, arguments, dtype)
-    return model, tokenizer, llava.get_vision_tower().image_processor
+    return model, tokenizer, llava.get_model().load_vision_tower().image_processor
 
 
 def setup_vision(
@@ -43,7 +43,7 @@ def setup_vision(
     """Tower and projector, and the config fields that a checkpoint records about them."""
     model_args, data_args, args = arguments
     model.get_model().initialize_vision_modules(model_args=model_args, fsdp=args.fsdp)
-    model.get_vision_tower().to(dtype=dtype, device=args.device)
+    model.get_model().load_vision_tower().to(dtype=dtype, device=args.device)
     model.get_model().mm_projector.to(dtype=dtype)
 
     config = model.config

@@ -76,8 +76,8 @@ def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:
         f"{args.gradient_accumulation_steps} micro-batch(es), {kept} selected"
     )
     say(
-        f"method: strategy {config.strategy}, variant {config.variant}, selection {config.selects}, beta {config.beta}, "
-        f"gamma {config.gamma}, learning rate {args.learning_rate}"
+        f"method: strategy {config.strategy}, variant {config.variant}, selection {config.selects}, "
+        f"beta {config.beta}, gamma {config.gamma}, learning rate {args.learning_rate}"
     )
 
 

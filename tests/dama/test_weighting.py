@@ -45,7 +45,9 @@ def test_two_pairs_on_paper():
 
 def test_hard_pair_gets_a_smaller_beta():
     """delta = (-1, 1), delta_bar = 0: alpha_D = sigma(-1)/0.5 = 0.53788 and sigma(1)/0.5 = 1.46212."""
-    weights, _ = weigh(WeightingConfig(strategy=Strategy.DATA), WeightingState(), torch.zeros(2), torch.tensor([-1.0, 1.0]))
+    weights, _ = weigh(
+        WeightingConfig(strategy=Strategy.DATA), WeightingState(), torch.zeros(2), torch.tensor([-1.0, 1.0])
+    )
     assert weights.alpha_D.tolist() == pytest.approx([0.5378828427399902, 1.4621171572600098])
     assert weights.alpha_M == 1.0 and weights.selected.all()
 
@@ -138,9 +140,7 @@ def test_released_variant_reproduces_the_released_code(case):
     loss = losses[weights.selected].mean()
     assert loss.item() == pytest.approx(case["masked_loss"], abs=1e-6, rel=1e-5)
     loss.backward()
-    torch.testing.assert_close(
-        policy[0].grad, torch.tensor(case["grad_policy_chosen"]), atol=1e-6, rtol=1e-4
-    )
+    torch.testing.assert_close(policy[0].grad, torch.tensor(case["grad_policy_chosen"]), atol=1e-6, rtol=1e-4)
 
 
 def test_released_weights_are_those_recorded():

@@ -126,7 +126,9 @@ def test_assignment_on_paper():
     assert assign_images([1, 0, 2], [a, b, c]) == [[a], [], [b, c]]
 
 
-@pytest.mark.parametrize(("case", "mask", "length"), [("A_mask", True, None), ("B_no_mask", False, None), ("E64_mask", True, 64)])
+@pytest.mark.parametrize(
+    ("case", "mask", "length"), [("A_mask", True, None), ("B_no_mask", False, None), ("E64_mask", True, 64)]
+)
 def test_forward(model, batch, case, mask, length):
     model.config.tokenizer_model_max_length = length
     given = batch if mask else batch | {"attention_mask": None}
@@ -137,7 +139,9 @@ def test_forward(model, batch, case, mask, length):
     assert outputs.loss.item() == pytest.approx(expected["loss"], abs=1e-5)
     valid = prepare(model, given)["attention_mask"]
     valid = slice(None) if valid is None else valid
-    torch.testing.assert_close(outputs.logits[..., ::16][valid], FORWARD[f"mha.{case}.logits_cols_every16"][valid], **CLOSE)
+    torch.testing.assert_close(
+        outputs.logits[..., ::16][valid], FORWARD[f"mha.{case}.logits_cols_every16"][valid], **CLOSE
+    )
     torch.testing.assert_close(sums.logps, torch.tensor(expected["per_row_sum_logp"]), atol=2e-4, rtol=0)
     assert sums.tokens.tolist() == expected["per_row_n"]
 

@@ -84,6 +84,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
                 inputs_embeds=inputs_embeds,
                 use_cache=False,
             ).last_hidden_state
+            if labels is None:
+                raise ValueError("logp_chunk: expected labels, which say whose log-probs are wanted, got none")
             return answer_logps(hidden, labels, self.lm_head, chunk=logp_chunk)
         if return_dict is not None:
             options["return_dict"] = return_dict
@@ -102,7 +104,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
     @torch.no_grad()
     def generate(
         self,
-        inputs: Tensor | None = None,
+        inputs: Any = None,
         images: Tensor | list[Tensor] | None = None,
         image_sizes: Tensor | None = None,
         **kwargs: Any,

@@ -34,7 +34,9 @@ class CLIPVisionTower(nn.Module):
         if not delay_load:
             self.load_model()
 
-    def load_model(self, device_map: Any = None, *, folder: str | None = None, dtype: torch.dtype | None = None) -> None:
+    def load_model(
+        self, device_map: Any = None, *, folder: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Reads weights and image processor, once. `folder` overrides the name when the tower lies elsewhere."""
         if self.is_loaded:
             return

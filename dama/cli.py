@@ -1,0 +1,404 @@
+"""`python -m dama <command>`: flags, the checks before long work, and the summary of each stage.
+
+A command is two functions: add_<command> gives its help and flags, <command> runs it and imports what is heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dama.console import say
+from dama.pairs import PairsError, PreferencePair, SkippedPair, check_pairs, distinct_images, parse_pairs
+from dama.stage import StageError
+
+DESCRIPTION = """\
+Data- and model-aware preference alignment of multimodal LLMs, stage by stage. Each stage writes a folder: records as
+JSONL and a manifest.json. It is skipped when its output is complete for the same inputs, continued when it was
+interrupted, and refused, with the difference named, when its inputs changed.
+"""
+
+
+class CommandError(ValueError):
+    """Faults of a command's flags or files, all in one message."""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs as written, and room for long flags."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 1 after an error that was reported."""
+    parser = build_parser()
+    args = parser.parse_args(_underscored(sys.argv[1:] if argv is None else argv))
+    try:
+        args.run(args)
+    except (CommandError, PairsError, StageError) as error:
+        sys.stderr.write(f"dama {args.command}: {error}\n")
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dama", description=DESCRIPTION, formatter_class=Help)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_hardness(commands)
+    add_reference(commands)
+    return parser
+
+
+def _underscored(argv: Sequence[str]) -> list[str]:
+    """--image-folder is taken as --image_folder; values are left alone."""
+    return [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
+
+
+def fail(faults: Sequence[str]) -> NoReturn:
+    """Reports all faults of a command in one message."""
+    raise CommandError("\n\n".join(faults))
+
+
+# --------------------------------------------------------------------------------------- what commands on pairs share
+
+
+def add_pair_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that reads pairs and writes a stage."""
+    group = parser.add_argument_group("pairs and output")
+    group.add_argument("--data", required=True, metavar="FILE", help="pairs: JSON list or JSONL, fields see above")
+    group.add_argument("--image_folder", required=True, metavar="DIR", help="folder that the image paths start from")
+    group.add_argument("--out", required=True, metavar="DIR", help="folder of this stage's output, made when absent")
+    group.add_argument("--overwrite", action="store_true", help="start anew where --out holds a stage of other inputs")
+    group.add_argument(
+        "--on_bad_image",
+        choices=("fail", "skip"),
+        default="fail",
+        help="missing or unreadable images: report all and stop, or leave their pairs out and list them in the "
+        "manifest. Default: fail",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that read and decode images ahead; 0: none. Default: CPU cores, at most 8 (%(default)s)",
+    )
+
+
+def pair_flag_faults(args: argparse.Namespace) -> list[str]:
+    """Faults of those flags that can be seen without reading the pairs."""
+    faults = []
+    if not Path(args.data).is_file():
+        faults.append(f"--data {args.data}: no such file")
+    if not Path(args.image_folder).is_dir():
+        faults.append(f"--image_folder {args.image_folder}: no such folder")
+    if args.workers < 0:
+        faults.append(f"--workers {args.workers}: expected 0 or more processes")
+    out = Path(args.out)
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        faults.append(f"--out {out}: {existing} is not a folder that can be written to")
+    return faults
+
+
+def load_pairs(args: argparse.Namespace, faults: Sequence[str]) -> tuple[list[PreferencePair], list[SkippedPair]]:
+    """The usable pairs of --data and those left out; every image is decoded once.
+
+    Raises CommandError with `faults`, the flags', and all of the pairs' in one message.
+    """
+    flags = [*pair_flag_faults(args), *faults]
+    if not Path(args.data).is_file() or not Path(args.image_folder).is_dir():
+        fail(flags)
+    try:
+        pairs, row_faults = parse_pairs(args.data)
+        good, skipped = check_pairs(
+            pairs,
+            args.image_folder,
+            args.on_bad_image,
+            subject=args.data,
+            faults=row_faults,
+            workers=max(1, args.workers),
+            progress=True,
+        )
+    except PairsError as error:
+        fail([*flags, str(error)])
+    if flags:
+        fail(flags)
+    for pair in skipped[:5]:
+        say(f"skipped row {pair.id}: {pair.reason}")
+    if len(skipped) > 5:
+        say(f"... and {len(skipped) - 5} more, all listed in the manifest")
+    return good, skipped
+
+
+def device_faults(device: str) -> list[str]:
+    import torch
+
+    if device == "auto" or device == "cpu":
+        return []
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        return [f"--device {device}: expected auto, cpu, cuda or cuda:N"]
+    found = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= found:
+        return [f"--device {device}: this machine has {found} CUDA devices that torch can use"]
+    return []
+
+
+def pick_device(device: str) -> str:
+    """auto: the first CUDA device where there is one, else the CPU."""
+    import torch
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ----------------------------------------------------------------------------------------------------------- hardness
+
+HARDNESS = """\
+Hardness of each preference pair, for DAMA's data-aware strategy (Eq. 3-5).
+
+Both answers are split into statements S_w and S_l that a CLIP text tower can read. CLIP scores each statement against
+the image, and
+    delta = sum of scores over S_w - sum of scores over S_l
+is large where the preferred answer plainly fits the image better, and small or negative for hard pairs. delta_bar is
+the mean of delta over all pairs. Training weighs beta with sigmoid(delta) / sigmoid(delta_bar).
+
+Fields of --data: idx or id, image_path or image, question, chosen, rejected, and optionally kind, origin_dataset,
+origin_split (RLAIF-V's names) and chosen_logits, rejected_logits (scores of the released DAMA data, see --from_scores).
+
+Writes OUT/hardness.jsonl   id, delta, chosen_statements, chosen_scores, rejected_statements, rejected_scores, kind
+       OUT/manifest.json    delta_bar, counts, spread of delta per kind, skipped pairs, and the inputs' fingerprint
+"""
+
+HARDNESS_EXAMPLES = """\
+examples:
+  python -m dama hardness --data pairs.json --image_folder images --out runs/hardness
+  python -m dama hardness --data pairs.json --image_folder images --out runs/hardness --clip path/to/clip_folder
+  python -m dama hardness --data released.json --image_folder images --out runs/hardness --from_scores
+"""
+
+
+def add_hardness(commands: Any) -> None:
+    parser = commands.add_parser(
+        "hardness",
+        help="score how plainly each preferred answer fits its image better",
+        description=HARDNESS,
+        epilog=HARDNESS_EXAMPLES,
+        formatter_class=Help,
+    )
+    parser.set_defaults(run=hardness)
+    add_pair_flags(parser)
+    group = parser.add_argument_group("scores")
+    group.add_argument(
+        "--clip",
+        default="ViT-L-14-336-quickgelu",
+        metavar="NAME|DIR",
+        help="open_clip architecture, or a folder with open_clip_config.json and open_clip_model.safetensors. "
+        "Default: %(default)s, the CLIP whose vision tower LLaVA-1.5 uses",
+    )
+    group.add_argument(
+        "--pretrained",
+        metavar="TAG",
+        help="open_clip's name of the weights, fetched at first use; `random` for seeded random weights (to try things "
+        "out only). Default: openai; a folder has its own weights",
+    )
+    group.add_argument(
+        "--scale",
+        choices=("cosine", "logit"),
+        default="cosine",
+        help="score: cosine similarity in [-1, 1], or CLIP's logit, about 100 times that. Default: cosine",
+    )
+    group.add_argument(
+        "--reduction",
+        choices=("sum", "mean"),
+        default="sum",
+        help="of an answer's scores: sum (Eq. 5; favours answers with more statements) or mean. Default: sum",
+    )
+    group.add_argument(
+        "--from_scores",
+        action="store_true",
+        help="take each pair's chosen_logits and rejected_logits instead of running a CLIP",
+    )
+    group = parser.add_argument_group("speed")
+    group.add_argument("--batch_size", type=int, default=32, metavar="N", help="images at a time. Default: %(default)s")
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of CLIP's weights and arithmetic. Default: fp32"
+    )
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto")
+
+
+def hardness(args: argparse.Namespace) -> None:
+    """Checks everything, loads the CLIP, runs the stage, prints the summary."""
+    pairs, skipped = load_pairs(args, hardness_flag_faults(args))
+    from dama.hardness.clip import ClipError, load_clip
+    from dama.hardness.score import run_hardness
+
+    try:
+        device = pick_device(args.device)
+        scorer = None if args.from_scores else load_clip(args.clip, args.pretrained, device, args.precision)
+    except ClipError as error:
+        raise CommandError(str(error)) from error
+    if scorer is not None:
+        counts = f"{len(pairs)} pairs on {len(distinct_images(pairs))} images"
+        say(f"hardness: {counts}, {_clip_words(scorer.identity)}, {device}")
+    manifest = run_hardness(
+        pairs,
+        args.image_folder,
+        args.out,
+        scorer,
+        scale=args.scale,
+        reduction=args.reduction,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        skipped=skipped,
+    )
+    say_hardness(args.out, manifest)
+
+
+def hardness_flag_faults(args: argparse.Namespace) -> list[str]:
+    faults = device_faults(args.device)
+    if args.batch_size < 1:
+        faults.append(f"--batch_size {args.batch_size}: expected 1 image or more")
+    if args.from_scores:
+        if args.scale != "cosine":
+            faults.append("--scale: the scores in the file are taken as they are\nRemedy: leave it out")
+        return faults
+    from dama.hardness.clip import clip_faults
+
+    return faults + clip_faults(args.clip, args.pretrained)
+
+
+def _clip_words(identity: dict[str, str]) -> str:
+    weights = "RANDOM weights" if identity["pretrained"] == "random" else f"{identity['pretrained']} weights"
+    return f"CLIP {identity['model']} ({weights}, {identity['precision']})"
+
+
+def say_hardness(out: str, manifest: dict[str, Any]) -> None:
+    """The stage's figures: counts, spread of delta per kind, a histogram, and where they lie."""
+    from dama.stage import read_stage
+
+    summary, time = manifest["summary"], manifest["time"]
+    counts = summary["statements"]
+    say(f"pairs {summary['pairs']}, left out {len(summary['skipped'])}")
+    say(f"statements {counts['chosen']} of chosen answers, {counts['rejected']} of rejected ones")
+    say(f"{'delta of':<24}{'pairs':>8}{'mean':>10}{'sd':>10}{'min':>10}{'max':>10}{'negative':>10}")
+    for kind, spread in summary["spread"].items():
+        figures = "".join(f"{spread[name]:>10.4f}" for name in ("mean", "sd", "min", "max"))
+        say(f"{kind[:23]:<24}{spread['pairs']:>8}{figures}{100 * spread['negative']:>8.1f} %")
+    for line in histogram([record["delta"] for record in read_stage(out, "hardness")[1]]):
+        say(line)
+    length = summary["length_correlation"]
+    if length is not None:
+        say(f"correlation of delta with the answers' difference in statements: {length:+.2f}")
+    say(f"delta_bar = {summary['delta_bar']:.6f}")
+    say(f"{time['records']} pairs in {time['seconds']:.1f} s; written to {out}")
+
+
+def histogram(values: Sequence[float], bins: int = 12, width: int = 50) -> list[str]:
+    """One line a bin: its lower edge, a bar as long as its share of the fullest, its count."""
+    low, high = min(values), max(values)
+    step = (high - low) / bins
+    if step == 0:
+        return [f"{low:>10.4f} {'#' * width} {len(values)}"]
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int((value - low) / step))] += 1
+    bars = ["#" * -(-count * width // max(counts)) for count in counts]
+    return [f"{low + index * step:>10.4f} {bar} {count}" for index, (bar, count) in enumerate(zip(bars, counts))]
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+REFERENCE = """\
+Reference log-probs: log pi_ref(y | I, x) of both answers of each pair, summed over the answer's tokens ("</s>"
+included), in nats. Training compares the policy with them (Eq. 1) and needs no second copy of the model.
+
+It runs on the training's own model set-up and data path: give it the checkpoint, template and image preparation that
+training will start from. Training refuses log-probs of another model, of other pairs or of other images.
+
+Writes OUT/reference.jsonl  id, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens
+       OUT/manifest.json    counts, skipped pairs, and the inputs' fingerprint
+"""
+
+REFERENCE_EXAMPLES = """\
+example:
+  python -m dama reference --model_name_or_path liuhaotian/llava-v1.5-7b --data pairs.json --image_folder images \\
+      --precision bf16 --out runs/reference
+"""
+
+
+def add_reference(commands: Any) -> None:
+    parser = commands.add_parser(
+        "reference",
+        help="log-probs of both answers under the model that training starts from",
+        description=REFERENCE,
+        epilog=REFERENCE_EXAMPLES,
+        formatter_class=Help,
+    )
+    parser.set_defaults(run=reference)
+    add_pair_flags(parser)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_name_or_path", required=True, metavar="NAME|DIR", help="the reference model pi_ref")
+    group.add_argument("--version", default="v1", metavar="NAME", help="prompt template. Default: %(default)s")
+    group.add_argument(
+        "--image_aspect_ratio",
+        choices=("pad", "square"),
+        help="pad to a square with the mean colour, or resize and cut the centre. Default: the checkpoint's, else pad",
+    )
+    group.add_argument("--vision_tower", metavar="NAME|DIR", help="CLIP tower. Default: the checkpoint's own")
+    group.add_argument(
+        "--model_max_length", type=int, default=2048, metavar="N", help="longest sequence in tokens. Default: 2048"
+    )
+    group.add_argument(
+        "--on_long_pair",
+        choices=("fail", "skip"),
+        default="fail",
+        help="pairs longer than that: report all and stop, or leave them out and list them. Default: fail",
+    )
+    group = parser.add_argument_group("speed")
+    group.add_argument("--batch_size", type=int, default=8, metavar="N", help="pairs at a time. Default: %(default)s")
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and arithmetic. Default: fp32"
+    )
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto")
+
+
+def reference(args: argparse.Namespace) -> None:
+    """Checks flags and pairs, then runs the stage on the training's own code."""
+    faults = device_faults(args.device)
+    if args.batch_size < 1:
+        faults.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
+    pairs, skipped = load_pairs(args, faults)
+    from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+    from llava.train.reference import describe, run_reference
+
+    arguments = (
+        ModelArguments(
+            model_name_or_path=args.model_name_or_path, version=args.version, vision_tower=args.vision_tower
+        ),
+        DataArguments(
+            data_path=args.data,
+            image_folder=args.image_folder,
+            image_aspect_ratio=args.image_aspect_ratio,
+            on_long_pair=args.on_long_pair,
+        ),
+        TrainingArguments(
+            output_dir=args.out,
+            task="DPO",
+            bf16=args.precision == "bf16",
+            use_cpu=pick_device(args.device) == "cpu",
+            model_max_length=args.model_max_length,
+            report_to="none",
+        ),
+    )
+    try:
+        manifest = run_reference(arguments, pairs, skipped, args.out, args.batch_size, overwrite=args.overwrite)
+    except (ValueError, FileNotFoundError) as error:
+        raise CommandError(str(error)) from error
+    describe(manifest, args.out)

@@ -1,0 +1,247 @@
+"""CLIP similarity c(I, s) of images and statements, with an open_clip model by name or from a local folder."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dama.console import digest_of
+from dama.pairs import load_image
+
+DEFAULT_MODEL = "ViT-L-14-336-quickgelu"  # the vision tower of LLaVA-1.5; the paper scores with the same CLIP
+DEFAULT_PRETRAINED = "openai"
+RANDOM = "random"
+RANDOM_SEED = 0
+TEXTS_PER_BATCH = 256
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ClipError(ValueError):
+    """A CLIP that cannot be had or would give wrong scores."""
+
+
+@dataclass(frozen=True)
+class ClipScorer:
+    """A frozen CLIP on its device, with its own preprocessing and tokenizer."""
+
+    model: nn.Module
+    preprocess: Callable[[Any], Tensor]  # PIL image -> [3, H, W]
+    tokenizer: Any
+    device: torch.device
+    context_length: int  # tokens, start and end token counted
+    identity: dict[str, str]  # what the scores depend on, for a stage's fingerprint
+
+    @property
+    def logit_scale(self) -> float:
+        """exp of the learned temperature, about 100 for OpenAI's models."""
+        return float(self.model.get_parameter("logit_scale").detach().float().exp())
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text with its start and end token, before anything is cut."""
+        if hasattr(self.tokenizer, "encode"):
+            return len(self.tokenizer.encode(text)) + 2
+        return len(self.tokenizer.tokenizer(self.tokenizer.clean_fn(text)).input_ids)
+
+    def encode_images(self, paths: Sequence[Path], batch_size: int = 32, workers: int = 0) -> Tensor:
+        """[N, D] float32 on the CPU, of length 1 each."""
+        batches = [list(paths[start : start + batch_size]) for start in range(0, len(paths), batch_size)]
+        return torch.cat(list(self.iter_images(batches, workers)))
+
+    def iter_images(self, batches: Sequence[Sequence[Path]], workers: int = 0) -> Iterator[Tensor]:
+        """[n, D] float32 on the CPU for each batch of paths; `workers` processes decode ahead (0: this one decodes)."""
+        flat = [path for batch in batches for path in batch]
+        indices = iter(range(len(flat)))
+        sampler = [[next(indices) for _ in batch] for batch in batches]
+        pinned = self.device.type == "cuda"
+        dataset: Any = _Images(flat, self.preprocess)
+        for pixels in DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pinned):
+            yield self._encode_pixels(pixels)
+
+    @torch.inference_mode()
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        dtype = PRECISIONS[self.identity["precision"]]
+        features = self.model(image=pixels.to(self.device, dtype, non_blocking=True))[0]
+        return F.normalize(features.float(), dim=-1).cpu()
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """[N, D] float32 on the CPU, of length 1 each; texts of about equal length share a batch.
+
+        Raises ClipError for a text beyond the context length: open_clip would cut it without a word.
+        """
+        lengths = [self.count_tokens(text) for text in texts]
+        if texts and max(lengths) > self.context_length:
+            text = texts[lengths.index(max(lengths))]
+            remedy = "split it first (dama.hardness.split.fit_to_context)"
+            got = f"{max(lengths)} tokens, the text tower takes {self.context_length}"
+            raise ClipError(f"statement of {got}: {text[:80]!r}\nRemedy: {remedy}")
+        order = sorted(range(len(texts)), key=lambda index: lengths[index])
+        features: Tensor | None = None
+        for start in range(0, len(order), TEXTS_PER_BATCH):
+            rows = order[start : start + TEXTS_PER_BATCH]
+            batch = self._encode_ids(self.tokenizer([texts[row] for row in rows]), lengths[rows[-1]])
+            features = torch.empty(len(texts), batch.shape[1]) if features is None else features
+            features[rows] = batch
+        return torch.empty(0, 0) if features is None else features
+
+    @torch.inference_mode()
+    def _encode_ids(self, ids: Tensor, longest: int) -> Tensor:
+        """[B, D] from [B, context]; a causal tower gets only the first `longest` positions.
+
+        It pools at the end token, which sees nothing after itself, so later positions change nothing but the cost.
+        """
+        shortened = _shortened_text_tower(self.model, longest)
+        if shortened:
+            if not torch.equal(ids[:, longest:], ids[:, -1:].expand(-1, ids.shape[1] - longest)):
+                raise ClipError("CLIP's tokenizer pads on the left\nRemedy: set its padding_side to right")
+            ids = ids[:, :longest]
+        arguments = {"text": ids.to(self.device)}
+        features = torch.func.functional_call(self.model, shortened, (), arguments)[1]
+        return F.normalize(features.float(), dim=-1).cpu()
+
+
+class _Images:
+    """What the decoding processes run: one image read and preprocessed."""
+
+    def __init__(self, paths: Sequence[Path], preprocess: Callable[[Any], Tensor]) -> None:
+        self.paths, self.preprocess = paths, preprocess
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.preprocess(load_image(self.paths[index]))
+
+
+def _shortened_text_tower(model: nn.Module, length: int) -> dict[str, Tensor]:
+    """Positions and causal mask cut to `length`, by parameter name; empty where the tower must see its full context."""
+    separate = isinstance(getattr(model, "text", None), nn.Module)
+    tower: Any = model.text if separate else model
+    pool = getattr(tower, "pool_type" if separate else "text_pool_type", None)
+    mask = getattr(tower, "attn_mask", None)
+    if pool not in ("argmax", "eos") or mask is None or getattr(tower, "cls_emb", None) is not None:
+        return {}
+    prefix = "text." if separate else ""
+    return {
+        f"{prefix}positional_embedding": tower.positional_embedding[:length],
+        f"{prefix}attn_mask": mask[:length, :length],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_clip(model: str, pretrained: str | None, device: str | torch.device, precision: str = "fp32") -> ClipScorer:
+    """Loads an open_clip model for scoring.
+
+    `model` is an architecture's name, with `pretrained` one of its tags (None: openai) or "random" for seeded random
+    weights; or a folder with open_clip_config.json and open_clip_model.safetensors, without `pretrained`.
+    Raises ClipError for what clip_faults finds, and where the weights cannot be had or do not fit.
+    """
+    faults = clip_faults(model, pretrained)
+    if faults:
+        raise ClipError("\n".join(faults))
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    device, folder = torch.device(device), Path(model).is_dir()
+    name = f"local-dir:{model}" if folder else model
+    tag = None if folder else pretrained or DEFAULT_PRETRAINED
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        torch.manual_seed(RANDOM_SEED)
+        weights = {"require_pretrained": False} if tag == RANDOM else {"pretrained": tag, "require_pretrained": True}
+        try:
+            # The weights stay on the CPU until their digest is taken.
+            network = open_clip.create_model(name, precision=precision, output_dict=False, **weights)
+        except (RuntimeError, OSError, ValueError, KeyError, UserWarning) as error:
+            remedy = "a tag is fetched at its first use; without network give a folder with the weights as --clip"
+            raise ClipError(f"CLIP {model} ({tag or 'local weights'}): {error}\nRemedy: {remedy}") from error
+    tokenizer = open_clip.get_tokenizer(name)
+    _refuse_other_kinds(network, tokenizer, model)
+    config = network.visual.preprocess_cfg
+    identity = {
+        "model": Path(model).name if folder else model,
+        "pretrained": tag or "local",
+        "weights": weights_digest(network),
+        "preprocess": digest_of(config),
+        "precision": precision,
+    }
+    network = network.to(device).eval().requires_grad_(False)
+    preprocess = image_transform_v2(PreprocessCfg(**config), is_train=False)
+    return ClipScorer(network, preprocess, tokenizer, device, tokenizer.context_length, identity)
+
+
+def _refuse_other_kinds(network: nn.Module, tokenizer: Any, model: str) -> None:
+    """CLIPs with a text tower that can be counted and shortened; not CoCa, SigLIP or the "clips" tokenizer."""
+    import open_clip
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    plain = isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None
+    if not plain and not (isinstance(tokenizer, HFTokenizer) and not tokenizer.tokenizer_mode):
+        kind = type(tokenizer).__name__
+        raise ClipError(f"CLIP {model}: its tokenizer ({kind}) is not supported\nRemedy: take a plain CLIP")
+    if not isinstance(network, (open_clip.CLIP, open_clip.CustomTextCLIP)):
+        raise ClipError(f"CLIP {model}: a {type(network).__name__} is not supported\nRemedy: take a plain CLIP")
+
+
+def clip_faults(model: str, pretrained: str | None) -> list[str]:
+    """What is wrong with a choice of CLIP, each with a remedy, seen without loading or fetching anything."""
+    try:
+        import open_clip
+    except ImportError as error:
+        return [f"open_clip cannot be imported ({error})\nRemedy: pip install open_clip_torch"]
+    if Path(model).is_dir():
+        return _folder_faults(Path(model), pretrained)
+    if model not in open_clip.list_models():
+        remedy = f"a name from open_clip.list_models(), such as {DEFAULT_MODEL}, or an existing folder"
+        return [f"--clip {model}: neither a folder nor an architecture of open_clip\nRemedy: {remedy}"]
+    tag = pretrained or DEFAULT_PRETRAINED
+    if tag == RANDOM:
+        return []
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        return [f"--pretrained {tag}: {model} has no such weights\nRemedy: one of {', '.join([*tags, RANDOM])}"]
+    return _quick_gelu_faults(model, tag)
+
+
+def _folder_faults(folder: Path, pretrained: str | None) -> list[str]:
+    remedy = f"Remedy: a folder as open_clip writes it, with {CONFIG_NAME} and {WEIGHTS_NAME}"
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
+    faults = [f"--clip {folder}: no {name} in it\n{remedy}" for name in missing]
+    if pretrained is not None:
+        faults.append(f"--pretrained {pretrained}: the folder {folder} has its own weights\nRemedy: leave it out")
+    return faults
+
+
+def _quick_gelu_faults(model: str, tag: str) -> list[str]:
+    """open_clip only warns when weights trained with QuickGELU meet a model with GELU, and the scores are wrong."""
+    import open_clip
+
+    model_has = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
+    tag_has = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
+    if model_has == tag_has:
+        return []
+    other = f"{model}-quickgelu"
+    remedy = f"--clip {other}" if tag_has and other in open_clip.list_models() else "another --clip or --pretrained"
+    got = f"{tag}'s weights were trained {'with' if tag_has else 'without'} QuickGELU, {model} is the other kind"
+    return [f"QuickGELU mismatch: {got}, and its scores would be wrong\nRemedy: {remedy}"]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 over all names, shapes, types and bytes of a model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,366 @@
+"""Preference pairs (I, x, y_w, y_l): what one is, reading files of them, the checks before long work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from dama.console import digest_of
+
+IMAGE_TOKEN = "<image>"
+MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: above it a small file can fill the memory
+SHOWN_FAULTS = 20
+FILE_REMEDY = "correct or remove these rows"
+BOMB = Image.DecompressionBombError
+# What Pillow raises for damaged files; SyntaxError is its way of saying "broken PNG".
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, struct.error, BOMB)
+
+
+class PairsError(ValueError):
+    """Faults of a file of pairs, all in one message."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLogps:
+    """log pi_ref(y | I, x) of both answers: sums over the answer's tokens, in nats."""
+
+    chosen: float
+    rejected: float
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One row of D. Answers are kept exactly as in the file; the question comes without its image placeholder."""
+
+    id: str
+    image: str  # relative to the image folder
+    question: str
+    chosen: str
+    rejected: str
+    kind: str = ""
+    source: str = ""
+    reference: ReferenceLogps | None = None
+    clip_scores: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # per statement of y_w, of y_l
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedPair:
+    """A pair that was left out on request, and why."""
+
+    id: str
+    reason: str
+
+
+def fault_list(subject: str, faults: Sequence[str], remedy: str) -> str:
+    """One message for many faults: how many, the first 20, what to do."""
+    lines = [f"{subject}: {len(faults)} fault{'s' if len(faults) != 1 else ''}"]
+    lines += [f"  {fault}" for fault in faults[:SHOWN_FAULTS]]
+    if len(faults) > SHOWN_FAULTS:
+        lines.append(f"  ... and {len(faults) - SHOWN_FAULTS} more")
+    return "\n".join([*lines, f"Remedy: {remedy}"])
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_pairs(path: str | Path) -> list[PreferencePair]:
+    """Reads RLAIF-V's JSON or JSONL, or the released DAMA code's JSON (the same with `logps` and `*_logits`).
+
+    Fields: idx or id (a digest of the content where absent), image_path or image, question, chosen, rejected,
+    origin_dataset, origin_split, kind; kind falls back to origin_split's "type". Whether it is a list or one record
+    a line is seen from the first character. Raises PairsError naming every torn line and every row with a bad field.
+    """
+    pairs, faults = parse_pairs(path)
+    if faults:
+        raise PairsError(fault_list(str(path), faults, FILE_REMEDY))
+    return pairs
+
+
+def parse_pairs(path: str | Path) -> tuple[list[PreferencePair], list[str]]:
+    """read_pairs with the faults of single rows returned, for check_pairs to report together with its own."""
+    path = Path(path)
+    if not path.is_file():
+        raise PairsError(f"{path}: no such file\nRemedy: give a JSON or JSONL file of preference pairs")
+    pairs, faults = [], []
+    for place, row in _rows(path):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            pairs.append(_pair_from_row(row))
+        except ValueError as fault:
+            faults.append(f"{place}: {fault}")
+    if not pairs and not faults:
+        raise PairsError(f"{path}: no pairs in it\nRemedy: expected a JSON list of records or one record a line")
+    return pairs, faults
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every record; a row that is not JSON comes as the ValueError that says so."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PairsError(f"{path}: byte {error.start} is not UTF-8\nRemedy: save the file as UTF-8") from error
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            remedy = "the file is torn or not JSON; write it again"
+            raise PairsError(f"{path}, line {error.lineno}: {error.msg}\nRemedy: {remedy}") from error
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", _row_of_line(line)
+
+
+def _row_of_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return ValueError(f"not JSON, perhaps torn ({error.msg} at column {error.colno})")
+
+
+def _pair_from_row(row: Any) -> PreferencePair:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a record with named fields, got {type(row).__name__}")
+    image, chosen, rejected = _text(row, "image_path", "image"), _text(row, "chosen"), _text(row, "rejected")
+    question = _without_image_token(_text(row, "question"))
+    return PreferencePair(
+        id=_id_of_row(row) or digest_of([image, question, chosen, rejected]),
+        image=image,
+        question=question,
+        chosen=chosen,
+        rejected=rejected,
+        kind=_text(row, "kind") if row.get("kind") is not None else _kind_of_split(row.get("origin_split")),
+        source=_text(row, "origin_dataset") if row.get("origin_dataset") is not None else "",
+        reference=_reference(row.get("logps")),
+        clip_scores=_clip_scores(row),
+    )
+
+
+def _text(row: dict[str, Any], *names: str) -> str:
+    """The first of these fields that the row has, as valid Unicode text."""
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        raise ValueError(f"no field {' or '.join(names)}; it has {', '.join(sorted(row)) or 'none'}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise ValueError(f"field {name}: expected text, got {type(value).__name__}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"field {name}: half of a surrogate pair, which is no character")
+    return value
+
+
+def _id_of_row(row: dict[str, Any]) -> str | None:
+    value = next((row[name] for name in ("idx", "id") if row.get(name) is not None), None)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).strip():
+        raise ValueError(f"field idx: expected an integer or text, got {value!r}")
+    return str(value)
+
+
+def _without_image_token(question: str) -> str:
+    """Takes one image placeholder, with the line break that parts it from the text, off either end."""
+    if question.startswith(IMAGE_TOKEN):
+        return question[len(IMAGE_TOKEN) :].lstrip("\n")
+    if question.endswith(IMAGE_TOKEN):
+        return question[: -len(IMAGE_TOKEN)].rstrip("\n")
+    return question
+
+
+def _kind_of_split(origin_split: Any) -> str:
+    """RLAIF-V keeps the question's type inside a JSON text; any other origin_split names no kind."""
+    try:
+        fields = json.loads(origin_split) if isinstance(origin_split, str) else origin_split
+    except json.JSONDecodeError:
+        return ""
+    kind = fields.get("type") if isinstance(fields, dict) else None
+    return kind if isinstance(kind, str) else ""
+
+
+def _json_field(name: str, value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"field {name}: not JSON ({error.msg} at column {error.colno})") from error
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    numeric = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    if not numeric or not all(map(math.isfinite, values)):
+        raise ValueError(f"field {name}: expected a list of finite numbers, got {str(values)[:60]}")
+    return tuple(float(value) for value in values)
+
+
+def _reference(value: Any) -> ReferenceLogps | None:
+    """Released layout: win sum, win average, win per token, then the same of rej; bare or under `logps`."""
+    if value is None:
+        return None
+    fields = _json_field("logps", value)
+    fields = fields.get("logps") if isinstance(fields, dict) else fields
+    if not isinstance(fields, list) or len(fields) != 6:
+        found = f"{len(fields)} of them" if isinstance(fields, list) else type(fields).__name__
+        raise ValueError(f"field logps: expected six entries (sum, average, per token; twice), got {found}")
+    return ReferenceLogps(*_numbers("logps", [fields[0], fields[3]]))
+
+
+def _clip_scores(row: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    names = ("chosen_logits", "rejected_logits")
+    if all(row.get(name) is None for name in names):
+        return None
+    chosen, rejected = (_numbers(name, _json_field(name, row.get(name))) for name in names)
+    return chosen, rejected
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def resolve_image(folder: str | Path, relative: str) -> Path:
+    """The image's path, symbolic links followed. Raises ValueError where it leaves the folder; it need not exist."""
+    if not relative or "\0" in relative:
+        raise ValueError(f"image path {relative!r} names no file")
+    if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).is_absolute():
+        raise ValueError(f"image path {relative} is absolute, expected one relative to the image folder")
+    root = Path(folder).resolve()
+    path = (root / relative).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"image path {relative} leaves the image folder (it leads to {path})")
+    return path
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """The image as RGB. EXIF rotation is not applied and transparency is dropped: LLaVA's models saw images so."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _image_fault(path: Path) -> str | None:
+    """Why the image cannot be used, or None. All of it is decoded, a JPEG at an eighth of its size: that is quick."""
+    if not path.exists():
+        return "image is missing"
+    if not path.is_file():
+        return "image is a folder"
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return f"image has {image.width} x {image.height} pixels, more than {MAX_PIXELS} (decompression bomb?)"
+            image.draft(image.mode, (1, 1))
+            image.convert("RGB")
+    except UNREADABLE as error:
+        return f"image is unreadable ({type(error).__name__}: {error})"
+    return None
+
+
+def distinct_images(pairs: Iterable[PreferencePair]) -> list[str]:
+    """Relative paths in order of first use."""
+    return list(dict.fromkeys(pair.image for pair in pairs))
+
+
+def image_digests(pairs: Sequence[PreferencePair], image_folder: str | Path, workers: int = 4) -> dict[str, str]:
+    """First 16 hex digits of the SHA-256 of each distinct image's bytes, by relative path."""
+    names = distinct_images(pairs)
+
+    def digest(name: str) -> str:
+        return hashlib.sha256(resolve_image(image_folder, name).read_bytes()).hexdigest()[:16]
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def pairs_fingerprint(pairs: Sequence[PreferencePair]) -> str:
+    """A digest of every field of every pair, in order: another file, order or answer gives another one."""
+    return digest_of([astuple(pair) for pair in pairs])
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def check_pairs(
+    pairs: Sequence[PreferencePair],
+    image_folder: str | Path,
+    on_bad_image: str = "fail",
+    *,
+    subject: str = "pairs",
+    faults: Sequence[str] = (),
+    workers: int = 4,
+    progress: bool = False,
+) -> tuple[list[PreferencePair], list[SkippedPair]]:
+    """Good pairs, and those left out because their image is missing or unreadable (only with on_bad_image="skip").
+
+    All other faults are errors always: empty or equal answers, duplicate ids, image placeholders inside the text,
+    image paths that leave the folder. Raises PairsError with every fault in one message, after `faults` known before;
+    `subject` heads it.
+    """
+    if on_bad_image not in ("fail", "skip"):
+        raise ValueError(f"on_bad_image: expected fail or skip, got {on_bad_image!r}")
+    if not Path(image_folder).is_dir():
+        remedy = "give the folder the image paths start from"
+        raise PairsError(f"image folder {image_folder}: no such folder\nRemedy: {remedy}")
+    faults = [*faults, *_duplicate_faults(pairs), *(fault for pair in pairs for fault in _text_faults(pair))]
+    outside, bad = _image_faults(distinct_images(pairs), image_folder, workers, progress)
+    blocking = outside if on_bad_image == "skip" else outside | bad
+    faults += [_fault(pair, blocking[pair.image]) for pair in pairs if pair.image in blocking]
+    if faults:
+        remedy = FILE_REMEDY
+        if not outside and bad and on_bad_image == "fail":
+            remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
+        raise PairsError(fault_list(subject, faults, remedy))
+    good = [pair for pair in pairs if pair.image not in bad]
+    skipped = [SkippedPair(pair.id, f"{bad[pair.image]}: {pair.image}") for pair in pairs if pair.image in bad]
+    if not good:
+        reasons = [f"row {skip.id}: {skip.reason}" for skip in skipped]
+        raise PairsError(fault_list(subject, reasons, "no pair is left; is this the right image folder?"))
+    return good, skipped
+
+
+def _fault(pair: PreferencePair, reason: str) -> str:
+    return f"row {pair.id} (image {pair.image}): {reason}"
+
+
+def _duplicate_faults(pairs: Sequence[PreferencePair]) -> list[str]:
+    counts = Counter(pair.id for pair in pairs)
+    return [f"id {id_!r} is used by {count} rows, expected one" for id_, count in counts.items() if count > 1]
+
+
+def _text_faults(pair: PreferencePair) -> Iterator[str]:
+    answers = {"chosen": pair.chosen, "rejected": pair.rejected}
+    empty = [name for name, answer in answers.items() if not answer.strip()]
+    for name in empty:
+        yield _fault(pair, f"the {name} answer is empty")
+    if not empty and pair.chosen.strip() == pair.rejected.strip():
+        yield _fault(pair, "chosen and rejected answer are equal, so there is no preference to learn")
+    if not pair.question.strip():
+        yield _fault(pair, "the question is empty")
+    for name, text in {"question": pair.question, **answers}.items():
+        if IMAGE_TOKEN in text:
+            yield _fault(pair, f"{name}: {IMAGE_TOKEN} inside the text would be read as one more image")
+
+
+def _image_faults(
+    names: Sequence[str], folder: str | Path, workers: int, progress: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Reasons by relative path: (paths outside the folder, missing or unreadable images inside it)."""
+    outside: dict[str, str] = {}
+    inside: dict[str, Path] = {}
+    for name in names:
+        try:
+            inside[name] = resolve_image(folder, name)
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError, OSError: a loop of links, a name too long
+            outside[name] = str(error)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        checks = pool.map(_image_fault, inside.values())
+        bar = tqdm(checks, "checking images", total=len(inside), unit="image", disable=not progress, leave=False)
+        bad = {name: fault for name, fault in zip(inside, bar, strict=True) if fault is not None}
+    return outside, bad

@@ -1,0 +1,1 @@
+"""What the benchmarks share: the types, the files, the statistics."""

@@ -1,0 +1,1 @@
+"""Answers from models: the generation driver and the commands on it."""

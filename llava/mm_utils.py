@@ -1,0 +1,201 @@
+"""Images and prompts on their way to the model: pixels, patches, token ids with image places, stop words."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+
+Size = tuple[int, int]  # width, height in pixels, as in PIL
+Item = TypeVar("Item")
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(image)))
+
+
+def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
+    """The image in the middle of a square of that colour, or itself when it is square."""
+    width, height = pil_img.size
+    if width == height:
+        return pil_img
+    side = max(width, height)
+    square = Image.new(pil_img.mode, (side, side), background_color)
+    square.paste(pil_img, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Any:
+    """The pixel values of RGB images, as `model_cfg.image_aspect_ratio` says.
+
+    "pad" fills up to a square of the processor's mean colour, "anyres" cuts into patches beside the whole image
+    (`model_cfg.image_grid_pinpoints`), anything else leaves it to the processor, which crops the middle.
+
+    Returns:
+        float [N, 3, H, W] ("anyres": [N, patches, 3, H, W], or a list of N where their numbers of patches differ).
+    """
+    mode = getattr(model_cfg, "image_aspect_ratio", None)
+    if mode == "anyres":
+        pinpoints = model_cfg.image_grid_pinpoints
+        pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
+        return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
+    if mode == "pad":
+        background = tuple(int(mean * 255) for mean in image_processor.image_mean)
+        images = [expand2square(image, background) for image in images]
+    return pixel_values(images, image_processor)
+
+
+def pixel_values(images: Sequence[Image.Image], image_processor: Any) -> torch.Tensor:
+    """float [N, 3, H, W] by the image processor alone."""
+    return image_processor.preprocess(list(images), return_tensors="pt")["pixel_values"]
+
+
+# ------------------------------------------------------------------------------------------------------------- anyres
+
+
+def parse_pinpoints(grid_pinpoints: str | Sequence[Sequence[int]]) -> list[Size]:
+    """The resolutions of a config field, which is a list or its text."""
+    points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
+    return [(width, height) for width, height in points]
+
+
+def select_best_resolution(original_size: Size, possible_resolutions: Sequence[Size]) -> Size:
+    """The resolution that keeps most of the image's pixels and, among equals, wastes fewest of its own."""
+    width, height = original_size
+
+    def kept_and_wasted(resolution: Size) -> tuple[int, int]:
+        scale = min(resolution[0] / width, resolution[1] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - resolution[0] * resolution[1]
+
+    return max(possible_resolutions, key=kept_and_wasted)
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
+    """The image scaled to fit the resolution, in the middle of a black canvas of that size."""
+    width, height = image.size
+    target_width, target_height = target_resolution
+    scale_w, scale_h = target_width / width, target_height / height
+    if scale_w < scale_h:
+        fitted = (target_width, min(math.ceil(height * scale_w), target_height))
+    else:
+        fitted = (min(math.ceil(width * scale_h), target_width), target_height)
+    canvas = Image.new("RGB", target_resolution, (0, 0, 0))
+    canvas.paste(image.resize(fitted), ((target_width - fitted[0]) // 2, (target_height - fitted[1]) // 2))
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Squares of `patch_size` pixels, row by row; what hangs over the edge is black."""
+    width, height = image.size
+    corners = [(x, y) for y in range(0, height, patch_size) for x in range(0, width, patch_size)]
+    return [image.crop((x, y, x + patch_size, y + patch_size)) for x, y in corners]
+
+
+def get_anyres_image_grid_shape(
+    image_size: Size, grid_pinpoints: str | Sequence[Sequence[int]], patch_size: int
+) -> tuple[int, int]:
+    """Patches across and down that an image of this size is cut into."""
+    width, height = select_best_resolution(image_size, parse_pinpoints(grid_pinpoints))
+    return width // patch_size, height // patch_size
+
+
+def process_anyres_image(
+    image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """float [1 + patches, 3, H, W]: the whole image squeezed to a square, then its patches at the best resolution."""
+    resolution = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
+    patches = divide_to_patches(resize_and_pad_image(image, resolution), processor.crop_size["height"])
+    side = processor.size["shortest_edge"]
+    return pixel_values([image.resize((side, side)), *patches], processor)
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+) -> Any:
+    """The ids of a prompt, each "<image>" one `image_token_index`.
+
+    The texts between images are tokenised each on its own, and a BOS is kept at the very start only.
+
+    Returns:
+        a list of ids, or a LongTensor [T] for return_tensors="pt".
+    Raises:
+        ValueError: another kind of tensor is asked for.
+    """
+    chunks = tokenizer(prompt.split(DEFAULT_IMAGE_TOKEN)).input_ids
+    ids = join_chunks(chunks, image_token_index, count_bos(chunks, tokenizer.bos_token_id))
+    if return_tensors is None:
+        return ids
+    if return_tensors == "pt":
+        return torch.tensor(ids, dtype=torch.long)
+    raise ValueError(f"Unsupported tensor type: {return_tensors}")
+
+
+def count_bos(chunks: Sequence[Sequence[int]], bos_token_id: int | None) -> int:
+    """1 where the tokenizer put a BOS before every chunk, else 0."""
+    return int(all(chunk and chunk[0] == bos_token_id for chunk in chunks))
+
+
+def join_chunks(chunks: Sequence[Sequence[Item]], image_item: Item, n_bos: int) -> list[Item]:
+    """The chunks (of ids, or of anything that goes with them) with an image's item between them and one BOS in all."""
+    joined = list(chunks[0])
+    for chunk in chunks[1:]:
+        joined.append(image_item)
+        joined.extend(chunk[n_bos:])
+    return joined
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """The last part of a path, after its parent's name where it is a checkpoint ("llava_checkpoint-100")."""
+    *parents, name = model_path.strip("/").split("/")
+    return f"{parents[-1]}_{name}" if parents and name.startswith("checkpoint-") else name
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stops generation once every row's new tokens end with, or their last few contain as text, one of the keywords.
+
+    Args:
+        input_ids: the prompt, [B, T]; its length is not looked at.
+    """
+
+    def __init__(self, keywords: Sequence[str], tokenizer: PreTrainedTokenizerBase, input_ids: torch.Tensor) -> None:
+        self.keywords = list(keywords)
+        self.keyword_ids = [self._ids_without_bos(keyword, tokenizer) for keyword in keywords]
+        self.max_keyword_len = max((len(ids) for ids in self.keyword_ids), default=0)
+        self.tokenizer = tokenizer
+        self.start_len = input_ids.shape[1]
+
+    @staticmethod
+    def _ids_without_bos(keyword: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        ids = tokenizer(keyword).input_ids
+        return ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids
+
+    def call_for_batch(self, output_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> bool:
+        """Whether a batch of one, [1, T], has come to a keyword."""
+        row = output_ids[0].tolist()
+        if any(row[-len(ids) :] == ids for ids in self.keyword_ids):
+            return True
+        # Counted from the prompt's length as in LLaVA, so that rows without the prompt give the same verdicts.
+        tail = row[-min(len(row) - self.start_len, self.max_keyword_len) :]
+        text = self.tokenizer.decode(tail, skip_special_tokens=True)
+        return any(keyword in text for keyword in self.keywords)
+
+    def __call__(self, output_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> bool:
+        return all(self.call_for_batch(row[None], scores) for row in output_ids)

@@ -1,0 +1,1 @@
+"""TinyCOCO: a procedurally drawn miniature of COCO on which the whole pipeline runs without any download."""

@@ -1,0 +1,54 @@
+"""`python -m playground.tinycoco scenes | report | build`: the miniature world's commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dama.console import say
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m playground.tinycoco", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    scenes = commands.add_parser("scenes", help="draw the pairs' pictures and held-out scenes, write their questions")
+    scenes.add_argument("--out", type=Path, required=True, help="folder for images/, pairs.json, questions.jsonl")
+    scenes.add_argument("--pairs", type=int, help="use only the first so many pairs (default: all)")
+    scenes.add_argument("--scenes", type=int, default=300, help="held-out scenes (default: %(default)s)")
+    scenes.add_argument("--split", choices=("test", "validation"), default="test", help="which (default: %(default)s)")
+    report = commands.add_parser("report", help="score the captions of a run, print the table, write the report")
+    report.add_argument("--run", type=Path, required=True, help="folder with data/, hardness/, captions/")
+    report.add_argument(
+        "--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the one before alignment first"
+    )
+    build = commands.add_parser("build", help="rebuild every shipped file from nothing (up to 30 minutes on 2 cores)")
+    build.add_argument("--out", type=Path, default=Path(__file__).parent, help="for weights/ and pairs.json")
+    build.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
+    build.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command == "build":
+            from playground.tinycoco.build import build
+
+            build(args.out, args.work, args.seed)
+        else:
+            from playground.tinycoco import run
+
+            if args.command == "scenes":
+                run.prepare(args.out, args.pairs, args.scenes, args.split)
+            else:
+                run.report(args.run, run.parse_models(args.models))
+    except (ValueError, FileNotFoundError) as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

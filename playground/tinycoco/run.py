@@ -1,0 +1,214 @@
+"""The two ends of `scripts/dama_tiny.sh`: pictures and questions before training, table and report after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dama.console import say, write_atomic, write_json
+from dama.hardness.score import load_hardness
+from dama.report import GalleryItem, Hardness, MarkedCaption, Metric, Report, write_report
+from dama.stage import open_stage, read_stage
+from eval.core.store import Provenance, read_answers, write_results
+from eval.objhal import PROTOCOL, ObjectVocabulary, ObjHalScore, difference, format_table, score_captions
+from playground.tinycoco.captions import QUESTIONS
+from playground.tinycoco.preferences import scene_of
+from playground.tinycoco.scenes import Scene, draw, sample_scene
+from playground.tinycoco.vocabulary import SYNONYMS
+
+HOME = Path(__file__).parent
+PAIRS = HOME / "pairs.json"
+SFT = HOME / "weights" / "llava"
+CLIP = HOME / "weights" / "clip"
+CHUNK = 100  # pictures that a kill can cost
+METRICS = {
+    "response_level": Metric("response-level", "lower", unit="%"),
+    "mention_level": Metric("mention-level", "lower", unit="%"),
+    "object_recall": Metric("object recall", "higher", unit="%"),
+    "mean_words": Metric("mean words"),
+    "repeated_objects": Metric("repeated objects", "lower", decimals=2),
+}
+PANELS = {
+    "loss": "Loss",
+    "rewards/accuracies": "Reward accuracy",
+    "dama/R_bar": "R_bar, running mean of the reward gap",
+    "dama/alpha_M": "alpha_M",
+}
+HOW_TO_READ = (
+    "Response-level: share of captions with at least one object that is not in the picture; mention-level: share of "
+    "named objects that are not there; both should fall while object recall, the share of drawn objects that are "
+    "named, stays. Brackets are 95 % bootstrap intervals over scenes."
+)
+
+
+def prepare(out: Path, pairs: int | None, scenes: int, split: str) -> None:
+    """Draws the pictures of the shipped pairs and of `scenes` held-out scenes, and writes pairs.json and questions."""
+    rows = json.loads(PAIRS.read_text())[:pairs]
+    shown = list(dict.fromkeys(row["image_path"] for row in rows))
+    held_out = [sample_scene(index, split) for index in range(scenes)]
+    everything = [*shown, *(f"{scene.id}.png" for scene in held_out)]
+    chunks = [everything[i : i + CHUNK] for i in range(0, len(everything), CHUNK)]
+    images = out / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    fingerprint = {"pairs": len(rows), "scenes": scenes, "split": split, "pictures": len(everything)}
+    with open_stage(out, "scenes", fingerprint, [len(chunk) for chunk in chunks]) as stage:
+        if stage.complete:
+            return
+        with tqdm(total=len(everything), initial=stage.records_done, desc="scenes", unit="scene") as bar:
+            for chunk in chunks[stage.chunks_done :]:
+                stage.append([_draw_to(images, name) for name in chunk])
+                bar.update(len(chunk))
+        write_json(out / "pairs.json", rows)
+        write_atomic(out / "questions.jsonl", "".join(_question(scene, i) for i, scene in enumerate(held_out)))
+        stage.finish({"pairs": len(rows), "held_out_scenes": scenes})
+
+
+def _draw_to(folder: Path, name: str) -> dict[str, Any]:
+    scene = scene_of(name)
+    draw(scene).save(folder / name)
+    return {"image": name, "objects": list(scene.categories)}
+
+
+def _question(scene: Scene, index: int) -> str:
+    name = f"{scene.id}.png"
+    row = {"question_id": scene.id, "image": name, "image_id": name, "text": QUESTIONS[index % len(QUESTIONS)]}
+    return json.dumps(row) + "\n"
+
+
+# --- After training --------------------------------------------------------------------------------------------------
+
+
+def vocabulary() -> ObjectVocabulary:
+    return ObjectVocabulary.from_mapping(SYNONYMS)
+
+
+def score_answers(answers: Path) -> ObjHalScore:
+    """Object HalBench in rule mode; the ground truth is what the scene generator drew."""
+    captions = read_answers(answers)
+    truth = {answer.image_id: set(scene_of(answer.image_id).categories) for answer in captions}
+    return score_captions(captions, truth, vocabulary())
+
+
+def report(run: Path, models: dict[str, Path]) -> dict[str, ObjHalScore]:
+    """Scores run/captions/NAME of each model, prints the table, writes results.json, report.html and report.md.
+
+    Args:
+        models: name in the table -> checkpoint folder, the one before alignment first.
+    """
+    scores: dict[str, ObjHalScore] = {}
+    for name, checkpoint in models.items():
+        folder = run / "captions" / slug(name)
+        manifest, _ = read_stage(folder, "answers")
+        scores[name] = score_answers(folder / "answers.jsonl")
+        write_results(
+            folder / "results.json",
+            scores[name].metrics_record(),
+            Provenance(
+                benchmark="TinyCOCO captions",
+                protocol=PROTOCOL,
+                checkpoint=str(checkpoint),
+                fingerprint=manifest["fingerprint"]["weights"],
+                decoding=manifest["fingerprint"]["decoding"],
+                counts=scores[name].counts(),
+            ),
+            [item.record() for item in scores[name].items],
+        )
+    say(format_table(scores))
+    page = Report(
+        title="TinyCOCO: captions before and after alignment",
+        how_to_read=HOW_TO_READ,
+        metrics=METRICS,
+        results={name: {key: score.metrics[key] for key in METRICS} for name, score in scores.items()},
+        provenance=provenance(run, models, scores),
+        notes=notes(scores),
+        gallery=gallery(scores, 12),
+        hardness=hardness(run),
+        curves={name: curve(folder) for name, folder in models.items() if (folder / "trainer_state.json").is_file()},
+        panels=PANELS,
+    )
+    html, markdown = write_report(page, run / "report")
+    say(f"report: {html} (the same as Markdown: {markdown})")
+    return scores
+
+
+def slug(name: str) -> str:
+    return name.lower().replace(" ", "_")
+
+
+def notes(scores: dict[str, ObjHalScore]) -> list[str]:
+    """What the paired differences say, in words the intervals allow."""
+    names = list(scores)
+    lines = []
+    for ours, theirs in [(name, names[0]) for name in names[1:]] + [(names[-1], name) for name in names[1:-1]]:
+        gaps = difference(scores[ours], scores[theirs])
+        parts = []
+        for key, title in (("response_level", "response-level"), ("object_recall", "object recall")):
+            value, low, high = gaps[key]
+            if value is None or low is None or high is None:
+                continue
+            clear = "" if low > 0 or high < 0 else ", no clear difference"
+            parts.append(f"{title} {value:+.1f} points [{low:+.1f}, {high:+.1f}]{clear}")
+        lines.append(f"{ours} against {theirs} on the same scenes: {'; '.join(parts)}.")
+    return lines
+
+
+def gallery(scores: dict[str, ObjHalScore], count: int) -> list[GalleryItem]:
+    """The first scenes on which the models' captions differ in what they invent, then others, in order of scene."""
+    models = list(scores)
+    items = list(zip(*(scores[name].items for name in models)))
+    telling = [row for row in items if len({len(item.hallucinated) for item in row}) > 1]
+    chosen = (telling + [row for row in items if row not in telling])[:count]
+    return [
+        GalleryItem(
+            draw(scene_of(row[0].answer.image_id)),
+            row[0].answer.prompt,
+            [MarkedCaption(name, item.answer.text, item.spans()) for name, item in zip(models, row)],
+        )
+        for row in chosen
+    ]
+
+
+def hardness(run: Path) -> Hardness:
+    _, records = read_stage(run / "hardness", "hardness")
+    kinds = sorted({record["kind"] for record in records})
+    by_kind = {kind: [record["delta"] for record in records if record["kind"] == kind] for kind in kinds}
+    return Hardness(by_kind, load_hardness(run / "hardness").delta_bar)
+
+
+def curve(checkpoint: Path) -> list[dict[str, Any]]:
+    """The training log of a run, one row a logging step."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [row for row in history if "loss" in row]
+
+
+def provenance(run: Path, models: dict[str, Path], scores: dict[str, ObjHalScore]) -> dict[str, str]:
+    first = next(iter(scores.values()))
+    pairs = json.loads((run / "data" / "pairs.json").read_text())
+    lines = {
+        "scenes": f"{len(first.items)} held out, greedy captions",
+        "scorer": f"Object HalBench, rule mode ({PROTOCOL})",
+        "pairs": str(len(pairs)),
+    }
+    for name, folder in models.items():
+        card = folder / "dama_provenance.json"
+        if card.is_file():
+            made = json.loads(card.read_text())
+            kept = ("strategy", "variant", "learning_rate", "num_train_epochs", "dpo_beta", "seed")
+            flags = ", ".join(f"{flag} {made['flags'][flag]}" for flag in kept if flag in made["flags"])
+            lines[name] = f"{flags}; revision {made['revision']}"
+    return lines
+
+
+def parse_models(words: Sequence[str]) -> dict[str, Path]:
+    """NAME=FOLDER words, in the order given."""
+    models = {}
+    for word in words:
+        name, sign, folder = word.partition("=")
+        if not sign or not Path(folder).is_dir():
+            raise ValueError(f"--models: expected NAME=FOLDER with an existing folder, got {word!r}")
+        models[name] = Path(folder)
+    return models

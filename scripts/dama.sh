@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The body that dama_7b.sh, dama_13b.sh and dama_7b_lora.sh share; they set MODEL, SIZE (billions of parameters), METHOD
+# (full or lora) and the learning rate. The paper's settings: 16 pairs a step over all GPUs, 12 of them selected, beta 0.1,
+# 4 epochs, cosine with warm-up 0.1, bf16, ZeRO-2.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+dry_run=false
+if [ "${1:-}" = --dry-run ]; then
+    dry_run=true
+    shift
+fi
+MODEL=${MODEL:?set by the script that calls this one}
+DATA=${DATA:-playground/data/pairs.jsonl}
+IMAGES=${IMAGES:-playground/data/images}
+OUTPUT=${OUTPUT:-checkpoints/$NAME}
+GPUS=${GPUS:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}
+MICRO_BATCH=${MICRO_BATCH:-$DEFAULT_MICRO_BATCH}
+ZERO=${ZERO:-scripts/zero2.json}
+pairs_per_step=16
+
+run() {
+    printf '+'
+    printf ' %q' "$@"
+    printf '\n'
+    $dry_run || "$@"
+}
+
+$dry_run || bash scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+# Everything that is missing is reported at once, before anything starts.
+run python -m llava.train.doctor --model "$MODEL" --data "$DATA" --images "$IMAGES" --output "$OUTPUT" \
+    --gpus "$GPUS" --billions "$SIZE" --method "$METHOD" --pairs_per_step $pairs_per_step
+if [ "$GPUS" -eq 0 ]; then GPUS=1; fi # only a dry run comes here without a GPU
+if [ "$MICRO_BATCH" -gt $((pairs_per_step / GPUS)) ]; then MICRO_BATCH=$((pairs_per_step / GPUS)); fi
+
+run python -m dama hardness --data "$DATA" --image_folder "$IMAGES" --on_bad_image skip \
+    --clip ViT-L-14-336-quickgelu --pretrained openai --precision bf16 --batch_size 64 --out "$OUTPUT/hardness"
+run python -m dama reference --data "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
+    --model_name_or_path "$MODEL" --precision bf16 --model_max_length 2048 --batch_size 4 --out "$OUTPUT/reference"
+run deepspeed --num_gpus "$GPUS" llava/train/train_mem.py --deepspeed "$ZERO" --task DPO \
+    --model_name_or_path "$MODEL" --version v1 --image_aspect_ratio pad \
+    --data_path "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
+    --hardness "$OUTPUT/hardness" --reference "$OUTPUT/reference" \
+    --strategy both --variant paper --dpo_beta 0.1 --select_ratio 0.75 --gamma 0.9 \
+    --num_train_epochs 4 --learning_rate "$LEARNING_RATE" --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0. \
+    --per_device_train_batch_size "$MICRO_BATCH" \
+    --gradient_accumulation_steps $((pairs_per_step / GPUS / MICRO_BATCH)) \
+    --bf16 True --gradient_checkpointing True --model_max_length 2048 --dataloader_num_workers 4 \
+    --eval_pairs 0.01 --eval_strategy epoch --save_strategy epoch --save_total_limit 1 \
+    --metric_for_best_model eval_loss --logging_steps 5 --report_to tensorboard \
+    "${EXTRA[@]}" --output_dir "$OUTPUT" "$@"

@@ -1,0 +1,284 @@
+"""dama.hardness.score: Eq. 5 on paper, the stage against a naive loop, kills, and changed inputs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dama.hardness import score
+from dama.hardness.clip import ClipScorer, load_clip
+from dama.hardness.score import Hardness, delta_bar, hardness_delta, load_hardness, run_hardness, similarity
+from dama.hardness.split import split_statements
+from dama.pairs import PairsError, PreferencePair, SkippedPair, read_pairs
+from dama.stage import Stage, StageError
+from tests.dama.tiny_clip import write_tiny_clip
+
+ANSWERS = [
+    "A cat is on the mat.",
+    "A dog is in the park, and a child is next to it. The sky is blue.",
+    "There is a red bus. Two men are standing beside it.",
+    "A cat is on the mat. It is " + "very, " * 90 + "tired.",
+]
+
+
+# -------------------------------------------------------------------------------------------------------- equations
+
+
+def test_hardness_delta_on_paper() -> None:
+    """S_w scores .3, .2, .1: sum .6, mean .2. S_l .25, .15: sum .4, mean .2. So delta is .2 as sum, 0 as mean."""
+    chosen, rejected = [0.3, 0.2, 0.1], [0.25, 0.15]
+    assert hardness_delta(chosen, rejected) == pytest.approx(0.2)
+    assert hardness_delta(chosen, rejected, "mean") == pytest.approx(0.0, abs=1e-12)
+
+
+def test_hardness_delta_limits() -> None:
+    assert hardness_delta([0.1, 0.2], [0.2, 0.1]) == 0.0  # equal scores in any order
+    assert hardness_delta([0.1], [0.4]) == -hardness_delta([0.4], [0.1])
+    with pytest.raises(ValueError, match="at least one statement"):
+        hardness_delta([], [0.1])
+    with pytest.raises(ValueError, match="expected one of sum, mean, got 'max'"):
+        hardness_delta([0.1], [0.1], "max")
+
+
+def test_delta_bar_on_paper() -> None:
+    """(.2 - .1 + .5) / 3 = .2"""
+    assert delta_bar([0.2, -0.1, 0.5]) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="at least one pair"):
+        delta_bar([])
+
+
+def test_similarity_on_paper() -> None:
+    """Image (0.6, 0.8); statements (1, 0) and (0, 1): cosines 0.6 and 0.8; as logits at scale 100: 60 and 80."""
+    image, statements = torch.tensor([0.6, 0.8]), torch.eye(2)
+    assert similarity(image, statements).tolist() == pytest.approx([0.6, 0.8])
+    assert similarity(image, statements, 100.0).tolist() == pytest.approx([60.0, 80.0])
+
+
+# ------------------------------------------------------------------------------------------------------------ stage
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def scorer(clip_folder: Path) -> ClipScorer:
+    return load_clip(str(clip_folder), None, "cpu")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(5):
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def pairs() -> list[PreferencePair]:
+    """Nine pairs on five images, the images' uses interleaved."""
+    return [
+        PreferencePair(
+            id=f"p{index}",
+            image=f"{index % 5}.png",
+            question="What is it?",
+            chosen=ANSWERS[index % 4],
+            rejected=ANSWERS[(index + 1) % 4],
+            kind="odd" if index % 2 else "even",
+        )
+        for index in range(9)
+    ]
+
+
+def naive_cosines(scorer: ClipScorer, image: Path, statements: list[str]) -> list[float]:
+    """open_clip's own functions, one text at a time, nothing cut or batched."""
+    with torch.inference_mode():
+        pixels = scorer.preprocess(Image.open(image).convert("RGB"))[None]
+        picture = scorer.model.encode_image(pixels, normalize=True)[0]
+        texts = [scorer.model.encode_text(scorer.tokenizer([text]), normalize=True)[0] for text in statements]
+    return [float(picture @ text) for text in texts]
+
+
+def run(pairs: list[PreferencePair], images: Path, out: Path, scorer: ClipScorer | None, **flags: Any) -> Hardness:
+    run_hardness(pairs, images, out, scorer, progress=False, **flags)
+    return load_hardness(out)
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "hardness.jsonl").read_text().splitlines()]
+
+
+def test_stage_agrees_with_a_naive_loop(
+    pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path
+) -> None:
+    result = run(pairs, images, tmp_path / "out", scorer)
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out")}
+    assert set(rows) == {pair.id for pair in pairs}
+    for pair in pairs:
+        row = rows[pair.id]
+        for side in ("chosen", "rejected"):
+            statements = row[f"{side}_statements"]
+            expected = naive_cosines(scorer, images / pair.image, statements)
+            assert row[f"{side}_scores"] == pytest.approx(expected, abs=1e-6)
+        difference = sum(row["chosen_scores"]) - sum(row["rejected_scores"])
+        assert row["delta"] == pytest.approx(difference, abs=1e-12)
+        assert result.delta[pair.id] == row["delta"]
+    assert result.delta_bar == pytest.approx(np.mean([row["delta"] for row in rows.values()]))
+    assert rows["p0"]["chosen_statements"] == split_statements(ANSWERS[0])
+
+
+def test_long_statements_are_split_not_cut(
+    pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path
+) -> None:
+    run(pairs, images, tmp_path / "out", scorer)
+    row = next(row for row in rows_of(tmp_path / "out") if row["id"] == "p3")
+    assert len(row["chosen_statements"]) > 3
+    assert " ".join(row["chosen_statements"]) == ANSWERS[3]
+    assert max(map(scorer.count_tokens, row["chosen_statements"])) <= 77
+
+
+def test_batch_size_and_workers_do_not_matter(
+    pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path
+) -> None:
+    results = [
+        run(pairs, images, tmp_path / f"{batch_size}-{workers}", scorer, batch_size=batch_size, workers=workers)
+        for batch_size, workers in ((1, 0), (2, 2), (64, 0))
+    ]
+    for other in results[1:]:
+        assert other.fingerprint == results[0].fingerprint
+        assert other.delta == pytest.approx(results[0].delta, abs=1e-6)
+
+
+def test_scale_and_reduction(pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path) -> None:
+    """Logits are cosines times exp(logit scale), so delta is too; the mean divides each answer's sum by its length."""
+    cosine = run(pairs, images, tmp_path / "cosine", scorer)
+    logit = run(pairs, images, tmp_path / "logit", scorer, scale="logit")
+    run(pairs, images, tmp_path / "mean", scorer, reduction="mean")
+    for pair_id, delta in cosine.delta.items():
+        assert logit.delta[pair_id] == pytest.approx(delta * scorer.logit_scale, abs=1e-5)
+    row = rows_of(tmp_path / "mean")[0]
+    assert row["delta"] == pytest.approx(np.mean(row["chosen_scores"]) - np.mean(row["rejected_scores"]))
+    with pytest.raises(ValueError, match="expected scale in"):
+        run(pairs, images, tmp_path / "x", scorer, scale="percent")
+
+
+def test_each_image_is_read_once(
+    pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five images in chunks of two: one more would be read twice if a chunk ended within an image's pairs."""
+    from dama.hardness import clip
+
+    seen: list[str] = []
+    original = clip.load_image
+    monkeypatch.setattr(clip, "load_image", lambda path: seen.append(Path(path).name) or original(path))
+    monkeypatch.setattr(score, "IMAGES_PER_CHUNK", 2)
+    run(pairs, images, tmp_path / "out", scorer)
+    assert seen == [f"{index}.png" for index in range(5)]
+
+
+def test_summary_on_paper(tmp_path: Path, pairs: list[PreferencePair]) -> None:
+    """Deltas .1, -.1 (even) and .3 (odd): delta_bar .1, one of three negative, sd of the even ones .1."""
+    scores = [((0.1,), (0.0,)), ((0.2, 0.2), (0.1,)), ((0.1,), (0.2,))]
+    three = [replace(pair, clip_scores=given) for pair, given in zip(pairs, scores)]
+    manifest = run_hardness(
+        three, tmp_path, tmp_path / "out", None, progress=False, skipped=[SkippedPair("p9", "image is missing: x.png")]
+    )
+    summary = manifest["summary"]
+    assert summary["delta_bar"] == pytest.approx(0.1)
+    assert summary["pairs"] == 3 and summary["statements"] == {"chosen": 4, "rejected": 3}
+    assert summary["spread"]["all"]["negative"] == pytest.approx(1 / 3)
+    assert summary["spread"]["even"] == pytest.approx(
+        {"pairs": 2, "mean": 0.0, "sd": 0.1, "min": -0.1, "max": 0.1, "negative": 0.5}
+    )
+    assert summary["length_correlation"] == pytest.approx(0.8660254)  # r of (.1, .3, -.1) with (0, 1, 0) = sqrt(3)/2
+    assert summary["skipped"] == [{"id": "p9", "reason": "image is missing: x.png"}]
+
+
+def test_released_scores_reproduce_their_delta(tmp_path: Path, golden: Path) -> None:
+    """Record 0: (.31 - .12) - (.05 - .2) = .34; record 1: (.22 + .4 + .1) - (-.3) = 1.02."""
+    pairs = read_pairs(golden / "dama/rlaifv_records.json")
+    result = run(pairs, golden / "images", tmp_path / "out", None)
+    assert [result.delta["0"], result.delta["1"]] == pytest.approx([0.34, 1.02])
+    assert result.fingerprint["scores"] == "given"
+
+
+def test_missing_scores_are_named_before_anything_is_written(tmp_path: Path, pairs: list[PreferencePair]) -> None:
+    given = [replace(pairs[0], clip_scores=((0.1,), (0.2,))), replace(pairs[1], clip_scores=((), (0.2,))), pairs[2]]
+    with pytest.raises(PairsError, match="2 faults\n  row p1: no scores(?s:.*)row p2: no scores"):
+        run(given, tmp_path, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_inputs_are_refused_by_name(
+    pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(pairs, images, out, scorer)
+    other_clip = load_clip(str(write_tiny_clip(tmp_path / "seed1/tiny", seed=1)), None, "cpu")
+    edited = [replace(pairs[0], chosen="Something else."), *pairs[1:]]
+    for changed, clip, flags, field in (
+        (edited, scorer, {}, "pairs: "),
+        (pairs, other_clip, {}, "clip.weights: "),
+        (pairs, scorer, {"scale": "logit"}, 'scale: "cosine" -> "logit"'),
+        (pairs, scorer, {"reduction": "mean"}, 'reduction: "sum" -> "mean"'),
+    ):
+        with pytest.raises(StageError, match="made from other inputs") as caught:
+            run(changed, images, out, clip, **flags)
+        named = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
+        assert len(named) == 1 and named[0].startswith(field)
+    Image.new("RGB", (40, 40)).save(images / "3.png")
+    with pytest.raises(StageError, match="\n  images: "):
+        run(pairs, images, out, scorer)
+    before = load_hardness(out)
+    assert run(pairs, images, out, scorer, overwrite=True).delta != before.delta
+
+
+def test_killed_and_resumed_gives_the_same_bytes(
+    pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of one image, five in all; a process kills itself after two of them, the next after two more."""
+    monkeypatch.setattr(score, "IMAGES_PER_CHUNK", 1)
+
+    def live(out: Path, chunks: int) -> None:
+        torch.set_num_threads(1)
+        append, done = Stage.append, []
+
+        def append_and_die(stage: Stage, records: list[dict[str, Any]]) -> None:
+            append(stage, records)
+            done.append(1)
+            if len(done) == chunks:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(Stage, "append", append_and_die)
+        run_hardness(pairs, images, out, scorer, progress=False)
+
+    def exit_code(out: str, chunks: int) -> int | None:
+        process = multiprocessing.get_context("fork").Process(target=live, args=(tmp_path / out, chunks))
+        process.start()
+        process.join(60)
+        return process.exitcode
+
+    lives = [("calm", 99), ("killed", 2), ("killed", 2), ("killed", 99)]
+    assert [exit_code(out, chunks) for out, chunks in lives] == [0, -signal.SIGKILL, -signal.SIGKILL, 0]
+    assert (tmp_path / "killed/hardness.jsonl").read_bytes() == (tmp_path / "calm/hardness.jsonl").read_bytes()
+    calm, killed = (json.loads((tmp_path / out / "manifest.json").read_text()) for out in ("calm", "killed"))
+    assert calm.pop("time")["records"] == 9 and killed.pop("time")["records"] == 1
+    assert calm == killed
+
+
+def test_load_hardness_needs_a_finished_stage(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"no manifest\.json in (?s:.*)python -m dama hardness"):
+        load_hardness(tmp_path)
