@@ -1,0 +1,1 @@
+"""Things to try the repository on: the embedded TinyCOCO, and where real data goes."""

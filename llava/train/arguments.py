@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import transformers
@@ -133,6 +134,47 @@ class TrainingArguments(transformers.TrainingArguments):
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
+USAGE = """\
+usage: train_mem.py --task LM|DPO --model_name_or_path M --data_path FILE --image_folder DIR --output_dir DIR [flags]
+
+Trains a LLaVA-v1.5 model: --task LM fine-tunes on conversations, --task DPO aligns on preference pairs with DAMA (or,
+with --strategy none, plain DPO). One optimiser step takes per_device_train_batch_size x GPUs x
+gradient_accumulation_steps rows or pairs. A run that was interrupted continues from its last checkpoint in
+--output_dir. Start it with `deepspeed --num_gpus N` and --deepspeed scripts/zero2.json, or plainly with python.
+
+example (what scripts/dama_7b.sh runs after the stages `python -m dama hardness` and `python -m dama reference`):
+  deepspeed --num_gpus 4 llava/train/train_mem.py --deepspeed scripts/zero2.json --task DPO --bf16 True \\
+      --model_name_or_path liuhaotian/llava-v1.5-7b --data_path pairs.jsonl --image_folder images \\
+      --hardness runs/hardness --reference runs/reference --num_train_epochs 4 --learning_rate 5e-7 \\
+      --lr_scheduler_type cosine --warmup_steps 0.1 --per_device_train_batch_size 4 --output_dir runs/dama
+"""
+# transformers' own flags that most runs set; the others are listed by --help_all.
+OFTEN_USED = {
+    "output_dir": "Folder for checkpoints and the final model.",
+    "deepspeed": "DeepSpeed's JSON file: scripts/zero2.json.",
+    "num_train_epochs": "Passes over the data.",
+    "max_steps": "Optimiser steps; overrides epochs.",
+    "per_device_train_batch_size": "Rows or pairs in one forward pass on each GPU.",
+    "gradient_accumulation_steps": "Forward passes in one optimiser step.",
+    "learning_rate": "Peak learning rate (5e-7 for DAMA on 7B, 1e-5 with LoRA).",
+    "lr_scheduler_type": "linear, cosine, constant, ...",
+    "warmup_steps": "Steps of warm-up; a number below 1 is a share of all steps.",
+    "weight_decay": "AdamW's weight decay.",
+    "max_grad_norm": "Clips the gradient's norm; 0 is off.",
+    "bf16": "Weights and arithmetic in bfloat16.",
+    "gradient_checkpointing": "Recompute activations in backward: less memory, about a third more time.",
+    "eval_strategy": "When held-out pairs are evaluated: no, steps or epoch.",
+    "save_strategy": "When checkpoints are written: no, steps, epoch or best.",
+    "save_total_limit": "Checkpoints kept; the best by --metric_for_best_model is kept beside the last.",
+    "metric_for_best_model": "eval_loss, eval_rewards/accuracies, ...",
+    "logging_steps": "Steps between log lines.",
+    "report_to": "none, tensorboard or wandb.",
+    "seed": "Of initialisation, dropout and held-out pairs.",
+    "data_seed": "Of the order of the data and of DAMA's selection. Default: --seed.",
+    "dataloader_num_workers": "Processes that prepare images ahead.",
+    "use_cpu": "Train without a GPU.",
+}
+
 # Flags of LLaVA's and of the released code's scripts that transformers 5 or this repository calls otherwise.
 RENAMED = {
     "--evaluation_strategy": "--eval_strategy",
@@ -179,6 +221,34 @@ def translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return translated, warnings
 
 
+def help_text() -> str:
+    """The flags by what they are about, each with its meaning and default."""
+    own = TrainingArguments.__annotations__
+    lora = ("lora_", "bits", "double_quant", "quant_type")
+    dama_flags = (
+        "dpo_beta", "dpo_use_average", "strategy", "variant", "selection", "select_ratio", "gamma", "beta_min",
+        "delta_bar", "check_reference", "logp_chunk",
+    )  # fmt: skip
+    groups = {
+        "DAMA (--task DPO)": [TrainingArguments.__dataclass_fields__[name] for name in dama_flags],
+        "data": list(DataArguments.__dataclass_fields__.values()),
+        "model": list(ModelArguments.__dataclass_fields__.values()),
+        "LoRA and quantisation": [TrainingArguments.__dataclass_fields__[n] for n in own if n.startswith(lora)],
+    }
+    rest = [name for name in own if name not in dama_flags and not name.startswith(lora)]
+    groups["training"] = [TrainingArguments.__dataclass_fields__[name] for name in [*rest, *OFTEN_USED]]
+    lines = [USAGE]
+    for title, entries in groups.items():
+        lines.append(f"{title}:")
+        for entry in entries:
+            text = OFTEN_USED.get(entry.name) or entry.metadata["help"]
+            default = "" if entry.default in (None, MISSING) or "Default" in text else f" Default: {entry.default}."
+            lines += wrap(text + default, 118, initial_indent=f"  --{entry.name:<30}", subsequent_indent=" " * 34)
+        lines.append("")
+    lines.append("--help_all lists every flag of transformers' TrainingArguments too.")
+    return "\n".join(lines)
+
+
 def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) -> Arguments:
     """Flags to the three dataclasses, checked. `task` overrides the default of --task.
 
@@ -186,6 +256,10 @@ def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) 
         ValueError: listing every fault.
     """
     words, warnings = translate_flags(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        say(help_text())
+        sys.exit(0)
+    words = ["--help" if word == "--help_all" else word for word in words]
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, TrainingArguments), description=__doc__, prog="train_mem.py"
     )

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dama.console import write_atomic, write_json
+from dama.console import say, write_atomic, write_json
+from dama.stage import differences
 
 Named = Iterable[tuple[str, Any]]
 PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]
@@ -93,27 +94,50 @@ def without_frozen_tower(state_dict: dict[str, Tensor], config: Any) -> dict[str
 
 
 def provenance_of(arguments: Any, **more: Any) -> dict[str, Any]:
-    """Base model, every flag that differs from its default, library versions, revision of this repository."""
+    """Base model, flags, library versions, revision of this repository, and whatever else the task knows."""
     model_args, data_args, args = arguments
     return {
         "base": model_args.model_name_or_path,
         **more,
-        "flags": changed_flags(model_args, data_args, args),
+        "flags": recorded_flags(model_args, data_args, args),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed", "peft")},
         "python": platform.python_version(),
         "revision": repository_revision(),
     }
 
 
-def changed_flags(*groups: Any) -> dict[str, Any]:
-    """The flags of dataclasses that are not at their default, as JSON values."""
-    changed = {}
+def is_finished(output_dir: str | Path, provenance: dict[str, Any]) -> bool:
+    """Whether the folder holds a finished model of the same flags and data, and says so.
+
+    Raises:
+        ValueError: it holds a finished model of others; every differing field is named.
+    """
+    folder = Path(output_dir)
+    if not (folder / "dama_provenance.json").is_file():
+        return False
+    made = json.loads((folder / "dama_provenance.json").read_text())
+    fields = ("base", "data", "flags")
+    changed = differences({f: made.get(f) for f in fields}, json.loads(json.dumps({f: provenance[f] for f in fields})))
+    if changed:
+        raise ValueError(
+            f"--output_dir {folder}: holds a finished model of other inputs ({'; '.join(changed)}). "
+            "Give another --output_dir, or remove that folder."
+        )
+    say(f"training: complete in {folder}, skipped")
+    return True
+
+
+def recorded_flags(*groups: Any) -> dict[str, Any]:
+    """This repository's own flags, and transformers' where they are not at their default, as JSON values."""
+    flags = {}
     for group in groups:
+        own = type(group).__annotations__
         for name, entry in type(group).__dataclass_fields__.items():
             value = getattr(group, name, None)
-            if entry.init and not name.startswith("_") and value != entry.default and value not in ({}, [], None):
-                changed[name] = value if isinstance(value, int | float | bool | str) else str(value)
-    return dict(sorted(changed.items()))
+            wanted = name in own or (entry.init and not name.startswith("_") and value != entry.default)
+            if wanted and value not in ({}, [], None):
+                flags[name] = value if isinstance(value, int | float | bool | str) else str(value)
+    return dict(sorted(flags.items()))
 
 
 def repository_revision() -> str:

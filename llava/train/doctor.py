@@ -92,7 +92,7 @@ def hub_has(name: str) -> bool:
         return True
     try:
         return model_info(name, timeout=10).id is not None
-    except Exception: # any failure means the same to the user: not to be had from here
+    except Exception:  # any failure means the same to the user: not to be had from here
         return False
 
 

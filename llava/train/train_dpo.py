@@ -10,7 +10,7 @@ from typing import Any
 
 from dama.console import say
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from llava.train.checkpoints import provenance_of
+from llava.train.checkpoints import is_finished, provenance_of
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
     DPODataset,
@@ -30,12 +30,13 @@ __all__ = [
 ]  # fmt: skip
 
 
-def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None = None) -> LLaVA15DPOTrainer:
+def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None = None) -> LLaVA15DPOTrainer | None:
     """Parses flags, trains, saves; returns the trainer."""
     return run(parse_arguments(argv, task="DPO"))
 
 
-def run(arguments: Arguments) -> LLaVA15DPOTrainer:
+def run(arguments: Arguments) -> LLaVA15DPOTrainer | None:
+    """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     _, data_args, args = arguments
     # What can be wrong with the data is found before the model is loaded.
     pairs, skipped = read_checked_pairs(data_args)
@@ -44,6 +45,10 @@ def run(arguments: Arguments) -> LLaVA15DPOTrainer:
     reference = reference_of_pairs(pairs, arguments, model, tokenizer)
     data = join_pairs(pairs, hardness, reference, arguments, tokenizer, image_processor, model)
     skipped = skipped + data.skipped
+    made_from = data.provenance | {"delta_bar": data.delta_bar, "pairs": len(data.train), "skipped": len(skipped)}
+    provenance = provenance_of(arguments, data=made_from)
+    if is_finished(args.output_dir, provenance):
+        return None
     announce(arguments, data, len(skipped))
     trainer = LLaVA15DPOTrainer(
         model,
@@ -52,10 +57,7 @@ def run(arguments: Arguments) -> LLaVA15DPOTrainer:
         train_dataset=data.train,
         eval_dataset=data.held_out,
         delta_bar=data.delta_bar,
-        provenance=provenance_of(
-            arguments,
-            data=data.provenance | {"delta_bar": data.delta_bar, "pairs": len(data.train), "skipped": len(skipped)},
-        ),
+        provenance=provenance,
     )
     train_and_save(trainer)
     for skip in skipped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -104,7 +105,10 @@ def fine_tune(start: Path, data: Path, out: Path, *, epochs: float, learning_rat
         "dataloader_num_workers": 1,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, str(REPOSITORY / "llava" / "train" / "train_mem.py"), *words], check=True)
+    # Threads that wait by spinning would take the cores from the process that prepares images.
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    command = [sys.executable, str(REPOSITORY / "llava" / "train" / "train_mem.py"), *words]
+    subprocess.run(command, check=True, env=environment)
 
 
 def ship(trained: Path, tower: Path, folder: Path) -> None:
