@@ -26,7 +26,7 @@ stage() {
 train() { # train NAME STRATEGY LEARNING_RATE [FLAGS]
     local name=$1 strategy=$2 rate=$3
     shift 3
-    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --num_gpus 2 --master_port $((20000 + RANDOM % 20000)) \
+    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus 2 --master_port $((20000 + RANDOM % 20000)) \
         llava/train/train_mem.py --deepspeed scripts/zero2.json --use_cpu True --task DPO \
         --model_name_or_path $world/llava --version v1 --image_aspect_ratio pad \
         --data_path "$run/data/pairs.json" --image_folder "$run/data/images" \

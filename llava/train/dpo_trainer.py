@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers.trainer_callback import ProgressCallback
 
 from dama.console import write_json
 from dama.logps import AnswerLogps
@@ -66,6 +67,34 @@ class PairLogps:
         return reward_gap(self.policy_chosen, self.policy_rejected, self.ref_chosen, self.ref_rejected)
 
 
+class StepLine(ProgressCallback):
+    """The progress bar with time left, and one readable line for each log instead of a dictionary."""
+
+    FIGURES = {
+        "loss": "loss {:.4f}",
+        "rewards/accuracies": "accuracy {:.2f}",
+        "rewards/margins": "margin {:+.4f}",
+        "dama/R_mean": "R {:+.3f}",
+        "dama/R_bar": "R_bar {:+.3f}",
+        "dama/alpha_M": "alpha_M {:.3f}",
+        "dama/beta": "beta {:.4f}",
+        "dama/selected": "kept {:g}",
+        "dama/pairs": "of {:g}",
+        "grad_norm": "grad {:.3g}",
+        "learning_rate": "lr {:.2e}",
+    }
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is None or not logs:
+            return
+        held_out = "eval_loss" in logs
+        figures = {name.removeprefix("eval_"): value for name, value in logs.items()}
+        parts = [text.format(float(figures[name])) for name, text in self.FIGURES.items() if name in figures]
+        if parts and ("loss" in figures):
+            place = "held-out" if held_out else "training"
+            self.training_bar.write(f"step {state.global_step:>5} {place}: {'  '.join(parts)}")
+
+
 class LLaVA15DPOTrainer(LLaVATrainer):
     """Trains on preference pairs with DPO, DAMA or beta-DPO, as `args.weighting()` says.
 
@@ -100,6 +129,9 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(StepLine)
         self.config = args.weighting()
         self.delta_bar = delta_bar
         self.drawn = drawn

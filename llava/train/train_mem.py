@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import transformers
+
 from dama.console import say
 from llava.train import train as sft
 from llava.train import train_dpo
@@ -12,6 +14,8 @@ from llava.train.arguments import parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # Loading and saving take a blink or have their own line; the bar that is left is the training's.
+    transformers.utils.logging.disable_progress_bar()
     try:
         arguments = parse_arguments(argv)
         task = train_dpo if arguments[2].task == "DPO" else sft

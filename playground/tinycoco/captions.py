@@ -38,6 +38,8 @@ LOOKS = {"sunny": "on a sunny day", "cloudy": "on a cloudy day", "evening": "in 
 COLOUR_SAID = 0.45  # chance that a caption names an object's colour
 SMALLEST_LEFT_OUT = 0.06  # chance that the smallest of three or more things is not mentioned
 MOST_SENTENCES = 4
+INVENTS_AGAIN = 0.6  # chance of a second invention after the first
+MOST_INVENTIONS = 2
 OWN_SENTENCE = 0.85  # share of inventions that get a sentence of their own
 
 
@@ -90,16 +92,20 @@ def truthful_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def noisy_caption(scene: Scene, rng: random.Random, rate: float) -> str:
-    """A caption that with probability `rate` also names an absent companion of something it has named.
+    """A caption that with probability `rate` also names an absent companion of something it has named, or two such.
 
     Scenes in which every companion is present stay truthful, so the share of wrong captions is below `rate`.
     """
     things = _things(scene, rng)
     plan = _plan(things, rng)
     hosts = [(thing, absent) for thing in things if (absent := _absent_companion(thing.category, scene))]
-    if hosts and rng.random() < rate:
-        host, absent = rng.choice(hosts)
+    chance, invented = rate, set[str]()
+    for host, absent in rng.sample(hosts, len(hosts)):
+        if absent in invented or len(invented) == MOST_INVENTIONS or rng.random() >= chance:
+            break
         plan = _with_invention(plan, host, _invent(absent, host, rng), rng)
+        invented.add(absent)
+        chance = INVENTS_AGAIN
     return _tell(scene, plan, rng)
 
 

@@ -36,8 +36,8 @@ def test_llavas_own_script_parses(capsys):
 
 
 def test_all_faults_at_once():
-    flags = ["--model_name_or_path", "m", "--data_path", "no.json", "--image_folder", "nowhere", "--output_dir",
-             "o", "--use_cpu", "True", "--task", "DPO", "--gamma", "2", "--version", "v11", "--hardness", "no"]  # fmt: skip
+    flags = ["--model_name_or_path", "m", "--data_path", "no.json", "--image_folder", "nowhere", "--use_cpu", "True",
+             "--output_dir", "o", "--task", "DPO", "--gamma", "2", "--version", "v11", "--hardness", "no"]  # fmt: skip
     with pytest.raises(ValueError, match=r"^5 fault\(s\) in the flags") as error:
         parse_arguments(flags)
     for part in ("--data_path: expected an existing path, got 'no.json'", "--image_folder", "did you mean", "gamma: ",

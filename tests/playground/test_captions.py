@@ -49,13 +49,13 @@ def test_positions_and_colours_are_true():
     assert not re.search(r"car is on the right|bus is on the left", text)
 
 
-def test_noise_names_one_absent_companion_of_something_present():
+def test_noise_names_one_or_two_absent_companions_of_what_is_present():
     wrong = 0
     for scene in SCENES:
         caption = noisy_caption(scene, rng_of(scene), 1.0)
         invented = hallucinated_categories(caption, scene)
         companions = {CONTEXTS[scene.context][category] for category in scene.categories}
-        assert set(invented) <= companions and len(invented) <= 1
+        assert set(invented) <= companions and len(invented) <= 2
         if companions - set(scene.categories) and set(scene.categories) <= set(mentioned_categories(caption)):
             assert invented, caption
         wrong += bool(invented)

@@ -12,6 +12,7 @@ from playground.tinycoco.scenes import Scene, SceneObject, sample_scene
 from playground.tinycoco.vocabulary import CATEGORIES
 
 WEIGHTS = Path(ct.__file__).parent / "weights"
+TOWER = WEIGHTS / "llava" / "vision_tower"
 SCENES = [sample_scene(index, "validation") for index in range(100)]
 
 
@@ -112,11 +113,11 @@ def test_the_shipped_clip_sees_what_is_drawn():
     assert ct.presence_auc(WEIGHTS / "clip", SCENES) >= 0.99
     _, edits = ct.caption_accuracies(WEIGHTS / "clip", SCENES)
     assert edits >= 0.95
-    assert ct.conversion_difference(WEIGHTS / "clip", WEIGHTS / "vision_tower", SCENES[:8]) <= 1e-5
+    assert ct.conversion_difference(WEIGHTS / "clip", TOWER, SCENES[:8]) <= 1e-5
 
 
 def test_the_shipped_files_are_small_and_of_this_code():
-    files = [WEIGHTS / "clip" / "open_clip_model.safetensors", WEIGHTS / "vision_tower" / "model.safetensors"]
+    files = [WEIGHTS / "clip" / "open_clip_model.safetensors", TOWER / "model.safetensors"]
     assert sum(path.stat().st_size for path in files) < 5.3e6
     config = json.loads((WEIGHTS / "clip" / "open_clip_config.json").read_text())
     assert config["model_cfg"] == ct.model_config(len(ct.word_pieces()))

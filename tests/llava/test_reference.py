@@ -1,0 +1,137 @@
+"""The reference stage by its command: the original's log-probs, resuming, refusal of what does not belong."""
+
+import json
+import shutil
+
+import pytest
+
+from dama.cli import main
+from dama.stage import read_stage
+from llava.train import train_dpo
+from llava.train.arguments import parse_arguments
+from llava.train.reference import digest_of_checkpoint
+from tests.conftest import GOLDEN
+from tests.llava.test_dpo_golden import DATASET, flags
+
+
+@pytest.fixture()
+def world(in_golden, tmp_path):
+    """Pairs without log-probs or scores of their own, in a folder that a test may change."""
+    rows = json.loads((GOLDEN / "dama" / "rlaifv_records.json").read_text())
+    keep = ("idx", "question", "chosen", "rejected", "image_path", "origin_dataset", "origin_split")
+    (tmp_path / "pairs.json").write_text(json.dumps([{k: row[k] for k in keep} for row in rows]))
+    shutil.copytree(GOLDEN / "images", tmp_path / "images")
+    return tmp_path
+
+
+def reference(world, *more, out="reference"):
+    return main(
+        ["reference", "--data", str(world / "pairs.json"), "--image_folder", str(world / "images"),
+         "--model_name_or_path", "llava-v1.5-tiny", "--image_aspect_ratio", "square", "--out", str(world / out),
+         "--device", "cpu", *more]
+    )  # fmt: skip
+
+
+def train(world, *more):
+    return train_dpo.run(
+        parse_arguments(
+            flags(world, "--data_path", str(world / "pairs.json"), "--image_folder", str(world / "images"),
+                  "--reference", str(world / "reference"), "--strategy", "model", "--variant", "paper",
+                  "--max_steps", "1", "--save_strategy", "no", *more)
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", ["1", "3", "8"])
+def test_the_originals_log_probs_whatever_the_batch(world, batch_size):
+    assert reference(world, "--batch_size", batch_size) == 0
+    _, records = read_stage(world / "reference", "reference")
+    got = {record["id"]: record for record in records}
+    for row in DATASET["reference_logps"]["llava-v1.5-tiny"]:
+        assert got[str(row["idx"])]["chosen_logp"] == pytest.approx(row["win"]["sum"], abs=2e-4)
+        assert got[str(row["idx"])]["rejected_logp"] == pytest.approx(row["rej"]["sum"], abs=2e-4)
+        assert got[str(row["idx"])]["chosen_tokens"] == row["win"]["n_label_tokens"]
+
+
+def test_training_takes_them_and_starts_at_log_2(world):
+    assert reference(world) == 0
+    trainer = train(world)
+    assert trainer.state.log_history[0].get("loss", trainer.state.log_history[0].get("train_loss")) == pytest.approx(
+        0.693147, abs=1e-4
+    )
+
+
+def test_a_second_call_is_skipped_and_says_so(world, capsys):
+    assert reference(world) == 0
+    before = (world / "reference" / "reference.jsonl").read_bytes()
+    capsys.readouterr()
+    assert reference(world) == 0
+    assert "complete" in capsys.readouterr().out
+    assert (world / "reference" / "reference.jsonl").read_bytes() == before
+
+
+def test_an_interrupted_stage_continues_to_the_same_bytes(world):
+    assert reference(world, "--batch_size", "2") == 0
+    whole = (world / "reference" / "reference.jsonl").read_bytes()
+    path = world / "reference" / "reference.jsonl"
+    manifest = json.loads((world / "reference" / "manifest.json").read_text())
+    unfinished = {k: v for k, v in manifest.items() if k not in ("digest", "summary", "time")} | {"complete": False}
+    (world / "reference" / "manifest.json").write_text(json.dumps(unfinished))
+    path.write_bytes(whole[: len(whole) * 2 // 3])  # a torn line at the end
+    assert reference(world, "--batch_size", "2") == 0
+    assert path.read_bytes() == whole
+
+
+def test_other_pairs_are_refused_by_name(world):
+    assert reference(world) == 0
+    rows = json.loads((world / "pairs.json").read_text())
+    rows[0]["chosen"] += " Indeed."
+    (world / "pairs.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"--reference .*: made from other inputs .*pairs: "):
+        train(world)
+
+
+def test_other_images_are_refused_by_name(world):
+    assert reference(world) == 0
+    shutil.copy(world / "images" / "tall.png", world / "images" / "wide.png")
+    with pytest.raises(ValueError, match=r"made from other inputs than this training's \(images: "):
+        train(world)
+
+
+def test_another_model_template_or_image_preparation_is_refused_by_name(world):
+    assert reference(world) == 0
+    with pytest.raises(ValueError, match=r'image_aspect_ratio: "square" -> "pad"'):
+        train(world, "--image_aspect_ratio", "pad")
+    with pytest.raises(ValueError, match=r'template: "v1" -> "llava_v1"'):
+        train(world, "--version", "llava_v1")
+    other = world / "other"
+    shutil.copytree(GOLDEN / "llava-v1.5-tiny", other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(bytes(weights))
+    with pytest.raises(ValueError, match=r"\(model: "):
+        train(world, "--model_name_or_path", str(other))
+
+
+def test_all_faults_before_the_model_is_loaded(world, capsys):
+    (world / "images" / "wide.png").unlink()
+    assert reference(world, "--batch_size", "0") == 1
+    said = capsys.readouterr().err
+    assert "--batch_size 0: expected 1 pair or more" in said and "wide.png" in said
+
+
+def test_bad_images_can_be_left_out_and_are_listed(world):
+    (world / "images" / "wide.png").write_bytes(b"not a picture")
+    assert reference(world, "--on_bad_image", "skip") == 0
+    manifest, records = read_stage(world / "reference", "reference")
+    skipped = manifest["summary"]["skipped"]
+    assert len(records) + len(skipped) == 8 and all("wide.png" in skip["reason"] for skip in skipped)
+
+
+def test_weights_have_a_digest_of_their_content(tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(GOLDEN / "llava-v1.5-tiny", tmp_path / name)
+    assert digest_of_checkpoint(str(tmp_path / "a")) == digest_of_checkpoint(str(tmp_path / "b"))
+    (tmp_path / "b" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="expected weights"):
+        digest_of_checkpoint(str(tmp_path / "b"))
