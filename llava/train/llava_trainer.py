@@ -59,7 +59,8 @@ def get_modality_length_grouped_indices(
     if any(length == 0 for length in lengths):
         raise AssertionError("lengths: expected none to be 0; the sign says whether a row has an image")
     if all(length > 0 for length in lengths) or all(length < 0 for length in lengths):
-        return get_length_grouped_indices([abs(n) for n in lengths], batch_size, world_size, generator=generator)
+        # As they are: rows of text only come shortest first in a megabatch, as in the original.
+        return get_length_grouped_indices(lengths, batch_size, world_size, generator=generator)
     size = world_size * batch_size
     megabatches, leftovers = [], []
     for wanted in (1, -1):  # the draws' order is part of the original's result
