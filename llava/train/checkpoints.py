@@ -19,6 +19,7 @@ from dama.stage import differences
 Named = Iterable[tuple[str, Any]]
 PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]
 TOWER_PREFIX = "model.vision_tower."
+NON_LORA_FILE = "non_lora_trainables.bin"
 
 
 def maybe_zero_3(param: Any, ignore_status: bool = False, name: str | None = None) -> Tensor:
@@ -33,7 +34,12 @@ def maybe_zero_3(param: Any, ignore_status: bool = False, name: str | None = Non
 
 def get_mm_adapter_state_maybe_zero_3(named_params: Named, keys_to_match: list[str]) -> dict[str, Tensor]:
     """The parameters whose name contains one of the keys."""
-    return {name: maybe_zero_3(p) for name, p in named_params if any(key in name for key in keys_to_match)}
+    return {name: maybe_zero_3(p) for name, p in matching(dict(named_params), keys_to_match).items()}
+
+
+def matching(state: dict[str, Any], keys_to_match: list[str]) -> dict[str, Any]:
+    """The entries whose name contains one of the keys."""
+    return {name: value for name, value in state.items() if any(key in name for key in keys_to_match)}
 
 
 def get_peft_state_maybe_zero_3(named_params: Named, bias: str) -> dict[str, Tensor]:
@@ -77,7 +83,7 @@ def save_lora(trainer: Any, output_dir: str) -> None:
         return
     model.config.save_pretrained(output_dir)
     model.save_pretrained(output_dir, state_dict=adapter)
-    torch.save(beside, Path(output_dir) / "non_lora_trainables.bin")
+    torch.save(beside, Path(output_dir) / NON_LORA_FILE)
     trainer.processing_class.save_pretrained(output_dir)
     if trainer.provenance is not None:
         write_model_card(output_dir, trainer.provenance)

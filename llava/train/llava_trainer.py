@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
+    NON_LORA_FILE,
     PROJECTOR_KEYS,
     get_mm_adapter_state_maybe_zero_3,
+    matching,
     maybe_zero_3,
     without_frozen_tower,
     write_model_card,
@@ -147,15 +150,32 @@ class LLaVATrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A checkpoint without the frozen tower; with tune_mm_mlp_adapter the projector alone."""
-        folder = output_dir or self.args.output_dir
-        if getattr(self.args, "tune_mm_mlp_adapter", False):
-            os.makedirs(folder, exist_ok=True)
-            state = get_mm_adapter_state_maybe_zero_3(self.model.named_parameters(), PROJECTOR_KEYS)
-            self.model.config.save_pretrained(folder)
-            torch.save(state, os.path.join(folder, "mm_projector.bin"))
-            return
+        """A checkpoint without the frozen tower: all weights, or the projector, or adapter and what trains beside it."""
+        folder = Path(output_dir or self.args.output_dir)
+        # Under DeepSpeed the weights come gathered: nothing here may wait for other ranks, only one process saves.
         state = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(folder, without_frozen_tower(state, self.model.config))
+        if self._trains_projector_only:
+            self.model.config.save_pretrained(folder)
+            torch.save(matching(state, PROJECTOR_KEYS), folder / "mm_projector.bin")
+            return
+        super()._save(str(folder), without_frozen_tower(state, self.model.config))
+        if self.args.lora_enable:
+            beside = [n for n, p in self.model.named_parameters() if p.requires_grad and "lora_" not in n]
+            torch.save({name: state[name] for name in beside}, folder / NON_LORA_FILE)
         if self.provenance is not None:
             write_model_card(folder, self.provenance)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Everything that trained: transformers knows full weights and adapters, not what trains beside them."""
+        folder = Path(resume_from_checkpoint)
+        if self._trains_projector_only:
+            load_projector(self.model.get_model().mm_projector, str(folder / "mm_projector.bin"))
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.lora_enable:
+            beside = torch.load(folder / NON_LORA_FILE, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(beside, strict=False)
+
+    @property
+    def _trains_projector_only(self) -> bool:
+        return getattr(self.model.config, "tune_mm_mlp_adapter", False)

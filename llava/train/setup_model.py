@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from dama.console import say
 from llava.model.builder import load_llava
@@ -17,6 +17,7 @@ from llava.train.arguments import Arguments
 def setup_model(arguments: Arguments) -> tuple[Any, PreTrainedTokenizerBase, Any]:
     """(model, tokenizer, image processor) as the flags describe them; the model may be a PeftModel."""
     model_args, data_args, args = arguments
+    set_seed(args.seed)  # new adapters and projectors start alike in every run
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model = load_llava(str(model_args.model_name_or_path), dtype=dtype, cache_dir=args.cache_dir, **quantisation(args))
     model.config.use_cache = False

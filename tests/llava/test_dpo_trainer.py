@@ -55,9 +55,10 @@ def test_an_incomplete_last_step_counts_its_own_pairs(in_golden, tmp_path):
     assert [row["dama/selected"] for row in rows] == [2, 2, 2]
 
 
-def test_killed_and_resumed_is_never_killed(in_golden, tmp_path, monkeypatch):
-    """Stopped after the save of step 2 and continued: weights and R_bar bit for bit those of an undisturbed run."""
-    steps = [*layout(4, 1), "--save_strategy", "steps", "--save_steps", "1", "--eval_pairs", "2"]
+@pytest.mark.parametrize("how", [[], ["--lora_enable", "True", "--lora_r", "4"]], ids=["full", "lora"])
+def test_killed_and_resumed_is_never_killed(in_golden, tmp_path, monkeypatch, how):
+    """Stopped after the save of step 3 and continued: weights and R_bar bit for bit those of an undisturbed run."""
+    steps = [*layout(4, 1), "--save_strategy", "steps", "--save_steps", "1", "--eval_pairs", "2", *how]
     whole = train_dpo.run(parse_arguments(flags(tmp_path / "whole", *PAPER, *steps)))
     arguments = parse_arguments(flags(tmp_path / "parts", *PAPER, *steps))
     save = LLaVA15DPOTrainer._save_checkpoint

@@ -1,0 +1,63 @@
+"""Fine-tuning by its command: full, LoRA and projector only; killed and resumed is never killed."""
+
+import json
+
+import pytest
+import torch
+
+from llava.model.llava_arch import load_projector
+from llava.train import train
+from llava.train.llava_trainer import LLaVATrainer
+from tests.conftest import GOLDEN
+from tests.llava.test_sft_golden import arguments
+
+FLAGS = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--save_strategy", "steps",
+         "--save_steps", "1"]  # fmt: skip
+WAYS = {
+    "full": [],
+    "lora": ["--lora_enable", "True", "--lora_r", "4"],
+    "projector": ["--tune_mm_mlp_adapter", "True"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_and_resumed_is_never_killed(in_golden, tmp_path, monkeypatch, way):
+    whole = train.run(arguments(tmp_path / "whole", *FLAGS, *WAYS[way]))
+    save = LLaVATrainer._save_checkpoint
+
+    def save_and_die(self, *args):
+        save(self, *args)
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLaVATrainer, "_save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(arguments(tmp_path / "parts", *FLAGS, *WAYS[way]))
+    monkeypatch.setattr(LLaVATrainer, "_save_checkpoint", save)
+    parts = train.run(arguments(tmp_path / "parts", *FLAGS, *WAYS[way]))
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), parts.model.named_parameters()):
+        assert torch.equal(one, other), name
+    assert parts.state.global_step == 4
+
+
+def test_projector_alone_is_saved_under_the_originals_names(in_golden, tmp_path):
+    trainer = train.run(arguments(tmp_path, *FLAGS, *WAYS["projector"]))
+    weights = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    expected = json.loads((GOLDEN / "k_extras.json").read_text())["mm_projector_bin_keys"]
+    assert {name: list(value.shape) for name, value in weights.items()} == expected
+    projector = trainer.model.get_model().mm_projector
+    before = {name: value.clone() for name, value in projector.state_dict().items()}
+    load_projector(projector, str(tmp_path / "mm_projector.bin"))
+    assert all(torch.equal(before[name], value) for name, value in projector.state_dict().items())
+
+
+def test_lora_saves_the_originals_layout(in_golden, tmp_path):
+    train.run(arguments(tmp_path, *FLAGS, *WAYS["lora"]))
+    recorded = json.loads((GOLDEN / "k_extras.json").read_text())["lora"]
+    beside = torch.load(tmp_path / "non_lora_trainables.bin", weights_only=True)
+    assert {name: list(value.shape) for name, value in beside.items()} == recorded["non_lora_trainables_bin_keys"]
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(recorded["adapter_model_keys"])
+    assert set(recorded["saved_files"]) <= {path.name for path in tmp_path.iterdir()}
