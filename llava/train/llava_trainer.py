@@ -150,7 +150,7 @@ class LLaVATrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A checkpoint without the frozen tower: all weights, or the projector, or adapter and what trains beside it."""
+        """A checkpoint without the frozen tower: all weights, the projector, or the adapter and what trains with it."""
         folder = Path(output_dir or self.args.output_dir)
         # Under DeepSpeed the weights come gathered: nothing here may wait for other ranks, only one process saves.
         state = self.model.state_dict() if state_dict is None else state_dict

@@ -38,7 +38,7 @@ LOOKS = {"sunny": "on a sunny day", "cloudy": "on a cloudy day", "evening": "in 
 COLOUR_SAID = 0.45  # chance that a caption names an object's colour
 SMALLEST_LEFT_OUT = 0.06  # chance that the smallest of three or more things is not mentioned
 MOST_SENTENCES = 4
-INVENTS_AGAIN = 0.6  # chance of a second invention after the first
+INVENTS_AGAIN = 0.65  # chance of a second invention after the first
 MOST_INVENTIONS = 2
 OWN_SENTENCE = 0.85  # share of inventions that get a sentence of their own
 
@@ -225,15 +225,16 @@ def _opening(scene: Scene, group: list[Thing], rng: random.Random) -> str:
 
 
 def _single(thing: Thing, other: Thing, rng: random.Random) -> str:
-    """A sentence of its own for one thing, placed beside another that has been named."""
+    """A sentence of its own for one thing, placed in the picture or beside another thing that has been named."""
     beside = _beside(thing, other, rng)
     templates = (
         f"There {thing.verb} also {thing.indefinite} {beside} {other.definite}.",
         f"{_capital(thing.indefinite)} can be seen {beside} {other.definite}.",
         f"{_capital(beside)} {other.definite}, there {thing.verb} {thing.indefinite}.",
         f"{_capital(thing.indefinite)} {thing.verb} {_where(thing)}.",
+        f"There {thing.verb} also {thing.indefinite} {_where(thing)}.",
     )
-    return rng.choices(templates, weights=(5, 2, 2, 2))[0]
+    return rng.choices(templates, weights=(3, 1, 1, 2, 4))[0]
 
 
 def _beside(thing: Thing, other: Thing, rng: random.Random) -> str:

@@ -31,7 +31,7 @@ DECODER: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-NOISE = 0.55  # share of training captions into which an absent companion may be written
+NOISE = 0.78  # share of training captions into which absent companions may be written
 SCENES = 12_000
 EPOCHS = 2
 BATCH = 32
