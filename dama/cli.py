@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dama.console import say
+from dama.console import report_error, say
 from dama.pairs import PairsError, PreferencePair, SkippedPair, check_pairs, distinct_images, parse_pairs
-from dama.stage import StageError
 
 DESCRIPTION = """\
 Data- and model-aware preference alignment of multimodal LLMs, stage by stage. Each stage writes a folder: records as
@@ -41,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(_underscored(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
-    except (CommandError, PairsError, StageError) as error:
-        sys.stderr.write(f"dama {args.command}: {error}\n")
+    except Exception as error:
+        report_error(error, f"dama {args.command}")
         return 1
     return 0
 
@@ -52,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_hardness(commands)
     add_reference(commands)
+    add_upstream(commands)
     return parser
 
 
@@ -366,7 +366,12 @@ def add_reference(commands: Any) -> None:
     group.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and arithmetic. Default: fp32"
     )
-    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="CUDA_VISIBLE_DEVICES chooses among several GPUs. Default: auto",
+    )
 
 
 def reference(args: argparse.Namespace) -> None:
@@ -397,8 +402,51 @@ def reference(args: argparse.Namespace) -> None:
             report_to="none",
         ),
     )
-    try:
-        manifest = run_reference(arguments, pairs, skipped, args.out, args.batch_size, overwrite=args.overwrite)
-    except (ValueError, FileNotFoundError) as error:
-        raise CommandError(str(error)) from error
+    manifest = run_reference(arguments, pairs, skipped, args.out, args.batch_size, overwrite=args.overwrite)
     describe(manifest, args.out)
+
+
+# ----------------------------------------------------------------------------------------------------------- upstream
+
+UPSTREAM = """\
+Compares this repository with a LLaVA checkout, by syntax tree: files of llava/ and scripts/, public names, signatures,
+flags and defaults of the command lines, fields of config.json. Nothing of the checkout is imported or run.
+
+A name counts as there when it can be imported from the same module. What differs is printed with how, what is left out
+with why. Ends with status 1 when a name is missing and no reason is known.
+"""
+
+
+def add_upstream(commands: Any) -> None:
+    parser = commands.add_parser(
+        "upstream",
+        help="what is the same, changed, added and left out beside a LLaVA checkout",
+        description=UPSTREAM,
+        formatter_class=Help,
+    )
+    parser.set_defaults(run=upstream)
+    parser.add_argument("checkout", metavar="PATH_TO_A_LLAVA_CHECKOUT", help="folder with llava/ and scripts/")
+    parser.add_argument("--html", metavar="FILE", help="write the comparison as a page, too")
+    parser.add_argument("--all", action="store_true", help="list the names that are the same or added, too")
+
+
+def upstream(args: argparse.Namespace) -> None:
+    """Prints the comparison; an error where names are missing without a reason."""
+    from dama.upstream import UpstreamError, compare, inventory_of, report_lines, write_page
+
+    ours = Path(__file__).resolve().parents[1]
+    if not (ours / "scripts").is_dir():
+        fail([f"'{ours}': expected this repository's checkout, with scripts/, got an installed package"])
+    try:
+        findings = compare(inventory_of(args.checkout), inventory_of(ours))
+    except UpstreamError as error:
+        raise CommandError(str(error)) from error
+    for line in report_lines(findings, everything=args.all):
+        say(line)
+    if args.html:
+        write_page(findings, args.html, str(args.checkout))
+        say(f"written to {args.html}")
+    missing = [f"{finding.file}  {finding.name}".rstrip() for finding in findings if finding.state == "missing"]
+    if missing:
+        remedy = "Remedy: implement them, or give the reason in LEFT_OUT of dama/upstream.py"
+        fail(["\n  ".join([f"{len(missing)} names are missing without a reason:", *missing]) + f"\n{remedy}"])

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,21 @@ def digest_of_file(path: str | Path) -> str:
     """The first 16 hex digits of the SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def report_error(error: BaseException, program: str) -> None:
+    """Says on standard error what went wrong; with a traceback where it was not this repository that said it.
+
+    Ranks of a distributed run mostly fail alike: rank 0 says all, the others their number and the first line.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    here = Path(__file__).resolve().parents[1]
+    own = Path(frame.filename).resolve().is_relative_to(here) and "site-packages" not in frame.filename
+    if not own:
+        traceback.print_exception(error)
+    message = str(error) or type(error).__name__
+    if rank:
+        message = f"(rank {rank}) {message.splitlines()[0]}"
+    sys.stderr.write(f"{program}: error: {message}\n")
+    sys.stderr.flush()

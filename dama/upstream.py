@@ -21,19 +21,21 @@ from dama.console import write_atomic
 
 # ------------------------------------------------------------------------------------------------------- the reasons
 
-_OTHER_MODELS = "LLaVA-v1.5 is built on LLaMA (Vicuna); models on MPT and Mistral are not supported, their templates are."
+_OTHER_MODELS = "LLaVA-v1.5 is built on LLaMA (Vicuna). Of models on MPT and Mistral only the templates are there."
 _OTHER_TOWER = "Pictures at several scales (S2) belong to later models; LLaVA-v1.5 has one CLIP tower at one scale."
-_ATTENTION = "transformers chooses the attention itself: SDPA, or FlashAttention with train_mem.py's attn_implementation."
+_ATTENTION = "transformers has the fast attention built in: SDPA, and FlashAttention where it is installed."
 _TRANSFORMERS = "transformers' own method is inherited; `generate` has turned the pictures into embeddings before."
 _SERVING = "Export the model (python -m llava.model.export --to hf) and serve it with vLLM or `transformers serve`."
 _FRONT_END = "One process without a controller: two models side by side. The callbacks are its own, not an interface."
+_PAD_TOKEN = "It adds the [PAD] token of the template v0; here the unknown token pads, as with v1."
 _LOGGING = "Standard output is not swapped for a logger."
 _OWN_DRIVERS = "Generation has one driver, llava/eval/generate.py, which model_vqa and model_vqa_loader put to work."
-_OTHER_BENCHMARKS = "eval/ measures hallucination. For general benchmarks run lmms-eval or VLMEvalKit on the exported model."
+_OTHER_BENCHMARKS = "eval/ measures hallucination; for general benchmarks run lmms-eval or VLMEvalKit on the export."
 _JUDGES = "Answers reviewed by GPT, a copy of the program for each benchmark. Benchmarks with a judge belong to eval/."
 _POPE = "POPE's scorer arrives with the evaluation suite."
 _DEMONSTRATION = "Pictures, tables and pages of LLaVA's own demonstration."
 _OLD_SCRIPTS = "Commands of LLaVA before v1.5; those of v1.5 are in scripts/v1_5/."
+_RESAMPLER = "A field without effect that v1.5's checkpoints carry; it is kept when such a checkpoint is saved."
 _MODULE_STATE = "State of the module at run time; here it is asked for where it is needed."
 
 LEFT_OUT: Mapping[str, str] = {
@@ -41,13 +43,14 @@ LEFT_OUT: Mapping[str, str] = {
         (
             "llava/model/language_model/llava_mpt.py",
             "llava/model/language_model/llava_mistral.py",
-            "llava/model/__init__.py:Llava[!L]*",
+            "llava/model/__init__.py:LlavaM*",
             "llava/train/train.py:TrainingArguments.mpt_attn_impl",
         ),
         _OTHER_MODELS,
     ),
     "llava/model/multimodal_encoder/clip_encoder.py:CLIPVisionTowerS2": _OTHER_TOWER,
     "config.json:s2_scales": _OTHER_TOWER,
+    "config.json:*_resampler*": _RESAMPLER,
     "llava/train/llama_flash_attn_monkey_patch.py": _ATTENTION,
     "llava/train/llama_xformers_attn_monkey_patch.py": _ATTENTION,
     "llava/train/train_xformers.py": _ATTENTION,
@@ -62,12 +65,16 @@ LEFT_OUT: Mapping[str, str] = {
         ),
         _SERVING,
     ),
+    "llava/train/train.py:smart_tokenizer_and_embedding_resize": _PAD_TOKEN,
     "llava/utils.py:StreamToLogger": _LOGGING,
     "llava/utils.py:handler": _LOGGING,
     "llava/train/train.py:local_rank": _MODULE_STATE,
     "llava/train/train.py:IS_TOKENIZER_GREATER_THAN_0_14": _MODULE_STATE,
     "llava/eval/eval_pope.py": _POPE,
     "llava/eval/model_qa.py": _OWN_DRIVERS,
+    "llava/eval/model_vqa_loader.py:CustomDataset": _OWN_DRIVERS,
+    "llava/eval/model_vqa_loader.py:create_data_loader": _OWN_DRIVERS,
+    "llava/eval/model_vqa_loader.py:collate_fn": _OWN_DRIVERS,
     **dict.fromkeys(
         (
             "llava/eval/model_vqa_mmbench.py",
@@ -97,17 +104,21 @@ LEFT_OUT: Mapping[str, str] = {
         _OLD_SCRIPTS,
     ),
 }
-"""Pattern -> reason. A pattern is FILE or FILE:NAME with * and [!L]; NAME is a name, Class.member or --flag."""
+"""Pattern -> reason. A pattern is FILE or FILE:NAME with *; NAME is a name, Class.member or --flag."""
 
 _FROM_CHECKPOINT = "Not given, it is what the checkpoint says, and only then LLaVA's default."
 _V1_5 = "The value of LLaVA-v1.5's scripts."
 _NAME_THE_MODEL = "There is no default model: it has to be named."
+_NAME_THE_FILE = "There is no such file in the repository: it has to be named."
+_ANY_DEVICE = "Not given, it is cuda where there is one, else cpu."
 _NO_EFFECT = "Taken and without effect: rows are always tokenised when needed, and show whether they have an image."
 
 CHANGED: Mapping[str, str] = {
     "llava/train/train.py:rank0_print": "dama.console.say under LLaVA's name: it writes one string.",
     "llava/train/train.py:ModelArguments.model_name_or_path": _NAME_THE_MODEL,
     "*:--model-path": _NAME_THE_MODEL,
+    "llava/eval/model_vqa*.py:--question-file": _NAME_THE_FILE,
+    "llava/serve/cli.py:--device": _ANY_DEVICE,
     "llava/train/train.py:ModelArguments.version": _V1_5,
     "llava/train/train.py:ModelArguments.mm_use_im_patch_token": _V1_5,
     "llava/train/train.py:TrainingArguments.model_max_length": _V1_5,
@@ -118,7 +129,7 @@ CHANGED: Mapping[str, str] = {
 }
 """The same for names that are there and differ. The first pattern that fits counts."""
 
-OUTSIDE = "config.json"
+CONFIG_FIELDS = "config.json"
 """Stands in for a file: the fields that LLaVA adds to the language model's configuration."""
 
 # ------------------------------------------------------------------------------------------------- what a file offers
@@ -126,7 +137,7 @@ OUTSIDE = "config.json"
 FOLDERS = ("llava", "scripts")
 """What commands and imports of LLaVA's users reach; documents, pictures and packaging are not compared."""
 
-Kind = Literal["function", "class", "property", "constant", "field", "flag", "config field", "content", "import"]
+Kind = Literal["function", "class", "property", "constant", "field", "flag", "config field", "content", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,7 @@ class Sources:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._trees: dict[Path, ast.Module] = {}
+        self._bindings: dict[Path, dict[str, ast.AST]] = {}
 
     def tree(self, path: Path) -> ast.Module:
         if path not in self._trees:
@@ -181,14 +193,16 @@ class Sources:
 
     def bindings(self, path: Path) -> dict[str, ast.AST]:
         """Public names that can be imported from a file -> the statement (or alias) that binds them."""
-        found: dict[str, ast.AST] = {}
+        if path in self._bindings:
+            return self._bindings[path]
+        found = self._bindings[path] = {}  # known from here on: files may import * from each other
         for node in _statements(self.tree(path).body):
-            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            names = _bound(node)
+            if isinstance(node, ast.ImportFrom) and names == ["*"]:
                 source = self.module(path, node.module, node.level)
-                found |= dict.fromkeys(self.bindings(source), node) if source and source != path else {}
-            else:
-                found |= dict.fromkeys(_bound(node), node)
-        return {name: node for name, node in found.items() if not name.startswith("_")}
+                names = list(self.bindings(source)) if source else []
+            found |= {name: node for name in names if not name.startswith("_")}
+        return found
 
     def find(self, path: Path, name: str, depth: int = 0) -> tuple[Path, ast.AST] | None:
         """Where a name is defined and by which statement, through re-exports; None when outside the root."""
@@ -252,14 +266,14 @@ def inventory_of(root: str | Path) -> Inventory:
     sources = Sources(root)
     if not any((sources.root / "llava").glob("*.py")):
         raise UpstreamError(f"'{root}': expected the root of a LLaVA checkout, with a folder llava/ of Python files")
-    inventory: Inventory = {OUTSIDE: {}}
+    inventory: Inventory = {CONFIG_FIELDS: {}}
     for path in sorted(path for folder in FOLDERS for path in (sources.root / folder).rglob("*") if path.is_file()):
         name = path.relative_to(root).as_posix()
         if "__pycache__" in name or any(part.startswith(".") for part in name.split("/")):
             continue
         if path.suffix == ".py":
             inventory[name] = names_of(sources, path)
-            inventory[OUTSIDE] |= {key: Item("config field") for key in config_fields(sources.tree(path))}
+            inventory[CONFIG_FIELDS] |= {key: Item("config field") for key in config_fields(sources.tree(path))}
         else:
             inventory[name] = {"content": Item("content", settings={"sha256": sha256(path.read_bytes()).hexdigest()})}
     return inventory
@@ -271,7 +285,7 @@ def names_of(sources: Sources, path: Path) -> Names:
     for name, node in sources.bindings(path).items():
         imported = isinstance(node, (ast.Import, ast.ImportFrom))
         found = sources.find(path, name) if imported else (path, node)
-        names |= described(sources, name, *found, imported) if found else {name: Item("import", imported=True)}
+        names |= described(sources, name, *found, imported) if found else {name: Item("unknown", imported=True)}
     return names | {flag: item for flag, item in flags_of(sources, path)}
 
 
@@ -283,7 +297,7 @@ def described(sources: Sources, name: str, path: Path, node: ast.AST, imported: 
         members = members_of(sources, path, node, imported)
         return {name: Item("class", imported=imported)} | {f"{name}.{key}": item for key, item in members.items()}
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {name: Item("import", imported=True)}
+        return {name: Item("unknown", imported=True)}
     value = sources.value(path, node.value) if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
     settings = {"value": value} if value and _is_literal(value) else {}
     return {name: Item("constant", settings=settings, imported=imported)}
@@ -310,14 +324,14 @@ def parameters_of(arguments: ast.arguments) -> tuple[Parameter, ...]:
 def members_of(sources: Sources, path: Path, node: ast.ClassDef, imported: bool = False) -> Names:
     members: Names = {}
     for base in reversed(node.bases):
-        found = sources.find(path, base.id) if isinstance(base, ast.Name) else None
-        if found and isinstance(found[1], ast.ClassDef) and found[1] is not node:
-            members |= {k: Item(i.kind, i.parameters, i.settings, True) for k, i in members_of(sources, *found).items()}
+        where, parent = (sources.find(path, base.id) if isinstance(base, ast.Name) else None) or (path, None)
+        if isinstance(parent, ast.ClassDef) and parent is not node:
+            members |= members_of(sources, where, parent, imported=True)
     for part in ast.walk(node):  # attributes that methods set; the class's own statements override them below
         if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store) and ast.unparse(part.value) == "self":
-            members.setdefault(part.attr, Item("import", imported=True))
+            members.setdefault(part.attr, Item("unknown", imported=True))
     for statement in node.body:
-        members |= _member(sources, path, node, statement, imported)
+        members |= _member(sources, path, statement, imported)
     return {name: item for name, item in members.items() if not name.startswith("_") or _is_special(name)}
 
 
@@ -325,7 +339,7 @@ def _is_special(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
 
-def _member(sources: Sources, path: Path, owner: ast.ClassDef, node: ast.stmt, imported: bool) -> Names:
+def _member(sources: Sources, path: Path, node: ast.stmt, imported: bool) -> Names:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         if any(ast.unparse(d).endswith("property") for d in node.decorator_list):
             return {node.name: Item("property", imported=imported)}
@@ -370,10 +384,10 @@ _FLAG_DEFAULTS = {"default": "None", "type": "str", "required": "False", "action
 
 def flags_of(sources: Sources, path: Path) -> Iterator[tuple[str, Item]]:
     """The flags of every add_argument call of a file, and of functions that it imports and calls."""
-    for owner, call in _flag_calls(sources, path, sources.tree(path), set()):
+    for owner, call, given in _flag_calls(sources, path, sources.tree(path), {}, set()):
         flags = [word.value for word in call.args if isinstance(word, ast.Constant) and str(word.value).startswith("-")]
-        texts = {word.arg: sources.value(owner, word.value) for word in call.keywords}
-        settings = _flag_settings(texts)
+        words = {word.arg: given.get(ast.unparse(word.value), word.value) for word in call.keywords}
+        settings = _flag_settings({name: sources.value(owner, value) for name, value in words.items()})
         yield from ((str(flag), Item("flag", settings=settings)) for flag in flags)
 
 
@@ -382,19 +396,25 @@ def _flag_settings(texts: Mapping[str | None, str | None]) -> dict[str, str]:
     return {name: text for name, text in known.items() if text and text != _FLAG_DEFAULTS.get(name)}
 
 
+Given = dict[str | None, ast.expr]
+
+
 def _flag_calls(
-    sources: Sources, path: Path, node: ast.AST, seen: set[tuple[Path, str]]
-) -> Iterator[tuple[Path, ast.Call]]:
+    sources: Sources, path: Path, node: ast.AST, given: Given, seen: set[tuple[Path, str]]
+) -> Iterator[tuple[Path, ast.Call, Given]]:
+    """Calls of add_argument below `node`, and what the parameters of the function around them were given."""
     for call in ast.walk(node):
         if not isinstance(call, ast.Call):
             continue
         if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
-            yield path, call
+            yield path, call, given
         elif isinstance(call.func, ast.Name) and (found := sources.find(path, call.func.id)):
-            key = (found[0], call.func.id)
-            if key not in seen and isinstance(found[1], ast.FunctionDef):
-                seen.add(key)
-                yield from _flag_calls(sources, *found, seen)
+            where, function = found
+            if isinstance(function, ast.FunctionDef) and (where, function.name) not in seen:
+                seen.add((where, function.name))
+                passed: Given = dict(zip((argument.arg for argument in function.args.args), call.args))
+                passed |= {word.arg: word.value for word in call.keywords}
+                yield from _flag_calls(sources, where, function, passed, seen)
 
 
 # LLaVA's own fields of config.json, told from LLaMA's by their names.
@@ -404,7 +424,7 @@ _CONFIG_OBJECT = re.compile(r"(.*\.)?(config|cfg|model_cfg|vision_tower_cfg|mode
 
 def config_fields(tree: ast.AST) -> set[str]:
     """Fields that are read from, written to or asked of a model's config."""
-    found: set[str] = set()
+    found: set[Any] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and _CONFIG_OBJECT.fullmatch(ast.unparse(node.value)):
             found.add(node.attr)
@@ -421,7 +441,7 @@ def load_inventory(path: str | Path) -> Inventory:
     record = json.loads(Path(path).read_text(encoding="utf-8"))
     llava = record["upstream_llava"]
     flags = llava["argparse_flags"] | record["upstream_scripts_argparse"]
-    inventory: Inventory = {OUTSIDE: {}}
+    inventory: Inventory = {CONFIG_FIELDS: {}}
     for file in [*llava["modules"], *record["upstream_scripts_argparse"]]:
         module = llava["modules"].get(file, {"classes": {}, "functions": {}, "constants": []})
         names = {name: _recorded_function(entry) for name, entry in module["functions"].items()}
@@ -534,7 +554,7 @@ def reason_for(table: Mapping[str, str], file: str, name: str) -> str:
 
 
 def _compare_items(file: str, name: str, theirs: Item, ours: Item) -> Finding:
-    if "import" in (theirs.kind, ours.kind):  # from a library: there, and not ours to describe
+    if "unknown" in (theirs.kind, ours.kind):  # it is there: imported from a library, or set by a method
         return Finding(file, name, "same")
     kinds = [item.kind.replace("property", "field") for item in (theirs, ours)]
     if kinds[0] != kinds[1]:
@@ -556,7 +576,7 @@ def _setting_changes(theirs: Item, ours: Item) -> list[str]:
         before, after = ({n: i.settings.get(n, "not set") for n in names} for i in (theirs, ours))
     else:
         names = [name for name in theirs.settings if name in ours.settings]
-        before, after = theirs.settings, ours.settings
+        before, after = ({n: i.settings[n] for n in names} for i in (theirs, ours))
     if theirs.kind == "content":
         return ["the contents differ (not Python, not compared further)"] if before != after else []
     return [f"{name} {before[name]} -> {after[name]}" for name in names if before[name] != after[name]]
@@ -565,7 +585,8 @@ def _setting_changes(theirs: Item, ours: Item) -> list[str]:
 def _signature_changes(theirs: tuple[Parameter, ...], ours: tuple[Parameter, ...]) -> tuple[list[str], bool]:
     """(what differs, whether every call that LLaVA's signature allows still means the same)."""
     places = {parameter.name: (place, parameter) for place, parameter in enumerate(ours)}
-    breaking, harmless = [], []
+    breaking: list[str] = []
+    harmless: list[str] = []
     for place, parameter in enumerate(theirs):
         here, twin = places.get(parameter.name, (None, None))
         if parameter.kind in ("*", "**"):
@@ -599,7 +620,7 @@ def report_lines(findings: list[Finding], everything: bool = False) -> list[str]
         if not finding.name:
             lines.append(f"{finding.file:<50} {finding.state}" + (f"  {finding.reason}" if finding.reason else ""))
         elif everything or finding.state not in ("same", "added"):
-            why = "  ".join(text for text in (finding.how, finding.reason) if text)
+            why = " - ".join(text for text in (finding.how, finding.reason) if text)
             lines.append(f"    {finding.state:<21} {finding.name}" + (f": {why}" if why else ""))
     return [*lines, "", *summary(findings)]
 

@@ -81,6 +81,11 @@ class WeightingConfig:
     def uses_delta(self) -> bool:
         return self.strategy in (Strategy.DATA, Strategy.BOTH)
 
+    @property
+    def is_static(self) -> bool:
+        """Whether beta is known without looking at R: no selection, and neither alpha_M nor batch statistics."""
+        return self.selects is Selection.OFF and self.strategy in (Strategy.NONE, Strategy.DATA)
+
     def count_kept(self, n: int) -> int:
         """K for a step of N pairs: 12 of 16; int(0.8 N) in the released code; never none."""
         if self.variant is Variant.RELEASED:
@@ -109,7 +114,7 @@ class Weights:
     alpha_D: Tensor  # [N]
     alpha_M: float
     R_mean: float  # of all N pairs
-    R_B: float  # of the selected pairs
+    R_B: float  # of the selected pairs, which moves R_bar
     clamped: float  # share of pairs whose beta met the lower bound
     near_tie: bool = field(default=False)  # another order of addition could have selected another pair
 
@@ -120,6 +125,13 @@ class Weights:
 def alpha_data(delta: Tensor, delta_bar: float) -> Tensor:
     """alpha_D,i = sigma(delta_i) / sigma(delta_bar) (Eq. 7). [N] to [N]."""
     return torch.sigmoid(delta) / _sigmoid(delta_bar)
+
+
+def static_beta(config: WeightingConfig, delta: Tensor, delta_bar: float) -> Tensor:
+    """beta alpha_D,i, clamped from below: Eq. 15 without the model-aware factor. [N] to [N] float64."""
+    delta = delta.double()
+    alpha_D = alpha_data(delta, delta_bar) if config.uses_delta else torch.ones_like(delta)
+    return (config.beta * alpha_D).clamp(min=config.beta_min)
 
 
 # --- Model-aware strategy --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ OUTPUT=${OUTPUT:-checkpoints/$NAME}
 GPUS=${GPUS:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}
 MICRO_BATCH=${MICRO_BATCH:-$DEFAULT_MICRO_BATCH}
 ZERO=${ZERO:-scripts/zero2.json}
+CLIP=ViT-L-14-336-quickgelu
 pairs_per_step=16
 
 run() {
@@ -30,12 +31,18 @@ $dry_run || bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
 # Everything that is missing is reported at once, before anything starts.
 run python -m llava.train.doctor --model "$MODEL" --data "$DATA" --images "$IMAGES" --output "$OUTPUT" \
-    --gpus "$GPUS" --billions "$SIZE" --method "$METHOD" --pairs_per_step $pairs_per_step
+    --gpus "$GPUS" --billions "$SIZE" --method "$METHOD" --zero "$(grep -q '"stage": 3' "$ZERO" && echo 3 || echo 2)" \
+    --clip "$CLIP:openai" --pairs_per_step $pairs_per_step
 if [ "$GPUS" -eq 0 ]; then GPUS=1; fi # only a dry run comes here without a GPU
+if [ $((pairs_per_step % (GPUS * MICRO_BATCH))) -ne 0 ] && [ "$MICRO_BATCH" -le $((pairs_per_step / GPUS)) ]; then
+    echo "MICRO_BATCH: $pairs_per_step pairs a step are no multiple of $GPUS GPU(s) x $MICRO_BATCH; set it to a divisor of" \
+        "$((pairs_per_step / GPUS))" >&2
+    exit 1
+fi
 if [ "$MICRO_BATCH" -gt $((pairs_per_step / GPUS)) ]; then MICRO_BATCH=$((pairs_per_step / GPUS)); fi
 
 run python -m dama hardness --data "$DATA" --image_folder "$IMAGES" --on_bad_image skip \
-    --clip ViT-L-14-336-quickgelu --pretrained openai --precision bf16 --batch_size 64 --out "$OUTPUT/hardness"
+    --clip "$CLIP" --pretrained openai --precision bf16 --batch_size 64 --out "$OUTPUT/hardness"
 run python -m dama reference --data "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
     --model_name_or_path "$MODEL" --precision bf16 --model_max_length 2048 --batch_size 4 --out "$OUTPUT/reference"
 run deepspeed --num_gpus "$GPUS" llava/train/train_mem.py --deepspeed "$ZERO" --task DPO \

@@ -66,7 +66,8 @@ def test_dry_runs_have_the_papers_settings(script, gpus, tmp_path, monkeypatch):
 
 def preflight(**changes):
     given = {"model": "no/such-model", "data": "no.json", "images": "nowhere", "output": "runs/x", "gpus": 3,
-             "billions": 1e6, "method": "full", "pairs_per_step": 16}  # fmt: skip
+             "billions": 1e6, "method": "full", "zero": 2, "clip": "ViT-L-14-336-quickgelu:openai",
+             "pairs_per_step": 16}  # fmt: skip
     return find_missing(argparse.Namespace(**(given | changes)))
 
 
@@ -76,6 +77,7 @@ def test_everything_missing_is_said_at_once():
         "DATA: no file 'no.json'",
         "IMAGES: no folder 'nowhere'",
         "MODEL: 'no/such-model'",
+        "CLIP: the weights ViT-L-14-336",
         "GPU",
         "memory: ",
         "disk: ",
@@ -95,5 +97,14 @@ def test_gpu_counts_that_do_not_divide_the_step(monkeypatch):
 
 
 def test_memory_on_paper():
-    """1e9 parameters on 2 GPUs: 2 GB weights + 14 GB / 2 of gradients and optimiser = 9e9 B = 8.38 GiB, and 6 GiB."""
+    """1e9 parameters on 2 GPUs: 2 GB weights + 14 GB / 2 of gradients and optimiser = 9e9 B; ZeRO-3 halves all: 8e9."""
     assert gpu_memory_needed(1.0, 2, "full") == pytest.approx(9e9 / 2**30 + 6)
+    assert gpu_memory_needed(1.0, 2, "full", zero=3) == pytest.approx(8e9 / 2**30 + 6)
+
+
+def test_micro_batches_that_do_not_divide_the_step():
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "dama_7b.sh"), "--dry-run"],
+        env=os.environ | {"GPUS": "4", "MICRO_BATCH": "3"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "no multiple of 4 GPU(s) x 3; set it to a divisor of 4" in done.stderr

@@ -9,22 +9,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dama.console import digest_of, say
-from dama.pairs import load_image, resolve_image
+from dama.console import digest_of, report_error, say
+from dama.pairs import fault_list, load_image, resolve_image
 from dama.stage import open_stage
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.fingerprint import digest_of_checkpoint
 
 STAGE = "answers"
 
@@ -138,12 +141,13 @@ def generate_answers(
     Batches hold prompts of similar length. Returns the records {"question_id", "image_id", "prompt", "text",
     "model_id", "sample"} in the order of the requests.
     """
+    check_requests(requests, image_folder)
     by_length = sorted(requests, key=lambda r: (r.image is None, len(answerer.token_ids(r)), r.id))
     chunks = list(_chunks(by_length, batch_size))
     fingerprint = {
         "requests": digest_of([[r.id, r.prompt, r.image] for r in requests]),
         "model": answerer.model_path,
-        "weights": _weights_digest(answerer.model),
+        "weights": digest_of_checkpoint(answerer.model_path),
         "template": answerer.template.version,
         "decoding": asdict(decoding),
         "batch_size": batch_size,
@@ -185,9 +189,17 @@ def _chunks(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
         yield from (part[i : i + size] for i in range(0, len(part), size))
 
 
-def _weights_digest(model: torch.nn.Module) -> str:
-    """Notices other weights under the same path: sums over each parameter's ends."""
-    return digest_of([[name, p.flatten()[:8].float().tolist(), list(p.shape)] for name, p in model.named_parameters()])
+def check_requests(requests: Sequence[Request], image_folder: str | Path) -> None:
+    """Raises, naming every fault: ids used twice, pictures that are missing or that Pillow cannot open."""
+    faults = [f"id {id_!r} is used {n} times" for id_, n in Counter(r.id for r in requests).items() if n > 1]
+    for name in dict.fromkeys(request.image for request in requests if request.image is not None):
+        try:
+            with Image.open(resolve_image(image_folder, name)) as picture:
+                picture.verify()
+        except (OSError, ValueError, SyntaxError) as error:
+            faults.append(f"image {name}: {error}")
+    if faults:
+        raise ValueError(fault_list("questions", faults, "correct the question file or the image folder"))
 
 
 def read_questions(path: str | Path) -> list[Request]:
@@ -236,8 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             answerer, requests, args.image_folder, args.out, decoding,
             batch_size=args.batch_size, overwrite=args.overwrite,
         )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
-        say(f"error: {error}")
+    except Exception as error:
+        report_error(error, "generate")
         return 2
     say(f"answers: {len(requests)} questions -> {Path(args.out) / 'answers.jsonl'}")
     return 0

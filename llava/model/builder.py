@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-import json
+from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import CLIPVisionModel, GenerationConfig, PretrainedConfig
 
+from dama.console import say
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.export import EMBEDDINGS, Parts, collapsed, is_hf_layout, llava_tokenizer, read_parts, split_tower
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.utils import Weights, read_file, read_json, weight_files
 from llava.tokenization import load_tokenizer
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+BESIDE_ADAPTER = "non_lora_trainables.bin"
+PROJECTOR_FILE = "mm_projector.bin"
+
+
+class Kind(Enum):
+    """What a checkpoint folder holds."""
+
+    FULL = "LLaVA's layout"
+    HF = "llava-hf's layout"
+    LORA = "a LoRA adapter"
+    PROJECTOR = "a projector"
 
 
 def load_pretrained_model(
@@ -28,78 +47,136 @@ def load_pretrained_model(
     """A checkpoint ready to answer: tokenizer, model in eval mode, image processor, context length in tokens.
 
     Args:
-        model_path: folder of a full checkpoint, or of a LoRA adapter (then `model_base` holds the weights under it).
+        model_path: folder or hub name of a full checkpoint in LLaVA's or llava-hf's layout, of a LoRA adapter (merged
+            here), or of a projector.
+        model_base: the weights under an adapter (by default those that it names) or a projector.
         model_name: kept for LLaVA's signature; nothing is decided by it.
-        dtype (keyword): of all weights. Default as in LLaVA: float16, the vision tower float32 under device_map 'auto'.
+        dtype (keyword): of all weights, 'auto' for the checkpoint's own. Default as in LLaVA: float16, the vision
+            tower float32 under device_map 'auto'.
 
     Raises:
-        FileNotFoundError: no config.json or adapter_config.json, or the vision tower is nowhere.
-        ValueError: the files are of a model that this repository does not run, or weights are missing.
+        FileNotFoundError: no checkpoint, no base under an adapter or projector, or the vision tower is nowhere.
+        ImportError: 4 or 8 bits without bitsandbytes.
+        ValueError: the files are damaged, or of a model that this repository does not run, or do not fit together;
+            missing and unexpected weights are named.
     """
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if load_8bit or load_4bit:
-        from transformers import BitsAndBytesConfig
-
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=load_8bit,
-            load_in_4bit=load_4bit,
-            bnb_4bit_compute_dtype=torch.float16,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-        )
+        kwargs["quantization_config"] = quantisation(load_8bit)
     if use_flash_attn:
         kwargs["attn_implementation"] = "flash_attention_2"
-    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-    weights = model_path
-    adapter = (Path(model_path) / "adapter_config.json").is_file()
-    if adapter:
-        weights = model_base or _base_of(Path(model_path))
     placement = {"device_map": device if device != "cuda" else device_map}
-    model = load_llava(weights, dtype=dtype or torch.float16, **placement, **kwargs)
-    tokenizer = load_tokenizer(model_path if _has_tokenizer(model_path) else weights, padding_side="right")
-    if adapter:
-        model = _with_adapter(model, Path(model_path))
+    model, parts, tokenizer = _assemble(model_path, model_base, dtype=dtype or torch.float16, **placement, **kwargs)
+    fit_tokenizer(model, tokenizer, model_path)
 
-    _add_image_tokens(model, tokenizer)
-    tower_dtype = dtype or (torch.float32 if device_map == "auto" else torch.float16)
-    tower = model.get_model().load_vision_tower(device=model.device, dtype=tower_dtype)
+    tower_dtype = torch.float32 if device_map == "auto" else torch.float16
+    tower_dtype = model.dtype if dtype == "auto" else dtype or tower_dtype
+    load_tower(model, parts, tower_dtype)
     model.get_model().mm_projector.to(device=model.device)
-    return tokenizer, model.eval(), tower.image_processor, context_length(model.config)
+    processor = model.get_model().load_vision_tower(device=model.device).image_processor
+    return tokenizer, model.eval(), processor, context_length(model.config)
 
 
-def load_llava(source: str, **kwargs: Any) -> LlavaLlamaForCausalLM:
+def load_llava(source: str, *, cache_dir: str | None = None, **kwargs: Any) -> LlavaLlamaForCausalLM:
     """The model with its language weights and projector; the vision tower follows by `load_vision_tower`.
 
+    Args:
+        source: folder or hub name of a full checkpoint, or of a language model alone.
+        kwargs: go to from_pretrained.
+
     Raises:
-        ValueError: another kind of model, or keys are missing from the checkpoint.
+        ValueError: another kind of model, keys are missing from the checkpoint or unknown to the model, or the tower's
+            weights are among the others (llava-hf's layout, a trained tower).
     """
-    check_kind(source)
-    model, report = LlavaLlamaForCausalLM.from_pretrained(
-        source, config=LlavaConfig.from_pretrained(source), output_loading_info=True, **kwargs
-    )
-    missing = sorted(report["missing_keys"])
-    if missing and getattr(model.config, "mm_vision_tower", None):
+    parts = read_parts(_full_folder(source, cache_dir))
+    if parts.tower:
         raise ValueError(
-            f"checkpoint '{source}': expected all weights, {len(missing)} are missing, first {missing[:4]}. "
-            "A folder with only a projector or an adapter needs --model-base."
+            f"checkpoint '{source}': expected a vision tower in a folder of its own, got its weights among the others. "
+            f"Convert it first: python -m llava.model.export --to llava {source} NEW_FOLDER"
         )
-    model.generation_config = _valid_generation_config(model.generation_config)
-    return model
+    return _model(source, parts, **kwargs)
 
 
-def check_kind(source: str) -> None:
-    """Raises unless the checkpoint says of itself that it is a LLaMA or a LLaVA on LLaMA."""
-    if not Path(source).is_dir():
-        return
-    config = Path(source) / "config.json"
-    if not config.is_file():
+def take_apart(source: str, base: str | None = None) -> tuple[Parts, Any]:
+    """(parts in LLaVA's names and the checkpoint's precision, tokenizer); adapters are merged, projectors set in."""
+    folder = fetch(source)
+    if kind_of(folder) in (Kind.FULL, Kind.HF):
+        parts = read_parts(folder)
+        check_weights(source, parts)
+        return parts, _tokenizer(folder, parts.config)
+    model, parts, tokenizer = _assemble(source, base, dtype="auto")
+    parts.weights, parts.config = model.state_dict(), model.config
+    return parts, tokenizer
+
+
+# --- What a folder holds ---------------------------------------------------------------------------------------------
+
+
+def fetch(source: str, cache_dir: str | None = None) -> Path:
+    """The folder of a checkpoint: itself, or its copy in the hub's cache, downloaded where it is not there yet.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repository that can be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    light = ["*.json", "*.model", "*.safetensors", *ADAPTER_FILES, BESIDE_ADAPTER, PROJECTOR_FILE]
+    try:
+        if str(source).count("/") > 1 or str(source).startswith((".", "/")):
+            raise HFValidationError("no such folder")
+        folder = Path(snapshot_download(source, allow_patterns=light, cache_dir=cache_dir))
+        if not any(folder.glob("*.safetensors")) and not (folder / PROJECTOR_FILE).exists():
+            folder = Path(snapshot_download(source, allow_patterns=[*light, "pytorch_model*"], cache_dir=cache_dir))
+        return folder
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"checkpoint '{source}': expected config.json (full model) or adapter_config.json (LoRA), found neither"
+            f"checkpoint '{source}': expected a folder or the name of a hub repository, found no such folder and the "
+            f"hub says: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def kind_of(folder: str | Path) -> Kind:
+    """The kind by the files inside.
+
+    Raises:
+        FileNotFoundError: neither a full model's files nor an adapter's nor a projector's.
+        ValueError: a full model that this repository does not run.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Kind.LORA
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"checkpoint '{folder}': expected config.json (full model) or adapter_config.json (LoRA), found neither"
         )
-    kind = json.loads(config.read_text()).get("model_type")
-    if kind not in ("llava_llama", "llava", "llama"):
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in ("llava_llama", "llava", "llama"):
         raise ValueError(
-            f"checkpoint '{source}': expected model_type 'llava_llama' or 'llama' in config.json, got {kind!r}"
+            f"checkpoint '{folder}': expected model_type 'llava_llama' or 'llama' in config.json, "
+            f"got {config.get('model_type')!r}"
         )
+    if weight_files(folder):
+        return Kind.HF if is_hf_layout(config) else Kind.FULL
+    if (folder / PROJECTOR_FILE).is_file():
+        return Kind.PROJECTOR
+    raise FileNotFoundError(
+        f"checkpoint '{folder}': expected weights (model.safetensors or pytorch_model.bin, in shards with their index, "
+        f"or {PROJECTOR_FILE}), found none. Was the download or the training interrupted?"
+    )
+
+
+def _full_folder(source: str, cache_dir: str | None = None) -> Path:
+    folder = fetch(source, cache_dir)
+    kind = kind_of(folder)
+    if kind in (Kind.LORA, Kind.PROJECTOR):
+        raise ValueError(
+            f"checkpoint '{source}': expected a full model, got {kind.value} only. Load it with --model-base, "
+            "or merge it first with scripts/merge_lora_weights.py."
+        )
+    return folder
 
 
 def context_length(config: Any) -> int:
@@ -107,38 +184,204 @@ def context_length(config: Any) -> int:
     return getattr(config, "max_sequence_length", None) or 2048
 
 
-def _base_of(adapter: Path) -> str:
-    base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+# --- Putting a model together ----------------------------------------------------------------------------------------
+
+
+def _assemble(source: str, base: str | None, **kwargs: Any) -> tuple[LlavaLlamaForCausalLM, Parts, Any]:
+    """(model without its tower, what it was made of, tokenizer) of any kind of checkpoint."""
+    folder, cache_dir = fetch(source, kwargs.get("cache_dir")), kwargs.pop("cache_dir", None)
+    kind = kind_of(folder)
+    if kind in (Kind.FULL, Kind.HF):
+        if base:
+            say(f"checkpoint '{source}' is a full model: the base '{base}' is not used")
+        parts = read_parts(folder)
+        return _model(source, parts, **kwargs), parts, _tokenizer(folder, parts.config)
+
+    base = base or _base_named_by(folder, kind)
+    base_folder = _full_folder(base, cache_dir)
+    parts = read_parts(base_folder)
+    if (folder / "config.json").is_file():
+        vocab_size = parts.config.vocab_size
+        parts.config = LlavaConfig.from_pretrained(folder)
+        parts.config.vocab_size = vocab_size
+    elif kind is Kind.PROJECTOR:
+        raise FileNotFoundError(f"projector folder '{folder}': expected config.json beside {PROJECTOR_FILE}")
+    extra, tower = read_beside(folder, kind)
+    parts.weights, parts.tower = parts.weights | extra, tower or parts.tower
+    if EMBEDDINGS in extra:
+        parts.config.vocab_size = len(extra[EMBEDDINGS])
+    # Before the tower is there: adapters are found by layer names that CLIP has, too.
+    model = _model(base, parts, **kwargs)
+    if kind is Kind.LORA:
+        model = merge_adapter(model, folder)
+    model.config._name_or_path = model.name_or_path = source
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    return model, parts, load_tokenizer(folder) if has_tokenizer else _tokenizer(base_folder, parts.config)
+
+
+def _base_named_by(folder: Path, kind: Kind) -> str:
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") if kind is Kind.LORA else None
     if not base:
-        raise ValueError(f"LoRA folder '{adapter}': expected its base model, got none. Pass --model-base.")
+        raise ValueError(f"'{folder}' holds {kind.value}: expected its base model, got none. Pass --model-base.")
+    try:
+        fetch(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"LoRA folder '{folder}': its {ADAPTER_CONFIG} names the base '{base}', which is not there. "
+            f"Pass --model-base. ({error})"
+        ) from error
     return base
 
 
-def _has_tokenizer(folder: str) -> bool:
-    return not Path(folder).is_dir() or any((Path(folder) / f).is_file() for f in ("tokenizer.model", "tokenizer.json"))
+def read_beside(folder: Path, kind: Kind) -> tuple[Weights, Weights]:
+    """What was trained beside an adapter, or the projector: (language model and projector, vision tower)."""
+    file = folder / (PROJECTOR_FILE if kind is Kind.PROJECTOR else BESIDE_ADAPTER)
+    if not file.is_file():
+        return {}, {}
+    named = {}
+    for name, tensor in read_file(file).items():
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        named[name.removeprefix("model.") if name.startswith("model.model.") else name] = tensor
+    return split_tower(named)
 
 
-def _with_adapter(model: LlavaLlamaForCausalLM, folder: Path) -> LlavaLlamaForCausalLM:
-    """Loads what was trained beside the adapter, then merges the adapter into the weights."""
-    from peft import PeftModel
+def _model(source: str, parts: Parts, **kwargs: Any) -> LlavaLlamaForCausalLM:
+    """The model of these parts, without its tower, under the name of its source."""
+    check_weights(source, parts)
+    if kwargs.get("dtype", "auto") == "auto":
+        kwargs["dtype"] = parts.weights[EMBEDDINGS].dtype
+    model = LlavaLlamaForCausalLM.from_pretrained(None, config=parts.config, state_dict=parts.weights, **kwargs)
+    folder = parts.config._name_or_path
+    if folder and (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = _valid_generation_config(model.generation_config)
+    model.config._name_or_path = model.name_or_path = source
+    tower = getattr(model.config, "mm_vision_tower", None)
+    if tower and folder and not Path(source).is_dir() and (Path(folder) / tower / "config.json").is_file():
+        model.config.mm_vision_tower = str(Path(folder) / tower)  # inside a hub repository
+    return model
 
-    extra = folder / "non_lora_trainables.bin"
-    if extra.is_file():
-        weights = torch.load(extra, map_location="cpu", weights_only=True)
-        weights = {key.removeprefix("base_model.").removeprefix("model.model."): v for key, v in weights.items()}
-        weights = {key if key.startswith(("lm_head", "model.")) else f"model.{key}": v for key, v in weights.items()}
-        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(f"'{extra}': expected weights of the model, got keys it does not have: {unexpected[:4]}")
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+def check_weights(source: str, parts: Parts) -> None:
+    """Raises, every key named, unless the weights are just those that the config describes."""
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in LlavaLlamaForCausalLM(parts.config).state_dict().items()}
+    if parts.config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+        parts.weights.pop("lm_head.weight", None)
+    got = {name: tuple(t.shape) for name, t in parts.weights.items()}
+    missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    shapes = [f"{name} {expected[name]} got {got[name]}" for name in expected.keys() & got.keys()
+              if expected[name] != got[name]]  # fmt: skip
+    faults = [f"{len(missing)} are missing: {collapsed(missing)}"] * bool(missing)
+    faults += [f"{len(unexpected)} are unknown to the model: {collapsed(unexpected)}"] * bool(unexpected)
+    faults += [f"{len(shapes)} have another shape: {'; '.join(sorted(shapes))}"] * bool(shapes)
+    if faults:
+        raise ValueError(
+            f"checkpoint '{source}': expected just the weights that its config.json describes; {'. '.join(faults)}. "
+            "A folder with only a projector or an adapter needs --model-base; else config.json is of another model."
+        )
 
 
-def _add_image_tokens(model: LlavaLlamaForCausalLM, tokenizer: Any) -> None:
+def merge_adapter(model: LlavaLlamaForCausalLM, folder: Path) -> LlavaLlamaForCausalLM:
+    """Adds a LoRA adapter to the weights.
+
+    Raises:
+        FileNotFoundError: no adapter weights. ValueError: weights that the adapter's config does not describe.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    files = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"LoRA folder '{folder}': expected {' or '.join(ADAPTER_FILES)}, found neither")
+    given = {name.replace(".default.", ".") for name in read_file(files[0])}
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if given != wanted:
+        raise ValueError(
+            f"'{files[0]}': expected the weights that {ADAPTER_CONFIG} describes for this base; "
+            f"missing: {collapsed(wanted - given) or 'none'}; unknown: {collapsed(given - wanted) or 'none'}. "
+            "Pass the base that the adapter was trained on with --model-base."
+        )
+    return adapted.merge_and_unload()
+
+
+def load_tower(model: LlavaLlamaForCausalLM, parts: Parts, dtype: torch.dtype) -> None:
+    """Brings the vision tower: the checkpoint's own weights where it has them, else those it names.
+
+    Raises:
+        ValueError: the checkpoint's own weights are not those of its tower.
+    """
+    tower = model.get_model().get_vision_tower()
+    if tower is None or parts.image_processor is None:
+        tower = model.get_model().load_vision_tower(device=model.device, dtype=dtype)
+    if parts.tower:
+        config = parts.tower_config or tower.vision_tower.config
+        tower.vision_tower = _clip(config, parts.tower, model.config._name_or_path, dtype).to(model.device)
+    if parts.image_processor is not None:
+        tower.image_processor, tower.is_loaded = parts.image_processor, True
+        tower.folder = parts.config.mm_vision_tower
+
+
+def _clip(config: Any, weights: dict[str, Tensor], source: str, dtype: torch.dtype) -> CLIPVisionModel:
+    network, report = CLIPVisionModel.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    if missing or unexpected:
+        raise ValueError(
+            f"checkpoint '{source}': expected all weights of its vision tower; missing: "
+            f"{collapsed(missing) or 'none'}; unknown: {collapsed(unexpected) or 'none'}"
+        )
+    return network.requires_grad_(False)
+
+
+def quantisation(load_8bit: bool) -> Any:
+    """4 or 8 bits through bitsandbytes, the projector and the output layer left in full precision."""
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"loading in {8 if load_8bit else 4} bits: expected the package bitsandbytes, which is not installed. "
+            "`pip install bitsandbytes`, or load in 16 bits."
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_8bit=load_8bit,
+        load_in_4bit=not load_8bit,
+        llm_int8_skip_modules=["mm_projector", "lm_head"],
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+    )
+
+
+# --- Tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(folder: Path, config: PretrainedConfig) -> Any:
+    if is_hf_layout(read_json(folder / "config.json")):
+        return llava_tokenizer(folder, config.vocab_size)
+    return load_tokenizer(folder, padding_side="right")
+
+
+def fit_tokenizer(model: LlavaLlamaForCausalLM, tokenizer: Any, source: str) -> None:
+    """Adds the image tokens that the config asks for and that the checkpoint has no rows for yet.
+
+    Raises:
+        ValueError: the tokenizer is of another model than the embedding table. More rows than tokens are only right
+            where the table was padded to a multiple of 64.
+    """
+    rows, own = model.get_input_embeddings().num_embeddings, len(tokenizer)
     tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if getattr(model.config, "mm_use_im_patch_token", True) else []
     if getattr(model.config, "mm_use_im_start_end", False):
         tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
     tokenizer.add_tokens(tokens, special_tokens=True)
-    if tokens and len(tokenizer) != model.get_input_embeddings().num_embeddings:
+    if not own <= rows <= -(-len(tokenizer) // 64) * 64:
+        raise ValueError(
+            f"checkpoint '{source}': expected as many tokens as rows of the embedding table, got a tokenizer of {own} "
+            f"and a table of {rows}. The tokenizer's files are of another model; copy those of the model's own base."
+        )
+    if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
 
 

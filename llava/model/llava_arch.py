@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
+from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.multimodal_encoder.builder import build_vision_tower, locate_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import pad, splice, truncate
+from llava.model.splice import assemble_crops, pad, splice, truncate, unpad_image
 
 
 class LlavaMetaModel:
     """Mixin of the decoder (LlamaModel): holds `vision_tower` and `mm_projector`."""
 
     config: Any
+    dtype: Any
     embed_tokens: Any
     vision_tower: Any
 
@@ -27,6 +30,8 @@ class LlavaMetaModel:
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(config, delay_load=True)
             self.mm_projector = build_vision_projector(config)
+            if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
+                self.image_newline = nn.Parameter(torch.zeros(config.hidden_size, dtype=self.dtype))
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
         tower = getattr(self, "vision_tower", None)
@@ -48,8 +53,10 @@ class LlavaMetaModel:
         if not tower.is_loaded:
             folder = locate_vision_tower(tower.vision_tower_name, self.config._name_or_path)
             tower.load_model(folder=folder, dtype=dtype)
-            tower.vision_tower_name = folder
-            self.config.mm_vision_tower = folder
+            tower.inside_checkpoint = folder == str(Path(self.config._name_or_path) / tower.vision_tower_name)
+            # A saved model must find its tower from any working directory.
+            if Path(folder).is_dir() and not tower.inside_checkpoint:
+                self.config.mm_vision_tower = str(Path(folder).resolve())
         return tower.to(device=device)
 
     def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
@@ -74,12 +81,15 @@ class LlavaMetaModel:
         old_projector = getattr(config, "mm_projector_type", None)
         for name, value in requested.items():
             if value is None:
-                value = getattr(config, name, None) or defaults.get(name)
+                value = getattr(config, name, None)
+            if value is None:
+                value = defaults.get(name)
             setattr(config, name, value)
 
         if self.get_vision_tower() is None or model_args.vision_tower is not None:
             self.vision_tower = build_vision_tower(config, delay_load=True)
         tower = self.load_vision_tower()
+        tower.select_layer, tower.select_feature = config.mm_vision_select_layer, config.mm_vision_select_feature
         config.use_mm_proj = True
         config.mm_hidden_size = tower.hidden_size
         if fsdp:
@@ -87,6 +97,9 @@ class LlavaMetaModel:
 
         if getattr(self, "mm_projector", None) is None or old_projector != config.mm_projector_type:
             self.mm_projector = build_vision_projector(config)
+        if "unpad" in config.mm_patch_merge_type and not hasattr(self, "image_newline"):
+            scale = config.hidden_size**-0.5
+            self.image_newline = nn.Parameter(torch.randn(config.hidden_size, dtype=self.dtype) * scale)
         for parameter in self.mm_projector.parameters():
             parameter.requires_grad = True
         if model_args.pretrain_mm_mlp_adapter:
@@ -177,11 +190,31 @@ class LlavaMetaForCausalLM(ABC):
         if isinstance(images, Tensor) and images.ndim == 4:
             return list(self.encode_images(images))
         crops = [image[None] if image.ndim == 3 else image for image in images]
-        merge = getattr(self.config, "mm_patch_merge_type", "flat")
-        if merge != "flat":
-            raise ValueError(f"mm_patch_merge_type: expected 'flat', got {merge!r}")
         encoded = self.encode_images(torch.cat(crops)).split([len(crop) for crop in crops])
-        return [features.flatten(0, 1) for features in encoded]
+        merge = getattr(self.config, "mm_patch_merge_type", "flat")
+        if merge == "flat":
+            return [features.flatten(0, 1) for features in encoded]
+        if not merge.startswith("spatial"):
+            raise ValueError(f"mm_patch_merge_type: expected 'flat', 'spatial' or 'spatial_unpad', got {merge!r}")
+        if image_sizes is None:
+            raise ValueError(f"mm_patch_merge_type {merge!r}: expected image_sizes, (width, height) of each picture")
+        return [self._merge_spatially(features, size, merge) for features, size in zip(encoded, image_sizes)]
+
+    def _merge_spatially(self, features: Tensor, size: Any, merge: str) -> Tensor:
+        """[F, P, D] of the whole picture and its crops to one [P', D] in which rows of the picture stay rows."""
+        newline = self.get_model().image_newline if "unpad" in merge else None
+        if len(features) == 1:
+            return features[0] if newline is None else torch.cat([features[0], newline[None]])
+        tower = self.get_model().vision_tower
+        columns, rows = get_anyres_image_grid_shape(
+            tuple(size), self.config.image_grid_pinpoints, tower.config.image_size
+        )
+        grid = assemble_crops(features[1:], rows, columns, tower.num_patches_per_side)
+        if newline is None:
+            return torch.cat([features[0], grid.flatten(0, 1)])
+        grid = unpad_image(grid.permute(2, 0, 1), tuple(size))
+        ends = newline[:, None, None].expand(-1, grid.shape[1], 1).to(grid.device)
+        return torch.cat([features[0], torch.cat([grid, ends], dim=2).flatten(1).T])
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
         """Adds LLaVA's image tokens where ModelArguments ask for them; new rows start as the mean of the old ones."""

@@ -115,3 +115,37 @@ def pad(rows: Sequence[Row], side: str = "right") -> PaddedBatch:
         mask=batch([torch.ones(n, dtype=torch.bool, device=device) for n in lengths], False),
         position_ids=batch([torch.arange(n, device=device) for n in lengths], 0),
     )
+
+
+# --- Pictures in crops (anyres) --------------------------------------------------------------------------------------
+
+
+def assemble_crops(crops: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """Features of a picture's crops, row by row, as one map.
+
+    Args:
+        crops: [rows * columns, side * side, D].
+
+    Returns:
+        [rows * side, columns * side, D].
+    """
+    grid = crops.view(rows, columns, side, side, -1)
+    return grid.transpose(1, 2).reshape(rows * side, columns * side, -1)
+
+
+def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
+    """Cuts off what padding to the crops' resolution added.
+
+    Args:
+        tensor: [D, H, W] features. original_size: (width, height) of the picture before padding.
+
+    Returns:
+        [D, H', W'] of the picture's own shape.
+    """
+    width, height = original_size
+    have_height, have_width = tensor.shape[1:]
+    if width / height > have_width / have_height:
+        border = (have_height - int(height * (have_width / width))) // 2
+        return tensor[:, border : have_height - border]
+    border = (have_width - int(width * (have_height / height))) // 2
+    return tensor[:, :, border : have_width - border]

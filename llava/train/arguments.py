@@ -65,7 +65,9 @@ class DataArguments:
         "scores inside the data file (chosen_logits, rejected_logits) are used."
     )  # fmt: skip
     reference: str | None = described(
-        None, "Folder written by `python -m dama reference`. Without it the log-probs inside the data file are used."
+        None,
+        "Folder written by `python -m dama reference`; or 'base', with LoRA and --freeze_mm_mlp_adapter True: the "
+        "model with its adapters off, computed on the fly. Default: the log-probs inside the data file.",
     )
     eval_pairs: float = described(
         0.0, "Pairs held out for evaluation during training: a share below 1, or a number. Whole images are held out, "
@@ -131,6 +133,8 @@ class TrainingArguments(transformers.TrainingArguments):
             seed=self.data_seed if self.data_seed is not None else self.seed,
         )
 
+
+BASE_AS_REFERENCE = "base"  # of --reference: the model with its adapters off
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
@@ -297,6 +301,12 @@ def find_faults(model_args: ModelArguments, data_args: DataArguments, args: Trai
         args.bits == 16 or args.lora_enable, f"--bits {args.bits}: a quantised base is trained with --lora_enable True"
     )
     expect(data_args.eval_pairs >= 0, f"--eval_pairs: expected a share or a number, got {data_args.eval_pairs}")
+    expect(
+        args.per_device_train_batch_size >= 1,
+        f"--per_device_train_batch_size: expected 1 or more, got {args.per_device_train_batch_size}",
+    )
+    expect(not args.lora_weight_path, "--lora_weight_path: starting from an adapter is not supported; merge it first "
+           "with scripts/merge_lora_weights.py")  # fmt: skip
     for check in (lambda: get_template(model_args.version or "v1"), args.weighting):
         try:
             check()
@@ -305,7 +315,24 @@ def find_faults(model_args: ModelArguments, data_args: DataArguments, args: Trai
     if args.task == "DPO":
         for name, stage in (("hardness", data_args.hardness), ("reference", data_args.reference)):
             expect(
-                stage is None or (Path(stage) / "manifest.json").is_file(),
+                stage in (None, BASE_AS_REFERENCE) or (Path(stage) / "manifest.json").is_file(),
                 f"--{name}: expected a folder written by `python -m dama {name}`, got {stage!r}",
             )
+        expect(
+            data_args.image_aspect_ratio != "anyres",
+            "--image_aspect_ratio anyres: not supported for --task DPO; use pad or square",
+        )
+        expect(
+            args.eval_strategy == "no" or data_args.eval_pairs > 0,
+            f"--eval_strategy {args.eval_strategy}: needs held-out pairs, give --eval_pairs (a share or a number)",
+        )
+        expect(
+            args.bits == 16 or data_args.reference == BASE_AS_REFERENCE,
+            f"--bits {args.bits}: the reference must be the same quantised base, give --reference base",
+        )
+        expect(
+            data_args.reference != BASE_AS_REFERENCE or (args.lora_enable and args.freeze_mm_mlp_adapter),
+            "--reference base: needs --lora_enable True and --freeze_mm_mlp_adapter True, or what is left with the "
+            "adapters off is not the model that training started from",
+        )
     return faults

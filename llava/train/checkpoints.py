@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+import shutil
 import subprocess
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ Named = Iterable[tuple[str, Any]]
 PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]
 TOWER_PREFIX = "model.vision_tower."
 NON_LORA_FILE = "non_lora_trainables.bin"
+PROVENANCE_FILE = "dama_provenance.json"
+NOT_RECORDED = re.compile(
+    r"_token$|^local_rank$|_dir$|^disable_tqdm$|^accelerator_config$|^report_to$|^logging_|^log_|^dataloader_|^save_total"
+    r"|^model_name_or_path$|^data_path$|^hardness$|^reference$|^image_folder$|^deepspeed$|^use_cpu$"
+)
 
 
 def maybe_zero_3(param: Any, ignore_status: bool = False, name: str | None = None) -> Tensor:
@@ -85,6 +92,7 @@ def save_lora(trainer: Any, output_dir: str) -> None:
     model.save_pretrained(output_dir, state_dict=adapter)
     torch.save(beside, Path(output_dir) / NON_LORA_FILE)
     trainer.processing_class.save_pretrained(output_dir)
+    keep_tower_inside(model, output_dir)
     if trainer.provenance is not None:
         write_model_card(output_dir, trainer.provenance)
 
@@ -94,6 +102,14 @@ def without_frozen_tower(state_dict: dict[str, Tensor], config: Any) -> dict[str
     if getattr(config, "unfreeze_mm_vision_tower", False):
         return state_dict
     return {name: value for name, value in state_dict.items() if not name.startswith(TOWER_PREFIX)}
+
+
+def keep_tower_inside(model: Any, folder: str | Path) -> None:
+    """Copies a vision tower that lay inside the base's folder into the saved model's, which names it relatively."""
+    tower = model.get_vision_tower()
+    destination = Path(folder) / str(model.config.mm_vision_tower)
+    if tower is not None and tower.inside_checkpoint and not destination.exists():
+        shutil.copytree(tower.folder, destination)
 
 
 # --- The model card --------------------------------------------------------------------------------------------------
@@ -106,42 +122,75 @@ def provenance_of(arguments: Any, **more: Any) -> dict[str, Any]:
         "base": model_args.model_name_or_path,
         **more,
         "flags": recorded_flags(model_args, data_args, args),
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed", "peft")},
+        "versions": {name: version_of(name) for name in ("torch", "transformers", "accelerate", "deepspeed", "peft")},
         "python": platform.python_version(),
         "revision": repository_revision(),
     }
 
 
 def is_finished(output_dir: str | Path, provenance: dict[str, Any]) -> bool:
-    """Whether the folder holds a finished model of the same flags and data, and says so.
+    """Whether the folder holds the finished model of these inputs, and says so.
 
     Raises:
-        ValueError: it holds a finished model of others; every differing field is named.
+        ValueError: it holds a finished or half-finished model of others; every differing field is named.
     """
     folder = Path(output_dir)
-    if not (folder / "dama_provenance.json").is_file():
+    last = last_whole_checkpoint(folder)
+    if last is not None:
+        refuse_other_provenance(last, provenance)
+    if not (folder / PROVENANCE_FILE).is_file():
         return False
-    made = json.loads((folder / "dama_provenance.json").read_text())
-    fields = ("base", "data", "flags")
-    changed = differences({f: made.get(f) for f in fields}, json.loads(json.dumps({f: provenance[f] for f in fields})))
-    if changed:
-        raise ValueError(
-            f"--output_dir {folder}: holds a finished model of other inputs ({'; '.join(changed)}). "
-            "Give another --output_dir, or remove that folder."
-        )
+    refuse_other_provenance(folder, provenance)
     say(f"training: complete in {folder}, skipped")
     return True
 
 
+def version_of(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def refuse_other_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Raises unless the model in the folder comes from the same base, data and flags."""
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        return
+    made = json.loads(path.read_text())
+    fields = ("base", "data", "flags")
+    current = json.loads(json.dumps({field: provenance.get(field) for field in fields}))
+    changed = differences({field: made.get(field) for field in fields}, current)
+    if changed:
+        raise ValueError(
+            f"--output_dir: {folder} holds a model of other inputs ({'; '.join(changed)}). "
+            "Give another --output_dir, or remove that folder."
+        )
+
+
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint-N that was written to its end; one that a kill cut short is passed over, and said so."""
+    numbered = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        # transformers writes the trainer's state last.
+        if (path / "trainer_state.json").is_file():
+            return path
+        say(f"{path} is incomplete (its save was interrupted), passed over")
+    return None
+
+
 def recorded_flags(*groups: Any) -> dict[str, Any]:
-    """This repository's own flags, and transformers' where they are not at their default, as JSON values."""
+    """The flags that a result depends on: this repository's own, and transformers' that are not at their default.
+
+    Left out are those that name places, print more or less, differ between ranks, or are secrets.
+    """
     flags = {}
     for group in groups:
         own = type(group).__annotations__
         for name, entry in type(group).__dataclass_fields__.items():
             value = getattr(group, name, None)
             wanted = name in own or (entry.init and not name.startswith("_") and value != entry.default)
-            if wanted and value not in ({}, [], None):
+            if wanted and value not in ({}, [], None) and not NOT_RECORDED.search(name):
                 flags[name] = value if isinstance(value, int | float | bool | str) else str(value)
     return dict(sorted(flags.items()))
 
@@ -161,7 +210,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def write_model_card(folder: str | Path, provenance: dict[str, Any]) -> None:
-    """README.md for people and dama_provenance.json for programs."""
+    """README.md for people and PROVENANCE_FILE for programs."""
     flags = provenance["flags"]
     rows = "\n".join(f"| `--{name}` | {value} |" for name, value in flags.items())
     details = {name: value for name, value in provenance.items() if name not in ("flags", "base")}
@@ -185,4 +234,4 @@ A LLaVA-v1.5 model, {task}, from `{provenance["base"]}`.
 ```
 """
     write_atomic(Path(folder) / "README.md", card)
-    write_json(Path(folder) / "dama_provenance.json", provenance)
+    write_json(Path(folder) / PROVENANCE_FILE, provenance)

@@ -18,14 +18,13 @@ ACTIVATIONS_GIB = 6.0  # a micro-batch under activation checkpointing, CUDA cont
 LORA_SHARE = 0.05  # LoRA's parameters beside the base's, rank 128
 
 
-def gpu_memory_needed(billions: float, gpus: int, method: str) -> float:
-    """GiB on each GPU under ZeRO-2 in bf16: weights whole; gradients, fp32 master and Adam moments shared out.
-
-    full: 2 + (2 + 12) / gpus bytes a parameter; lora: 2, and the same for the adapter's share alone.
+def gpu_memory_needed(billions: float, gpus: int, method: str, zero: int = 2) -> float:
+    """GiB on each GPU in bf16. ZeRO-2: weights whole, 2 bytes a parameter; gradients, fp32 master and Adam moments,
+    2 + 12 bytes a trained parameter, shared out. ZeRO-3 shares the weights out too. LoRA trains 5 % of the parameters.
     """
     trained = billions if method == "full" else billions * LORA_SHARE
-    state = 1e9 * (2 * billions + (2 + 12) * trained / max(1, gpus))
-    return state / GIB + ACTIVATIONS_GIB
+    weights = 2 * billions / (max(1, gpus) if zero == 3 else 1)
+    return 1e9 * (weights + (2 + 12) * trained / max(1, gpus)) / GIB + ACTIVATIONS_GIB
 
 
 def host_memory_needed(billions: float, gpus: int) -> float:
@@ -50,6 +49,8 @@ def find_missing(args: argparse.Namespace) -> list[str]:
             f"MODEL: '{args.model}' is no folder, is not in the local cache, and the hub did not answer; set MODEL to "
             "a LLaVA-v1.5 checkpoint folder"
         )
+    if args.clip and not has_clip_weights(*args.clip.split(":")):
+        missing.append(f"CLIP: the weights {args.clip} are not in the local cache, and the hub did not answer")
     missing += gpu_faults(args)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     if memory < (wanted := host_memory_needed(args.billions, args.gpus)):
@@ -75,7 +76,7 @@ def gpu_faults(args: argparse.Namespace) -> list[str]:
             f"{', '.join(map(str, works))}"
         )
     memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(min(args.gpus, found))) / GIB
-    needed = gpu_memory_needed(args.billions, args.gpus, args.method)
+    needed = gpu_memory_needed(args.billions, args.gpus, args.method, args.zero)
     if memory < needed:
         faults.append(
             f"GPU memory: {memory:.0f} GiB on each, about {needed:.0f} GiB needed for {args.billions:g} billion "
@@ -84,16 +85,24 @@ def gpu_faults(args: argparse.Namespace) -> list[str]:
     return faults
 
 
-def hub_has(name: str) -> bool:
+def hub_has(name: str, file: str = "config.json") -> bool:
     """Whether a hub model can be had: from the local cache, or from the hub within 10 seconds."""
     from huggingface_hub import model_info, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if isinstance(try_to_load_from_cache(name, file), str):
         return True
     try:
         return model_info(name, timeout=10).id is not None
     except Exception:  # any failure means the same to the user: not to be had from here
         return False
+
+
+def has_clip_weights(architecture: str, tag: str) -> bool:
+    """Whether open_clip's weights can be had, from the local cache or from the hub."""
+    import open_clip
+
+    name = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "").rstrip("/")
+    return bool(name) and hub_has(name, "open_clip_config.json")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,6 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, required=True, help="GPUs to be used")
     parser.add_argument("--billions", type=float, required=True, help="parameters, in billions")
     parser.add_argument("--method", choices=("full", "lora"), default="full", help="what is trained")
+    parser.add_argument("--zero", type=int, choices=(2, 3), default=2, help="DeepSpeed's ZeRO stage")
+    parser.add_argument("--clip", help="open_clip architecture:weights that the hardness stage will fetch")
     parser.add_argument("--pairs_per_step", type=int, default=16, help="N of the paper")
     return parser
 
@@ -115,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         say("\n  - ".join([f"{len(missing)} thing(s) missing for this training:", *missing]))
         return 1
-    needed = gpu_memory_needed(args.billions, args.gpus, args.method)
+    needed = gpu_memory_needed(args.billions, args.gpus, args.method, args.zero)
     say(f"preflight: all there; about {needed:.0f} GiB will be used on each of {args.gpus} GPU(s)")
     return 0
 

@@ -54,10 +54,14 @@ def encode_pair(
     if use_im_start_end:
         image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
     question = f"{image}\n{pair.question}"
-    return tuple(
-        encode_turns([("human", question), ("gpt", answer)], tokenizer, template, has_image=True)
-        for answer in (pair.chosen, pair.rejected)
-    )  # type: ignore[return-value]
+
+    def encode(answer: str) -> EncodedTurns:
+        try:
+            return encode_turns([("human", question), ("gpt", answer)], tokenizer, template, has_image=True)
+        except ValueError as error:
+            raise ValueError(f"pair {pair.id}: {error}") from error
+
+    return encode(pair.chosen), encode(pair.rejected)
 
 
 class DPODataset(Dataset):
@@ -137,35 +141,40 @@ def read_checked_pairs(data_args: Any) -> tuple[list[PreferencePair], list[Skipp
     return check_pairs(pairs, data_args.image_folder, data_args.on_bad_image, subject=str(data_args.data_path))
 
 
-def drop_long_pairs(
-    pairs: Sequence[PreferencePair],
-    encoded: Sequence[tuple[EncodedTurns, EncodedTurns]],
-    tokens_per_image: int,
-    limit: int,
-    on_long_pair: str,
-    subject: str,
-) -> tuple[list[int], list[SkippedPair]]:
-    """Positions of the pairs that fit into the model, and those that do not. Nothing is ever cut.
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Token ids of both answers of every pair, and which pairs fit into the model."""
+
+    answers: list[tuple[EncodedTurns, EncodedTurns]]
+    fits: list[int]  # positions of the pairs that fit
+    long: list[SkippedPair]
+
+
+def encode_pairs(
+    pairs: Sequence[PreferencePair], arguments: Any, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> EncodedPairs:
+    """Tokenises every pair. Nothing is ever cut: what is too long with its image is left out or an error.
 
     Raises:
-        ValueError: with `on_long_pair` 'fail', naming every pair that is too long.
+        ValueError: with --on_long_pair fail, naming every pair that is too long.
     """
+    model_args, data_args, args = arguments
+    template = get_template(model_args.version)
+    answers = [encode_pair(pair, tokenizer, template, model.config.mm_use_im_start_end) for pair in pairs]
+    limit = min(args.model_max_length, getattr(model.config, "max_position_embeddings", args.model_max_length))
+    per_image = model.get_vision_tower().tokens_per_image
     fits, long = [], []
-    for i, (pair, answers) in enumerate(zip(pairs, encoded)):
-        length = max(len(answer.input_ids) for answer in answers) - 1 + tokens_per_image
+    for i, (pair, both) in enumerate(zip(pairs, answers)):
+        length = max(len(answer.input_ids) for answer in both) - 1 + per_image
         if length <= limit:
             fits.append(i)
         else:
             long.append(SkippedPair(pair.id, f"{length} tokens with its image, the model takes {limit}"))
-    if long and on_long_pair == "fail":
-        raise ValueError(
-            fault_list(
-                subject,
-                [f"pair {skip.id}: {skip.reason}" for skip in long],
-                "raise --model_max_length, or --on_long_pair skip",
-            )
-        )
-    return fits, long
+    if long and data_args.on_long_pair == "fail":
+        faults = [f"pair {skip.id}: {skip.reason}" for skip in long]
+        remedy = "raise --model_max_length as far as the model allows, or --on_long_pair skip"
+        raise ValueError(fault_list(str(data_args.data_path), faults, remedy))
+    return EncodedPairs(answers, fits, long)
 
 
 @dataclass(frozen=True)
@@ -176,11 +185,16 @@ class PairValues:
     source: dict[str, Any]
 
 
-def hardness_of_pairs(pairs: Sequence[PreferencePair], data_args: Any, needed: bool) -> PairValues:
-    """delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed."""
-    if data_args.hardness:
-        hardness = load_hardness(data_args.hardness)
-        refuse_other_inputs("hardness", data_args.hardness, hardness.fingerprint, data_fingerprint(pairs, data_args))
+def hardness_of_pairs(
+    pairs: Sequence[PreferencePair], folder: str | None, data: dict[str, str], needed: bool
+) -> PairValues:
+    """delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed.
+
+    `data` is their `data_fingerprint`.
+    """
+    if folder:
+        hardness = load_hardness(folder)
+        refuse_other_inputs("hardness", folder, hardness.fingerprint, data)
         return PairValues([hardness.delta[pair.id] for pair in pairs], hardness.fingerprint)
     without = [pair.id for pair in pairs if pair.clip_scores is None]
     if not without:
@@ -221,14 +235,18 @@ def join_pairs(
     model: Any,
 ) -> PreferenceData:
     """Tokenises the pairs, joins them with delta and reference log-probs, and holds some out."""
-    model_args, data_args, args = arguments
-    template = get_template(model_args.version)
-    encoded = [encode_pair(pair, tokenizer, template, model.config.mm_use_im_start_end) for pair in pairs]
-    fits, long = drop_long_pairs(
-        pairs, encoded, model.get_vision_tower().tokens_per_image, args.model_max_length, data_args.on_long_pair,
-        str(data_args.data_path),
-    )  # fmt: skip
-    prepared = [PreparedPair(pairs[i], *encoded[i], hardness.values[i], *reference.values[i]) for i in fits]
+    _, data_args, args = arguments
+    encoded = encode_pairs(pairs, arguments, tokenizer, model)
+    without = [pairs[i].id for i in encoded.fits if reference.values[i] is None]
+    if without:
+        raise ValueError(
+            f"reference: expected log-probs for every pair, got none for {len(without)} of {len(encoded.fits)} (first: "
+            f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
+            "folder as --reference."
+        )
+    prepared = [
+        PreparedPair(pairs[i], *encoded.answers[i], hardness.values[i], *reference.values[i]) for i in encoded.fits
+    ]
     if not prepared:
         raise ValueError(f"{data_args.data_path}: expected pairs to train on, got none of {len(pairs)}")
     train, held_out = hold_out(prepared, data_args.eval_pairs, args.seed)
@@ -236,12 +254,12 @@ def join_pairs(
     def dataset(items: list[PreparedPair]) -> DPODataset:
         return DPODataset(items, data_args.image_folder, image_processor, model.config)
 
-    mean = sum(item.delta for item in prepared) / len(prepared)
+    mean = sum(item.delta for item in train) / len(train)
     return PreferenceData(
         train=dataset(train),
         held_out=dataset(held_out) if held_out else None,
         delta_bar=mean if args.delta_bar is None else args.delta_bar,
-        skipped=long,
+        skipped=encoded.long,
         provenance={"data": str(data_args.data_path), "hardness": hardness.source, "reference": reference.source},
     )
 

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,24 +21,24 @@ from transformers.trainer_callback import ProgressCallback
 from dama.console import write_json
 from dama.logps import AnswerLogps
 from dama.losses import preference_loss, reward_gap
-from dama.weighting import Selection, Strategy, Variant, WeightingState, Weights, weigh
+from dama.weighting import Variant, WeightingState, Weights, static_beta, weigh
 from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset, StepLoader, StepPlan, StepSampler
 from llava.train.llava_trainer import LLaVATrainer
 
-STATE_FILE = "dama_state.json"  # in every checkpoint: R_bar and the draw's step
-# What every rank tells the others of a pair, as columns of one table.
-COLUMNS = ("position", "policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "delta", "tokens")
+STATE_FILE = "dama_state.json"  # in every checkpoint: R_bar, the draw's step, delta_bar
 NO_PAIR = -1
 
 
-@dataclass(frozen=True)
-class StepTable:
-    """All pairs of a step (or of a gathered micro-batch) in global order, each column [N] float64."""
+class StepTable(NamedTuple):
+    """All pairs of a step (or of a gathered micro-batch) in global order, each field [N] float64."""
 
-    columns: dict[str, Tensor]
-
-    def __getattr__(self, name: str) -> Tensor:
-        return self.columns[name]
+    position: Tensor
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    delta: Tensor
+    tokens: Tensor
 
     @property
     def R(self) -> Tensor:
@@ -46,10 +46,9 @@ class StepTable:
 
     @staticmethod
     def from_rows(rows: Tensor) -> StepTable:
-        """From gathered rows [M, columns]; rows without a pair are left out, the others sorted by position."""
+        """From gathered rows [M, fields]; rows without a pair are left out, the others sorted by position."""
         rows = rows[rows[:, 0] != NO_PAIR]
-        rows = rows[rows[:, 0].argsort()]
-        return StepTable(dict(zip(COLUMNS, rows.T)))
+        return StepTable(*rows[rows[:, 0].argsort()].T)
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
 
     Args:
         train_dataset, eval_dataset: DPODatasets. delta_bar: mean hardness of the training data (Eq. 7).
+        reference_is_base: compute reference log-probs on the fly, from the base under the LoRA adapters.
         drawn: positions selected in each step, to replay a recorded run instead of drawing.
     """
 
@@ -118,6 +118,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         train_dataset: DPODataset,
         eval_dataset: DPODataset | None = None,
         delta_bar: float = 0.0,
+        reference_is_base: bool = False,
         drawn: list[list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -134,12 +135,15 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             self.add_callback(StepLine)
         self.config = args.weighting()
         self.delta_bar = delta_bar
+        self.reference_is_base = reference_is_base
         self.drawn = drawn
         self.collate = DataCollatorForDPODataset(tokenizer, train_dataset)
         self.weighting_state = WeightingState()
         self._logged: dict[str, list[float]] = defaultdict(list)
         self._reference_checked = not args.check_reference
-        self._weights: Weights | None = None
+        self._weights: Weights | None = None  # of the whole step, where it was looked at ahead
+        self._seen: list[Tensor] = []  # rows of the step's micro-batches so far
+        self._pairs_in_loss = 1
         self._plan = StepPlan(0, 1, 1)
 
     # --- Data ----------------------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         for micro, batch in enumerate(group):
             block = self._plan.block(micro, self.args.process_index)
             batch["position"] = torch.tensor(list(block) or [NO_PAIR])
-        self._weights = None
+        self._weights, self._seen = None, []
         if self._looks_ahead(len(group)):
             self._weights = self._decide(self._look_ahead(group))
             group = [self._only_selected(batch) for batch in group]
@@ -179,13 +183,9 @@ class LLaVA15DPOTrainer(LLaVATrainer):
 
     def _looks_ahead(self, micro_batches: int) -> bool:
         """Whether R must be known before the first gradient: several micro-batches, or dropout in the gradient pass."""
-        config = self.config
-        if config.variant is Variant.RELEASED:
+        if self.config.variant is Variant.RELEASED or self.config.is_static:
             return False
-        if config.selects is Selection.OFF and config.strategy in (Strategy.NONE, Strategy.DATA):
-            return False
-        has_dropout = self.args.lora_enable and self.args.lora_dropout > 0
-        return micro_batches > 1 or has_dropout
+        return micro_batches > 1 or (self.args.lora_enable and self.args.lora_dropout > 0)
 
     @torch.no_grad()
     def _look_ahead(self, group: list[dict[str, Tensor]]) -> StepTable:
@@ -235,11 +235,19 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             logp_chunk=self.args.logp_chunk,
         )
 
+    def _reference_logps(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """From the data, or under LoRA from the base model, its adapters switched off."""
+        if not self.reference_is_base:
+            return inputs["ref_chosen"], inputs["ref_rejected"]
+        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+            chosen, rejected = self._forward(model, inputs).logps.chunk(2)
+        return chosen, rejected
+
     def _logps(self, model: Any, inputs: dict[str, Tensor]) -> PairLogps:
         sums = self._forward(model, inputs)
         chosen, rejected = sums.logps.chunk(2)
         n_chosen, n_rejected = sums.tokens.chunk(2)
-        ref_chosen, ref_rejected = inputs["ref_chosen"].to(chosen), inputs["ref_rejected"].to(chosen)
+        ref_chosen, ref_rejected = (logps.to(chosen) for logps in self._reference_logps(model, inputs))
         if not self.args.dpo_use_average:
             return PairLogps(chosen, rejected, ref_chosen, ref_rejected, n_chosen + n_rejected)
         return PairLogps(
@@ -247,11 +255,11 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             torch.full_like(n_chosen, 2),
         )  # fmt: skip
 
-    def _rows(self, inputs: dict[str, Tensor], logps: PairLogps) -> Tensor:
-        """What this rank has to tell of a micro-batch: [batch size, columns] float64, filled up with empty rows."""
+    def _rows(self, inputs: dict[str, Tensor], logps: PairLogps, size: int | None = None) -> Tensor:
+        """What this rank has to tell of a micro-batch: [size, fields of StepTable], filled up with empty rows."""
         values = inputs | vars(logps)
-        rows = torch.stack([values[name].detach().double() for name in COLUMNS], dim=1)
-        filled = rows.new_full((self.args.per_device_train_batch_size, len(COLUMNS)), NO_PAIR)
+        rows = torch.stack([values[name].detach().double() for name in StepTable._fields], dim=1)
+        filled = rows.new_full((size or self.args.per_device_train_batch_size, len(StepTable._fields)), NO_PAIR)
         filled[: len(rows)] = rows
         return filled
 
@@ -275,30 +283,39 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         """This micro-batch's part of the step's loss, scaled so that the trainer's averages give the mean over K."""
         logps = self._logps(model, inputs)
         position = inputs["position"]
-        weights = self._weights
-        if weights is None:
-            table = self._gather(self._rows(inputs, logps))
-            self._check_reference(table, inputs)
-            weights = self._decide(table)
-            # A decision for this micro-batch alone: positions are counted within it.
-            position = self._positions_within(table, position)
-        present = position != NO_PAIR
-        index = position.clamp(min=0).cpu()
-        beta = weights.beta[index].to(logps.R)
-        selected = weights.selected[index].to(position.device) & present
-        losses = preference_loss(logps.R, beta) * selected
+        beta, selected = self._decision(inputs, logps)
+        losses = preference_loss(logps.R, beta.to(logps.R)) * (selected & (position != NO_PAIR))
         if self.config.variant is Variant.RELEASED:
             loss = losses.sum() / selected.sum().clamp(min=1)
         else:
             parts = self.args.world_size * self.current_gradient_accumulation_steps
-            loss = losses.sum() * parts / self._selected_in_step(weights)
+            loss = losses.sum() * parts / self._pairs_in_loss
         return (loss, {}) if return_outputs else loss
 
-    def _selected_in_step(self, weights: Weights) -> int:
-        """K of the whole step; without selection every pair of the step counts, in whichever micro-batch it is."""
-        if self._weights is None and self.config.selects is Selection.OFF:
-            return self._plan.pairs
-        return int(weights.selected.sum())
+    def _decision(self, inputs: dict[str, Tensor], logps: PairLogps) -> tuple[Tensor, Tensor]:
+        """(beta, selected), each [B], of this micro-batch's pairs."""
+        position = inputs["position"]
+        rows = self._rows(inputs, logps)
+        if self.config.is_static:
+            # Beta is known without R; the whole step is looked at when its last micro-batch is there, for the figures.
+            self._seen.append(rows)
+            if len(self._seen) == self.current_gradient_accumulation_steps:
+                table = self._gather(torch.cat(self._seen))
+                self._check_reference(table, inputs)
+                self._decide(table)
+            self._pairs_in_loss = self._plan.pairs
+            beta = static_beta(self.config, inputs["delta"], self.delta_bar)
+            return beta, torch.ones_like(position, dtype=torch.bool)
+        weights = self._weights
+        if weights is None:
+            table = self._gather(rows)
+            self._check_reference(table, inputs)
+            weights = self._decide(table)
+            # A decision for this micro-batch alone: positions are counted within it.
+            position = self._positions_within(table, position)
+        self._pairs_in_loss = int(weights.selected.sum())
+        index = position.clamp(min=0).cpu()
+        return weights.beta[index].to(position.device), weights.selected[index].to(position.device)
 
     @staticmethod
     def _positions_within(table: StepTable, position: Tensor) -> Tensor:
@@ -314,7 +331,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         self._reference_checked = True
         per_token = (table.R.abs() / table.tokens).max().item()
         limit = 1e-3
-        if next(self.model.parameters()).dtype != torch.float32:
+        if self.args.bf16 or self.args.fp16:
             limit = max(limit, 5 * self._rounding_noise(batch))
         if per_token > limit:
             raise ValueError(
@@ -326,18 +343,21 @@ class LLaVA15DPOTrainer(LLaVATrainer):
 
     @torch.no_grad()
     def _rounding_noise(self, batch: dict[str, Tensor]) -> float:
-        """How far log-probs per token move when the same pairs are computed in another batch."""
+        """How far log-probs per token move, on any rank, when the same pairs are computed one at a time."""
         inputs = self._prepare_inputs(batch)
         together = self._forward(self.model, inputs)
-        alone = [self._forward(self.model, inputs, slice(i, i + 1)).logps for i in range(len(together.logps))]
-        return ((torch.cat(alone) - together.logps).abs() / together.tokens).max().item()
+        # As many passes on every rank, whatever it holds: under ZeRO-3 each of them is a collective.
+        rows = [i % len(together.logps) for i in range(2 * self.args.per_device_train_batch_size)]
+        alone = torch.cat([self._forward(self.model, inputs, slice(i, i + 1)).logps for i in rows])
+        noise = (alone - together.logps[rows]).abs() / together.tokens[rows]
+        return self.accelerator.gather(noise.max()[None]).max().item()
 
     # --- Checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            write_json(Path(output_dir) / STATE_FILE, self.weighting_state.as_dict())
+            write_json(Path(output_dir) / STATE_FILE, self.weighting_state.as_dict() | {"delta_bar": self.delta_bar})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -349,7 +369,9 @@ class LLaVA15DPOTrainer(LLaVATrainer):
                 f"checkpoint '{checkpoint}': expected {STATE_FILE} with R_bar and the draw's step, found none. "
                 "It is not a checkpoint of a DPO run of this trainer; resume from another one."
             )
-        self.weighting_state = WeightingState(**json.loads(path.read_text()))
+        saved = json.loads(path.read_text())
+        self.delta_bar = saved.pop("delta_bar")
+        self.weighting_state = WeightingState(**saved)
 
     # --- Figures -------------------------------------------------------------------------------------------------
 
@@ -407,7 +429,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             raise ValueError("evaluation: expected held-out pairs, got none; pass --eval_pairs")
         args = self.args
         model = self.model_wrapped if self.is_in_train else self.model
-        micro_batches = -(-len(dataset) // (args.world_size * args.per_device_train_batch_size))
+        micro_batches = -(-len(dataset) // (args.world_size * args.per_device_eval_batch_size))
         plan = StepPlan(len(dataset), args.world_size, micro_batches)
         was_training = model.training
         model.eval()
@@ -417,7 +439,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             batch = self.collate([dataset[i] for i in block] or [dataset[0]])
             batch["position"] = torch.tensor(list(block) or [NO_PAIR])
             inputs = self._prepare_inputs(batch)
-            rows.append(self._rows(inputs, self._logps(model, inputs)))
+            rows.append(self._rows(inputs, self._logps(model, inputs), args.per_device_eval_batch_size))
         model.train(was_training)
         table = self._gather(torch.cat(rows))
         loss = preference_loss(table.R, self.config.beta).mean().item()

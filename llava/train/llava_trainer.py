@@ -15,6 +15,7 @@ from llava.train.checkpoints import (
     NON_LORA_FILE,
     PROJECTOR_KEYS,
     get_mm_adapter_state_maybe_zero_3,
+    keep_tower_inside,
     matching,
     maybe_zero_3,
     without_frozen_tower,
@@ -154,14 +155,16 @@ class LLaVATrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         # Under DeepSpeed the weights come gathered: nothing here may wait for other ranks, only one process saves.
         state = self.model.state_dict() if state_dict is None else state_dict
+        folder.mkdir(parents=True, exist_ok=True)
         if self._trains_projector_only:
-            self.model.config.save_pretrained(folder)
             torch.save(matching(state, PROJECTOR_KEYS), folder / "mm_projector.bin")
-            return
-        super()._save(str(folder), without_frozen_tower(state, self.model.config))
+        else:
+            super()._save(str(folder), without_frozen_tower(state, self.model.config))
+        self.model.config.save_pretrained(folder)
         if self.args.lora_enable:
             beside = [n for n, p in self.model.named_parameters() if p.requires_grad and "lora_" not in n]
             torch.save({name: state[name] for name in beside}, folder / NON_LORA_FILE)
+        keep_tower_inside(self.model, folder)
         if self.provenance is not None:
             write_model_card(folder, self.provenance)
 

@@ -6,9 +6,7 @@ finds R_i = 0 up to rounding. Batches hold pairs of similar length; answers of a
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,27 +15,24 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dama.console import digest_of, digest_of_file, say
+from dama.console import digest_of, say
 from dama.pairs import PreferencePair, SkippedPair
 from dama.stage import open_stage, read_stage
-from llava.conversation import get_template
-from llava.train.arguments import Arguments
+from llava.model.fingerprint import digest_of_checkpoint
+from llava.train.arguments import BASE_AS_REFERENCE, Arguments
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
     DPODataset,
     PairValues,
     PreparedPair,
     data_fingerprint,
-    drop_long_pairs,
-    encode_pair,
+    encode_pairs,
     refuse_other_inputs,
 )
 from llava.train.setup_model import setup_model
 
 STAGE = "reference"
 SIDES = ("chosen", "rejected")
-SAMPLED_BLOCKS = 64
-BLOCK_BYTES = 1 << 20
 
 
 def run_reference(
@@ -57,17 +52,13 @@ def run_reference(
         batch_size: pairs in one forward pass (twice as many sequences).
     """
     model_args, data_args, args = arguments
-    model, tokenizer, image_processor = setup_model(arguments)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model, tokenizer, image_processor = setup_model(arguments, dtype=dtype)
     model = model.to(args.device).eval()
-    template = get_template(str(model_args.version))
-    encoded = [encode_pair(pair, tokenizer, template, model.config.mm_use_im_start_end) for pair in pairs]
-    fits, long = drop_long_pairs(
-        pairs, encoded, model.get_vision_tower().tokens_per_image, args.model_max_length, data_args.on_long_pair,
-        str(data_args.data_path),
-    )  # fmt: skip
+    encoded = encode_pairs(pairs, arguments, tokenizer, model)
     # Similar lengths together: sorted by the longer answer, the id settles ties so that the order is always the same.
-    fits.sort(key=lambda i: (max(len(answer.input_ids) for answer in encoded[i]), pairs[i].id))
-    prepared = [PreparedPair(pairs[i], *encoded[i], 0.0, 0.0, 0.0) for i in fits]
+    order = sorted(encoded.fits, key=lambda i: (max(len(a.input_ids) for a in encoded.answers[i]), pairs[i].id))
+    prepared = [PreparedPair(pairs[i], *encoded.answers[i], 0.0, 0.0, 0.0) for i in order]
     dataset = DPODataset(prepared, str(data_args.image_folder), image_processor, model.config)
     collate = DataCollatorForDPODataset(tokenizer, dataset)
     batches = [prepared[i : i + batch_size] for i in range(0, len(prepared), batch_size)]
@@ -81,7 +72,7 @@ def run_reference(
             for batch in batches[stage.chunks_done :]:
                 stage.append(logps_of_batch(model, collate(batch), batch, args))
                 bar.update(len(batch))
-        skipped = [*skipped, *long]
+        skipped = [*skipped, *encoded.long]
         records = stage.records()
         summary = {
             "pairs": len(records),
@@ -112,21 +103,28 @@ def logps_of_batch(model: Any, batch: dict[str, Any], items: Sequence[PreparedPa
 
 
 def reference_of_pairs(
-    pairs: Sequence[PreferencePair], arguments: Arguments, model: Any, tokenizer: PreTrainedTokenizerBase
+    pairs: Sequence[PreferencePair],
+    arguments: Arguments,
+    data: dict[str, str],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> PairValues:
     """(log pi_ref(y_w), log pi_ref(y_l)) of every pair, from --reference or else from the data file.
+
+    None for a pair that the stage left out as too long. `data` is the pairs' `data_fingerprint`.
 
     Raises:
         ValueError: made from other inputs (each field named), or missing.
     """
     _, data_args, _ = arguments
+    if data_args.reference == BASE_AS_REFERENCE:
+        return PairValues([(0.0, 0.0)] * len(pairs), {"logps": "of the base, on the fly"})
     if data_args.reference:
         manifest, records = read_stage(data_args.reference, STAGE)
-        current = data_fingerprint(pairs, data_args) | model_fingerprint(arguments, model, tokenizer)
+        current = data | model_fingerprint(arguments, model, tokenizer)
         refuse_other_inputs(STAGE, data_args.reference, manifest["fingerprint"], current)
         logps = {record["id"]: (record["chosen_logp"], record["rejected_logp"]) for record in records}
-        # Pairs that the stage skipped as too long are skipped by training too, before these zeros are looked at.
-        return PairValues([logps.get(pair.id, (0.0, 0.0)) for pair in pairs], manifest["fingerprint"])
+        return PairValues([logps.get(pair.id) for pair in pairs], manifest["fingerprint"])
     without = [pair.id for pair in pairs if pair.reference is None]
     if without:
         raise ValueError(
@@ -143,42 +141,13 @@ def model_fingerprint(arguments: Arguments, model: Any, tokenizer: PreTrainedTok
     tower = model.get_vision_tower()
     return {
         "model": digest_of_checkpoint(str(model_args.model_name_or_path)),
-        "vision_tower": digest_of_checkpoint(tower.vision_tower_name),
+        "vision_tower": digest_of_checkpoint(tower.folder),
         "tokenizer": digest_of([len(tokenizer), tokenizer("Is it a cat? It's 3.5 cats!\n").input_ids]),
         "template": str(model_args.version),
         "image_aspect_ratio": model.config.image_aspect_ratio,
         "image_processor": digest_of(json.loads(tower.image_processor.to_json_string())),
         "mm_use_im_start_end": model.config.mm_use_im_start_end,
     }
-
-
-def digest_of_checkpoint(source: str) -> str:
-    """Identity of a checkpoint's weights: a hub name with its revision, or a digest of the folder's weight files.
-
-    Files over 64 MiB are read at 64 evenly spaced blocks of 1 MiB, so that 13 GB cost a second.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        from transformers.utils import cached_file
-
-        config = cached_file(source, "config.json")
-        return f"{source}@{Path(str(config)).parent.name}"
-    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file())
-    if not weights:
-        raise FileNotFoundError(f"checkpoint '{source}': expected weights (*.safetensors or *.bin), found none")
-    return digest_of([[path.name, path.stat().st_size, _digest_of_weights(path)] for path in weights])
-
-
-def _digest_of_weights(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
-        return digest_of_file(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for k in range(SAMPLED_BLOCKS):
-            file.seek(k * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1), os.SEEK_SET)
-            digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def describe(manifest: dict[str, Any], out: str | Path) -> None:

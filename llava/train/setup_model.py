@@ -14,12 +14,18 @@ from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
 
 
-def setup_model(arguments: Arguments) -> tuple[Any, PreTrainedTokenizerBase, Any]:
-    """(model, tokenizer, image processor) as the flags describe them; the model may be a PeftModel."""
+def setup_model(
+    arguments: Arguments, attn_implementation: str | None = None, *, dtype: torch.dtype | None = None
+) -> tuple[Any, PreTrainedTokenizerBase, Any]:
+    """(model, tokenizer, image processor) as the flags describe them; the model may be a PeftModel.
+
+    `dtype` overrides the precision of weights that training would choose.
+    """
     model_args, data_args, args = arguments
     set_seed(args.seed)  # new adapters and projectors start alike in every run
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    model = load_llava(str(model_args.model_name_or_path), dtype=dtype, cache_dir=args.cache_dir, **quantisation(args))
+    dtype = dtype or precision_of_weights(args)
+    options = quantisation(args) | ({"attn_implementation": attn_implementation} if attn_implementation else {})
+    model = load_llava(str(model_args.model_name_or_path), dtype=dtype, cache_dir=args.cache_dir, **options)
     model.config.use_cache = False
     if model_args.freeze_backbone:
         model.model.requires_grad_(False)
@@ -38,6 +44,16 @@ def setup_model(arguments: Arguments) -> tuple[Any, PreTrainedTokenizerBase, Any
     return model, tokenizer, llava.get_model().load_vision_tower().image_processor
 
 
+def precision_of_weights(args: Any) -> torch.dtype:
+    """bf16 or fp16 where DeepSpeed keeps fp32 master weights, or the base is frozen; else fp32 under autocast.
+
+    AdamW on bf16 weights loses updates as small as DAMA's: 5e-7 is below the last bit of most of them.
+    """
+    if args.deepspeed or args.lora_enable:
+        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return torch.float32
+
+
 def setup_vision(
     model: LlavaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: Arguments, dtype: torch.dtype
 ) -> None:
@@ -48,7 +64,9 @@ def setup_vision(
     model.get_model().mm_projector.to(dtype=dtype)
 
     config = model.config
-    config.image_aspect_ratio = data_args.image_aspect_ratio or getattr(config, "image_aspect_ratio", None) or "pad"
+    config.image_aspect_ratio = data_args.image_aspect_ratio or getattr(config, "image_aspect_ratio", None)
+    if config.image_aspect_ratio is None:
+        config.image_aspect_ratio = "pad" if args.task == "DPO" else "square"  # LLaVA's default is square
     config.tokenizer_padding_side = tokenizer.padding_side
     config.tokenizer_model_max_length = args.model_max_length
     config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter

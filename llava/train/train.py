@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dama.console import say
+from dama.console import digest_of_file, say
 from dama.console import say as rank0_print
 from llava.conversation import get_template
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
@@ -18,6 +18,8 @@ from llava.train.checkpoints import (
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
     get_peft_state_non_lora_maybe_zero_3,
+    is_finished,
+    last_whole_checkpoint,
     maybe_zero_3,
     provenance_of,
     safe_save_model_for_hf_trainer,
@@ -49,13 +51,17 @@ __all__ = [
 
 def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None = None) -> Any:
     """Parses flags, trains, saves; returns the trainer."""
-    arguments = parse_arguments(argv)
-    return run(arguments)
+    return run(parse_arguments(argv), attn_implementation)
 
 
-def run(arguments: Arguments) -> Any:
+def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
+    """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     model_args, data_args, args = arguments
-    model, tokenizer, image_processor = setup_model(arguments)
+    data_digest = digest_of_file(str(data_args.data_path))
+    provenance = provenance_of(arguments, data={"path": str(data_args.data_path), "digest": data_digest})
+    if is_finished(args.output_dir, provenance):
+        return None
+    model, tokenizer, image_processor = setup_model(arguments, attn_implementation)
     settings = SimpleNamespace(
         data_path=data_args.data_path,
         image_folder=data_args.image_folder,
@@ -66,9 +72,7 @@ def run(arguments: Arguments) -> Any:
         mm_use_im_start_end=model_args.mm_use_im_start_end,
     )
     data = make_supervised_data_module(tokenizer, settings, template=get_template(str(model_args.version)))
-    trainer = LLaVATrainer(
-        model=model, processing_class=tokenizer, args=args, provenance=provenance_of(arguments), **data
-    )
+    trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=args, provenance=provenance, **data)
     train_and_save(trainer)
     return trainer
 
@@ -76,10 +80,10 @@ def run(arguments: Arguments) -> Any:
 def train_and_save(trainer: Any) -> None:
     """Trains from the start or from the last checkpoint, then writes the model into --output_dir."""
     folder = Path(trainer.args.output_dir)
-    resumes = any(folder.glob("checkpoint-*"))
-    if resumes:
-        say(f"continuing from the last checkpoint in {folder}")
-    trainer.train(resume_from_checkpoint=resumes)
+    last = last_whole_checkpoint(folder)
+    if last is not None:
+        say(f"continuing from {last}")
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.save_state()
     trainer.model.config.use_cache = True
     safe_save_model_for_hf_trainer(trainer, str(folder))

@@ -9,12 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from dama.console import say
-from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.arguments import (
+    BASE_AS_REFERENCE,
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
 from llava.train.checkpoints import is_finished, provenance_of
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
     DPODataset,
     PreferenceData,
+    data_fingerprint,
     hardness_of_pairs,
     join_pairs,
     read_checked_pairs,
@@ -32,17 +40,18 @@ __all__ = [
 
 def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None = None) -> LLaVA15DPOTrainer | None:
     """Parses flags, trains, saves; returns the trainer."""
-    return run(parse_arguments(argv, task="DPO"))
+    return run(parse_arguments(argv, task="DPO"), attn_implementation)
 
 
-def run(arguments: Arguments) -> LLaVA15DPOTrainer | None:
+def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15DPOTrainer | None:
     """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     _, data_args, args = arguments
     # What can be wrong with the data is found before the model is loaded.
     pairs, skipped = read_checked_pairs(data_args)
-    hardness = hardness_of_pairs(pairs, data_args, args.weighting().uses_delta)
-    model, tokenizer, image_processor = setup_model(arguments)
-    reference = reference_of_pairs(pairs, arguments, model, tokenizer)
+    fingerprint = data_fingerprint(pairs, data_args)
+    hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, args.weighting().uses_delta)
+    model, tokenizer, image_processor = setup_model(arguments, attn_implementation)
+    reference = reference_of_pairs(pairs, arguments, fingerprint, model, tokenizer)
     data = join_pairs(pairs, hardness, reference, arguments, tokenizer, image_processor, model)
     skipped = skipped + data.skipped
     made_from = data.provenance | {"delta_bar": data.delta_bar, "pairs": len(data.train), "skipped": len(skipped)}
@@ -57,6 +66,7 @@ def run(arguments: Arguments) -> LLaVA15DPOTrainer | None:
         train_dataset=data.train,
         eval_dataset=data.held_out,
         delta_bar=data.delta_bar,
+        reference_is_base=data_args.reference == BASE_AS_REFERENCE,
         provenance=provenance,
     )
     train_and_save(trainer)

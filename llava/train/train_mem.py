@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import transformers
 
-from dama.console import say
+from dama.console import report_error
 from llava.train import train as sft
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(argv)
         task = train_dpo if arguments[2].task == "DPO" else sft
         task.run(arguments)
-    except (ValueError, FileNotFoundError) as error:
-        say(f"error: {error}")
+    except Exception as error:
+        report_error(error, "train_mem.py")
         return 2
     return 0
 

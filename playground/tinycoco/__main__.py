@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dama.console import say
+from dama.console import report_error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         if args.command == "build":
+            # Before torch is imported: threads that wait by spinning would slow each other down on two cores.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            os.environ.setdefault("GOMP_SPINCOUNT", "0")
             from playground.tinycoco.build import build
 
             build(args.out, args.work, args.seed)
@@ -44,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run.prepare(args.out, args.pairs, args.scenes, args.split)
             else:
                 run.report(args.run, run.parse_models(args.models))
-    except (ValueError, FileNotFoundError) as error:
-        say(f"error: {error}")
+    except Exception as error:
+        report_error(error, "tinycoco")
         return 2
     return 0
 

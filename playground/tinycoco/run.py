@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dama.console import say, write_atomic, write_json
+from dama.console import digest_of, digest_of_file, say, write_atomic, write_json
 from dama.hardness.score import load_hardness
 from dama.report import GalleryItem, Hardness, MarkedCaption, Metric, Report, write_report
 from dama.stage import open_stage, read_stage
@@ -24,6 +24,7 @@ HOME = Path(__file__).parent
 PAIRS = HOME / "pairs.json"
 SFT = HOME / "weights" / "llava"
 CLIP = HOME / "weights" / "clip"
+PAINTER = HOME / "scenes.py"
 CHUNK = 100  # pictures that a kill can cost
 METRICS = {
     "response_level": Metric("response-level", "lower", unit="%"),
@@ -54,7 +55,7 @@ def prepare(out: Path, pairs: int | None, scenes: int, split: str) -> None:
     chunks = [everything[i : i + CHUNK] for i in range(0, len(everything), CHUNK)]
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
-    fingerprint = {"pairs": len(rows), "scenes": scenes, "split": split, "pictures": len(everything)}
+    fingerprint = {"pairs": digest_of(rows), "scenes": scenes, "split": split, "painter": digest_of_file(PAINTER)}
     with open_stage(out, "scenes", fingerprint, [len(chunk) for chunk in chunks]) as stage:
         if stage.complete:
             return

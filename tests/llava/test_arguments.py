@@ -41,7 +41,7 @@ def test_all_faults_at_once():
     with pytest.raises(ValueError, match=r"^5 fault\(s\) in the flags") as error:
         parse_arguments(flags)
     for part in ("--data_path: expected an existing path, got 'no.json'", "--image_folder", "did you mean", "gamma: ",
-                 "--hardness: expected a folder written by `python -m dama hardness`, got 'gone'"):  # fmt: skip
+                 "--hardness: expected a folder written by `python -m dama hardness`, got 'no'"):  # fmt: skip
         assert part in str(error.value)
 
 

@@ -11,7 +11,13 @@ from dama.logps import get_batch_logps
 from dama.losses import preference_loss, reward_gap
 from dama.weighting import Variant, WeightingConfig, WeightingState, weigh
 from llava.train.arguments import parse_arguments
-from llava.train.dpo_data import DataCollatorForDPODataset, hardness_of_pairs, join_pairs, read_checked_pairs
+from llava.train.dpo_data import (
+    DataCollatorForDPODataset,
+    data_fingerprint,
+    hardness_of_pairs,
+    join_pairs,
+    read_checked_pairs,
+)
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from llava.train.reference import reference_of_pairs
 from llava.train.setup_model import setup_model
@@ -35,8 +41,9 @@ def flags(tmp_path, *more):
 def prepare(arguments):
     pairs, _ = read_checked_pairs(arguments[1])
     model, tokenizer, processor = setup_model(arguments)
-    hardness = hardness_of_pairs(pairs, arguments[1], True)
-    reference = reference_of_pairs(pairs, arguments, model, tokenizer)
+    fingerprint = data_fingerprint(pairs, arguments[1])
+    hardness = hardness_of_pairs(pairs, None, fingerprint, True)
+    reference = reference_of_pairs(pairs, arguments, fingerprint, model, tokenizer)
     data = join_pairs(pairs, hardness, reference, arguments, tokenizer, processor, model)
     return model, tokenizer, data
 

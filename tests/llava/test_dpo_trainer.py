@@ -1,6 +1,7 @@
 """What must hold whatever the hardware: one step's loss, gradient, selection and R_bar; resuming; the saved model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from llava.model.builder import load_pretrained_model
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
-from llava.train.checkpoints import TOWER_PREFIX
+from llava.train.checkpoints import TOWER_PREFIX, recorded_flags
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from tests.llava.test_dpo_golden import flags, prepare
 
@@ -87,7 +88,7 @@ def test_a_checkpoint_without_its_state_is_refused(in_golden, tmp_path):
     (folder / "checkpoint-2" / "dama_state.json").unlink()
     (folder / "dama_provenance.json").unlink()
     with pytest.raises(FileNotFoundError, match="expected dama_state.json with R_bar"):
-        train_dpo.run(parse_arguments(flags(tmp_path, *more, "--max_steps", "4")))
+        train_dpo.run(parse_arguments(flags(tmp_path, *more)))
 
 
 def test_the_saved_model_has_the_released_layout_and_answers_alike(in_golden, tmp_path):
@@ -138,3 +139,63 @@ def test_a_finished_run_is_skipped_and_another_one_is_refused(in_golden, tmp_pat
     assert "complete" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"flags.dpo_beta: 0.1 -> 0.3"):
         train_dpo.run(parse_arguments(flags(tmp_path, *more, "--dpo_beta", "0.3")))
+
+
+def test_under_lora_the_base_is_the_reference(in_golden, tmp_path):
+    """Adapters switched off on the fly give the steps of a run with the log-probs of the file."""
+    lora = [*PAPER, *layout(4, 1), "--lora_enable", "True", "--lora_r", "4", "--freeze_mm_mlp_adapter", "True",
+            "--save_strategy", "no", "--max_steps", "4"]  # fmt: skip
+    from_file = train_dpo.run(parse_arguments(flags(tmp_path / "file", *lora)))
+    on_the_fly = train_dpo.run(parse_arguments(flags(tmp_path / "fly", *lora, "--reference", "base")))
+    losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (from_file, on_the_fly)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[0][-1] != losses[0][0]
+
+
+def test_the_base_is_no_reference_when_more_than_adapters_train(in_golden, tmp_path):
+    with pytest.raises(ValueError, match="--reference base: needs --lora_enable True and --freeze_mm_mlp_adapter True"):
+        parse_arguments(flags(tmp_path, "--reference", "base", "--lora_enable", "True"))
+
+
+def test_a_half_written_checkpoint_is_passed_over(in_golden, tmp_path, capsys):
+    more = [*PAPER, *layout(4, 1), "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3"]
+    whole = train_dpo.run(parse_arguments(flags(tmp_path, *more)))
+    folder = tmp_path / "out"
+    for name in ("trainer_state.json", "dama_state.json", "optimizer.pt"):
+        (folder / "checkpoint-3" / name).unlink()
+    (folder / "dama_provenance.json").unlink()
+    parts = train_dpo.run(parse_arguments(flags(tmp_path, *more)))
+    said = capsys.readouterr().out
+    assert "checkpoint-3 is incomplete" in said and "checkpoint-2" in said
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), parts.model.named_parameters()):
+        assert torch.equal(one, other), name
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_flags(in_golden, tmp_path):
+    more = [*PAPER, *layout(4, 1), "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"]
+    train_dpo.run(parse_arguments(flags(tmp_path, *more)))
+    (tmp_path / "out" / "dama_provenance.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 holds a model of other inputs \(flags.strategy: .both. -> .none.\)"
+    ):
+        train_dpo.run(parse_arguments(flags(tmp_path, *more, "--strategy", "none")))
+
+
+def test_what_is_recorded_holds_no_secret_and_no_rank(in_golden, tmp_path):
+    arguments = parse_arguments(flags(tmp_path, "--hub_token", "hf_SECRET", "--local_rank", "1"))
+    recorded = recorded_flags(*arguments)
+    assert "hf_SECRET" not in json.dumps(recorded) and "local_rank" not in recorded
+    assert recorded["gamma"] == 0.9 and recorded["learning_rate"] == 1e-3
+
+
+def test_a_tower_inside_the_checkpoint_goes_along(in_golden, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(in_golden / "llava-v1.5-tiny", base)
+    shutil.copytree(in_golden / "clip-vit-tiny-patch14-56", base / "tower")
+    config = json.loads((base / "config.json").read_text()) | {"mm_vision_tower": "tower"}
+    (base / "config.json").write_text(json.dumps(config))
+    more = [*PAPER, "--model_name_or_path", str(base), "--max_steps", "1", "--save_strategy", "no"]
+    train_dpo.run(parse_arguments(flags(tmp_path, *more)))
+    shutil.rmtree(base)
+    monkeypatch.chdir("/")
+    model = load_pretrained_model(str(tmp_path / "out"), None, "x", device="cpu", dtype=torch.float32)[1]
+    assert model.get_vision_tower().is_loaded and model.config.mm_vision_tower == "tower"

@@ -76,7 +76,7 @@ def test_the_command(in_golden, tmp_path, capsys):
     assert (answer["question_id"], answer["image_id"], answer["model_id"]) == ("7", "wide.png", "llava-v1.5-tiny")
     questions.write_text('{"question_id": 7}\n')
     assert main(flags) == 2
-    assert "q.jsonl:1: expected question_id and text" in capsys.readouterr().out
+    assert "q.jsonl:1: expected question_id and text" in capsys.readouterr().err
 
 
 def test_pictures_stay_inside_their_folder(answerer, tmp_path):

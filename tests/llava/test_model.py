@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
-from llava.model.splice import assign_images
+from llava.model.splice import assemble_crops, assign_images, unpad_image
 from tests.conftest import GOLDEN
 
 PREPARED = load_file(GOLDEN / "d_prepare_inputs.safetensors")
@@ -194,3 +194,41 @@ def test_batched_generation_is_right_whatever_the_config_says(model, side):
         torch.tensor(case["input_ids"]), attention_mask=mask, images=images, do_sample=False, max_new_tokens=20
     )
     assert got.tolist() == [ids[1:] for ids in case["output_ids"]]
+
+
+def test_crops_are_assembled_on_paper():
+    """Two crops side by side, each 2 x 2: rows of the map run through both crops."""
+    crops = torch.tensor([[[0.0], [1], [2], [3]], [[4.0], [5], [6], [7]]])
+    assert assemble_crops(crops, rows=1, columns=2, side=2)[..., 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert assemble_crops(crops, rows=2, columns=1, side=2)[..., 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_padding_is_cut_on_paper():
+    """A 4 x 2 picture in a 4 x 4 map has one padded row above and one below; a 2 x 4 picture one column each side."""
+    whole = torch.arange(16.0).view(1, 4, 4)
+    assert unpad_image(whole, (4, 2))[0].tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert unpad_image(whole, (2, 4))[0].tolist() == [[1, 2], [5, 6], [9, 10], [13, 14]]
+
+
+@pytest.mark.parametrize(("merge", "positions"), [("flat", 48), ("spatial", 48), ("spatial_unpad", 16 + 4 * 9)])
+def test_anyres_picture(model, merge, positions):
+    """112 x 56 pixels: the whole, and two crops of 4 x 4 patches; unpad adds a newline to each row."""
+    model.config.mm_patch_merge_type, model.config.image_grid_pinpoints = merge, [[112, 56]]
+    model.get_model().image_newline = torch.nn.Parameter(torch.full((64,), 7.0))
+    crops = torch.randn(3, 3, 56, 56)
+    with torch.no_grad():
+        (features,) = model._image_features([crops], [(112, 56)])
+        encoded = model.encode_images(crops)
+    assert features.shape == (positions, 64)
+    torch.testing.assert_close(features[:16], encoded[0])
+    if merge == "spatial":
+        torch.testing.assert_close(features[16:20], encoded[1][:4])
+        torch.testing.assert_close(features[20:24], encoded[2][:4])
+    if merge == "spatial_unpad":
+        assert (features[16 + 8] == 7).all()
+
+
+def test_unknown_merging_is_refused(model, batch):
+    model.config.mm_patch_merge_type = "stack"
+    with pytest.raises(ValueError, match="mm_patch_merge_type: expected 'flat', 'spatial' or 'spatial_unpad'"):
+        prepare(model, batch, images=list(batch["images"]))

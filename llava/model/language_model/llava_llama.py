@@ -86,6 +86,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             ).last_hidden_state
             if labels is None:
                 raise ValueError("logp_chunk: expected labels, which say whose log-probs are wanted, got none")
+            if hasattr(self.lm_head.weight, "ds_id"):  # ZeRO-3 gathers it at each call: as many calls on every rank
+                logp_chunk = labels.numel()
             return answer_logps(hidden, labels, self.lm_head, chunk=logp_chunk)
         if return_dict is not None:
             options["return_dict"] = return_dict

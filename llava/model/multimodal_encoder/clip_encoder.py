@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +29,8 @@ class CLIPVisionTower(nn.Module):
             raise ValueError(f"mm_vision_select_feature: expected 'patch' or 'cls_patch', got {self.select_feature!r}")
         # A model under construction on the meta device must not load another: LlavaMetaModel always delays.
         self.cfg_only: CLIPVisionConfig | None = None
+        self.folder = vision_tower  # where the weights came from: a folder, or a hub name
+        self.inside_checkpoint = False
         if not delay_load:
             self.load_model()
 
@@ -40,7 +40,7 @@ class CLIPVisionTower(nn.Module):
         """Reads weights and image processor, once. `folder` overrides the name when the tower lies elsewhere."""
         if self.is_loaded:
             return
-        source = folder or self.vision_tower_name
+        source = self.folder = folder or self.vision_tower_name
         self.image_processor = CLIPImageProcessorPil.from_pretrained(source)
         self.vision_tower = CLIPVisionModel.from_pretrained(source, device_map=device_map, dtype=dtype or torch.float32)
         self.vision_tower.requires_grad_(False)
@@ -80,7 +80,7 @@ class CLIPVisionTower(nn.Module):
         if self.is_loaded:
             return self.vision_tower.config
         if self.cfg_only is None:
-            self.cfg_only = CLIPVisionConfig.from_pretrained(self.vision_tower_name)
+            self.cfg_only = CLIPVisionConfig.from_pretrained(self.folder)
         return self.cfg_only
 
     @property
@@ -100,7 +100,3 @@ class CLIPVisionTower(nn.Module):
         """Positions that one picture takes in the language model's input."""
         return self.num_patches + (self.select_feature == "cls_patch")
 
-
-def preprocessing_of(folder: str | Path) -> dict[str, Any]:
-    """The settings of the image processor in a local tower folder, for fingerprints."""
-    return json.loads((Path(folder) / "preprocessor_config.json").read_text())

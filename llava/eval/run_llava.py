@@ -1,0 +1,91 @@
+"""One question about one picture or several, the answer on standard output:
+`python -m llava.eval.run_llava --model-path CHECKPOINT --image-file photo.jpg --query "What is this?"`
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from threading import Event
+from typing import Any
+
+from PIL import Image
+
+from dama.console import say
+from llava.constants import IMAGE_PLACEHOLDER
+from llava.eval.generate import Decoding
+from llava.serve import chat
+from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
+
+
+def image_parser(args: Any) -> list[str]:
+    """The files or URLs of `args.image_file`, which `args.sep` separates."""
+    return args.image_file.split(args.sep)
+
+
+def load_image(image_file: str) -> Image.Image:
+    """The picture in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
+    return chat.load_image(image_file)
+
+
+def load_images(image_files: list[str]) -> list[Image.Image]:
+    return [load_image(image_file) for image_file in image_files]
+
+
+def eval_model(args: Any) -> str:
+    """Prints the answer and returns it.
+
+    Args:
+        args: an object with model_path, model_base, image_file, sep, query, conv_mode (None: llava_v1), temperature,
+            top_p, num_beams and max_new_tokens; any other field, such as LLaVA's model_name, is not looked at.
+
+    Raises:
+        ValueError: a picture cannot be used, or the query has another number of <image-placeholder> than of pictures.
+    """
+    images = load_images(image_parser(args))
+    model = LocalModel(args.model_path, args.model_base, conv_mode=args.conv_mode or DEFAULT_CONV_MODE)
+    decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p)
+    prompt = model.render([(with_images(args.query, model.image_tokens(), len(images)), None)])
+    *_, answer = "", *model.stream(prompt, images, decoding, Event())
+    say(answer)
+    return answer
+
+
+def with_images(query: str, image_tokens: str, count: int) -> str:
+    """The query with the tokens of `count` pictures at its placeholders, or else each on a line before it."""
+    if IMAGE_PLACEHOLDER not in query:
+        return f"{image_tokens}\n" * count + query
+    if query.count(IMAGE_PLACEHOLDER) != count:
+        raise ValueError(f"--query: expected {count} {IMAGE_PLACEHOLDER}, got {query.count(IMAGE_PLACEHOLDER)}")
+    return re.sub(IMAGE_PLACEHOLDER, lambda _: image_tokens, query)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description=__doc__)
+    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--model-base", help="base of a LoRA folder")
+    parser.add_argument("--image-file", required=True, help="a picture or its URL; several with --sep between them")
+    parser.add_argument("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} says where a picture goes")
+    parser.add_argument("--conv-mode", help=f"prompt template (default: {DEFAULT_CONV_MODE})")
+    parser.add_argument("--sep", default=",", help="between several --image-file (default: '%(default)s')")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top_p", "--top-p", type=float, help="nucleus, with a temperature")
+    parser.add_argument("--num_beams", "--num-beams", type=int, default=1, help="beams (default: %(default)s)")
+    parser.add_argument(
+        "--max_new_tokens", "--max-new-tokens", type=int, default=512, help="tokens of an answer (default: %(default)s)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        eval_model(build_parser().parse_args(argv))
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

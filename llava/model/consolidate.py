@@ -1,0 +1,37 @@
+"""Writes a checkpoint of any kind anew, in float16 and LLaVA's layout: safetensors, adapters merged.
+
+python -m llava.model.consolidate --src SRC --dst DST
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from dama.console import say
+from llava.model.builder import take_apart
+from llava.model.export import new_folder, write_llava
+from llava.model.utils import auto_upgrade
+
+
+def consolidate_ckpt(src_path: str, dst_path: str) -> None:
+    """Reads `src_path` (folder or hub name) and writes it as one float16 model to the new folder `dst_path`."""
+    auto_upgrade(src_path)
+    parts, tokenizer = take_apart(src_path)
+    parts.weights = {name: tensor.to(torch.float16) for name, tensor in parts.weights.items()}
+    with new_folder(dst_path) as folder:
+        write_llava(parts, tokenizer, folder)
+    say(f"written: {dst_path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--src", type=str, required=True, help="checkpoint: a folder or a hub name")
+    parser.add_argument("--dst", type=str, required=True, help="new folder")
+    args = parser.parse_args(argv)
+    consolidate_ckpt(args.src, args.dst)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""A conversation about a picture in the terminal, answers streamed:
+`python -m llava.serve.cli --model-path CHECKPOINT --image-file photo.jpg`. An empty line or Ctrl-D ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from threading import Event
+
+from PIL import Image
+
+from dama.console import say
+from llava.eval.generate import Decoding
+from llava.serve import chat
+from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
+
+
+def load_image(image_file: str) -> Image.Image:
+    """The picture in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
+    return chat.load_image(image_file)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Asks and answers until the input ends; 2 where the picture or the checkpoint cannot be used."""
+    try:
+        decoding = Decoding(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+        image = load_image(args.image_file)
+        model = LocalModel(
+            args.model_path, args.model_base, conv_mode=args.conv_mode or DEFAULT_CONV_MODE, device=args.device,
+            load_8bit=args.load_8bit, load_4bit=args.load_4bit,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    converse(model, image, decoding, debug=args.debug)
+    return 0
+
+
+def converse(model: LocalModel, image: Image.Image, decoding: Decoding, debug: bool = False) -> None:
+    user, assistant = (role.split("\n")[0] for role in model.template.roles)
+    history: list[tuple[str, str]] = []
+    while question := read_line(f"{user}: "):
+        write(f"{assistant}: ")
+        try:
+            prompt = model.prompt(history, question, has_image=True)
+            answer = show(model.stream(prompt, [image], decoding, Event()))
+        except ValueError as error:
+            say(f"error: {error}")
+            continue
+        history.append((question, answer))
+        if debug:
+            say(f"\n{ {'prompt': prompt, 'outputs': answer} }\n")
+    say("exit...")
+
+
+def read_line(prompt: str) -> str:
+    """What the user types; empty at the end of the input or after Ctrl-C."""
+    try:
+        return input(prompt).strip()
+    except (EOFError, KeyboardInterrupt):
+        say()
+        return ""
+
+
+def show(texts: Iterator[str]) -> str:
+    """Writes a growing answer as it comes; Ctrl-C stops the answer, not the conversation."""
+    shown = ""
+    try:
+        for text in texts:
+            write(text.removeprefix(shown))
+            shown = text
+    except KeyboardInterrupt:
+        write(" [stopped]")
+    say()
+    return shown
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description=__doc__)
+    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--model-base", help="base of a LoRA folder")
+    parser.add_argument("--image-file", required=True, help="a picture, or the URL of one")
+    parser.add_argument("--device", help="cuda or cpu (default: what is there)")
+    parser.add_argument("--conv-mode", help=f"prompt template (default: {DEFAULT_CONV_MODE})")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, help="nucleus, with a temperature")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--load-8bit", action="store_true", help="weights in 8 bits (bitsandbytes, GPU)")
+    parser.add_argument("--load-4bit", action="store_true", help="weights in 4 bits (bitsandbytes, GPU)")
+    parser.add_argument("--debug", action="store_true", help="show every prompt as the model reads it")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(build_parser().parse_args()))

@@ -1,0 +1,54 @@
+"""Two real ranks under DeepSpeed ZeRO-2 on CPUs: the steps of one rank, a second call that skips, an error seen."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava.train import train_dpo
+from llava.train.arguments import parse_arguments
+from tests.conftest import GOLDEN
+from tests.llava.test_dpo_golden import flags
+from tests.llava.test_dpo_trainer import PAPER
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = [*PAPER, "--num_train_epochs", "3", "--save_strategy", "no", "--eval_pairs", "1"]
+
+
+def launch(words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", "2", "--master_port", str(port),
+         str(ROOT / "llava" / "train" / "train_mem.py"), "--deepspeed", str(ROOT / "scripts" / "zero2.json"), *words],
+        cwd=GOLDEN, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                          "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+
+
+def training_log(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [row for row in history if "loss" in row]
+
+
+def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path):
+    """7 pairs, 4 a step: 1 x 4 and 2 x 1 x 2, so that the last step is incomplete and a micro-batch stays empty."""
+    one = flags(tmp_path / "one", *COMMON, "--per_device_train_batch_size", "4")
+    train_dpo.run(parse_arguments(one))
+    two = flags(tmp_path / "two", *COMMON, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2")
+    done = launch(two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [training_log(tmp_path / name / "out") for name in ("one", "two")]
+    for single, double in zip(*rows, strict=True):
+        for name in ("loss", "grad_norm", "dama/R_bar", "dama/alpha_M", "dama/selected"):
+            assert double[name] == pytest.approx(single[name], rel=2e-4, abs=2e-5), name
+    again = launch(two)
+    assert again.returncode == 0 and "training: complete" in again.stdout, again.stderr[-3000:]
+    other = launch([*two, "--dpo_beta", "0.3"])
+    assert other.returncode != 0 and "flags.dpo_beta: 0.1 -> 0.3" in other.stderr
