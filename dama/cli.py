@@ -449,4 +449,4 @@ def upstream(args: argparse.Namespace) -> None:
     missing = [f"{finding.file}  {finding.name}".rstrip() for finding in findings if finding.state == "missing"]
     if missing:
         remedy = "Remedy: implement them, or give the reason in LEFT_OUT of dama/upstream.py"
-        fail(["\n  ".join([f"{len(missing)} names are missing without a reason:", *missing]) + f"\n{remedy}"])
+        fail(["\n  ".join([f"missing without a reason ({len(missing)}):", *missing]) + f"\n{remedy}"])

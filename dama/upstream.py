@@ -26,8 +26,9 @@ _OTHER_TOWER = "Pictures at several scales (S2) belong to later models; LLaVA-v1
 _ATTENTION = "transformers has the fast attention built in: SDPA, and FlashAttention where it is installed."
 _TRANSFORMERS = "transformers' own method is inherited; `generate` has turned the pictures into embeddings before."
 _SERVING = "Export the model (python -m llava.model.export --to hf) and serve it with vLLM or `transformers serve`."
-_FRONT_END = "One process without a controller: two models side by side. The callbacks are its own, not an interface."
-_PAD_TOKEN = "It adds the [PAD] token of the template v0; here the unknown token pads, as with v1."
+_FRONT_END = "The page is written anew for one process and two models side by side; its callbacks are no interface."
+_NO_CONTROLLER = "There is no controller to list models: they are named by --model-path and --compare."
+_PUBLIC_DEMO = "For LLaVA's public demonstration: moderation, votes, logs of visitors, a page inside another."
 _LOGGING = "Standard output is not swapped for a logger."
 _OWN_DRIVERS = "Generation has one driver, llava/eval/generate.py, which model_vqa and model_vqa_loader put to work."
 _OTHER_BENCHMARKS = "eval/ measures hallucination; for general benchmarks run lmms-eval or VLMEvalKit on the export."
@@ -57,6 +58,45 @@ LEFT_OUT: Mapping[str, str] = {
     "llava/model/language_model/llava_llama.py:LlavaLlamaForCausalLM.prepare_inputs_for_generation": _TRANSFORMERS,
     **dict.fromkeys(
         (
+            "llava/serve/gradio_web_server.py:load_demo",
+            "llava/serve/gradio_web_server.py:regenerate",
+            "llava/serve/gradio_web_server.py:clear_history",
+            "llava/serve/gradio_web_server.py:add_text",
+            "llava/serve/gradio_web_server.py:http_bot",
+            "llava/serve/gradio_web_server.py:*able_btn",
+            "llava/serve/gradio_web_server.py:no_change_btn",
+            "llava/serve/gradio_web_server.py:title_markdown",
+            "llava/serve/gradio_web_server.py:block_css",
+        ),
+        _FRONT_END,
+    ),
+    **dict.fromkeys(
+        (
+            "llava/serve/gradio_web_server.py:get_model_list",
+            "llava/serve/gradio_web_server.py:load_demo_refresh_model_list",
+            "llava/serve/gradio_web_server.py:priority",
+            "llava/serve/gradio_web_server.py:headers",
+            "llava/serve/gradio_web_server.py:--controller-url",
+            "llava/serve/gradio_web_server.py:--model-list-mode",
+        ),
+        _NO_CONTROLLER,
+    ),
+    **dict.fromkeys(
+        (
+            "llava/serve/gradio_web_server.py:get_conv_log_filename",
+            "llava/serve/gradio_web_server.py:*vote_last_response",
+            "llava/serve/gradio_web_server.py:flag_last_response",
+            "llava/serve/gradio_web_server.py:logger",
+            "llava/serve/gradio_web_server.py:get_window_url_params",
+            "llava/serve/gradio_web_server.py:tos_markdown",
+            "llava/serve/gradio_web_server.py:learn_more_markdown",
+            "llava/serve/gradio_web_server.py:--moderate",
+            "llava/serve/gradio_web_server.py:--embed",
+        ),
+        _PUBLIC_DEMO,
+    ),
+    **dict.fromkeys(
+        (
             "llava/serve/controller.py",
             "llava/serve/model_worker.py",
             "llava/serve/sglang_worker.py",
@@ -65,7 +105,6 @@ LEFT_OUT: Mapping[str, str] = {
         ),
         _SERVING,
     ),
-    "llava/train/train.py:smart_tokenizer_and_embedding_resize": _PAD_TOKEN,
     "llava/utils.py:StreamToLogger": _LOGGING,
     "llava/utils.py:handler": _LOGGING,
     "llava/train/train.py:local_rank": _MODULE_STATE,
@@ -109,16 +148,21 @@ LEFT_OUT: Mapping[str, str] = {
 _FROM_CHECKPOINT = "Not given, it is what the checkpoint says, and only then LLaVA's default."
 _V1_5 = "The value of LLaVA-v1.5's scripts."
 _NAME_THE_MODEL = "There is no default model: it has to be named."
-_NAME_THE_FILE = "There is no such file in the repository: it has to be named."
+_NAME_THE_FILE = "There is no default file: it has to be named."
 _ANY_DEVICE = "Not given, it is cuda where there is one, else cpu."
+_THIS_MACHINE = "Reached from this machine only, unless another address is given."
+_ONE_PROCESS = "One process answers, so fewer at the same time; the others wait."
 _NO_EFFECT = "Taken and without effect: rows are always tokenised when needed, and show whether they have an image."
 
 CHANGED: Mapping[str, str] = {
-    "llava/train/train.py:rank0_print": "dama.console.say under LLaVA's name: it writes one string.",
     "llava/train/train.py:ModelArguments.model_name_or_path": _NAME_THE_MODEL,
     "*:--model-path": _NAME_THE_MODEL,
     "llava/eval/model_vqa*.py:--question-file": _NAME_THE_FILE,
     "llava/serve/cli.py:--device": _ANY_DEVICE,
+    "llava/serve/gradio_web_server.py:build_demo": _FRONT_END,
+    "llava/serve/gradio_web_server.py:--host": _THIS_MACHINE,
+    "llava/serve/gradio_web_server.py:--concurrency-count": _ONE_PROCESS,
+    "scripts/extract_mm_projector.py:--output": _NAME_THE_FILE,
     "llava/train/train.py:ModelArguments.version": _V1_5,
     "llava/train/train.py:ModelArguments.mm_use_im_patch_token": _V1_5,
     "llava/train/train.py:TrainingArguments.model_max_length": _V1_5,

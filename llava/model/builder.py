@@ -121,7 +121,7 @@ def fetch(source: str, cache_dir: str | None = None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     light = ["*.json", "*.model", "*.safetensors", *ADAPTER_FILES, BESIDE_ADAPTER, PROJECTOR_FILE]
     try:
@@ -206,6 +206,9 @@ def _assemble(source: str, base: str | None, **kwargs: Any) -> tuple[LlavaLlamaF
         parts.config.vocab_size = vocab_size
     elif kind is Kind.PROJECTOR:
         raise FileNotFoundError(f"projector folder '{folder}': expected config.json beside {PROJECTOR_FILE}")
+    inside = Path(str(getattr(parts.config, "mm_vision_tower", None)))
+    if not (folder / inside / "config.json").is_file() and (base_folder / inside / "config.json").is_file():
+        parts.config.mm_vision_tower = str((base_folder / inside).resolve())
     extra, tower = read_beside(folder, kind)
     parts.weights, parts.tower = parts.weights | extra, tower or parts.tower
     if EMBEDDINGS in extra:
@@ -348,7 +351,7 @@ def quantisation(load_8bit: bool) -> Any:
     return BitsAndBytesConfig(
         load_in_8bit=load_8bit,
         load_in_4bit=not load_8bit,
-        llm_int8_skip_modules=["mm_projector", "lm_head"],
+        llm_int8_skip_modules=["model.mm_projector", "lm_head"],
         bnb_4bit_compute_dtype=torch.float16,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",

@@ -113,6 +113,13 @@ def load_projector(projector: nn.Module, path: str) -> None:
     projector.load_state_dict({key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key})
 
 
+def start_rows_as_mean(model: Any, added: int) -> None:
+    """Gives the last `added` rows of both embedding tables the mean of the rows before them."""
+    for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        with torch.no_grad():
+            table[-added:] = table[:-added].mean(dim=0, keepdim=True)
+
+
 class LlavaMetaForCausalLM(ABC):
     """Mixin of the causal language model: images and token ids to input embeddings."""
 
@@ -225,9 +232,7 @@ class LlavaMetaForCausalLM(ABC):
             added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
             self.resize_token_embeddings(len(tokenizer))
             if added:
-                for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
-                    with torch.no_grad():
-                        table[-added:] = table[:-added].mean(dim=0, keepdim=True)
+                start_rows_as_mean(self, added)
             if model_args.tune_mm_mlp_adapter:
                 self.get_input_embeddings().requires_grad_(True)
                 self.get_output_embeddings().requires_grad_(False)

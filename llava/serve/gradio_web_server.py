@@ -130,13 +130,11 @@ def messages(session: Session, model: int, vocabulary: ObjectVocabulary | None) 
 
 
 def open_upload(path: str) -> tuple[Image.Image, str]:
-    """(picture, what to tell the user) of an uploaded file, which is deleted. ValueError: it is refused."""
+    """(picture, what to tell the user) of an uploaded file. ValueError: it is refused."""
     file = Path(path)
-    data = file.read_bytes()
-    file.unlink()
-    if len(data) > MAX_BYTES:
+    if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file.name}: more than {MAX_BYTES >> 20} MiB")
-    image = read_image(data, file.name)
+    image = read_image(file.read_bytes(), file.name)
     return image, f"{file.name}, {image.width} x {image.height}, shown as the model sees it"
 
 
@@ -185,9 +183,11 @@ class Page:
             info="Separated by commas; others that an answer names are marked.", visible=self.vocabulary is not None,
         )  # fmt: skip
         with gr.Accordion("Decoding", open=False):
-            self.temperature = gr.Slider(0.0, 1.0, 0.2, step=0.1, label="Temperature", info="0 is greedy")
+            self.temperature = gr.Slider(
+                0.0, 1.0, 0.2, step=0.1, label="Temperature", info="0 is greedy", elem_id="temperature"
+            )
             self.top_p = gr.Slider(0.05, 1.0, 0.7, step=0.05, label="Top p", info="with a temperature")
-            self.max_tokens = gr.Slider(16, 1024, 512, step=16, label="Tokens of an answer, at most")
+            self.max_tokens = gr.Slider(16, 1024, 512, step=16, label="Tokens of an answer", elem_id="max-tokens")
 
     def _build_right(self) -> None:
         import gradio as gr
@@ -234,7 +234,9 @@ class Page:
         gr.on(clears, self.clear_history, self.session, view, **at_once)
         gr.on([self.listed.submit, self.listed.blur], self.relist, [self.session, self.listed], self.chats, **at_once)
         chosen = [self.file, self.preview, self.notice, *view]
-        self.file.upload(self.choose, [self.session, self.file], chosen, **at_once)
+        # Through the queue, for only there can a handler put a warning on the page.
+        self.file.upload(self.choose, [self.session, self.file], chosen, concurrency_limit=None, show_progress="hidden",
+                         api_visibility="private")  # fmt: skip
 
     # Handlers.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.console import say
 from llava.model.builder import load_llava
@@ -22,6 +23,7 @@ def setup_model(
     `dtype` overrides the precision of weights that training would choose.
     """
     model_args, data_args, args = arguments
+    join_ranks(args)
     set_seed(args.seed)  # new adapters and projectors start alike in every run
     dtype = dtype or precision_of_weights(args)
     options = quantisation(args) | ({"attn_implementation": attn_implementation} if attn_implementation else {})
@@ -42,6 +44,15 @@ def setup_model(
         model = with_lora(model, args)
     setup_vision(llava, tokenizer, arguments, dtype)
     return model, tokenizer, llava.get_model().load_vision_tower().image_processor
+
+
+def join_ranks(args: Any) -> None:
+    """Before weights are loaded under ZeRO-3, which spreads them while they are: on CPUs nothing has joined so far."""
+    _ = args.device
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
 
 
 def precision_of_weights(args: Any) -> torch.dtype:

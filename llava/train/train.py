@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from dama.console import digest_of_file, say
-from dama.console import say as rank0_print
 from llava.conversation import get_template
+from llava.model.llava_arch import start_rows_as_mean
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava.train.checkpoints import (
     get_mm_adapter_state_maybe_zero_3,
@@ -45,8 +47,23 @@ __all__ = [
     "TrainingArguments", "find_all_linear_names", "get_mm_adapter_state_maybe_zero_3", "get_peft_state_maybe_zero_3",
     "get_peft_state_non_lora_maybe_zero_3", "make_supervised_data_module", "maybe_zero_3", "preprocess",
     "preprocess_llama_2", "preprocess_mpt", "preprocess_multimodal", "preprocess_plain", "preprocess_v1",
-    "rank0_print", "safe_save_model_for_hf_trainer", "train",
+    "rank0_print", "safe_save_model_for_hf_trainer", "smart_tokenizer_and_embedding_resize", "train",
 ]  # fmt: skip
+
+
+def rank0_print(*args: Any) -> None:
+    """Prints on the first process only."""
+    say(" ".join(str(arg) for arg in args))
+
+
+def smart_tokenizer_and_embedding_resize(
+    special_tokens_dict: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model: Any
+) -> None:
+    """Adds special tokens; the rows they get in both embedding tables start as the mean of the others."""
+    added = tokenizer.add_special_tokens(special_tokens_dict)
+    model.resize_token_embeddings(len(tokenizer))
+    if added:
+        start_rows_as_mean(model, added)
 
 
 def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None = None) -> Any:

@@ -368,7 +368,7 @@ def test_a_missing_name_is_an_error(tmp_path, capsys):
     assert main(["upstream", str(theirs), "--html", str(tmp_path / "page.html")]) == 1
     shown = capsys.readouterr()
     assert "changed               IGNORE_INDEX: value -1 -> -100" in shown.out
-    assert "2 names are missing without a reason:\n  llava/constants.py  UNHEARD_OF\n  llava/unknown.py" in shown.err
+    assert "missing without a reason (2):\n  llava/constants.py  UNHEARD_OF\n  llava/unknown.py" in shown.err
     assert "UNHEARD_OF" in (tmp_path / "page.html").read_text()
 
 

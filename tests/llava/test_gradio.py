@@ -1,0 +1,495 @@
+"""The chat page: its conversations and marks, a model behind a server, and the page itself in a headless Chromium."""
+
+import copy
+import http.client
+import json
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.eval.generate import Decoding
+from llava.serve import gradio_web_server as page
+from llava.serve.chat import LocalModel, ObjectVocabulary, ServerModel, load_image
+from llava.serve.gradio_web_server import Session, Turn
+from tests.conftest import GOLDEN
+
+VOCABULARY = ObjectVocabulary(["dog, puppy", "cat", "bench"])
+
+
+class Echo:
+    """A model that repeats the question word by word."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def reply(self, history, question, image, decoding, stop):
+        words = [self.name, str(len(history)), *question.split()]
+        for end in range(1, len(words) + 1):
+            if stop.is_set():
+                return
+            yield " ".join(words[:end])
+
+
+# -------------------------------------------------------------------------------------------------------------- marks
+
+
+def test_marks():
+    """The list has dog, by its synonym; the text is no markup."""
+    text = "Two dogs & a <b>cat</b> (concat)."
+    assert page.as_html(text, VOCABULARY, "Puppy, bench") == (
+        'Two <mark class="present">dogs</mark> &amp; a &lt;b&gt;<mark class="absent">cat</mark>&lt;/b&gt; (concat).'
+    )
+    for vocabulary, listed in ((None, "dog"), (VOCABULARY, "  ")):
+        assert page.as_html(text, vocabulary, listed) == "Two dogs &amp; a &lt;b&gt;cat&lt;/b&gt; (concat)."
+
+
+# ------------------------------------------------------------------------------------------------------ conversations
+
+
+def ask(session, question, models=(Echo("A"), Echo("B"))):
+    for _ in session.ask(models, question, Decoding()):
+        yield copy.copy(session.turns[-1].answers), session.busy
+
+
+def test_two_models_answer_each_with_its_own_history():
+    session = Session()
+    seen = list(ask(session, "why not?"))
+    assert seen[0] == (["", ""], True) and seen[-1] == (["A 0 why not?", "B 0 why not?"], True)
+    list(ask(session, "so?"))
+    assert session.history(1) == [("why not?", "B 0 why not?"), ("so?", "B 1 so?")] and not session.busy
+    assert page.messages(session, 0, None)[2:] == [
+        {"role": "user", "content": "so?"}, {"role": "assistant", "content": "A 1 so?"},
+    ]  # fmt: skip
+
+
+def test_users_do_not_share_a_conversation():
+    session = Session()
+    list(ask(session, "why?"))
+    other = copy.deepcopy(session)
+    assert other.turns == [] and other.stop is not session.stop
+
+
+def test_another_picture_begins_anew_and_stops_the_answer():
+    session = Session()
+    running = session.ask([Echo("A")], "one two three", Decoding())
+    next(running)
+    stop, picture = session.stop, Image.new("RGB", (2, 2))
+    session.begin(picture)
+    assert stop.is_set() and session.turns == [] and session.image is picture
+    list(running)
+    assert session.turns == []  # the old answer does not come back
+
+
+def test_a_question_that_fails_leaves_no_turn():
+    class Full(Echo):
+        def reply(self, *args):
+            raise ValueError("begin a new one")
+            yield
+
+    session = Session()
+    with pytest.raises(ValueError, match="begin a new one"):
+        list(session.ask([Full("A")], "why?", Decoding()))
+    assert session.turns == [] and not session.busy
+
+
+def test_what_is_shown_of_an_answer_that_has_not_begun():
+    session = Session()
+    session.turns = [Turn("a < b?", ["", "Yes"])]
+    assert page.messages(session, 0, None) == [{"role": "user", "content": "a &lt; b?"}]
+
+
+def test_upload(tmp_path):
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.gif")
+    image, notice = page.open_upload(str(tmp_path / "a.gif"))
+    assert image.size == (3, 2) and notice == "a.gif, 3 x 2, shown as the model sees it"
+    with open(tmp_path / "b.png", "wb") as file:
+        file.truncate(page.MAX_BYTES + 1)
+    with pytest.raises(ValueError, match="b.png: more than 20 MiB"):
+        page.open_upload(str(tmp_path / "b.png"))
+
+
+def test_the_flags_name_the_models(in_golden):
+    def models(*flags):
+        return page.build_models(page.build_parser().parse_args(["--model-path", "llava-v1.5-tiny", *flags]))
+
+    assert [type(m).__name__ for m in models("--device", "cpu", "--compare", "llava-v1.5-tiny")] == ["LocalModel"] * 2
+    urls = ("http://a:1/v1", "http://b:2/v1")
+    served = models("--compare", "aligned", "--openai-base-url", *urls)
+    assert [(m.base_url, m.name) for m in served] == [(urls[0], "llava-v1.5-tiny"), (urls[1], "aligned")]
+    with pytest.raises(ValueError, match="server 'a:1': expected a URL such as http://127.0.0.1:8000/v1"):
+        models("--openai-base-url", "a:1")
+    assert page.build_parser().get_default("host") == "127.0.0.1" and not page.build_parser().get_default("share")
+
+
+# ------------------------------------------------------------------------------------------------------------- server
+
+
+class Completions(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server: streams "word 0 word 1 ..." slowly, or fails as the model's name says."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers.get("Authorization"), body))
+        if body["model"] == "absent":
+            self.send_error(404, "no such model")
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        try:
+            self.wfile.write(b': a comment\n\ndata: {"choices": [{"delta": {"role": "assistant"}}]}\n\n')
+            for word in range(3 if body["model"] == "short" else 400):
+                event = {"choices": [{"delta": {"content": f"word {word} "}}]}
+                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+                if body["model"] == "hangs":
+                    self.server.gone.wait(20)
+                time.sleep(0.01)
+            if body["model"] == "breaks":
+                self.wfile.write(b'data: {"error": {"message": "engine died"}}\n\n')
+            self.wfile.write(b"data: [DONE]\n\n")
+        except OSError:
+            self.server.gone.set()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture()
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    server.asked, server.gone, server.daemon_threads = [], threading.Event(), True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    yield server
+    server.gone.set()
+    server.shutdown()
+
+
+def served(server, name, stop=None, image=None):
+    asked = Decoding(max_new_tokens=7, temperature=0.5, top_p=0.9)
+    return ServerModel(server.url + "/", name).reply([("a?", ""), ("b?", "B.")], "c?", image, asked, stop or
+                                                      threading.Event())  # fmt: skip
+
+
+def test_a_model_behind_a_server(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    texts = list(served(server, "short", image=Image.new("RGB", (2, 2))))
+    assert texts == ["word 0", "word 0 word 1", "word 0 word 1 word 2"]
+    path, key, body = server.asked[0]
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    first = body["messages"][0].pop("content")
+    assert first[0]["image_url"]["url"].startswith("data:image/png;base64,") and first[1]["text"] == "b?"
+    assert body == {
+        "model": "short", "stream": True, "max_tokens": 7, "temperature": 0.5, "top_p": 0.9,
+        "messages": [{"role": "user"}, {"role": "assistant", "content": "B."}, {"role": "user", "content": "c?"}],
+    }  # fmt: skip
+
+
+def test_stop_closes_the_connection(server):
+    stop, texts = threading.Event(), []
+    for text in served(server, "long", stop):
+        texts.append(text)
+        if len(texts) == 3:
+            stop.set()
+    assert len(texts) < 10 and server.gone.wait(2)
+
+
+def test_stop_reaches_a_server_that_says_nothing(server):
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    begun = time.monotonic()
+    assert list(served(server, "hangs", stop)) == ["word 0"]
+    assert time.monotonic() - begun < 3
+
+
+def test_servers_that_fail(server):
+    with pytest.raises(ValueError, match="status 404 for 'absent': .*no such model"):
+        list(served(server, "absent"))
+    with pytest.raises(ValueError, match="server http://127.0.0.1:9/v1: .*refused"):
+        list(ServerModel("http://127.0.0.1:9/v1", "m").reply([], "a?", None, Decoding(), threading.Event()))
+    with pytest.raises(ValueError, match="the server broke off: .*engine died"):
+        list(served(server, "breaks"))
+
+
+# ------------------------------------------------------------------------------------------------------------ browser
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Two tiny checkpoints with different answers; `pace` seconds a token, and every token counted."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(GOLDEN)
+        for name in ("base", "aligned"):
+            model = LocalModel("llava-v1.5-tiny", conv_mode="vicuna_v1", device="cpu")
+            model.name, model.pace, model.made = name, 0.0, 0
+            model.model.model.register_forward_hook(lambda *_, model=model: count(model))
+            found.append(model)
+    with torch.no_grad():
+        head = found[1].model.lm_head.weight
+        head[3:] = head[3:].flip(0)
+    return found
+
+
+def count(model):
+    model.made += 1
+    time.sleep(model.pace)
+
+
+def greedy(model, question, picture, tokens=32):
+    texts = model.reply([], question, picture, Decoding(max_new_tokens=tokens), threading.Event())
+    return list(texts)[-1]
+
+
+QUESTION = "What is in the picture?"
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return load_image(str(GOLDEN / "images" / "wide.png"))
+
+
+@pytest.fixture(scope="module")
+def words(models, picture):
+    """A word of each model's answer."""
+    return [max(letters(greedy(model, QUESTION, picture)), key=len) for model in models]
+
+
+def letters(text):
+    """The words of a text, whatever Markdown makes of its other characters."""
+    return ["".join(c for c in word if c.isascii() and c.isalnum()) for word in text.split()]
+
+
+@pytest.fixture(scope="module")
+def address(models, words):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE", "GRADIO_ANALYTICS_ENABLED"):
+            patch.setenv(name, "")  # set back in the end
+        with page.private_cache():
+            demo = page.build_demo(models, ObjectVocabulary(words))
+            yield page.serve(demo, "127.0.0.1", None, wait=False)
+            demo.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser(address, tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert chromium and driver, "needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)"
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking",
+                 "window-size=1440,900", f"user-data-dir={profile}"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()
+
+
+class Screen:
+    """The page as a user handles it."""
+
+    def __init__(self, chrome, address):
+        self.chrome = chrome
+        chrome.get(address)
+        self.until(lambda: self.find("#question textarea") and self.find("#upload input[type=file]"))
+
+    def find(self, selector):
+        return self.chrome.find_elements("css selector", selector)
+
+    def until(self, condition, seconds=20):
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                if found := condition():
+                    return found
+            except StaleElementReferenceException:
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"waited {seconds} s in vain; the page shows:\n{self.find('body')[0].text}")
+
+    def upload(self, path):
+        # The page replaces the input after an upload.
+        self.until(lambda: self.find("#upload input[type=file]"))[0].send_keys(str(path))
+
+    def fill(self, selector, text):
+        field = self.find(selector)[0]
+        field.send_keys("\ue009a\ue000" + text)  # control + a
+        field.send_keys("\ue007")  # enter
+
+    def click(self, name):
+        self.until(lambda: self.enabled(name))
+        self.find(f"#{name}")[0].click()
+
+    def enabled(self, name):
+        return self.find(f"#{name}")[0].is_enabled()
+
+    def answers(self):
+        """What each model's last answer shows."""
+        last = [self.find(f"#chat-{i} [data-testid=bot]")[-1:] for i in range(2)]
+        return [element.text for found in last for element in found]
+
+    def ask(self, question):
+        self.fill("#question textarea", question)
+
+    def text(self, selector):
+        return "\n".join(element.text for element in self.find(selector))
+
+
+@pytest.fixture()
+def screen(browser, address, models):
+    for model in models:
+        model.pace = 0.0
+    return Screen(browser, address)
+
+
+def set_decoding(screen, temperature, tokens):
+    screen.find("button.label-wrap")[0].click()
+    screen.until(lambda: screen.find("#max-tokens input[type=number]")[0].is_displayed())
+    screen.fill("#temperature input[type=number]", temperature)
+    screen.fill("#max-tokens input[type=number]", tokens)
+
+
+def test_two_models_side_by_side(screen, models, picture, words, tmp_path):
+    """Upload, ask, read both answers, see what is marked, ask again, clear."""
+    set_decoding(screen, "0", "32")
+    screen.upload(GOLDEN / "images" / "wide.png")
+    screen.until(lambda: screen.find("#preview img"))
+    assert f"wide.png, {picture.width} x {picture.height}, shown as the model sees it" in screen.text("#notice")
+    screen.fill("#listed input, #listed textarea", words[0])
+    screen.ask(QUESTION)
+    expected = [letters(greedy(model, QUESTION, picture)) for model in models]
+    assert expected[0] != expected[1]
+    screen.until(lambda: [letters(text) for text in screen.answers()] == expected)
+    assert words[0] in screen.text("#chat-0 mark.present") and words[1] in screen.text("#chat-1 mark.absent")
+    assert [screen.text(f"#chat-{i} label") for i in range(2)] == ["base", "aligned"]
+
+    screen.click("regenerate")
+    screen.until(lambda: screen.enabled("regenerate"))
+    screen.until(lambda: [letters(text) for text in screen.answers()] == expected)
+    screen.ask("<i>Why</i>?")
+    screen.until(lambda: len(screen.find("#chat-0 [data-testid=bot]")) == 2 and screen.enabled("send"))
+    assert "<i>Why</i>?" in screen.text("#chat-1 [data-testid=user]")
+    screen.chrome.save_screenshot(str(tmp_path / "page.png"))
+    screen.click("clear")
+    screen.until(lambda: not screen.find("[data-testid=user]") and not screen.enabled("clear"))
+
+
+def wait_until_silent(models, seconds=0.4):
+    """The tokens made so far, once neither model makes more."""
+    made = None
+    end = time.monotonic() + 5
+    while made != (made := [model.made for model in models]):
+        assert time.monotonic() < end, "the models go on"
+        time.sleep(seconds)
+    return sum(made)
+
+
+def test_stop(screen, models):
+    """400 tokens at 50 ms would take 20 s; stopped, both models fall silent and the next question is answered."""
+    for model in models:
+        model.pace, model.made = 0.05, 0
+    set_decoding(screen, "0", "400")
+    screen.ask(QUESTION)
+    screen.until(lambda: len(screen.answers()) == 2)
+    assert not screen.enabled("send") and not screen.enabled("clear")
+    screen.click("stop")
+    assert wait_until_silent(models) < 200
+    screen.until(lambda: screen.enabled("send") and not screen.enabled("stop"))
+    assert all(letters(text) for text in screen.answers())  # what there was is kept
+    for model in models:
+        model.pace = 0.0
+    screen.ask("And now?")
+    screen.until(lambda: len(screen.find("#chat-1 [data-testid=bot]")) == 2)
+
+
+def test_a_closed_page_stops_its_answers(screen, models):
+    for model in models:
+        model.pace, model.made = 0.05, 0
+    set_decoding(screen, "0", "400")
+    screen.ask(QUESTION)
+    screen.until(lambda: len(screen.answers()) == 2)
+    screen.chrome.get("about:blank")
+    assert wait_until_silent(models) < 300
+
+
+def test_bad_files_are_refused(screen, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    screen.upload(tmp_path / "notes.txt")
+    screen.until(lambda: "Invalid file type: notes.txt. Only .png, .jpg" in screen.text(".toast-wrap"))
+    (tmp_path / "notes.png").write_text("hello")
+    screen.upload(tmp_path / "notes.png")
+    refusal = "Refused: notes.png: not a picture that can be read; expected PNG, JPEG"
+    screen.until(lambda: refusal in screen.text("#notice") and refusal in screen.text(".toast-wrap"))
+    with open(tmp_path / "huge.png", "wb") as file:
+        file.truncate(page.MAX_BYTES + 1)
+    screen.upload(tmp_path / "huge.png")
+    screen.until(lambda: "maximum allowed size of 20" in screen.text(".toast-wrap"))
+    assert not screen.find("#preview img")
+    screen.upload(GOLDEN / "images" / "tall.png")  # none of it does harm
+    screen.until(lambda: screen.find("#preview img"))
+
+
+def test_the_page_talks_to_this_machine_only(screen, address):
+    screen.chrome.get_log("performance")
+    screen.chrome.get("about:blank")
+    Screen(screen.chrome, address)
+    events = [json.loads(entry["message"])["message"] for entry in screen.chrome.get_log("performance")]
+    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert len(urls) > 5
+    assert [url for url in urls if not url.startswith((address, "data:", "blob:"))] == []
+
+
+# --------------------------------------------------------------------------------------------------- the server's files
+
+
+def status(url, data=None, **headers):
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "//etc/passwd", "/etc/../etc/passwd", "%2Fetc%2Fpasswd", "../../../../etc/passwd", __file__,
+     "setup.py", "file:///etc/passwd", "/proc/self/environ", "http://127.0.0.1:1/"],
+)  # fmt: skip
+@pytest.mark.parametrize("route", ["gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/"])
+def test_no_file_of_the_server_is_readable(address, route, path):
+    host = http.client.HTTPConnection(address.split("//")[1].strip("/"), timeout=10)
+    host.request("GET", f"/{route}{path}")  # as it is, dots and all
+    reply = host.getresponse()
+    said = reply.read().decode("utf-8", "replace")
+    assert reply.status in (403, 404) and "root:" not in said and "import pytest" not in said
+    host.close()
+
+
+def test_a_path_is_no_upload(address, models):
+    """A request that names a file of the server in place of an uploaded one is refused."""
+    config = json.loads(status(f"{address}config")[1])
+    upload = next(d["id"] for d in config["dependencies"] if any(t[1] == "upload" for t in d["targets"]))
+    assert all(d["api_visibility"] == "private" for d in config["dependencies"])
+    for path in ("/etc/passwd", str(GOLDEN / "images" / "wide.png")):
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
+        join = {"data": [None, file], "fn_index": upload, "session_hash": "h", "trigger_id": 1, "event_data": None}
+        assert status(f"{address}gradio_api/queue/join", json.dumps(join).encode())[0] == 200
+        said = status(f"{address}gradio_api/queue/data?session_hash=h")[1]
+        assert '"success":false' in said and "root:" not in said and "shown as the model" not in said
+        assert Path(path).exists()
