@@ -50,9 +50,15 @@ def answer_logps(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Ten
     """
     rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     values = token_logps(hidden[rows, positions], labels[rows, positions + 1], lm_head, chunk)
-    zeros = values.new_zeros(len(labels))
-    counts = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
-    return AnswerLogps(zeros.index_add(0, rows, values), counts.index_add(0, rows, torch.ones_like(rows)))
+    return sum_by_row(values, rows, len(labels))
+
+
+def sum_by_row(values: Tensor, rows: Tensor, count: int) -> AnswerLogps:
+    """Sums of the [M] token log-probs by the row [M] that each belongs to, for rows 0 to count - 1."""
+    tokens = torch.zeros(count, dtype=torch.long, device=rows.device)
+    return AnswerLogps(
+        values.new_zeros(count).index_add(0, rows, values), tokens.index_add(0, rows, torch.ones_like(rows))
+    )
 
 
 def get_batch_logps(

@@ -201,9 +201,8 @@ def _assemble(source: str, base: str | None, **kwargs: Any) -> tuple[LlavaLlamaF
     base_folder = _full_folder(base, cache_dir)
     parts = read_parts(base_folder)
     if (folder / "config.json").is_file():
-        vocab_size = parts.config.vocab_size
-        parts.config = LlavaConfig.from_pretrained(folder)
-        parts.config.vocab_size = vocab_size
+        of_base, parts.config = parts.config, LlavaConfig.from_pretrained(folder)
+        parts.config.vocab_size, parts.config._name_or_path = of_base.vocab_size, str(base_folder)
     elif kind is Kind.PROJECTOR:
         raise FileNotFoundError(f"projector folder '{folder}': expected config.json beside {PROJECTOR_FILE}")
     inside = Path(str(getattr(parts.config, "mm_vision_tower", None)))

@@ -95,6 +95,7 @@ def read_parts(folder: str | Path) -> Parts:
         return from_hf(folder, config, weights)
     weights, tower = split_tower(weights)
     llava = LlavaConfig.from_pretrained(folder)
+    llava._name_or_path = str(folder)
     if tower and not tower_is_trained(llava):
         say(
             f"checkpoint '{folder}': {len(tower)} weights of its frozen vision tower are left out, the tower comes "
@@ -426,7 +427,7 @@ def llava_config(parts: Parts) -> dict[str, Any]:
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     fields["rope_theta"] = theta
     fields["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
-    fields.pop("dtype", None)
+    fields = {key: value for key, value in fields.items() if key not in ("dtype", "_name_or_path")}
     fields["torch_dtype"] = str(parts.weights[EMBEDDINGS].dtype).removeprefix("torch.")
     return fields | {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
 

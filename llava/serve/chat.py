@@ -399,7 +399,7 @@ class ServerModel:
             connection.request("POST", path, json.dumps(body), headers)
             response = connection.getresponse()
             if response.status != 200:
-                said = response.read(500).decode("utf-8", "replace").strip()
+                said = " ".join(response.read(500).decode("utf-8", "replace").split())
                 raise ValueError(f"server {self.base_url}: status {response.status} for {self.name!r}: {said}")
             text = ""
             for piece in _pieces(response):

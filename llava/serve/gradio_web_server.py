@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import html
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -152,7 +153,7 @@ class Page:
         import gradio as gr
 
         gr.Markdown("# LLaVA\n" + self._introduction(), elem_id="head")
-        self.session = gr.State(Session(), delete_callback=lambda session: session.stop.set())
+        self.session = gr.State(Session())
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 self._build_left()
@@ -395,6 +396,7 @@ def build_models(args: argparse.Namespace) -> list[ChatModel]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a plain end would leave the uploads behind
     with private_cache():
         try:
             vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else None

@@ -118,6 +118,9 @@ class TrainingArguments(transformers.TrainingArguments):
     check_reference: bool = described(
         True, "Stop after the first forward pass when policy and reference log-probs are not the same model's."
     )
+    shared_prefix: bool = described(
+        True, "Run image and question once for both answers of a pair, packed without padding; False: two padded rows."
+    )
     logp_chunk: int = described(1024, "Answer positions whose logits exist at one time (memory: chunk x vocabulary).")
 
     def weighting(self) -> WeightingConfig:
@@ -231,7 +234,7 @@ def help_text() -> str:
     lora = ("lora_", "bits", "double_quant", "quant_type")
     dama_flags = (
         "dpo_beta", "dpo_use_average", "strategy", "variant", "selection", "select_ratio", "gamma", "beta_min",
-        "delta_bar", "check_reference", "logp_chunk",
+        "delta_bar", "check_reference", "shared_prefix", "logp_chunk",
     )  # fmt: skip
     groups = {
         "DAMA (--task DPO)": [TrainingArguments.__dataclass_fields__[name] for name in dama_flags],

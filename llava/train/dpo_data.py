@@ -27,6 +27,7 @@ from dama.pairs import (
     read_pairs,
     resolve_image,
 )
+from dama.shared_prefix import common_prefix
 from dama.stage import differences
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Template, get_template
@@ -95,30 +96,54 @@ class DPODataset(Dataset):
 
 @dataclass(frozen=True)
 class DataCollatorForDPODataset:
-    """Pairs to one batch of 2B rows, the chosen answers first. An image that several rows show is there once."""
+    """Pairs to one batch. An image that several pairs show is there once.
+
+    With `shared_prefix` a pair is one row [prefix | chosen | rejected]; without, two: the chosen answers first.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     dataset: DPODataset
+    shared_prefix: bool = False
 
     def __call__(self, instances: Sequence[PreparedPair]) -> dict[str, Tensor]:
-        """Keys: input_ids, attention_mask, targets [2B, T]; images [U, 3, H, W]; image_index [2B]; ref_chosen,
-        ref_rejected, delta [B]."""
-        rows = [item.chosen for item in instances] + [item.rejected for item in instances]
+        """Keys: input_ids, attention_mask, targets [R, T]; images [U, 3, H, W]; image_index [R]; ref_chosen,
+        ref_rejected, delta [B]; with the shared prefix tails [B, 2]; R rows, B or 2B of them."""
         images = list(dict.fromkeys(item.pair.image for item in instances))
         index = [images.index(item.pair.image) for item in instances]
+        batch: dict[str, Tensor] = {}
+        if self.shared_prefix:
+            rows, tails = zip(*(join_answers(item) for item in instances))
+            batch["tails"] = torch.tensor(tails)
+        else:
+            rows = tuple([item.chosen for item in instances] + [item.rejected for item in instances])
+            index = index * 2
         input_ids = pad_sequence([row.input_ids for row in rows], True, self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(row.input_ids) for row in rows])
-        return {
+        return batch | {
             "input_ids": input_ids,
             "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],
             # Not "labels": the trainer would scale the loss by their number.
             "targets": pad_sequence([row.labels for row in rows], True, IGNORE_INDEX),
             "images": torch.stack([self.dataset.pixels(image) for image in images]),
-            "image_index": torch.tensor(index * 2),
+            "image_index": torch.tensor(index),
             "ref_chosen": torch.tensor([item.ref_chosen for item in instances], dtype=torch.float64),
             "ref_rejected": torch.tensor([item.ref_rejected for item in instances], dtype=torch.float64),
             "delta": torch.tensor([item.delta for item in instances], dtype=torch.float64),
         }
+
+
+def join_answers(item: PreparedPair) -> tuple[EncodedTurns, tuple[int, int]]:
+    """One row [prefix | chosen | rejected], and how many tokens the two answers have at its end.
+
+    The prefix is what both rows begin with and neither predicts.
+    """
+    chosen, rejected = item.chosen, item.rejected
+    unsupervised = min(int((row.labels != IGNORE_INDEX).nonzero()[0]) for row in (chosen, rejected))
+    k = min(unsupervised, common_prefix(chosen.input_ids.tolist(), rejected.input_ids.tolist()))
+    joined = EncodedTurns(
+        torch.cat([chosen.input_ids, rejected.input_ids[k:]]), torch.cat([chosen.labels, rejected.labels[k:]])
+    )
+    return joined, (len(chosen.input_ids) - k, len(rejected.input_ids) - k)
 
 
 # --- Joining and checking --------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         self.delta_bar = delta_bar
         self.reference_is_base = reference_is_base
         self.drawn = drawn
-        self.collate = DataCollatorForDPODataset(tokenizer, train_dataset)
+        self.collate = DataCollatorForDPODataset(tokenizer, train_dataset, args.shared_prefix)
         self.weighting_state = WeightingState()
         self._logged: dict[str, list[float]] = defaultdict(list)
         self._reference_checked = not args.check_reference
@@ -208,14 +208,14 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         keep = chosen.nonzero().flatten() if chosen.any() else torch.tensor([0])
         if len(keep) == len(position):
             return batch
-        both = torch.cat([keep, keep + len(position)])
+        both = keep if "tails" in batch else torch.cat([keep, keep + len(position)])
         images, image_index = batch["image_index"][both].unique(return_inverse=True)
         rows = {name: batch[name][both] for name in ("input_ids", "attention_mask", "targets")}
         width = int(rows["attention_mask"].sum(1).max())
-        pairs = {name: batch[name][keep] for name in ("ref_chosen", "ref_rejected", "delta", "position")}
+        of_pair = ("ref_chosen", "ref_rejected", "delta", "position", "tails")
         return (
             {name: value[:, :width] for name, value in rows.items()}
-            | pairs
+            | {name: batch[name][keep] for name in of_pair if name in batch}
             | {"images": batch["images"][images], "image_index": image_index}
         )
 
@@ -232,6 +232,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             labels=inputs["targets"][rows],
             images=inputs["images"].to(self.model.dtype),
             image_index=inputs["image_index"][rows],
+            tails=inputs["tails"][rows] if "tails" in inputs else None,
             logp_chunk=self.args.logp_chunk,
         )
 
@@ -346,10 +347,13 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         """How far log-probs per token move, on any rank, when the same pairs are computed one at a time."""
         inputs = self._prepare_inputs(batch)
         together = self._forward(self.model, inputs)
+        # A row holds one answer, or with the shared prefix two: [rows, answers a row].
+        count = len(inputs["input_ids"])
+        logps, tokens = (sums.view(-1, count).T for sums in together)
         # As many passes on every rank, whatever it holds: under ZeRO-3 each of them is a collective.
-        rows = [i % len(together.logps) for i in range(2 * self.args.per_device_train_batch_size)]
-        alone = torch.cat([self._forward(self.model, inputs, slice(i, i + 1)).logps for i in rows])
-        noise = (alone - together.logps[rows]).abs() / together.tokens[rows]
+        rows = [i % count for i in range(2 * self.args.per_device_train_batch_size)]
+        alone = torch.stack([self._forward(self.model, inputs, slice(i, i + 1)).logps for i in rows])
+        noise = (alone - logps[rows]).abs() / tokens[rows]
         return self.accelerator.gather(noise.max()[None]).max().item()
 
     # --- Checkpoints ---------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def run_reference(
     order = sorted(encoded.fits, key=lambda i: (max(len(a.input_ids) for a in encoded.answers[i]), pairs[i].id))
     prepared = [PreparedPair(pairs[i], *encoded.answers[i], 0.0, 0.0, 0.0) for i in order]
     dataset = DPODataset(prepared, str(data_args.image_folder), image_processor, model.config)
-    collate = DataCollatorForDPODataset(tokenizer, dataset)
+    collate = DataCollatorForDPODataset(tokenizer, dataset, args.shared_prefix)
     batches = [prepared[i : i + batch_size] for i in range(0, len(prepared), batch_size)]
 
     fingerprint = data_fingerprint(pairs, data_args) | model_fingerprint(arguments, model, tokenizer)
@@ -92,6 +92,7 @@ def logps_of_batch(model: Any, batch: dict[str, Any], items: Sequence[PreparedPa
         labels=batch["targets"].to(args.device),
         images=batch["images"].to(args.device, model.dtype),
         image_index=batch["image_index"],
+        tails=batch.get("tails"),
         logp_chunk=args.logp_chunk,
     )
     chosen, rejected = sums.logps.tolist()[: len(items)], sums.logps.tolist()[len(items) :]

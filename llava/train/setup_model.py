@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.console import say
+from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.tokenization import load_tokenizer
@@ -26,7 +27,11 @@ def setup_model(
     join_ranks(args)
     set_seed(args.seed)  # new adapters and projectors start alike in every run
     dtype = dtype or precision_of_weights(args)
-    options = quantisation(args) | ({"attn_implementation": attn_implementation} if attn_implementation else {})
+    options = quantisation(args)
+    if args.task == "DPO" and args.shared_prefix:
+        options["attn_implementation"] = SHARED_PREFIX
+    elif attn_implementation:
+        options["attn_implementation"] = attn_implementation
     model = load_llava(str(model_args.model_name_or_path), dtype=dtype, cache_dir=args.cache_dir, **options)
     model.config.use_cache = False
     if model_args.freeze_backbone:

@@ -3,7 +3,12 @@
 import copy
 import http.client
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -21,6 +26,7 @@ from llava.serve.chat import LocalModel, ObjectVocabulary, ServerModel, load_ima
 from llava.serve.gradio_web_server import Session, Turn
 from tests.conftest import GOLDEN
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = ObjectVocabulary(["dog, puppy", "cat", "bench"])
 
 
@@ -54,8 +60,8 @@ def test_marks():
 # ------------------------------------------------------------------------------------------------------ conversations
 
 
-def ask(session, question, models=(Echo("A"), Echo("B"))):
-    for _ in session.ask(models, question, Decoding()):
+def ask(session, question):
+    for _ in session.ask([Echo("A"), Echo("B")], question, Decoding()):
         yield copy.copy(session.turns[-1].answers), session.busy
 
 
@@ -174,9 +180,9 @@ def server():
 
 
 def served(server, name, stop=None, image=None):
-    asked = Decoding(max_new_tokens=7, temperature=0.5, top_p=0.9)
-    return ServerModel(server.url + "/", name).reply([("a?", ""), ("b?", "B.")], "c?", image, asked, stop or
-                                                      threading.Event())  # fmt: skip
+    decoding = Decoding(max_new_tokens=7, temperature=0.5, top_p=0.9)
+    history = [("a?", ""), ("b?", "B.")]
+    return ServerModel(server.url + "/", name).reply(history, "c?", image, decoding, stop or threading.Event())
 
 
 def test_a_model_behind_a_server(server, monkeypatch):
@@ -359,12 +365,12 @@ def screen(browser, address, models):
 
 def set_decoding(screen, temperature, tokens):
     screen.find("button.label-wrap")[0].click()
-    screen.until(lambda: screen.find("#max-tokens input[type=number]")[0].is_displayed())
+    screen.until(lambda: any(field.is_displayed() for field in screen.find("#max-tokens input[type=number]")))
     screen.fill("#temperature input[type=number]", temperature)
     screen.fill("#max-tokens input[type=number]", tokens)
 
 
-def test_two_models_side_by_side(screen, models, picture, words, tmp_path):
+def test_two_models_side_by_side(screen, models, picture, words):
     """Upload, ask, read both answers, see what is marked, ask again, clear."""
     set_decoding(screen, "0", "32")
     screen.upload(GOLDEN / "images" / "wide.png")
@@ -384,7 +390,6 @@ def test_two_models_side_by_side(screen, models, picture, words, tmp_path):
     screen.ask("<i>Why</i>?")
     screen.until(lambda: len(screen.find("#chat-0 [data-testid=bot]")) == 2 and screen.enabled("send"))
     assert "<i>Why</i>?" in screen.text("#chat-1 [data-testid=user]")
-    screen.chrome.save_screenshot(str(tmp_path / "page.png"))
     screen.click("clear")
     screen.until(lambda: not screen.find("[data-testid=user]") and not screen.enabled("clear"))
 
@@ -397,6 +402,14 @@ def wait_until_silent(models, seconds=0.4):
         assert time.monotonic() < end, "the models go on"
         time.sleep(seconds)
     return sum(made)
+
+
+def test_the_tiny_models_have_much_to_say(models):
+    """What the tests of stopping rest on: neither model ends an answer of 400 tokens by itself."""
+    for model in models:
+        model.pace, model.made = 0.0, 0
+        greedy(model, QUESTION, None, tokens=400)
+        assert model.made == 400
 
 
 def test_stop(screen, models):
@@ -493,3 +506,27 @@ def test_a_path_is_no_upload(address, models):
         said = status(f"{address}gradio_api/queue/data?session_hash=h")[1]
         assert '"success":false' in said and "root:" not in said and "shown as the model" not in said
         assert Path(path).exists()
+
+
+def test_the_command_ends_clean(tmp_path):
+    """It says where it listens, on this machine only, and leaves no upload behind when it is terminated."""
+    program = [sys.executable, "-m", "llava.serve.gradio_web_server", "--model-path", "m", "--compare", "n"]
+    server = subprocess.Popen(
+        [*program, "--openai-base-url", "http://127.0.0.1:9/v1"], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        said = server.stdout.readline()
+        address = re.fullmatch(r"serving on (http://127.0.0.1:\d+/) \(Ctrl-C ends\)\n", said).group(1)
+        assert status(address)[0] == 200 and len(list(tmp_path.glob("llava-chat-*"))) == 1
+    finally:
+        server.terminate()
+    assert server.wait(20) == 143
+    assert list(tmp_path.glob("llava-chat-*")) == []
+
+
+def test_without_gradio(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert page.main(["--model-path", "m", "--openai-base-url", "http://127.0.0.1:9/v1"]) == 2
+    assert "The page needs Gradio: pip install -e '.[serve]'" in capsys.readouterr().out

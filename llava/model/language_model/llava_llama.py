@@ -10,8 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dama.logps import AnswerLogps, answer_logps
+from dama.logps import AnswerLogps, answer_logps, sum_by_row, token_logps
+from dama.shared_prefix import PackedPair, PackLayout
+from llava.model.attention import no_mask
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.splice import splice
 
 
 class LlavaConfig(LlamaConfig):
@@ -54,6 +57,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         *,
         image_index: Tensor | None = None,
         logp_chunk: int | None = None,
+        tails: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple | AnswerLogps:
         """LLaVA's forward; with `logp_chunk` the log-probs of the labelled positions instead of all logits.
@@ -63,10 +67,15 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             images: pictures in the order of their placeholders, see `prepare_inputs_labels_for_multimodal`.
             image_index: [M] which picture each placeholder shows, where rows share pictures.
             logp_chunk: positions whose logits (vocabulary-sized) exist at one time.
+            tails: [B, 2] token ids at the end of each row that are the chosen and the rejected answer: the row is a
+                pair [prefix | chosen | rejected], see dama.shared_prefix.
 
         Returns:
-            transformers' output, or with `logp_chunk` an AnswerLogps with one sum for each row.
+            transformers' output, or with `logp_chunk` an AnswerLogps with one sum for each row; with `tails` 2B
+            sums, those of the chosen answers first.
         """
+        if tails is not None:
+            return self._pair_logps(input_ids, attention_mask, labels, images, image_index, tails, logp_chunk)
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
@@ -86,9 +95,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             ).last_hidden_state
             if labels is None:
                 raise ValueError("logp_chunk: expected labels, which say whose log-probs are wanted, got none")
-            if hasattr(self.lm_head.weight, "ds_id"):  # ZeRO-3 gathers it at each call: as many calls on every rank
-                logp_chunk = labels.numel()
-            return answer_logps(hidden, labels, self.lm_head, chunk=logp_chunk)
+            return answer_logps(hidden, labels, self.lm_head, chunk=self._chunk(logp_chunk, labels))
         if return_dict is not None:
             options["return_dict"] = return_dict
         return super().forward(
@@ -102,6 +109,40 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             **options,
             **kwargs,
         )
+
+    def _pair_logps(
+        self, input_ids: Any, attention_mask: Any, labels: Any, images: Any, image_index: Any, tails: Tensor,
+        logp_chunk: int | None,
+    ) -> AnswerLogps:  # fmt: skip
+        """Log-probs of both answers of B pairs in one pass over their shared prefixes."""
+        features = self._image_features(images, None)
+        if image_index is not None:
+            features = [features[i] for i in image_index.tolist()]
+        keep = attention_mask.bool()
+        rows = splice(
+            [ids[k] for ids, k in zip(input_ids, keep)],
+            [target[k] for target, k in zip(labels, keep)],
+            features,
+            self.get_model().embed_tokens,
+        )
+        pairs = [PackedPair(len(row.embeds) - c - r, c, r) for row, (c, r) in zip(rows, tails.tolist())]
+        layout = PackLayout(tuple(pairs))
+        embeds = torch.cat([row.embeds for row in rows])[None]
+        hidden = self.model(
+            inputs_embeds=embeds,
+            position_ids=layout.position_ids(embeds.device),
+            attention_mask=no_mask(embeds.device),
+            use_cache=False,
+            pack=layout,
+        ).last_hidden_state[0]
+        positions, targets, owners = layout.answers(torch.cat([row.labels for row in rows]))
+        chunk = self._chunk(logp_chunk or len(targets), targets)
+        values = token_logps(hidden[positions], targets, self.lm_head, chunk)
+        return sum_by_row(values, owners, 2 * len(pairs))
+
+    def _chunk(self, chunk: int, labels: Tensor) -> int:
+        """Positions at a time; all of them under ZeRO-3, which gathers lm_head at each call on every rank alike."""
+        return labels.numel() if hasattr(self.lm_head.weight, "ds_id") else chunk
 
     @torch.no_grad()
     def generate(

@@ -1,0 +1,97 @@
+"""The shared prefix against two padded rows: log-probs and every gradient, to 1e-5 in float32."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.attention import SHARED_PREFIX
+from llava.train.arguments import parse_arguments
+from llava.train.dpo_data import DataCollatorForDPODataset, join_answers
+from llava.train.preprocess import EncodedTurns
+from tests.llava.test_dpo_golden import flags, prepare
+
+
+def relative(one, other):
+    return ((one - other).norm() / other.norm().clamp(min=1e-12)).item()
+
+
+def logps_and_gradients(model, batch):
+    model.zero_grad()
+    sums = model(
+        batch["input_ids"], batch["attention_mask"], labels=batch["targets"], images=batch["images"],
+        image_index=batch["image_index"], tails=batch.get("tails"), logp_chunk=7,
+    )  # fmt: skip
+    weights = torch.linspace(-1, 1, len(sums.logps))
+    (sums.logps * weights).sum().backward()
+    return sums, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(model, tokenizer, dataset, items):
+    plain, plain_gradients = logps_and_gradients(model, DataCollatorForDPODataset(tokenizer, dataset, False)(items))
+    shared, shared_gradients = logps_and_gradients(model, DataCollatorForDPODataset(tokenizer, dataset, True)(items))
+    assert shared.tokens.tolist() == plain.tokens.tolist()
+    assert relative(shared.logps, plain.logps) < 1e-5
+    assert shared_gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        assert relative(shared_gradients[name], gradient) < 1e-5, name
+
+
+@pytest.fixture()
+def world(in_golden, tmp_path):
+    return prepare(parse_arguments(flags(tmp_path)))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_golden_pairs(world, count, checkpointing):
+    model, tokenizer, data = world
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_equal(model, tokenizer, data.train, data.train.prepared[:count])
+
+
+def test_random_lengths_and_grouped_queries(world):
+    """A model with 2 key heads for 4 query heads; questions from none at all, answers of 1 to 40 tokens."""
+    golden, tokenizer, data = world
+    torch.manual_seed(0)
+    config = LlavaConfig(**json.loads(golden.config.to_json_string()) | {"num_key_value_heads": 2})
+    model = LlavaLlamaForCausalLM._from_config(config, attn_implementation=SHARED_PREFIX, dtype=torch.float32)
+    model.get_model().vision_tower = golden.get_vision_tower()
+    model.train()
+    generator = torch.Generator().manual_seed(1)
+
+    def random_row(prefix, length):
+        answer = torch.randint(3, 1000, (length,), generator=generator)
+        ids = torch.cat([prefix, answer])
+        labels = torch.cat([torch.full_like(prefix, -100), answer])
+        return EncodedTurns(ids, labels)
+
+    items = []
+    for i in range(6):
+        question = torch.randint(3, 1000, (i * 5,), generator=generator)
+        prefix = torch.cat([torch.tensor([1, -200]), question])
+        lengths = torch.randint(1, 41, (2,), generator=generator).tolist()
+        rows = [random_row(prefix, length) for length in lengths]
+        items.append(replace(data.train[i], chosen=rows[0], rejected=rows[1]))
+    assert_equal(model, tokenizer, data.train, items)
+
+
+def test_answers_that_begin_alike_share_no_supervised_token(world):
+    _, _, data = world
+    item = data.train[0]
+    joined, (chosen, rejected) = join_answers(item)
+    k = len(item.chosen.input_ids) - chosen
+    assert (joined.labels[:k] == -100).all() and joined.labels[k] != -100
+    assert joined.input_ids[k : k + chosen].tolist() == item.chosen.input_ids[k:].tolist()
+    assert joined.input_ids[k + chosen :].tolist() == item.rejected.input_ids[k:].tolist()
+    assert len(joined.input_ids) == k + chosen + rejected
+
+
+def test_the_plain_way_is_a_flag(in_golden, tmp_path):
+    arguments = parse_arguments(flags(tmp_path, "--shared_prefix", "False"))
+    model, _, _ = prepare(arguments)
+    assert model.config._attn_implementation == "sdpa" and not arguments[2].shared_prefix
