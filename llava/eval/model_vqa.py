@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dama.console import say, write_atomic
+from dama.console import report_error, say, write_atomic
 from llava.eval.generate import Answerer, Decoding, Request, generate_answers
 from llava.mm_utils import get_model_name_from_path
 
@@ -105,17 +105,18 @@ def build_parser(prog: str, max_new_tokens: int, description: str | None) -> arg
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    args = parser.parse_args(argv)
     try:
         eval_model(args)
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
+    except Exception as error:
+        report_error(error, parser.prog.rpartition(".")[2])
         return 2
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(build_parser("model_vqa", 1024, __doc__).parse_args(argv))
+    return run(build_parser("model_vqa", 1024, __doc__), argv)
 
 
 if __name__ == "__main__":

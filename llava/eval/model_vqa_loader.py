@@ -13,7 +13,7 @@ __all__ = ["eval_model", "get_chunk", "main", "split_list"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(build_parser("model_vqa_loader", 128, __doc__).parse_args(argv))
+    return run(build_parser("model_vqa_loader", 128, __doc__), argv)
 
 
 if __name__ == "__main__":

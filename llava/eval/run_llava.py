@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from dama.console import say
+from dama.console import report_error, say
 from llava.constants import IMAGE_PLACEHOLDER
 from llava.eval.generate import Decoding
 from llava.serve import chat
@@ -79,10 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     try:
-        eval_model(build_parser().parse_args(argv))
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
+        eval_model(args)
+    except Exception as error:
+        report_error(error, "run_llava")
         return 2
     return 0
 

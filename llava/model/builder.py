@@ -15,6 +15,7 @@ from dama.console import say
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.export import EMBEDDINGS, Parts, collapsed, is_hf_layout, llava_tokenizer, read_parts, split_tower
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.builder import locate_vision_tower
 from llava.model.utils import Weights, read_file, read_json, weight_files
 from llava.tokenization import load_tokenizer
 
@@ -102,10 +103,11 @@ def take_apart(source: str, base: str | None = None) -> tuple[Parts, Any]:
     folder = fetch(source)
     if kind_of(folder) in (Kind.FULL, Kind.HF):
         parts = read_parts(folder)
-        check_weights(source, parts)
-        return parts, _tokenizer(folder, parts.config)
-    model, parts, tokenizer = _assemble(source, base, dtype="auto")
-    parts.weights, parts.config = model.state_dict(), model.config
+        tokenizer = _tokenizer(folder, parts.config)
+    else:
+        model, parts, tokenizer = _assemble(source, base, dtype="auto")
+        parts.weights, parts.config = model.state_dict(), model.config
+    check_weights(source, parts)
     return parts, tokenizer
 
 
@@ -187,9 +189,11 @@ def context_length(config: Any) -> int:
 # --- Putting a model together ----------------------------------------------------------------------------------------
 
 
-def _assemble(source: str, base: str | None, **kwargs: Any) -> tuple[LlavaLlamaForCausalLM, Parts, Any]:
+def _assemble(
+    source: str, base: str | None, *, cache_dir: str | None = None, **kwargs: Any
+) -> tuple[LlavaLlamaForCausalLM, Parts, Any]:
     """(model without its tower, what it was made of, tokenizer) of any kind of checkpoint."""
-    folder, cache_dir = fetch(source, kwargs.get("cache_dir")), kwargs.pop("cache_dir", None)
+    folder = fetch(source, cache_dir)
     kind = kind_of(folder)
     if kind in (Kind.FULL, Kind.HF):
         if base:
@@ -198,27 +202,32 @@ def _assemble(source: str, base: str | None, **kwargs: Any) -> tuple[LlavaLlamaF
         return _model(source, parts, **kwargs), parts, _tokenizer(folder, parts.config)
 
     base = base or _base_named_by(folder, kind)
-    base_folder = _full_folder(base, cache_dir)
-    parts = read_parts(base_folder)
-    if (folder / "config.json").is_file():
-        of_base, parts.config = parts.config, LlavaConfig.from_pretrained(folder)
-        parts.config.vocab_size, parts.config._name_or_path = of_base.vocab_size, str(base_folder)
-    elif kind is Kind.PROJECTOR:
-        raise FileNotFoundError(f"projector folder '{folder}': expected config.json beside {PROJECTOR_FILE}")
-    inside = Path(str(getattr(parts.config, "mm_vision_tower", None)))
-    if not (folder / inside / "config.json").is_file() and (base_folder / inside / "config.json").is_file():
-        parts.config.mm_vision_tower = str((base_folder / inside).resolve())
-    extra, tower = read_beside(folder, kind)
-    parts.weights, parts.tower = parts.weights | extra, tower or parts.tower
-    if EMBEDDINGS in extra:
-        parts.config.vocab_size = len(extra[EMBEDDINGS])
+    parts = _parts_on_base(folder, kind, _full_folder(base, cache_dir))
     # Before the tower is there: adapters are found by layer names that CLIP has, too.
     model = _model(base, parts, **kwargs)
     if kind is Kind.LORA:
         model = merge_adapter(model, folder)
     model.config._name_or_path = model.name_or_path = source
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-    return model, parts, load_tokenizer(folder) if has_tokenizer else _tokenizer(base_folder, parts.config)
+    return model, parts, load_tokenizer(folder) if has_tokenizer else _tokenizer(fetch(base, cache_dir), parts.config)
+
+
+def _parts_on_base(folder: Path, kind: Kind, base: Path) -> Parts:
+    """The base's parts with the folder's config (LLaVA's fields over those of a bare LLaMA) and what trained in it."""
+    parts = read_parts(base)
+    if (folder / "config.json").is_file():
+        of_base, parts.config = parts.config, LlavaConfig.from_pretrained(folder)
+        parts.config.vocab_size, parts.config._name_or_path = of_base.vocab_size, str(base)
+    elif kind is Kind.PROJECTOR:
+        raise FileNotFoundError(f"projector folder '{folder}': expected config.json beside {PROJECTOR_FILE}")
+    inside = Path(str(getattr(parts.config, "mm_vision_tower", None)))
+    if not (folder / inside / "config.json").is_file() and (base / inside / "config.json").is_file():
+        parts.config.mm_vision_tower = str((base / inside).resolve())
+    extra, tower = read_beside(folder, kind)
+    parts.weights, parts.tower = parts.weights | extra, tower or parts.tower
+    if EMBEDDINGS in extra:
+        parts.config.vocab_size = len(extra[EMBEDDINGS])
+    return parts
 
 
 def _base_named_by(folder: Path, kind: Kind) -> str:
@@ -252,15 +261,14 @@ def _model(source: str, parts: Parts, **kwargs: Any) -> LlavaLlamaForCausalLM:
     check_weights(source, parts)
     if kwargs.get("dtype", "auto") == "auto":
         kwargs["dtype"] = parts.weights[EMBEDDINGS].dtype
+    folder, tower = parts.config._name_or_path, getattr(parts.config, "mm_vision_tower", None)
+    if tower and folder and not Path(source).is_dir() and (Path(folder) / tower / "config.json").is_file():
+        parts.config.mm_vision_tower = str(Path(folder) / tower)  # inside a hub repository
     model = LlavaLlamaForCausalLM.from_pretrained(None, config=parts.config, state_dict=parts.weights, **kwargs)
-    folder = parts.config._name_or_path
     if folder and (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.generation_config = _valid_generation_config(model.generation_config)
     model.config._name_or_path = model.name_or_path = source
-    tower = getattr(model.config, "mm_vision_tower", None)
-    if tower and folder and not Path(source).is_dir() and (Path(folder) / tower / "config.json").is_file():
-        model.config.mm_vision_tower = str(Path(folder) / tower)  # inside a hub repository
     return model
 
 
@@ -268,7 +276,7 @@ def check_weights(source: str, parts: Parts) -> None:
     """Raises, every key named, unless the weights are just those that the config describes."""
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in LlavaLlamaForCausalLM(parts.config).state_dict().items()}
-    if parts.config.tie_word_embeddings:
+    if parts.config.tie_word_embeddings:  # saved under both names by some; it is one table
         expected.pop("lm_head.weight")
         parts.weights.pop("lm_head.weight", None)
     got = {name: tuple(t.shape) for name, t in parts.weights.items()}
@@ -312,10 +320,11 @@ def load_tower(model: LlavaLlamaForCausalLM, parts: Parts, dtype: torch.dtype) -
     """Brings the vision tower: the checkpoint's own weights where it has them, else those it names.
 
     Raises:
-        ValueError: the checkpoint's own weights are not those of its tower.
+        ValueError: the tower is no CLIP, or the checkpoint's own weights are not those of its tower.
     """
     tower = model.get_model().get_vision_tower()
     if tower is None or parts.image_processor is None:
+        check_tower(model.config)
         tower = model.get_model().load_vision_tower(device=model.device, dtype=dtype)
     if parts.tower:
         config = parts.tower_config or tower.vision_tower.config
@@ -323,6 +332,18 @@ def load_tower(model: LlavaLlamaForCausalLM, parts: Parts, dtype: torch.dtype) -
     if parts.image_processor is not None:
         tower.image_processor, tower.is_loaded = parts.image_processor, True
         tower.folder = parts.config.mm_vision_tower
+
+
+def check_tower(config: PretrainedConfig) -> None:
+    """Raises where the tower's folder holds another model than CLIP, whose weights would be left at random."""
+    name = getattr(config, "mm_vision_tower", None)
+    folder = Path(locate_vision_tower(name, config._name_or_path)) if name else Path()
+    kind = read_json(folder / "config.json").get("model_type") if name and folder.is_dir() else "clip"
+    if kind not in ("clip", "clip_vision_model"):
+        raise ValueError(
+            f"vision tower '{folder}' of checkpoint '{config._name_or_path}': expected a CLIP model (model_type 'clip' "
+            f"or 'clip_vision_model' in its config.json), got {kind!r}. Name the right tower in mm_vision_tower."
+        )
 
 
 def _clip(config: Any, weights: dict[str, Tensor], source: str, dtype: torch.dtype) -> CLIPVisionModel:

@@ -138,11 +138,17 @@ def from_hf(folder: str | Path, config: dict[str, Any], weights: Weights) -> Par
             f"llava-hf checkpoint '{folder}': its image processor crops instead of padding (no do_pad), and so it is "
             'used here; set image_aspect_ratio to "pad" in the config for a model that was trained padded'
         )
+    llava = config_from_hf(folder, hf, tokenizer, pads)
+    return Parts(llava, named, tower, hf.vision_config, processor)
+
+
+def config_from_hf(folder: str | Path, hf: transformers.LlavaConfig, tokenizer: Any, pads: bool) -> LlavaConfig:
+    """LLaVA's fields of a LlavaForConditionalGeneration with LLaVA's tokenizer."""
     fields = hf.text_config.to_dict() | {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
         "dtype": hf.dtype,
-        "vocab_size": rows,
+        "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": hf.tie_word_embeddings,
         "image_aspect_ratio": "pad" if pads else "square",
@@ -156,9 +162,9 @@ def from_hf(folder: str | Path, config: dict[str, Any], weights: Weights) -> Par
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
     }
-    if tokenizer.model_max_length < 1e9:
+    if tokenizer.model_max_length < 1e9:  # the library's way of saying that there is none
         fields["tokenizer_model_max_length"] = tokenizer.model_max_length
-    return Parts(LlavaConfig.from_dict(fields), named, tower, hf.vision_config, processor)
+    return LlavaConfig.from_dict(fields)
 
 
 def check_hf_config(folder: str | Path, config: dict[str, Any]) -> None:
@@ -245,6 +251,7 @@ def write_hf(parts: Parts, tokenizer: Any, folder: Path) -> None:
     tower_config, tower, image_processor = complete_tower(parts)
     rows = len(tokenizer)
     image_id, pad_id, padded_rows = rows, rows + 1, -(-(rows + 2) // 64) * 64
+    config = hf_config(parts, tower_config, image_id, padded_rows)
     if (unused := parts.weights[EMBEDDINGS].shape[0] - rows) > 0:
         say(f"{unused} rows of the vocabulary that the tokenizer has no tokens for are left out")
     weights = {
@@ -253,8 +260,6 @@ def write_hf(parts: Parts, tokenizer: Any, folder: Path) -> None:
     }
     weights |= {f"vision_tower.{name}": t for name, t in tower.items()}
     write_weights(folder, weights)
-
-    config = hf_config(parts, tower_config, image_id, padded_rows)
     config.save_pretrained(folder)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -267,15 +272,19 @@ def write_hf(parts: Parts, tokenizer: Any, folder: Path) -> None:
 
 def hf_config(parts: Parts, tower_config: CLIPVisionConfig, image_id: int, rows: int) -> transformers.LlavaConfig:
     llava = parts.config
-    for name, want in (("mm_projector_type", "mlp2x_gelu"), ("image_aspect_ratio", ("pad", "square", None))):
-        got = getattr(llava, name, None)
-        if got not in (want if isinstance(want, tuple) else (want,)):
+    known_values = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_patch_merge_type": ("flat", None),
+        "image_aspect_ratio": ("pad", "square", None),
+    }
+    for name, known in known_values.items():
+        if (got := getattr(llava, name, None)) not in known:
             raise ValueError(
-                f"export of '{llava._name_or_path}': LlavaForConditionalGeneration has {name} {want!r}, "
-                f"got {got!r} in config.json. Such a model stays in LLaVA's layout."
+                f"export of '{llava._name_or_path}': expected {name} {known[0]!r} in config.json, the only one that "
+                f"LlavaForConditionalGeneration has, got {got!r}. Such a model stays in LLaVA's layout."
             )
-    known = LlamaConfig().to_dict()
-    text = {k: v for k, v in llava.to_dict().items() if k in known and k not in ("model_type", "architectures")}
+    of_llama = LlamaConfig().to_dict().keys() - {"model_type", "architectures"}
+    text = {name: value for name, value in llava.to_dict().items() if name in of_llama}
     text |= {"vocab_size": rows, "pad_token_id": None}
     vision = tower_config.to_dict()
     strategy = "default" if (getattr(llava, "mm_vision_select_feature", None) or "patch") == "patch" else "full"

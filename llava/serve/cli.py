@@ -11,7 +11,7 @@ from threading import Event
 
 from PIL import Image
 
-from dama.console import say
+from dama.console import report_error, say
 from llava.eval.generate import Decoding
 from llava.serve import chat
 from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
@@ -31,8 +31,8 @@ def main(args: argparse.Namespace) -> int:
             args.model_path, args.model_base, conv_mode=args.conv_mode or DEFAULT_CONV_MODE, device=args.device,
             load_8bit=args.load_8bit, load_4bit=args.load_4bit,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
-        say(f"error: {error}")
+    except Exception as error:
+        report_error(error, "cli")
         return 2
     converse(model, image, decoding, debug=args.debug)
     return 0

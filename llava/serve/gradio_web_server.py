@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from dama.console import say
+from dama.console import report_error, say
 from llava.conversation import shrink
 from llava.eval.generate import Decoding
 from llava.serve.chat import (
@@ -403,11 +403,10 @@ def main(argv: list[str] | None = None) -> int:
             models = build_models(args)
             demo = build_demo(models, vocabulary, concurrency_count=args.concurrency_count)
             serve(demo, args.host, args.port, share=args.share)
-        except ImportError as error:
-            say(f"error: {error}. The page needs Gradio: pip install -e '.[serve]'")
-            return 2
-        except (ValueError, OSError) as error:
-            say(f"error: {error}")
+        except Exception as error:
+            report_error(error, "gradio_web_server")
+            if isinstance(error, ImportError):
+                say("The page needs Gradio: pip install -e '.[serve]'")
             return 2
     return 0
 

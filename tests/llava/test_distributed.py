@@ -24,13 +24,19 @@ def launch(words, zero=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    binaries = Path(sys.executable).parent
+    command = [str(binaries / "deepspeed"), "--quiet", "--num_gpus", "2", "--master_port", str(port)]
+    command += [str(ROOT / "llava" / "train" / "train_mem.py"), "--deepspeed", str(ROOT / "scripts" / f"zero{zero}.json")]
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
     return subprocess.run(
-        [str(Path(sys.executable).parent / "deepspeed"), "--quiet", "--num_gpus", "2", "--master_port", str(port),
-         str(ROOT / "llava" / "train" / "train_mem.py"), "--deepspeed", str(ROOT / "scripts" / f"zero{zero}.json"), *words],
-        cwd=GOLDEN, capture_output=True, text=True, check=False, timeout=300,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                          "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    )  # fmt: skip
+        [*command, *words],
+        cwd=GOLDEN,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | environment,
+    )
 
 
 def training_log(folder):

@@ -152,7 +152,7 @@ class Completions(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(b': a comment\n\ndata: {"choices": [{"delta": {"role": "assistant"}}]}\n\n')
-            for word in range(3 if body["model"] == "short" else 400):
+            for word in range(3 if body["model"] in ("short", "breaks") else 400):
                 event = {"choices": [{"delta": {"content": f"word {word} "}}]}
                 self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
                 if body["model"] == "hangs":
