@@ -4,6 +4,25 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# What gradio 6.31 imports. It asks for pillow < 13, whose pixels differ from those that LLaVA's checks record; it runs
+# with 13 too, so scripts/setup.sh installs gradio itself without its requirements.
+GRADIO_NEEDS = [
+    "brotli>=1.1",
+    "fastapi>=0.115.2",
+    "gradio_client==2.7.2",
+    "groovy>=0.1",
+    "hf-gradio>=0.4.1",
+    "orjson>=3",
+    "pandas<4",
+    "pydub<1",
+    "python-multipart>=0.0.18",
+    "pytz",
+    "safehttpx>=0.1.7,<0.2",
+    "semantic-version>=2",
+    "tomlkit<0.15",
+    "uvicorn>=0.14",
+]
+
 setup(
     name="dama-mllm",
     version="0.1.0",
@@ -34,7 +53,16 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-tqdm"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "types-tqdm",
+            "selenium>=4.30",
+            "bitsandbytes>=0.45",
+            *GRADIO_NEEDS,
+        ],
+        "serve": ["gradio>=6.31,<7"],
         "flash": ["flash-attn>=2.6"],
         "quant": ["bitsandbytes>=0.45"],
     },

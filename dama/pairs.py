@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -243,7 +244,16 @@ def resolve_image(folder: str | Path, relative: str) -> Path:
 def load_image(path: str | Path) -> Image.Image:
     """The image as RGB. EXIF rotation is not applied and transparency is dropped: LLaVA's models saw images so."""
     with Image.open(path) as image:
-        return image.convert("RGB")
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel. 16-bit grey is scaled, where Pillow would clip it to white; 32 bits are refused."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"the image has 32 bits a pixel (mode {image.mode}), expected 8 or 16 a channel")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _image_fault(path: Path) -> str | None:
@@ -257,7 +267,7 @@ def _image_fault(path: Path) -> str | None:
             if image.width * image.height > MAX_PIXELS:
                 return f"image has {image.width} x {image.height} pixels, more than {MAX_PIXELS} (decompression bomb?)"
             image.draft(image.mode, (1, 1))
-            image.convert("RGB")
+            as_rgb(image)
     except UNREADABLE as error:
         return f"image is unreadable ({type(error).__name__}: {error})"
     return None

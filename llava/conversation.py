@@ -348,25 +348,23 @@ conv_llava_v1_mmtag = dataclasses.replace(conv_vicuna_v1, system=_MMTAG, version
 # The format where none is named. Nothing reassigns it: a caller that wants another passes it.
 default_conversation = conv_vicuna_v1
 
+# Every format under all its names.
+_NAMES: tuple[tuple[Template, tuple[str, ...]], ...] = (
+    (conv_vicuna_v0, ("default", "v0")),
+    (conv_vicuna_v1, ("v1", "vicuna_v1")),
+    (conv_llama_2, ("llama_2",)),
+    (conv_mistral_instruct, ("mistral_instruct",)),
+    (conv_chatml_direct, ("chatml_direct", "mistral_direct")),
+    (conv_llava_plain, ("plain", "v0_plain")),
+    (conv_llava_v0, ("llava_v0",)),
+    (conv_llava_v0_mmtag, ("v0_mmtag",)),
+    (conv_llava_v1, ("llava_v1",)),
+    (conv_llava_v1_mmtag, ("v1_mmtag",)),
+    (conv_llava_llama_2, ("llava_llama_2",)),
+    (conv_mpt, ("mpt",)),
+)
 conv_templates: Mapping[str, Template] = MappingProxyType(
-    {
-        "default": conv_vicuna_v0,
-        "v0": conv_vicuna_v0,
-        "v1": conv_vicuna_v1,
-        "vicuna_v1": conv_vicuna_v1,
-        "llama_2": conv_llama_2,
-        "mistral_instruct": conv_mistral_instruct,
-        "chatml_direct": conv_chatml_direct,
-        "mistral_direct": conv_chatml_direct,
-        "plain": conv_llava_plain,
-        "v0_plain": conv_llava_plain,
-        "llava_v0": conv_llava_v0,
-        "v0_mmtag": conv_llava_v0_mmtag,
-        "llava_v1": conv_llava_v1,
-        "v1_mmtag": conv_llava_v1_mmtag,
-        "llava_llama_2": conv_llava_llama_2,
-        "mpt": conv_mpt,
-    }
+    {name: template for template, names in _NAMES for name in names}
 )
 
 

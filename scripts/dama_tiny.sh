@@ -12,7 +12,7 @@ if [ "${1:-}" = --smoke ]; then
     run=${RUN:-runs/tiny_smoke} pairs=160 scenes=60 epochs=1
 fi
 bash scripts/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 world=playground/tinycoco/weights
 
 stage() {

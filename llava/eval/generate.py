@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dama.console import digest_of, report_error, say
-from dama.pairs import fault_list, load_image, resolve_image
+from dama.pairs import UNREADABLE, fault_list, load_image, resolve_image
 from dama.stage import open_stage
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
@@ -196,7 +196,7 @@ def check_requests(requests: Sequence[Request], image_folder: str | Path) -> Non
         try:
             with Image.open(resolve_image(image_folder, name)) as picture:
                 picture.verify()
-        except (OSError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
             faults.append(f"image {name}: {error}")
     if faults:
         raise ValueError(fault_list("questions", faults, "correct the question file or the image folder"))

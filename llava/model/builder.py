@@ -16,6 +16,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.model.export import EMBEDDINGS, Parts, collapsed, is_hf_layout, llava_tokenizer, read_parts, split_tower
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import locate_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import refuse_other_towers
 from llava.model.utils import Weights, read_file, read_json, weight_files
 from llava.tokenization import load_tokenizer
 
@@ -339,11 +340,7 @@ def check_tower(config: PretrainedConfig) -> None:
     name = getattr(config, "mm_vision_tower", None)
     folder = Path(locate_vision_tower(name, config._name_or_path)) if name else Path()
     kind = read_json(folder / "config.json").get("model_type") if name and folder.is_dir() else "clip"
-    if kind not in ("clip", "clip_vision_model"):
-        raise ValueError(
-            f"vision tower '{folder}' of checkpoint '{config._name_or_path}': expected a CLIP model (model_type 'clip' "
-            f"or 'clip_vision_model' in its config.json), got {kind!r}. Name the right tower in mm_vision_tower."
-        )
+    refuse_other_towers(kind, f"{folder}' of checkpoint '{config._name_or_path}")
 
 
 def _clip(config: Any, weights: dict[str, Tensor], source: str, dtype: torch.dtype) -> CLIPVisionModel:

@@ -22,13 +22,12 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from dama.pairs import MAX_PIXELS, UNREADABLE
+from dama.pairs import MAX_PIXELS, UNREADABLE, as_rgb
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, encode_base64, get_template
 from llava.eval.generate import Decoding
@@ -60,7 +59,9 @@ def read_image(data: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, name)
-            return _as_rgb(image, name)
+            if image.mode in ("I", "F"):
+                raise ImageRefused(f"{name}: 32 bits a pixel and channel (mode {image.mode}), expected 8 or 16")
+            return as_rgb(image)
     except ImageRefused:
         raise
     except Image.UnidentifiedImageError as error:
@@ -85,14 +86,6 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     for exceeded, limit in limits:
         if exceeded:
             raise ImageRefused(f"{name}: {size[0]} x {size[1]} is {limit}; make the picture smaller or crop it")
-
-
-def _as_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ImageRefused(f"{name}: 32 bits a pixel and channel (mode {image.mode}), expected 8 or 16")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
 
 
 def load_image(image_file: str) -> Image.Image:

@@ -109,7 +109,7 @@ def quantisation(args: Any) -> dict[str, Any]:
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=args.bits == 4,
             load_in_8bit=args.bits == 8,
-            llm_int8_skip_modules=["mm_projector"],
+            llm_int8_skip_modules=["model.mm_projector", "lm_head"],
             bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float16,
             bnb_4bit_use_double_quant=args.double_quant,
             bnb_4bit_quant_type=args.quant_type,

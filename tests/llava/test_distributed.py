@@ -26,7 +26,7 @@ def launch(words, zero=2):
         port = free.getsockname()[1]
     binaries = Path(sys.executable).parent
     command = [str(binaries / "deepspeed"), "--quiet", "--num_gpus", "2", "--master_port", str(port)]
-    command += [str(ROOT / "llava" / "train" / "train_mem.py"), "--deepspeed", str(ROOT / "scripts" / f"zero{zero}.json")]
+    command += [str(ROOT / "llava/train/train_mem.py"), "--deepspeed", str(ROOT / f"scripts/zero{zero}.json")]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
     return subprocess.run(
         [*command, *words],

@@ -83,32 +83,25 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
                     image_index=image_index,
                 )
             )  # fmt: skip
-        options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        options = {name: value for name, value in options.items() if value is not None}
+        sequence = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
         if logp_chunk is not None:
-            hidden = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=False,
-            ).last_hidden_state
             if labels is None:
                 raise ValueError("logp_chunk: expected labels, which say whose log-probs are wanted, got none")
+            hidden = self.model(**sequence, use_cache=False).last_hidden_state
             return answer_logps(hidden, labels, self.lm_head, chunk=self._chunk(logp_chunk, labels))
-        if return_dict is not None:
-            options["return_dict"] = return_dict
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            **options,
-            **kwargs,
-        )
+        optional = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        kwargs |= {name: value for name, value in optional.items() if value is not None}
+        kwargs |= {"past_key_values": past_key_values, "labels": labels, "use_cache": use_cache}
+        return super().forward(**sequence, **kwargs)
 
     def _pair_logps(
         self, input_ids: Any, attention_mask: Any, labels: Any, images: Any, image_index: Any, tails: Tensor,

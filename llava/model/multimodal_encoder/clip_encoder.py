@@ -41,6 +41,7 @@ class CLIPVisionTower(nn.Module):
         if self.is_loaded:
             return
         source = self.folder = folder or self.vision_tower_name
+        refuse_other_towers(CLIPVisionConfig.get_config_dict(source)[0].get("model_type"), source)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(source)
         self.vision_tower = CLIPVisionModel.from_pretrained(source, device_map=device_map, dtype=dtype or torch.float32)
         self.vision_tower.requires_grad_(False)
@@ -100,3 +101,12 @@ class CLIPVisionTower(nn.Module):
         """Positions that one picture takes in the language model's input."""
         return self.num_patches + (self.select_feature == "cls_patch")
 
+
+
+def refuse_other_towers(kind: str | None, source: str) -> None:
+    """Raises unless it is a CLIP: weights of another model would be left at random."""
+    if kind not in ("clip", "clip_vision_model"):
+        raise ValueError(
+            f"vision tower '{source}': expected a CLIP model (model_type 'clip' or 'clip_vision_model' in its "
+            f"config.json), got {kind!r}. Name the right tower in mm_vision_tower or with --vision_tower."
+        )
