@@ -89,7 +89,7 @@ def vocabulary() -> ObjectVocabulary:
 
 def score_answers(answers: Path) -> ObjHalScore:
     """Object HalBench in rule mode; the ground truth is what the scene generator drew."""
-    captions = read_answers(answers)
+    captions = sorted(read_answers(answers), key=lambda answer: answer.id)  # the file is in order of length
     truth = {answer.image_id: set(scene_of(answer.image_id).categories) for answer in captions}
     return score_captions(captions, truth, vocabulary())
 

@@ -291,3 +291,15 @@ def test_image_digests_are_of_the_bytes(images: Path) -> None:
     Image.new("RGB", (4, 4)).save(images / "a.png")
     after = image_digests(pairs, images)
     assert before["a.png"] != after["a.png"] and before["b.jpg"] == after["b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "rgb"),
+    [("I;16", 0x8000, (128, 128, 128)), ("L", 77, (77, 77, 77)), ("CMYK", (0, 255, 255, 0), (255, 0, 0))],
+)
+def test_pictures_of_any_depth_become_8_bit_rgb(tmp_path, mode, value, rgb):
+    """16-bit grey 0x8000 of 0xFFFF is mid-grey; Pillow's own conversion would clip it to white."""
+    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    Image.new(mode, (8, 8), value).save(path)
+    got = load_image(path).getpixel((4, 4))
+    assert max(abs(a - b) for a, b in zip(got, rgb)) <= 2

@@ -199,3 +199,18 @@ def test_a_tower_inside_the_checkpoint_goes_along(in_golden, tmp_path, monkeypat
     monkeypatch.chdir("/")
     model = load_pretrained_model(str(tmp_path / "out"), None, "x", device="cpu", dtype=torch.float32)[1]
     assert model.get_vision_tower().is_loaded and model.config.mm_vision_tower == "tower"
+
+
+def test_preferences_are_learnt_on_a_quantised_base(in_golden, tmp_path):
+    """QLoRA: the reference is the same 4-bit base with its adapters off, so that the first step is log 2."""
+    trainer = train_dpo.run(
+        parse_arguments(flags(tmp_path, *PAPER, *layout(4, 1), "--bits", "4", "--lora_enable", "True", "--lora_r", "4",
+                              "--freeze_mm_mlp_adapter", "True", "--reference", "base", "--save_strategy", "no"))
+    )  # fmt: skip
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-4) and losses[-1] < 0.6
+
+
+def test_a_quantised_base_needs_itself_as_reference(in_golden, tmp_path):
+    with pytest.raises(ValueError, match="--bits 4: the reference must be the same quantised base"):
+        parse_arguments(flags(tmp_path, "--bits", "4", "--lora_enable", "True"))

@@ -61,3 +61,15 @@ def test_lora_saves_the_originals_layout(in_golden, tmp_path):
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         assert sorted(file.keys()) == sorted(recorded["adapter_model_keys"])
     assert set(recorded["saved_files"]) <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_adapters_learn_on_a_quantised_base(in_golden, tmp_path, bits):
+    """QLoRA: the language model's layers are quantised, the projector and the output layer are not."""
+    trainer = train.run(arguments(tmp_path, *FLAGS, *WAYS["lora"], "--bits", bits))
+    names = {type(module).__name__ for name, module in trainer.model.named_modules() if name.endswith("base_layer")}
+    assert names == {"Linear4bit" if bits == "4" else "Linear8bitLt"}
+    projector = trainer.model.base_model.model.get_model().mm_projector
+    assert type(projector[0]) is torch.nn.Linear
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
