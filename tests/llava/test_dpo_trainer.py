@@ -208,7 +208,7 @@ def test_preferences_are_learnt_on_a_quantised_base(in_golden, tmp_path):
                               "--freeze_mm_mlp_adapter", "True", "--reference", "base", "--save_strategy", "no"))
     )  # fmt: skip
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[0] == pytest.approx(0.6931472, abs=1e-4) and losses[-1] < 0.6
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-4) and losses[-1] < losses[0] - 1e-3
 
 
 def test_a_quantised_base_needs_itself_as_reference(in_golden, tmp_path):
