@@ -23,6 +23,6 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
     echo "setup: installing into .venv (once; about 90 s and 6 GB)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gradio==6.31.0 # see setup.py
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt gradio # see setup.py
     echo "$wanted" > .venv/.installed
 fi

@@ -283,9 +283,8 @@ class LLaVA15DPOTrainer(LLaVATrainer):
     ) -> Any:
         """This micro-batch's part of the step's loss, scaled so that the trainer's averages give the mean over K."""
         logps = self._logps(model, inputs)
-        position = inputs["position"]
         beta, selected = self._decision(inputs, logps)
-        losses = preference_loss(logps.R, beta.to(logps.R)) * (selected & (position != NO_PAIR))
+        losses = preference_loss(logps.R, beta.to(logps.R)) * selected
         if self.config.variant is Variant.RELEASED:
             loss = losses.sum() / selected.sum().clamp(min=1)
         else:
@@ -294,7 +293,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         return (loss, {}) if return_outputs else loss
 
     def _decision(self, inputs: dict[str, Tensor], logps: PairLogps) -> tuple[Tensor, Tensor]:
-        """(beta, selected), each [B], of this micro-batch's pairs."""
+        """(beta, selected), each [B], of this micro-batch's pairs; what only fills an empty place is not selected."""
         position = inputs["position"]
         rows = self._rows(inputs, logps)
         if self.config.is_static:
@@ -306,7 +305,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
                 self._decide(table)
             self._pairs_in_loss = self._plan.pairs
             beta = static_beta(self.config, inputs["delta"], self.delta_bar)
-            return beta, torch.ones_like(position, dtype=torch.bool)
+            return beta, position != NO_PAIR
         weights = self._weights
         if weights is None:
             table = self._gather(rows)
@@ -316,7 +315,8 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             position = self._positions_within(table, position)
         self._pairs_in_loss = int(weights.selected.sum())
         index = position.clamp(min=0).cpu()
-        return weights.beta[index].to(position.device), weights.selected[index].to(position.device)
+        selected = weights.selected[index].to(position.device) & (position != NO_PAIR)
+        return weights.beta[index].to(position.device), selected
 
     @staticmethod
     def _positions_within(table: StepTable, position: Tensor) -> Tensor:
