@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-run=${RUN:-runs/tiny} pairs=1500 scenes=300 epochs=4
+run=${RUN:-runs/tiny} pairs=1500 scenes=300 epochs=3
 if [ "${1:-}" = --smoke ]; then
     shift
     run=${RUN:-runs/tiny_smoke} pairs=160 scenes=60 epochs=1
@@ -48,7 +48,7 @@ stage "hardness" python -m dama hardness --data "$run/data/pairs.json" --image_f
     --clip $world/clip --out "$run/hardness"
 stage "reference log-probs" python -m dama reference --model_name_or_path $world/llava --data "$run/data/pairs.json" \
     --image_folder "$run/data/images" --model_max_length 512 --out "$run/reference"
-# Learning rates from 300 validation scenes (`scenes --split validation`), response-level / object recall:
+# Learning rates from 300 validation scenes (`scenes --split validation`) and 4 epochs, response-level / recall:
 # DPO 5e-6: 31.3 / 93.8, 1e-5: 17.3 / 89.7; DAMA 1e-5: 19.7 / 91.2, 2e-5: 8.7 / 84.7.
 stage "training: plain DPO" train dpo none 1e-5 "$@"
 stage "training: DAMA" train dama both 1e-5 "$@"
