@@ -1,4 +1,4 @@
-"""`python -m playground.tinycoco scenes | report | build`: the miniature world's commands."""
+"""`python -m playground.tinycoco scenes | report | build | figures`: the miniature world's commands."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, default=Path(__file__).parent, help="for weights/ and pairs.json")
     build.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
     build.add_argument("--seed", type=int, default=0)
+    figures = commands.add_parser("figures", help="measure the shipped files against their marks (1 minute)")
+    figures.add_argument("--out", type=Path, default=Path(__file__).parent, help="has weights/ and pairs.json")
+    figures.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
     return parser
 
 
@@ -41,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from playground.tinycoco.build import build
 
             build(args.out, args.work, args.seed)
+        elif args.command == "figures":
+            from playground.tinycoco.build import judge, measure
+
+            judge(measure(args.out, args.work))
         else:
             from playground.tinycoco import run
 

@@ -46,9 +46,9 @@ HOW_TO_READ = (
 )
 
 
-def prepare(out: Path, pairs: int | None, scenes: int, split: str) -> None:
-    """Draws the pictures of the shipped pairs and of `scenes` held-out scenes, and writes pairs.json and questions."""
-    rows = json.loads(PAIRS.read_text())[:pairs]
+def prepare(out: Path, pairs: int | None, scenes: int, split: str, source: Path = PAIRS) -> None:
+    """Draws the pictures of the first `pairs` of `source` and of `scenes` held-out scenes; writes their files."""
+    rows = json.loads(source.read_text())[:pairs]
     shown = list(dict.fromkeys(row["image_path"] for row in rows))
     held_out = [sample_scene(index, split) for index in range(scenes)]
     everything = [*shown, *(f"{scene.id}.png" for scene in held_out)]
