@@ -83,6 +83,11 @@ def setup_vision(
     config.image_aspect_ratio = data_args.image_aspect_ratio or getattr(config, "image_aspect_ratio", None)
     if config.image_aspect_ratio is None:
         config.image_aspect_ratio = "pad" if args.task == "DPO" else "square"  # LLaVA's default is square
+    if config.image_aspect_ratio == "anyres" and not getattr(config, "image_grid_pinpoints", None):
+        raise ValueError(
+            "--image_aspect_ratio anyres: expected image_grid_pinpoints, the grids in pixels, in the checkpoint's "
+            "config.json, got none; add them there, for example [[336, 672], [672, 336]], or use pad"
+        )
     config.tokenizer_padding_side = tokenizer.padding_side
     config.tokenizer_model_max_length = args.model_max_length
     config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dama.pairs import load_image, resolve_image
+from dama.pairs import fault_list, load_image, resolve_image
 from llava.constants import IGNORE_INDEX
 from llava.conversation import default_conversation
 from llava.mm_utils import process_images
@@ -71,6 +71,38 @@ class LazySupervisedDataset(Dataset):
     def _pixels(self, image: str) -> Tensor:
         picture = load_image(resolve_image(self.data_args.image_folder, image))
         return process_images([picture], self.data_args.image_processor, self.data_args)[0]
+
+
+def check_rows(data_path: str, image_folder: str) -> None:
+    """Before a model is loaded: every row is a conversation, and its image is a file inside the image folder.
+
+    Raises:
+        ValueError: naming the rows that are not.
+    """
+    with open(data_path, encoding="utf-8") as file:
+        rows = json.load(file)
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{data_path}: expected a JSON list of conversations, got {type(rows).__name__}, or none")
+    faults = [f"row {row_id(row, i)}: {fault}" for i, row in enumerate(rows) for fault in _row_faults(row, image_folder)]
+    if faults:
+        raise ValueError(fault_list(data_path, faults, "correct the rows, or supply the images"))
+
+
+def row_id(row: Any, index: int) -> str:
+    return str(row.get("id", index)) if isinstance(row, dict) else str(index)
+
+
+def _row_faults(row: Any, image_folder: str) -> Iterator[str]:
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in turns):
+        yield "expected conversations, a list of turns with 'from' and 'value'"
+        return
+    if "image" in row:
+        try:
+            if not resolve_image(image_folder, row["image"]).is_file():
+                yield f"no image {row['image']}"
+        except (ValueError, OSError, TypeError) as error:
+            yield f"image {row['image']}: {error}"
 
 
 def _words(row: dict[str, Any]) -> int:

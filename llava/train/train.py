@@ -39,6 +39,7 @@ from llava.train.setup_model import find_all_linear_names, setup_model
 from llava.train.sft_data import (
     DataCollatorForSupervisedDataset,
     LazySupervisedDataset,
+    check_rows,
     make_supervised_data_module,
 )
 
@@ -74,6 +75,7 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
 def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     model_args, data_args, args = arguments
+    check_rows(str(data_args.data_path), str(data_args.image_folder))
     data_digest = digest_of_file(str(data_args.data_path))
     provenance = provenance_of(arguments, data={"path": str(data_args.data_path), "digest": data_digest})
     if is_finished(args.output_dir, provenance):

@@ -1,6 +1,7 @@
 """Fine-tuning by its command: full, LoRA and projector only; killed and resumed is never killed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -73,3 +74,41 @@ def test_adapters_learn_on_a_quantised_base(in_golden, tmp_path, bits):
     assert type(projector[0]) is torch.nn.Linear
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
+
+
+def test_anyres_pictures_train_in_crops(in_golden, tmp_path):
+    """A checkpoint that names its grids: the whole picture and two crops, 48 positions instead of 16."""
+    base = tmp_path / "base"
+    shutil.copytree(in_golden / "llava-v1.5-tiny", base)
+    config = json.loads((base / "config.json").read_text()) | {"image_grid_pinpoints": [[112, 56], [56, 112]]}
+    (base / "config.json").write_text(json.dumps(config))
+    flags = ["--model_name_or_path", str(base), "--image_aspect_ratio", "anyres", *FLAGS, "--save_strategy", "no"]
+    trainer = train.run(arguments(tmp_path / "out", *flags))
+    rows = trainer.train_dataset
+    assert rows[0]["image"].shape == (3, 3, 56, 56)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_anyres_without_grids_is_refused(in_golden, tmp_path):
+    with pytest.raises(ValueError, match="anyres: expected image_grid_pinpoints, the grids in pixels"):
+        train.run(arguments(tmp_path, "--image_aspect_ratio", "anyres", *FLAGS))
+
+
+def test_bad_rows_are_named_before_the_model_is_loaded(in_golden, tmp_path):
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    rows = [
+        {"id": "good", "image": "wide.png", "conversations": talk},
+        {"id": "gone", "image": "gone.png", "conversations": talk},
+        {"id": "out", "image": "../sft/records.json", "conversations": talk},
+        {"id": "mute"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"3 faults") as error:
+        train.run(arguments(tmp_path / "out", "--data_path", str(tmp_path / "rows.json"), *FLAGS))
+    for part in (
+        "row gone: no image gone.png",
+        "row out: image ../sft/records.json",
+        "row mute: expected conversations",
+    ):
+        assert part in str(error.value)
