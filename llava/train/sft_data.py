@@ -83,13 +83,12 @@ def check_rows(data_path: str, image_folder: str) -> None:
         rows = json.load(file)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{data_path}: expected a JSON list of conversations, got {type(rows).__name__}, or none")
-    faults = [f"row {row_id(row, i)}: {fault}" for i, row in enumerate(rows) for fault in _row_faults(row, image_folder)]
+    faults = []
+    for index, row in enumerate(rows):
+        name = row.get("id", index) if isinstance(row, dict) else index
+        faults += [f"row {name}: {fault}" for fault in _row_faults(row, image_folder)]
     if faults:
         raise ValueError(fault_list(data_path, faults, "correct the rows, or supply the images"))
-
-
-def row_id(row: Any, index: int) -> str:
-    return str(row.get("id", index)) if isinstance(row, dict) else str(index)
 
 
 def _row_faults(row: Any, image_folder: str) -> Iterator[str]:
