@@ -356,7 +356,13 @@ def _clip(config: Any, weights: dict[str, Tensor], source: str, dtype: torch.dty
     return network.requires_grad_(False)
 
 
-def quantisation(load_8bit: bool) -> Any:
+def quantisation(
+    load_8bit: bool,
+    *,
+    compute_dtype: torch.dtype = torch.float16,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
+) -> Any:
     """4 or 8 bits through bitsandbytes, the projector and the output layer left in full precision."""
     if find_spec("bitsandbytes") is None:
         raise ImportError(
@@ -369,9 +375,9 @@ def quantisation(load_8bit: bool) -> Any:
         load_in_8bit=load_8bit,
         load_in_4bit=not load_8bit,
         llm_int8_skip_modules=["model.mm_projector", "lm_head"],
-        bnb_4bit_compute_dtype=torch.float16,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant_type,
     )
 
 

@@ -10,7 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.console import say
 from llava.model.attention import SHARED_PREFIX
-from llava.model.builder import load_llava
+from llava.model.builder import load_llava, quantisation
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
@@ -27,7 +27,7 @@ def setup_model(
     join_ranks(args)
     set_seed(args.seed)  # new adapters and projectors start alike in every run
     dtype = dtype or precision_of_weights(args)
-    options = quantisation(args)
+    options = loading_options(args)
     if args.task == "DPO" and args.shared_prefix:
         options["attn_implementation"] = SHARED_PREFIX
     elif attn_implementation:
@@ -103,23 +103,15 @@ def setup_vision(
     model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
 
 
-def quantisation(args: Any) -> dict[str, Any]:
+def loading_options(args: Any) -> dict[str, Any]:
     """Options of from_pretrained for --bits 4 and 8."""
     if args.bits == 16:
         return {}
-    from transformers import BitsAndBytesConfig
-
-    return {
-        "device_map": {"": args.device},
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=args.bits == 4,
-            load_in_8bit=args.bits == 8,
-            llm_int8_skip_modules=["model.mm_projector", "lm_head"],
-            bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float16,
-            bnb_4bit_use_double_quant=args.double_quant,
-            bnb_4bit_quant_type=args.quant_type,
-        ),
-    }
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16
+    config = quantisation(
+        args.bits == 8, compute_dtype=compute_dtype, double_quant=args.double_quant, quant_type=args.quant_type
+    )
+    return {"device_map": {"": args.device}, "quantization_config": config}
 
 
 def with_lora(model: LlavaLlamaForCausalLM, args: Any) -> Any:
