@@ -54,6 +54,25 @@ def test_golden_pairs(world, count, checkpointing):
     assert_equal(model, tokenizer, data.train, data.train.prepared[:count])
 
 
+def test_bf16(world):
+    """In bf16 both ways are as near to fp32 as each other. Measured relative to fp32: log-probs 1.26e-3 (shared) and
+    1.28e-3 (plain), the worst parameter's gradient 3.91e-2 and 3.94e-2."""
+    model, tokenizer, data = world
+    items = data.train.prepared
+    plain, shared = (DataCollatorForDPODataset(tokenizer, data.train, way)(items) for way in (False, True))
+    exact, exact_gradients = logps_and_gradients(model, plain)
+    model.to(torch.bfloat16)
+    errors = {}
+    for name, batch in (("plain", plain), ("shared", shared)):
+        sums, gradients = logps_and_gradients(model, batch | {"images": batch["images"].bfloat16()})
+        errors[name] = (
+            relative(sums.logps, exact.logps),
+            max(relative(gradients[key].float(), gradient) for key, gradient in exact_gradients.items()),
+        )
+    for shared_error, plain_error, measured in zip(errors["shared"], errors["plain"], (1.3e-3, 4e-2)):
+        assert shared_error < 1.2 * plain_error and shared_error < 2 * measured
+
+
 def test_random_lengths_and_grouped_queries(world):
     """A model with 2 key heads for 4 query heads; questions from none at all, answers of 1 to 40 tokens."""
     golden, tokenizer, data = world
