@@ -136,7 +136,10 @@ class LlavaMetaForCausalLM(ABC):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] pictures to [N, P, D] features in the language model's embedding space."""
-        features = self.get_model().vision_tower(images)
+        return self.project_features(self.get_model().vision_tower(images))
+
+    def project_features(self, features: Tensor) -> Tensor:
+        """[N, P, width] of the vision tower to [N, P, D]."""
         projector = self.get_model().mm_projector
         return projector(features.to(next(projector.parameters(), features).dtype))
 
@@ -151,6 +154,7 @@ class LlavaMetaForCausalLM(ABC):
         image_sizes: Any = None,
         *,
         image_index: Tensor | None = None,
+        images_encoded: bool = False,
         padding_side: str | None = None,
     ) -> tuple[None | Tensor, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
         """Encode -> splice -> truncate -> pad. What was None on the way in is None on the way out.
@@ -159,6 +163,7 @@ class LlavaMetaForCausalLM(ABC):
             input_ids, attention_mask, labels: [B, T]; an image stands as IMAGE_TOKEN_INDEX.
             images: [N, 3, H, W], or a list of [3, H, W] or of [F, 3, H, W] (F crops of one picture).
             image_index: [M] which of the N pictures each placeholder shows, where rows share pictures.
+            images_encoded: `images` are the vision tower's features, [P, width] for each [3, H, W].
             padding_side: 'left' or 'right'; the config's tokenizer_padding_side when None.
 
         Returns:
@@ -170,7 +175,7 @@ class LlavaMetaForCausalLM(ABC):
         if getattr(self.config, "tune_mm_mlp_adapter", False) and getattr(self.config, "mm_use_im_start_end", False):
             raise NotImplementedError("tune_mm_mlp_adapter together with mm_use_im_start_end: choose one of the two")
 
-        features = self._image_features(images, image_sizes)
+        features = self._image_features(images, image_sizes, images_encoded)
         if image_index is not None:
             features = [features[i] for i in image_index.tolist()]
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -192,12 +197,16 @@ class LlavaMetaForCausalLM(ABC):
             None if labels is None else batch.labels,
         )
 
-    def _image_features(self, images: Tensor | list[Tensor], image_sizes: Any) -> list[Tensor]:
+    def _image_features(
+        self, images: Tensor | list[Tensor], image_sizes: Any, images_encoded: bool = False
+    ) -> list[Tensor]:
         """One [P, D] for each picture; the crops of a picture follow one another ('flat' merging)."""
-        if isinstance(images, Tensor) and images.ndim == 4:
-            return list(self.encode_images(images))
-        crops = [image[None] if image.ndim == 3 else image for image in images]
-        encoded = self.encode_images(torch.cat(crops)).split([len(crop) for crop in crops])
+        encode = self.project_features if images_encoded else self.encode_images
+        dims = 2 if images_encoded else 3  # of one picture that is not in crops
+        if isinstance(images, Tensor) and images.ndim == dims + 1:
+            return list(encode(images))
+        crops = [image[None] if image.ndim == dims else image for image in images]
+        encoded = encode(torch.cat(crops)).split([len(crop) for crop in crops])
         merge = getattr(self.config, "mm_patch_merge_type", "flat")
         if merge == "flat":
             return [features.flatten(0, 1) for features in encoded]

@@ -123,6 +123,14 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     logp_chunk: int = described(1024, "Answer positions whose logits exist at one time (memory: chunk x vocabulary).")
 
+    pair_log: bool = described(
+        False, "Write pair_log.jsonl to the output folder: for every pair of every step its R, alpha_D, beta, selected."
+    )
+    auto_micro_batch: bool = described(
+        False, "Let the memory estimate choose --per_device_train_batch_size and --gradient_accumulation_steps; the "
+        "pairs of a step stay as many."
+    )  # fmt: skip
+
     def weighting(self) -> WeightingConfig:
         """The method's constants as the flags give them."""
         return WeightingConfig(
@@ -234,7 +242,7 @@ def help_text() -> str:
     lora = ("lora_", "bits", "double_quant", "quant_type")
     dama_flags = (
         "dpo_beta", "dpo_use_average", "strategy", "variant", "selection", "select_ratio", "gamma", "beta_min",
-        "delta_bar", "check_reference", "shared_prefix", "logp_chunk",
+        "delta_bar", "check_reference", "shared_prefix", "logp_chunk", "pair_log", "auto_micro_batch",
     )  # fmt: skip
     groups = {
         "DAMA (--task DPO)": [TrainingArguments.__dataclass_fields__[name] for name in dama_flags],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of
@@ -106,9 +106,17 @@ class DataCollatorForDPODataset:
     shared_prefix: bool = False
 
     def __call__(self, instances: Sequence[PreparedPair]) -> dict[str, Tensor]:
-        """Keys: input_ids, attention_mask, targets [R, T]; images [U, 3, H, W]; image_index [R]; ref_chosen,
-        ref_rejected, delta [B]; with the shared prefix tails [B, 2]; R rows, B or 2B of them."""
-        images = list(dict.fromkeys(item.pair.image for item in instances))
+        """Keys: those of `rows`, and images [U, 3, H, W]."""
+        pixels = [self.dataset.pixels(image) for image in shown_images(instances)]
+        return self.rows(instances) | {"images": torch.stack(pixels)}
+
+    def rows(self, instances: Sequence[PreparedPair]) -> dict[str, Tensor]:
+        """All but the pixels.
+
+        Keys: input_ids, attention_mask, targets [R, T]; image_index [R], into `shown_images`; ref_chosen,
+        ref_rejected, delta [B]; with the shared prefix tails [B, 2]; R rows, B or 2B of them.
+        """
+        images = shown_images(instances)
         index = [images.index(item.pair.image) for item in instances]
         batch: dict[str, Tensor] = {}
         if self.shared_prefix:
@@ -124,7 +132,6 @@ class DataCollatorForDPODataset:
             "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],
             # Not "labels": the trainer would scale the loss by their number.
             "targets": pad_sequence([row.labels for row in rows], True, IGNORE_INDEX),
-            "images": torch.stack([self.dataset.pixels(image) for image in images]),
             "image_index": torch.tensor(index),
             "ref_chosen": torch.tensor([item.ref_chosen for item in instances], dtype=torch.float64),
             "ref_rejected": torch.tensor([item.ref_rejected for item in instances], dtype=torch.float64),
@@ -132,14 +139,22 @@ class DataCollatorForDPODataset:
         }
 
 
-def join_answers(item: PreparedPair) -> tuple[EncodedTurns, tuple[int, int]]:
-    """One row [prefix | chosen | rejected], and how many tokens the two answers have at its end.
+def shown_images(items: Sequence[PreparedPair]) -> list[str]:
+    """The distinct images of pairs, in order of appearance."""
+    return list(dict.fromkeys(item.pair.image for item in items))
 
-    The prefix is what both rows begin with and neither predicts.
-    """
+
+def common_length(item: PreparedPair) -> int:
+    """How many tokens both rows begin with and neither predicts."""
+    rows = item.chosen, item.rejected
+    unsupervised = min(int((row.labels != IGNORE_INDEX).nonzero()[0]) for row in rows)
+    return min(unsupervised, common_prefix(*(row.input_ids.tolist() for row in rows)))
+
+
+def join_answers(item: PreparedPair) -> tuple[EncodedTurns, tuple[int, int]]:
+    """One row [prefix | chosen | rejected], and how many tokens the two answers have at its end."""
     chosen, rejected = item.chosen, item.rejected
-    unsupervised = min(int((row.labels != IGNORE_INDEX).nonzero()[0]) for row in (chosen, rejected))
-    k = min(unsupervised, common_prefix(chosen.input_ids.tolist(), rejected.input_ids.tolist()))
+    k = common_length(item)
     joined = EncodedTurns(
         torch.cat([chosen.input_ids, rejected.input_ids[k:]]), torch.cat([chosen.labels, rejected.labels[k:]])
     )
@@ -310,73 +325,3 @@ def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[
     if not train:
         raise ValueError(f"--eval_pairs {amount}: holds out all {len(items)} pairs; leave some to train on")
     return train, [item for item in items if item.pair.image in held]
-
-
-# --- Steps -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """How the pairs of one optimiser step are spread: a contiguous block of the global order for each (micro-batch,
-    rank), sizes differing by at most one. No pair is given twice."""
-
-    pairs: int
-    world_size: int
-    micro_batches: int
-
-    def block(self, micro: int, rank: int) -> range:
-        """Positions, within the step, of the pairs of one micro-batch on one rank; may be empty."""
-        blocks = self.world_size * self.micro_batches
-        index = micro * self.world_size + rank
-        return range(index * self.pairs // blocks, (index + 1) * self.pairs // blocks)
-
-
-class StepSampler(Sampler):
-    """Batches of dataset indices for one rank; the global order depends on (seed, epoch) alone, not on the hardware.
-
-    Every rank gets the same number of batches. Where a step has fewer pairs than places, an empty place is filled with
-    the step's first pair so that no rank waits; the trainer knows from the plan that it does not count.
-    """
-
-    def __init__(
-        self, size: int, batch_size: int, world_size: int, rank: int, accumulation: int, seed: int, shuffle: bool = True
-    ) -> None:
-        self.size, self.batch_size, self.world_size, self.rank = size, batch_size, world_size, rank
-        self.accumulation, self.seed, self.shuffle = accumulation, seed, shuffle
-        self.epoch = 0
-
-    @property
-    def pairs_per_step(self) -> int:
-        return self.batch_size * self.world_size * self.accumulation
-
-    @property
-    def steps(self) -> int:
-        return -(-self.size // self.pairs_per_step)
-
-    def plan(self, step: int) -> StepPlan:
-        """The plan of step `step` of an epoch; the last one may be smaller."""
-        pairs = min(self.pairs_per_step, self.size - step * self.pairs_per_step)
-        return StepPlan(pairs, self.world_size, -(-pairs // (self.batch_size * self.world_size)))
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return sum(self.plan(step).micro_batches for step in range(self.steps))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(self.size))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.size, generator=generator).tolist()
-        for step in range(self.steps):
-            plan, first = self.plan(step), step * self.pairs_per_step
-            for micro in range(plan.micro_batches):
-                yield [order[first + p] for p in plan.block(micro, self.rank)] or [order[first]]
-
-
-class StepLoader(DataLoader):
-    """A DataLoader whose StepSampler is told the epoch."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

@@ -2,7 +2,8 @@
 
 The way of a step: log-probs of both answers -> R_i of all N pairs, gathered in the sampler's global order -> weights
 and selection (dama.weighting) -> the mean loss over the K selected (dama.losses). Where a step has several
-micro-batches, R is computed for all of them first, without gradient, and only the selected pairs are trained on.
+micro-batches, R is computed for all of them first, without gradient; then the selected pairs are spread anew, evenly
+over the ranks and in as few micro-batches as hold them, and only they are trained on.
 """
 
 from __future__ import annotations
@@ -11,44 +12,34 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
 
 from dama.console import write_json
 from dama.logps import AnswerLogps
 from dama.losses import preference_loss, reward_gap
 from dama.weighting import Variant, WeightingState, Weights, static_beta, weigh
-from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset, StepLoader, StepPlan, StepSampler
+from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset, PreparedPair, common_length, shown_images
+from llava.train.dpo_figures import (
+    NO_PAIR,
+    PAIR_LOG,
+    PairLog,
+    StepLine,
+    StepTable,
+    StopWatch,
+    preference_metrics,
+    weighting_metrics,
+)
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.steps import PICTURES_AT_ONCE, StepLoader, StepPlan, StepSampler, encode_pictures
+from llava.train.throughput import ModelSize, PairLength, Throughput, peak_flops, step_flops
 
 STATE_FILE = "dama_state.json"  # in every checkpoint: R_bar, the draw's step, delta_bar
-NO_PAIR = -1
-
-
-class StepTable(NamedTuple):
-    """All pairs of a step (or of a gathered micro-batch) in global order, each field [N] float64."""
-
-    position: Tensor
-    policy_chosen: Tensor
-    policy_rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    delta: Tensor
-    tokens: Tensor
-
-    @property
-    def R(self) -> Tensor:
-        return reward_gap(self.policy_chosen, self.policy_rejected, self.ref_chosen, self.ref_rejected)
-
-    @staticmethod
-    def from_rows(rows: Tensor) -> StepTable:
-        """From gathered rows [M, fields]; rows without a pair are left out, the others sorted by position."""
-        rows = rows[rows[:, 0] != NO_PAIR]
-        return StepTable(*rows[rows[:, 0].argsort()].T)
 
 
 @dataclass(frozen=True)
@@ -66,32 +57,10 @@ class PairLogps:
         return reward_gap(self.policy_chosen, self.policy_rejected, self.ref_chosen, self.ref_rejected)
 
 
-class StepLine(ProgressCallback):
-    """The progress bar with time left, and one readable line for each log instead of a dictionary."""
-
-    FIGURES = {
-        "loss": "loss {:.4f}",
-        "rewards/accuracies": "accuracy {:.2f}",
-        "rewards/margins": "margin {:+.4f}",
-        "dama/R_mean": "R {:+.3f}",
-        "dama/R_bar": "R_bar {:+.3f}",
-        "dama/alpha_M": "alpha_M {:.3f}",
-        "dama/beta": "beta {:.4f}",
-        "dama/selected": "kept {:g}",
-        "dama/pairs": "of {:g}",
-        "grad_norm": "grad {:.3g}",
-        "learning_rate": "lr {:.2e}",
-    }
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is None or not logs:
-            return
-        held_out = "eval_loss" in logs
-        figures = {name.removeprefix("eval_"): value for name, value in logs.items()}
-        parts = [text.format(float(figures[name])) for name, text in self.FIGURES.items() if name in figures]
-        if parts and ("loss" in figures):
-            place = "held-out" if held_out else "training"
-            self.training_bar.write(f"step {state.global_step:>5} {place}: {'  '.join(parts)}")
+def peak_of_all(args: Any) -> float | None:
+    """FLOP/s of all ranks together, where training is in half precision and the GPU is known."""
+    peak = peak_flops(args.device) if args.bf16 or args.fp16 else None
+    return peak and peak * args.world_size
 
 
 class LLaVA15DPOTrainer(LLaVATrainer):
@@ -145,6 +114,12 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         self._seen: list[Tensor] = []  # rows of the step's micro-batches so far
         self._pairs_in_loss = 1
         self._plan = StepPlan(0, 1, 1)
+        self._pairs: list[PreparedPair] = []  # of the step, in global order
+        self._pictures: dict[str, Tensor] = {}  # of the step, on this rank
+        self.model_size = ModelSize.of(self.model)
+        self.throughput = Throughput(peak_of_all(args))
+        self.pair_log = PairLog(Path(args.output_dir) / PAIR_LOG) if args.pair_log and args.should_save else None
+        self.add_callback(StopWatch(self.throughput))
 
     # --- Data ----------------------------------------------------------------------------------------------------
 
@@ -170,16 +145,47 @@ class LLaVA15DPOTrainer(LLaVATrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, None]:
         """The micro-batches of one optimiser step, decided upon where the decision needs all of them."""
+        self.throughput.start()
         group, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._plan = self.sampler.plan(self.state.global_step % self.sampler.steps)
-        for micro, batch in enumerate(group):
-            block = self._plan.block(micro, self.args.process_index)
-            batch["position"] = torch.tensor(list(block) or [NO_PAIR])
-        self._weights, self._seen = None, []
+        step = self.state.global_step % self.sampler.steps
+        self._plan = self.sampler.plan(step)
+        self._pairs = [self.train_dataset[i] for i in self.sampler.indices(step)]
+        self._weights, self._seen, self._pictures = None, [], {}
+        blocks = [list(self._plan.block(micro, self.args.process_index)) for micro in range(len(group))]
+        if len(group) == 1 and not self._looks_ahead(1):
+            return [group[0] | {"position": torch.tensor(blocks[0] or [NO_PAIR])}], None
+        loaded = [
+            dict(zip(shown_images(self._pairs_at(block)), batch["images"])) for block, batch in zip(blocks, group)
+        ]
+        self._learn_pictures({name: pixels for images in loaded for name, pixels in images.items()})
+        group = [self._batch(block) for block in blocks]
         if self._looks_ahead(len(group)):
             self._weights = self._decide(self._look_ahead(group))
-            group = [self._only_selected(batch) for batch in group]
+            group = self._only_selected(len(group))
         return group, None
+
+    def _pairs_at(self, block: list[int]) -> list[PreparedPair]:
+        """The pairs at these positions of the step; an empty block is filled with its first pair."""
+        return [self._pairs[position] for position in block or [0]]
+
+    def _batch(self, block: list[int]) -> dict[str, Tensor]:
+        """A micro-batch of the pairs at these positions, their pictures from `_pictures`."""
+        items = self._pairs_at(block)
+        pictures = torch.stack([self._pictures[name] for name in shown_images(items)])
+        kind = "features" if self._tower_is_frozen else "images"
+        return self.collate.rows(items) | {kind: pictures, "position": torch.tensor(block or [NO_PAIR])}
+
+    def _learn_pictures(self, pixels: dict[str, Tensor]) -> None:
+        """Keeps pictures for this step: what the frozen tower makes of them, or their pixels where it is trained."""
+        if self._tower_is_frozen:
+            per_rank = self._plan.micro_batches * self.args.per_device_train_batch_size
+            calls = -(-per_rank // PICTURES_AT_ONCE) if is_deepspeed_zero3_enabled() else None
+            pixels = encode_pictures(self.model.get_vision_tower(), pixels, self.model.dtype, calls)
+        self._pictures |= pixels
+
+    @property
+    def _tower_is_frozen(self) -> bool:
+        return self.model.get_vision_tower().is_frozen
 
     def _looks_ahead(self, micro_batches: int) -> bool:
         """Whether R must be known before the first gradient: several micro-batches, or dropout in the gradient pass."""
@@ -200,24 +206,25 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         self._check_reference(table, group[0])
         return table
 
-    def _only_selected(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The micro-batch without the pairs that were not selected; one is left, of weight zero, where none was."""
+    def _only_selected(self, micro_batches: int) -> list[dict[str, Tensor]]:
+        """The selected pairs in as few micro-batches as hold them, spread evenly over ranks; the first ones stay empty.
+
+        Any rank can train on any pair: it has them all, and reads the pictures that it does not have yet. A rank
+        without a selected pair goes through the motions with one of weight zero, since the others wait for it.
+        """
         assert self._weights is not None
-        position = batch["position"]
-        chosen = (position != NO_PAIR) & self._weights.selected[position]
-        keep = chosen.nonzero().flatten() if chosen.any() else torch.tensor([0])
-        if len(keep) == len(position):
-            return batch
-        both = keep if "tails" in batch else torch.cat([keep, keep + len(position)])
-        images, image_index = batch["image_index"][both].unique(return_inverse=True)
-        rows = {name: batch[name][both] for name in ("input_ids", "attention_mask", "targets")}
-        width = int(rows["attention_mask"].sum(1).max())
-        of_pair = ("ref_chosen", "ref_rejected", "delta", "position", "tails")
-        return (
-            {name: value[:, :width] for name, value in rows.items()}
-            | {name: batch[name][keep] for name in of_pair if name in batch}
-            | {"images": batch["images"][images], "image_index": image_index}
-        )
+        selected = self._weights.selected.nonzero().flatten().tolist()
+        args = self.args
+        plan = StepPlan.of(len(selected), args.world_size, args.per_device_train_batch_size)
+        blocks = [[selected[i] for i in plan.block(m, args.process_index)] for m in range(plan.micro_batches)]
+        wanted = shown_images([pair for block in blocks for pair in self._pairs_at(block)])
+        unknown = [name for name in wanted if name not in self._pictures]
+        if is_deepspeed_zero3_enabled():
+            unknown = unknown or wanted[:1]  # every rank calls the tower
+        if unknown:
+            self._learn_pictures({name: self.train_dataset.pixels(name) for name in unknown})
+        empty: list[dict[str, Tensor]] = [{} for _ in range(micro_batches - plan.micro_batches)]
+        return empty + [self._batch(block) for block in blocks]
 
     # --- One step ------------------------------------------------------------------------------------------------
 
@@ -225,12 +232,20 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         """To the device, without the cast to bf16 that transformers adds under DeepSpeed: log-probs are sums."""
         return {name: value.to(self.args.device, non_blocking=True) for name, value in inputs.items()}
 
+    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward; nothing for a micro-batch that selection left empty on all ranks."""
+        if not inputs:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def _forward(self, model: Any, inputs: dict[str, Tensor], rows: slice = slice(None)) -> AnswerLogps:
+        encoded = "features" in inputs
         return model(
             input_ids=inputs["input_ids"][rows],
             attention_mask=inputs["attention_mask"][rows],
             labels=inputs["targets"][rows],
-            images=inputs["images"].to(self.model.dtype),
+            images=inputs["features" if encoded else "images"].to(self.model.dtype),
+            images_encoded=encoded,
             image_index=inputs["image_index"][rows],
             tails=inputs["tails"][rows] if "tails" in inputs else None,
             logp_chunk=self.args.logp_chunk,
@@ -275,8 +290,24 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         weights, self.weighting_state = weigh(
             self.config, self.weighting_state, table.R, delta, self.delta_bar, drawn=drawn
         )
-        self._note(self._preference_metrics(table) | self._weighting_metrics(weights))
+        self._note(preference_metrics(table, self.config.beta) | weighting_metrics(weights, self.weighting_state.R_bar))
+        pairs = [self._pairs[int(position)] for position in table.position]
+        self._count_work(pairs, weights)
+        if self.pair_log is not None:
+            self.pair_log.append(step, [item.pair.id for item in pairs], table, weights)
         return weights
+
+    def _count_work(self, pairs: list[PreparedPair], weights: Weights) -> None:
+        lengths = [self._length(pair) for pair in pairs]
+        flops = step_flops(
+            self.model_size, lengths, weights.selected.tolist(), len(shown_images(pairs)), self.args.lora_enable
+        )
+        self.throughput.add(len(pairs), sum(length.positions for length in lengths), flops)
+
+    def _length(self, pair: PreparedPair) -> PairLength:
+        shared = common_length(pair)
+        chosen, rejected = (len(answer.input_ids) - shared for answer in (pair.chosen, pair.rejected))
+        return PairLength(shared - 1 + self.model_size.patches, chosen, rejected)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -365,8 +396,12 @@ class LLaVA15DPOTrainer(LLaVATrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        if checkpoint is not None:
+            self._load_state(checkpoint)
+        if self.pair_log is not None:
+            self.pair_log.rewind(self.weighting_state.step)
+
+    def _load_state(self, checkpoint: str) -> None:
         path = Path(checkpoint) / STATE_FILE
         if not path.is_file():
             raise FileNotFoundError(
@@ -379,37 +414,6 @@ class LLaVA15DPOTrainer(LLaVATrainer):
 
     # --- Figures -------------------------------------------------------------------------------------------------
 
-    def _preference_metrics(self, table: StepTable) -> dict[str, float]:
-        """TRL's names; rewards are beta times the log-ratio, beta the plain one."""
-        chosen = self.config.beta * (table.policy_chosen - table.ref_chosen)
-        rejected = self.config.beta * (table.policy_rejected - table.ref_rejected)
-        return {
-            "rewards/chosen": chosen.mean().item(),
-            "rewards/rejected": rejected.mean().item(),
-            "rewards/margins": (chosen - rejected).mean().item(),
-            "rewards/accuracies": (chosen > rejected).double().mean().item(),
-            "logps/chosen": table.policy_chosen.mean().item(),
-            "logps/rejected": table.policy_rejected.mean().item(),
-        }
-
-    def _weighting_metrics(self, weights: Weights) -> dict[str, float]:
-        alpha, beta = weights.alpha_D, weights.beta
-        return {
-            "dama/R_mean": weights.R_mean,
-            "dama/R_bar": self.weighting_state.R_bar,
-            "dama/alpha_M": weights.alpha_M,
-            "dama/alpha_D": alpha.mean().item(),
-            "dama/alpha_D_min": alpha.min().item(),
-            "dama/alpha_D_max": alpha.max().item(),
-            "dama/beta": beta.mean().item(),
-            "dama/beta_min": beta.min().item(),
-            "dama/beta_max": beta.max().item(),
-            "dama/clamped": weights.clamped,
-            "dama/pairs": float(len(beta)),
-            "dama/selected": float(weights.selected.sum()),
-            "dama/near_ties": float(weights.near_tie),
-        }
-
     def _note(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._logged[name].append(value)
@@ -418,6 +422,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         """Adds the means of the noted figures since the last training log."""
         if "loss" in logs:
             logs = logs | {name: sum(values) / len(values) for name, values in self._logged.items()}
+            logs |= self.throughput.take(self.state.max_steps - self.state.global_step)
             self._logged.clear()
         super().log(logs, start_time)
 
@@ -447,7 +452,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         model.train(was_training)
         table = self._gather(torch.cat(rows))
         loss = preference_loss(table.R, self.config.beta).mean().item()
-        metrics = {"loss": loss} | self._preference_metrics(table)
+        metrics = {"loss": loss} | preference_metrics(table, self.config.beta)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)

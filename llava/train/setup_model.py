@@ -76,7 +76,9 @@ def setup_vision(
     """Tower and projector, and the config fields that a checkpoint records about them."""
     model_args, data_args, args = arguments
     model.get_model().initialize_vision_modules(model_args=model_args, fsdp=args.fsdp)
-    model.get_model().load_vision_tower().to(dtype=dtype, device=args.device)
+    # It never trains, so half precision is enough for it, also where the others' weights are fp32 under autocast.
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+    model.get_model().load_vision_tower().to(dtype=half, device=args.device)
     model.get_model().mm_projector.to(dtype=dtype)
 
     config = model.config

@@ -56,6 +56,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         return_dict: bool | None = None,
         *,
         image_index: Tensor | None = None,
+        images_encoded: bool = False,
         logp_chunk: int | None = None,
         tails: Tensor | None = None,
         **kwargs: Any,
@@ -66,6 +67,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             input_ids, attention_mask, labels: [B, T], an image as IMAGE_TOKEN_INDEX.
             images: pictures in the order of their placeholders, see `prepare_inputs_labels_for_multimodal`.
             image_index: [M] which picture each placeholder shows, where rows share pictures.
+            images_encoded: `images` are the vision tower's features, computed before.
             logp_chunk: positions whose logits (vocabulary-sized) exist at one time.
             tails: [B, 2] token ids at the end of each row that are the chosen and the rejected answer: the row is a
                 pair [prefix | chosen | rejected], see dama.shared_prefix.
@@ -75,12 +77,13 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             sums, those of the chosen answers first.
         """
         if tails is not None:
-            return self._pair_logps(input_ids, attention_mask, labels, images, image_index, tails, logp_chunk)
+            features = self._image_features(images, None, images_encoded)  # type: ignore[arg-type]
+            return self._pair_logps(input_ids, attention_mask, labels, features, image_index, tails, logp_chunk)
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes,
-                    image_index=image_index,
+                    image_index=image_index, images_encoded=images_encoded,
                 )
             )  # fmt: skip
         sequence = {
@@ -104,11 +107,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         return super().forward(**sequence, **kwargs)
 
     def _pair_logps(
-        self, input_ids: Any, attention_mask: Any, labels: Any, images: Any, image_index: Any, tails: Tensor,
+        self, input_ids: Any, attention_mask: Any, labels: Any, features: list[Tensor], image_index: Any, tails: Tensor,
         logp_chunk: int | None,
     ) -> AnswerLogps:  # fmt: skip
         """Log-probs of both answers of B pairs in one pass over their shared prefixes."""
-        features = self._image_features(images, None)
         if image_index is not None:
             features = [features[i] for i in image_index.tolist()]
         keep = attention_mask.bool()

@@ -58,9 +58,12 @@ class CLIPVisionTower(nn.Module):
             return list(self._encode(torch.stack(images)).split(1))
         return self._encode(images)
 
+    @property
+    def is_frozen(self) -> bool:
+        return not any(p.requires_grad for p in self.vision_tower.parameters())
+
     def _encode(self, images: Tensor) -> Tensor:
-        trainable = any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(not self.is_frozen and torch.is_grad_enabled()):
             outputs = self.vision_tower(images.to(self.device, self.dtype), output_hidden_states=True)
         return self.feature_select(outputs).to(images.dtype)
 

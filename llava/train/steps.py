@@ -1,0 +1,113 @@
+"""One optimiser step over ranks and micro-batches: which pairs lie where, and each picture encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+PICTURES_AT_ONCE = 32  # in one call of the vision tower
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How the pairs of one optimiser step are spread: a contiguous block of the global order for each (micro-batch,
+    rank), sizes differing by at most one. No pair is given twice."""
+
+    pairs: int
+    world_size: int
+    micro_batches: int
+
+    @staticmethod
+    def of(pairs: int, world_size: int, batch_size: int) -> StepPlan:
+        """In as few micro-batches as hold them, at most `batch_size` pairs in each on each rank."""
+        return StepPlan(pairs, world_size, -(-pairs // (batch_size * world_size)))
+
+    def block(self, micro: int, rank: int) -> range:
+        """Positions, within the step, of the pairs of one micro-batch on one rank; may be empty."""
+        blocks = self.world_size * self.micro_batches
+        index = micro * self.world_size + rank
+        return range(index * self.pairs // blocks, (index + 1) * self.pairs // blocks)
+
+
+class StepSampler(Sampler):
+    """Batches of dataset indices for one rank; the global order depends on (seed, epoch) alone, not on the hardware.
+
+    Every rank gets the same number of batches. Where a step has fewer pairs than places, an empty place is filled with
+    the step's first pair so that no rank waits; the trainer knows from the plan that it does not count.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, world_size: int, rank: int, accumulation: int, seed: int, shuffle: bool = True
+    ) -> None:
+        self.size, self.batch_size, self.world_size, self.rank = size, batch_size, world_size, rank
+        self.accumulation, self.seed, self.shuffle = accumulation, seed, shuffle
+        self.set_epoch(0)
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.batch_size * self.world_size * self.accumulation
+
+    @property
+    def steps(self) -> int:
+        return -(-self.size // self.pairs_per_step)
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of step `step` of an epoch; the last one may be smaller."""
+        pairs = min(self.pairs_per_step, self.size - step * self.pairs_per_step)
+        return StepPlan.of(pairs, self.world_size, self.batch_size)
+
+    def indices(self, step: int) -> list[int]:
+        """The dataset indices of one step's pairs of this epoch, in global order."""
+        return self.order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order = list(range(self.size))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.order = torch.randperm(self.size, generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return sum(self.plan(step).micro_batches for step in range(self.steps))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.steps):
+            plan, indices = self.plan(step), self.indices(step)
+            for micro in range(plan.micro_batches):
+                yield [indices[p] for p in plan.block(micro, self.rank)] or [indices[0]]
+
+
+class StepLoader(DataLoader):
+    """A DataLoader whose StepSampler is told the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def encode_pictures(
+    tower: Any, pixels: Mapping[str, Tensor], dtype: torch.dtype, calls: int | None = None
+) -> dict[str, Tensor]:
+    """The frozen tower's features of every picture, in batches.
+
+    Args:
+        pixels: name -> [3, H, W], or [F, 3, H, W] for a picture in crops.
+        dtype: of the features.
+        calls: how often to call the tower; under ZeRO-3, where each call is a collective, the same on all ranks.
+
+    Returns:
+        name -> [P, width], or [F, P, width].
+    """
+    names = list(pixels)
+    pieces = -(-len(names) // PICTURES_AT_ONCE) if calls is None else calls
+    features: dict[str, Tensor] = {}
+    for piece in range(pieces):
+        batch = names[piece::pieces] or names[:1]
+        crops = [pixels[name] if pixels[name].ndim == 4 else pixels[name][None] for name in batch]
+        encoded = tower(torch.cat(crops).to(tower.device, dtype)).split([len(crop) for crop in crops])
+        features |= {name: part if pixels[name].ndim == 4 else part[0] for name, part in zip(batch, encoded)}
+    return features

@@ -1,0 +1,138 @@
+"""How fast training goes: pairs and tokens a second, and the share of the GPU's peak that the model's own work takes.
+
+The work is counted as in PaLM (Chowdhery et al. 2022, appendix B): what the mathematics needs, recomputing left out.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# Dense bf16 matrix products with fp32 sums, TFLOP/s, from the makers' data sheets; the first name found counts.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "RTX 6000 Ada": 364, "A6000": 155, "A40": 150, "L4": 121,
+    "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of the GPU in half precision; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a forward pass costs: matrix parameters of the decoder layers, of the output layer, of the tower."""
+
+    decoder: int
+    output: int  # D x V
+    attention: int  # layers x heads x width of a head
+    tower: int
+    projector: int
+    patches: int  # positions of a picture
+
+    @staticmethod
+    def of(model: Any) -> ModelSize:
+        config, tower = model.config, model.get_vision_tower()
+        width, heads = config.hidden_size, config.num_attention_heads
+        head = getattr(config, "head_dim", None) or width // heads
+        key_heads = getattr(config, "num_key_value_heads", None) or heads
+        layer = 2 * width * head * (heads + key_heads) + 3 * width * config.intermediate_size
+        vision = tower.config
+        vision_layer = (4 * vision.hidden_size + 2 * vision.intermediate_size) * vision.hidden_size
+        linear = [m for m in model.get_model().mm_projector.modules() if isinstance(m, torch.nn.Linear)]
+        return ModelSize(
+            decoder=config.num_hidden_layers * layer,
+            output=width * config.vocab_size,
+            attention=config.num_hidden_layers * heads * head,
+            tower=vision.num_hidden_layers * vision_layer,
+            projector=sum(m.in_features * m.out_features for m in linear),
+            patches=tower.tokens_per_image,
+        )
+
+
+@dataclass(frozen=True)
+class PairLength:
+    """Positions of a pair's parts, the picture's included."""
+
+    prefix: int
+    chosen: int
+    rejected: int
+
+    @property
+    def positions(self) -> int:
+        return self.prefix + self.chosen + self.rejected
+
+
+def forward_flops(size: ModelSize, pair: PairLength) -> float:
+    """One pass over the distinct positions of a pair, its picture not counted.
+
+    2 FLOPs a matrix parameter and position; in attention 4 a query, key and channel (scores and weighted sum); logits
+    at the answers' positions.
+    """
+    first = pair.prefix + pair.chosen
+    queries_times_keys = first * (first + 1) / 2 + pair.rejected * (pair.prefix + (pair.rejected + 1) / 2)
+    return (
+        2 * size.decoder * pair.positions
+        + 4 * size.attention * queries_times_keys
+        + 2 * size.output * (pair.chosen + pair.rejected)
+        + 2 * size.projector * size.patches
+    )
+
+
+def step_flops(
+    size: ModelSize, pairs: list[PairLength], trained: list[bool], pictures: int, frozen_weights: bool
+) -> float:
+    """The work of one optimiser step: all pairs forward, the trained ones backward, every picture once.
+
+    A backward pass is two forward passes, or one where weights are frozen (LoRA) and only activations have gradients.
+    """
+    backward = 1 if frozen_weights else 2
+    passes = (forward_flops(size, pair) * (1 + backward * learns) for pair, learns in zip(pairs, trained, strict=True))
+    return sum(passes) + pictures * 2 * size.tower * size.patches
+
+
+@dataclass
+class Throughput:
+    """A stopwatch that runs during steps only: evaluation and saves are not counted."""
+
+    peak: float | None = None  # FLOP/s of all ranks together
+    seconds: float = 0.0
+    counts: dict[str, float] = field(default_factory=lambda: {"pairs": 0.0, "tokens": 0.0, "flops": 0.0})
+    steps: int = 0
+    _began: float | None = None
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def add(self, pairs: float, tokens: float, flops: float) -> None:
+        for name, value in (("pairs", pairs), ("tokens", tokens), ("flops", flops)):
+            self.counts[name] += value
+
+    def stop(self) -> None:
+        if self._began is not None:
+            self.seconds += time.perf_counter() - self._began
+            self.steps += 1
+        self._began = None
+
+    def take(self, steps_left: int) -> dict[str, float]:
+        """The figures since the last call; empty where no step was timed."""
+        if not self.steps or not self.seconds:
+            return {}
+        figures = {
+            "speed/pairs_per_second": self.counts["pairs"] / self.seconds,
+            "speed/tokens_per_second": self.counts["tokens"] / self.seconds,
+            "speed/hours_left": steps_left * self.seconds / self.steps / 3600,
+        }
+        if self.peak:
+            figures["speed/mfu"] = self.counts["flops"] / self.seconds / self.peak
+        self.seconds, self.steps = 0.0, 0
+        self.counts = dict.fromkeys(self.counts, 0.0)
+        return figures
