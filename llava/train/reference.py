@@ -1,23 +1,27 @@
-"""The reference log-probs: log pi_ref(y | I, x) of both answers of every pair, as a resumable stage.
+"""The reference log-probs: log pi_ref(y | I, x) of both answers of every pair, as a resumable, sharded stage.
 
 Runs on the training's own model set-up and data path, so that a step of training that starts from the same weights
-finds R_i = 0 up to rounding. Batches hold pairs of similar length; answers of a pair share one image encoding.
+finds R_i = 0 up to rounding. Batches hold pairs of similar length; answers of a pair share one image encoding. At the
+end of each shard a sample of its pairs is computed again, each alone, and must come out the same up to rounding.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of, say
-from dama.pairs import PreferencePair, SkippedPair
-from dama.stage import open_stage, read_stage
+from dama.pairs import PreferencePair, SkippedPair, fault_list
+from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.model.fingerprint import digest_of_checkpoint
 from llava.train.arguments import BASE_AS_REFERENCE, Arguments
 from llava.train.dpo_data import (
@@ -33,6 +37,10 @@ from llava.train.setup_model import setup_model
 
 STAGE = "reference"
 SIDES = ("chosen", "rejected")
+VERIFIED_SHARE = 0.005
+# Nats by which an answer's sum may differ between its batch and alone, times the square root of its number of tokens:
+# rounding errors of the tokens add up like a random walk.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def run_reference(
@@ -42,45 +50,105 @@ def run_reference(
     out: str | Path,
     batch_size: int,
     *,
+    shard: Shard = WHOLE,
     overwrite: bool = False,
-) -> dict[str, Any]:
-    """Computes log-probs for every pair and writes them to `out`; returns the manifest.
+    progress: bool = True,
+) -> Record | None:
+    """Computes log-probs for every pair and writes them to `out`; returns the manifest, or None while other shards
+    are missing.
 
     Args:
         arguments: as for training; `model_name_or_path` is pi_ref.
         pairs, skipped: what `dama.pairs.check_pairs` made of --data_path.
         batch_size: pairs in one forward pass (twice as many sequences).
+
+    Raises:
+        ValueError: a pair computed alone has other log-probs than in its batch.
     """
     model_args, data_args, args = arguments
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model, tokenizer, image_processor = setup_model(arguments, dtype=dtype)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # from here on each rank works alone, and may end before the others
     model = model.to(args.device).eval()
     encoded = encode_pairs(pairs, arguments, tokenizer, model)
-    # Similar lengths together: sorted by the longer answer, the id settles ties so that the order is always the same.
-    order = sorted(encoded.fits, key=lambda i: (max(len(a.input_ids) for a in encoded.answers[i]), pairs[i].id))
-    prepared = [PreparedPair(pairs[i], *encoded.answers[i], 0.0, 0.0, 0.0) for i in order]
+    batches = plan_batches([PreparedPair(pairs[i], *encoded.answers[i], 0.0, 0.0, 0.0) for i in encoded.fits], batch_size)
+    sizes = [len(batch) for batch in batches]
+    prepared = [item for batch in batches for item in batch]
     dataset = DPODataset(prepared, str(data_args.image_folder), image_processor, model.config)
     collate = DataCollatorForDPODataset(tokenizer, dataset, args.shared_prefix)
-    batches = [prepared[i : i + batch_size] for i in range(0, len(prepared), batch_size)]
+
+    def logps_of(items: Sequence[PreparedPair], batch: dict[str, Any]) -> list[Record]:
+        return logps_of_batch(model, batch, items, args)
 
     fingerprint = data_fingerprint(pairs, data_args) | model_fingerprint(arguments, model, tokenizer)
     fingerprint |= {"precision": str(model.dtype).removeprefix("torch."), "batch_size": batch_size}
-    with open_stage(out, STAGE, fingerprint, [len(batch) for batch in batches], overwrite=overwrite) as stage:
-        if stage.complete:
-            return read_stage(out, STAGE)[0]
-        with tqdm(total=stage.total, initial=stage.records_done, desc=STAGE, unit="pair") as bar:
-            for batch in batches[stage.chunks_done :]:
-                stage.append(logps_of_batch(model, collate(batch), batch, args))
-                bar.update(len(batch))
-        skipped = [*skipped, *encoded.long]
-        records = stage.records()
-        summary = {
-            "pairs": len(records),
-            "skipped": [{"id": skip.id, "reason": skip.reason} for skip in skipped],
-            "tokens": {side: sum(r[f"{side}_tokens"] for r in records) for side in SIDES},
-            "mean_logp": {side: sum(r[f"{side}_logp"] for r in records) / len(records) for side in SIDES},
-        }
-        return stage.finish(summary)
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+        positions = [list(range(sum(sizes[:number]), sum(sizes[: number + 1]))) for number in stage.to_do]
+        loader = DataLoader(
+            dataset, batch_sampler=positions, collate_fn=collate, num_workers=args.dataloader_num_workers
+        )  # fmt: skip
+        with tqdm(total=stage.total, initial=stage.records_done, desc=STAGE, unit="pair", disable=not progress) as bar:
+            for number, batch in zip(stage.to_do, loader):
+                stage.append(logps_of(batches[number], batch))
+                bar.update(sizes[number])
+        facts: Record = {"skipped": [{"id": skip.id, "reason": skip.reason} for skip in [*skipped, *encoded.long]]}
+        if not stage.complete:
+            sample = sample_of(stage.records(), f"{args.seed} {shard}")
+            items = {item.pair.id: item for item in prepared}
+            again = [logps_of([items[r["id"]]], collate([items[r["id"]]]))[0] for r in sample]
+            facts["verified"] = compare(sample, again, TOLERANCE[model.dtype])
+        return stage.conclude(summarise, facts)
+
+
+def plan_batches(prepared: Sequence[PreparedPair], batch_size: int) -> list[list[PreparedPair]]:
+    """Pairs of similar length together, the batches in a fixed random order, so that every shard gets as much to do."""
+    if not prepared:
+        raise ValueError("reference: expected pairs, got none that fits; see --model_max_length and --on_long_pair")
+    ordered = sorted(prepared, key=lambda item: (max(len(item.chosen.input_ids), len(item.rejected.input_ids)), item.pair.id))
+    batches = [list(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
+    random.Random(0).shuffle(batches)
+    return batches
+
+
+def sample_of(records: Sequence[Record], seed: str) -> list[Record]:
+    """0.5 % of the records of a shard, at least one where it has any."""
+    return random.Random(seed).sample(list(records), math.ceil(VERIFIED_SHARE * len(records)))
+
+
+def compare(records: Sequence[Record], again: Sequence[Record], tolerance: float) -> Record:
+    """How far log-probs computed in a batch are from the same pairs' alone: {"pairs", "max_difference" in nats}.
+
+    Raises ValueError, naming every pair, where an answer's differ by more than tolerance x sqrt(its tokens).
+    """
+    largest, faults = 0.0, []
+    for record, alone in zip(records, again, strict=True):
+        for side in SIDES:
+            was, now, tokens = record[f"{side}_logp"], alone[f"{side}_logp"], record[f"{side}_tokens"]
+            allowed = tolerance * math.sqrt(tokens)
+            largest = max(largest, abs(was - now))
+            if not abs(was - now) <= allowed or alone[f"{side}_tokens"] != tokens:
+                got = f"{was:.4f} in its batch, {now:.4f} alone; expected a difference of at most {allowed:.4f}"
+                faults.append(f"pair {record['id']}, {side} answer of {tokens} tokens: {got}")
+    if faults:
+        remedy = "another --batch_size or --precision fp32; if it stays, the kernels of this device are not to be trusted"
+        raise ValueError(fault_list("reference: pairs computed again", faults, remedy))
+    return {"pairs": len(records), "max_difference": largest}
+
+
+def summarise(records: Sequence[Record], facts: Sequence[Record]) -> Record:
+    """Counts, tokens, means, and what the shards' verifications found."""
+    checks = [fact["verified"] for fact in facts]
+    return {
+        "pairs": len(records),
+        "skipped": facts[0]["skipped"],
+        "tokens": {side: sum(r[f"{side}_tokens"] for r in records) for side in SIDES},
+        "mean_logp": {side: sum(r[f"{side}_logp"] for r in records) / len(records) for side in SIDES},
+        "verified": {
+            "pairs": sum(check["pairs"] for check in checks),
+            "max_difference": max(check["max_difference"] for check in checks),
+        },
+    }
 
 
 @torch.no_grad()
@@ -153,12 +221,16 @@ def model_fingerprint(arguments: Arguments, model: Any, tokenizer: PreTrainedTok
 
 def describe(manifest: dict[str, Any], out: str | Path) -> None:
     """The stage's closing lines."""
-    summary = manifest["summary"]
+    summary, verified = manifest["summary"], manifest["summary"]["verified"]
     say(
-        f"reference: {summary['pairs']} pairs, {len(summary['skipped'])} skipped, "
-        f"{summary['tokens']['chosen']} + {summary['tokens']['rejected']} answer tokens, mean log-prob "
+        f"reference: {summary['pairs']} pairs in {manifest['fingerprint']['precision']}, {len(summary['skipped'])} "
+        f"skipped, {summary['tokens']['chosen']} + {summary['tokens']['rejected']} answer tokens, mean log-prob "
         f"{summary['mean_logp']['chosen']:.2f} / {summary['mean_logp']['rejected']:.2f} (chosen / rejected), "
         f"{manifest['time']['seconds']:.1f} s -> {out}"
+    )
+    say(
+        f"reference: {verified['pairs']} pairs computed again, each alone: log-probs differ by at most "
+        f"{verified['max_difference']:.2g} nats"
     )
     for skip in summary["skipped"]:
         say(f"  skipped {skip['id']}: {skip['reason']}")

@@ -38,7 +38,8 @@ def command(*words: object, ranks: int = 0) -> None:
     environment |= {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(line)}\nended with {done.returncode}:\n{done.stdout[-999:]}{done.stderr[-3000:]}")
+        said = done.stdout[-2000:] + done.stderr[-3000:]
+        raise RuntimeError(f"{' '.join(line)}\nended with {done.returncode}:\n{said}")
 
 
 def prepare(folder: Path) -> list[object]:

@@ -44,11 +44,14 @@ def training_log(folder):
     return [row for row in history if "loss" in row]
 
 
-def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path):
-    """7 pairs, 4 a step: 1 x 4 and 2 x 1 x 2, so that the last step is incomplete and a micro-batch stays empty."""
-    one = flags(tmp_path / "one", *COMMON, "--per_device_train_batch_size", "4")
+@pytest.mark.parametrize("ratio", ["0.75", "0.25"])
+def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path, ratio):
+    """7 pairs, 4 a step: 1 x 4 and 2 x 1 x 2, so that the last step is incomplete and a micro-batch stays empty; with a
+    ratio of 0.25 one pair is selected and one of the ranks has none."""
+    common = [*COMMON, "--select_ratio", ratio]
+    one = flags(tmp_path / "one", *common, "--per_device_train_batch_size", "4")
     train_dpo.run(parse_arguments(one))
-    two = flags(tmp_path / "two", *COMMON, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2")
+    two = flags(tmp_path / "two", *common, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2")
     done = launch(two)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [training_log(tmp_path / name / "out") for name in ("one", "two")]
