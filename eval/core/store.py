@@ -14,7 +14,8 @@ from eval.core.types import Answer
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a figure depends on. `counts`: the answers and everything left out; `judge`: None where rules decide."""
+    """What a figure depends on. `counts`: the answers and everything left out; `judge`: its name,
+    version, prompt_digest and temperature; None where rules decide."""
 
     benchmark: str
     protocol: str
@@ -22,7 +23,7 @@ class Provenance:
     fingerprint: str
     decoding: Mapping[str, Any]
     counts: Mapping[str, int]
-    judge: str | None = None
+    judge: Mapping[str, Any] | None = None
 
 
 def read_answers(path: str | Path) -> list[Answer]:
