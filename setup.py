@@ -32,7 +32,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["llava*", "dama*", "eval*"]),
-    package_data={"dama": ["*.html.jinja", "*.md.jinja"]},
+    package_data={
+        "dama": ["*.html.jinja", "*.md.jinja"],
+        "dama.prepare": ["*.json"],
+        "eval": ["*.html.jinja", "*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -45,6 +49,7 @@ setup(
         "sentencepiece>=0.2",
         "tokenizers>=0.22",
         "protobuf>=5",
+        "huggingface_hub>=1",
         "numpy>=1.26",
         "openai>=3.54,<4",
         "pillow>=11",
@@ -56,6 +61,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "psutil",
             "pytest>=8",
             "ruff>=0.12",
             "mypy>=1.15",
@@ -64,12 +70,14 @@ setup(
             "bitsandbytes>=0.45",
             "trl==1.16.0",
             "datasets>=4",
+            "diffusers>=0.36",
             *GRADIO_NEEDS,
         ],
         "bench": ["trl==1.16.0", "datasets>=4"],  # scripts/bench/dpo_step.py compares with it
         "serve": ["gradio>=6.31,<7"],
         "flash": ["flash-attn>=2.6"],
         "quant": ["bitsandbytes>=0.45"],
+        "synth": ["diffusers>=0.36"],
     },
     entry_points={"console_scripts": ["dama=dama.cli:main"]},
 )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,8 @@ from dama.console import digest_of
 IMAGE_TOKEN = "<image>"
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: above it a small file can fill the memory
 SHOWN_FAULTS = 20
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names of the two sides, and TRL's
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 FILE_REMEDY = "correct or remove these rows"
 BOMB = Image.DecompressionBombError
 # What Pillow raises for damaged files; SyntaxError is its way of saying "broken PNG".
@@ -30,6 +32,10 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError,
 
 class PairsError(ValueError):
     """Faults of a file of pairs, all in one message."""
+
+
+class ImageFault(ValueError):
+    """An image that cannot be used, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,8 @@ def fault_list(subject: str, faults: Sequence[str], remedy: str) -> str:
 
 
 def read_pairs(path: str | Path) -> list[PreferencePair]:
-    """Reads RLAIF-V's JSON or JSONL, or the released DAMA code's JSON (the same with `logps` and `*_logits`).
+    """Reads JSON or JSONL of RLAIF-V's fields, of the released DAMA code's (the same with `logps` and `*_logits`), or
+    of the fields that `named_fields` knows.
 
     Fields: idx or id (a digest of the content where absent), image_path or image, question, chosen, rejected,
     origin_dataset, origin_split, kind; kind falls back to origin_split's "type". Whether it is a list or one record
@@ -94,11 +101,11 @@ def parse_pairs(path: str | Path) -> tuple[list[PreferencePair], list[str]]:
     if not path.is_file():
         raise PairsError(f"{path}: no such file\nRemedy: give a JSON or JSONL file of preference pairs")
     pairs, faults = [], []
-    for place, row in _rows(path):
+    for place, row in read_rows(path):
         try:
             if isinstance(row, ValueError):
                 raise row
-            pairs.append(_pair_from_row(row))
+            pairs.append(pair_from_row(row))
         except ValueError as fault:
             faults.append(f"{place}: {fault}")
     if not pairs and not faults:
@@ -106,39 +113,62 @@ def parse_pairs(path: str | Path) -> tuple[list[PreferencePair], list[str]]:
     return pairs, faults
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every record; a row that is not JSON comes as the ValueError that says so."""
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every record of a JSON list, or of JSON lines one at a time.
+
+    A line that cannot be read comes as the ValueError that says why. Raises PairsError for a list that cannot.
+    """
+    with open(path, "rb") as file:
+        if _first_character(file) == b"[":
+            yield from ((f"row {number}", row) for number, row in enumerate(_json_list(path, file.read()), start=1))
+            return
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"line {number}", _row_of_line(line)
+
+
+def _first_character(file: BinaryIO) -> bytes:
+    """The first byte that is no white space; the file then stands at its start, or after a byte order mark."""
+    if file.read(3) != BYTE_ORDER_MARK:
+        file.seek(0)
+    start = file.tell()
+    first = next((line.lstrip()[:1] for line in file if line.strip()), b"")
+    file.seek(start)
+    return first
+
+
+def _json_list(path: str | Path, content: bytes) -> list[Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise PairsError(f"{path}: byte {error.start} is not UTF-8\nRemedy: save the file as UTF-8") from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            remedy = "the file is torn or not JSON; write it again"
-            raise PairsError(f"{path}, line {error.lineno}: {error.msg}\nRemedy: {remedy}") from error
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"line {number}", _row_of_line(line)
+    except json.JSONDecodeError as error:
+        remedy = "the file is torn or not JSON; write it again"
+        raise PairsError(f"{path}, line {error.lineno}: {error.msg}\nRemedy: {remedy}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+        raise PairsError(f"{path}: not JSON of preference pairs ({error})\nRemedy: write it again") from error
 
 
-def _row_of_line(line: str) -> Any:
+def _row_of_line(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"byte {error.start} is not UTF-8")
     except json.JSONDecodeError as error:
         return ValueError(f"not JSON, perhaps torn ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON of a preference pair ({error})")
 
 
-def _pair_from_row(row: Any) -> PreferencePair:
+def pair_from_row(row: Any) -> PreferencePair:
+    """The pair that one record holds, whatever its style. Raises ValueError naming the field that is bad."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a record with named fields, got {type(row).__name__}")
+    row = named_fields(row)
     image, chosen, rejected = _text(row, "image_path", "image"), _text(row, "chosen"), _text(row, "rejected")
     question = _without_image_token(_text(row, "question"))
     return PreferencePair(
-        id=_id_of_row(row) or digest_of([image, question, chosen, rejected]),
+        id=id_of_row(row) or digest_of([image, question, chosen, rejected]),
         image=image,
         question=question,
         chosen=chosen,
@@ -158,18 +188,25 @@ def _text(row: dict[str, Any], *names: str) -> str:
     value = row[name]
     if not isinstance(value, str):
         raise ValueError(f"field {name}: expected text, got {type(value).__name__}")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+    if not value.isascii() and _has_half_character(value):
         raise ValueError(f"field {name}: half of a surrogate pair, which is no character")
     return value
 
 
-def _id_of_row(row: dict[str, Any]) -> str | None:
+def id_of_row(row: dict[str, Any]) -> str | None:
+    """The row's own id as text, None where it has none. Raises ValueError where it is no id."""
     value = next((row[name] for name in ("idx", "id") if row.get(name) is not None), None)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).strip():
         raise ValueError(f"field idx: expected an integer or text, got {value!r}")
+    if not str(value).isascii() and _has_half_character(str(value)):
+        raise ValueError("field idx: half of a surrogate pair, which is no character")
     return str(value)
+
+
+def _has_half_character(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _without_image_token(question: str) -> str:
@@ -225,6 +262,72 @@ def _clip_scores(row: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, .
     return chosen, rejected
 
 
+# ----------------------------------------------------------------------------------------------------------- styles
+
+
+def named_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """The row under RLAIF-V's names, with plain texts.
+
+    Known by their fields: TRL's prompt, chosen, rejected, images, each text or a list of messages, the prompt inside
+    the two conversations too; PDS-DPO's conversations and rejected_conversations. Raises ValueError where such a
+    conversation is not one question with one answer.
+    """
+    row = dict(row)
+    if row.get("chosen") is None and row.get("rejected_conversations") is not None:
+        row["chosen"], row["rejected"] = row.pop("conversations", None), row.pop("rejected_conversations")
+    prompt = row.pop("prompt", None)
+    if row.get("question") is None:
+        row["question"] = prompt
+    if any(isinstance(row.get(name), list) for name in ("question", "chosen", "rejected")):
+        row |= _plain_texts(row)
+    images = row.pop("images", None)
+    if images is not None and all(row.get(name) is None for name in ("image", "image_path")):
+        if not isinstance(images, list) or len(images) != 1:
+            found = str(len(images)) if isinstance(images, list) else type(images).__name__
+            raise ValueError(f"field images: expected a list of one picture, got {found}")
+        row["image"] = images[0]
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _plain_texts(row: dict[str, Any]) -> dict[str, str]:
+    """question, chosen and rejected of a conversation that is told twice and ends in two ways."""
+    (question, chosen), (other, rejected) = (_one_turn(row, name) for name in ("chosen", "rejected"))
+    if question != other:
+        raise ValueError("fields chosen and rejected: their conversations ask different questions")
+    return {"question": question, "chosen": chosen, "rejected": rejected}
+
+
+def _one_turn(row: dict[str, Any], answer: str) -> tuple[str, str]:
+    turns = _turns("question", row.get("question"), "user") + _turns(answer, row.get(answer), "assistant")
+    roles = [role for role, _ in turns]
+    if roles != ["user", "assistant"]:
+        got = ", ".join(roles) or "nothing"
+        raise ValueError(f"field {answer}: expected one question and one answer (user, assistant), got {got}")
+    return _without_image_token(turns[0][1].strip()).strip(), turns[1][1]
+
+
+def _turns(name: str, value: Any, role: str) -> list[tuple[str, str]]:
+    """(role, text) of every message; a plain text is one message of the given role."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [(role, _text({name: value}, name))]
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError(f"field {name}: expected text or a list of messages, got {str(value)[:60]}")
+    return [_message(name, message) for message in value]
+
+
+def _message(name: str, message: dict[str, Any]) -> tuple[str, str]:
+    """Role and text of {role, content} or {from, value}; a content of parts gives the text of its text parts."""
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        content = "".join(_text(part, "text") for part in content if part.get("type") == "text")
+    if not isinstance(content, str):
+        raise ValueError(f"field {name}: a message without text ({str(message)[:60]})")
+    return ROLES.get(str(role), str(role)), _text({name: content}, name)
+
+
 # ----------------------------------------------------------------------------------------------------------- images
 
 
@@ -256,20 +359,44 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class ImageFacts(NamedTuple):
+    """What decoding an image tells: its size in pixels and Pillow's name of its format."""
+
+    width: int
+    height: int
+    format: str
+
+
+def probe_image(source: Path | BinaryIO, formats: tuple[str, ...] | None = None) -> ImageFacts:
+    """Decodes all of the image, a JPEG at an eighth of its size: that is quick, and sees a truncated one.
+
+    `formats` are Pillow's names of those that are taken, by default all. Raises ValueError saying what is wrong.
+    """
+    try:
+        with Image.open(source, formats=formats) as image:
+            facts = ImageFacts(image.width, image.height, image.format or "")
+            if facts.width * facts.height > MAX_PIXELS:
+                size = f"{facts.width} x {facts.height} pixels, more than {MAX_PIXELS}"
+                raise ImageFault(f"image has {size} (decompression bomb?)")
+            image.draft(image.mode, (1, 1))
+            as_rgb(image)
+    except ImageFault:
+        raise
+    except UNREADABLE as error:
+        raise ImageFault(f"image is unreadable ({type(error).__name__}: {error})") from error
+    return facts
+
+
 def _image_fault(path: Path) -> str | None:
-    """Why the image cannot be used, or None. All of it is decoded, a JPEG at an eighth of its size: that is quick."""
+    """Why the image cannot be used, or None."""
     if not path.exists():
         return "image is missing"
     if not path.is_file():
         return "image is a folder"
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"image has {image.width} x {image.height} pixels, more than {MAX_PIXELS} (decompression bomb?)"
-            image.draft(image.mode, (1, 1))
-            as_rgb(image)
-    except UNREADABLE as error:
-        return f"image is unreadable ({type(error).__name__}: {error})"
+        probe_image(path)
+    except ImageFault as fault:
+        return str(fault)
     return None
 
 
@@ -318,7 +445,8 @@ def check_pairs(
     if not Path(image_folder).is_dir():
         remedy = "give the folder the image paths start from"
         raise PairsError(f"image folder {image_folder}: no such folder\nRemedy: {remedy}")
-    faults = [*faults, *_duplicate_faults(pairs), *(fault for pair in pairs for fault in _text_faults(pair))]
+    texts = [_fault(pair, reason) for pair in pairs for reason in text_faults(pair)]
+    faults = [*faults, *_duplicate_faults(pairs), *texts]
     outside, bad = _image_faults(distinct_images(pairs), image_folder, workers, progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
     faults += [_fault(pair, blocking[pair.image]) for pair in pairs if pair.image in blocking]
@@ -344,18 +472,19 @@ def _duplicate_faults(pairs: Sequence[PreferencePair]) -> list[str]:
     return [f"id {id_!r} is used by {count} rows, expected one" for id_, count in counts.items() if count > 1]
 
 
-def _text_faults(pair: PreferencePair) -> Iterator[str]:
+def text_faults(pair: PreferencePair) -> Iterator[str]:
+    """Why its texts make no preference pair: empty, equal, or with a placeholder inside."""
     answers = {"chosen": pair.chosen, "rejected": pair.rejected}
     empty = [name for name, answer in answers.items() if not answer.strip()]
     for name in empty:
-        yield _fault(pair, f"the {name} answer is empty")
+        yield f"the {name} answer is empty"
     if not empty and pair.chosen.strip() == pair.rejected.strip():
-        yield _fault(pair, "chosen and rejected answer are equal, so there is no preference to learn")
+        yield "chosen and rejected answer are equal, so there is no preference to learn"
     if not pair.question.strip():
-        yield _fault(pair, "the question is empty")
+        yield "the question is empty"
     for name, text in {"question": pair.question, **answers}.items():
         if IMAGE_TOKEN in text:
-            yield _fault(pair, f"{name}: {IMAGE_TOKEN} inside the text would be read as one more image")
+            yield f"{name}: {IMAGE_TOKEN} inside the text would be read as one more image"
 
 
 def _image_faults(

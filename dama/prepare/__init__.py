@@ -1,0 +1,1 @@
+"""`python -m dama prepare`: from a data set as people have it to pairs that are checked, counted, ready to train on."""

@@ -1,0 +1,118 @@
+"""Pictures taken out of rows and folders: each distinct one checked and written once, named by its bytes' SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dama.console import write_atomic
+from dama.pairs import ImageFault, probe_image, resolve_image
+
+ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+"""Formats that are taken, by Pillow's names. Some others run foreign programs (EPS) or have no size of their own."""
+MPO = "MPO"  # what Pillow calls a JPEG with further ones behind it, as some cameras write
+MAX_BYTES = 64 << 20  # of one image file
+OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.[a-z]+(?:\..+)?")  # a stored picture, or what a kill left of one
+
+
+class RowImage(NamedTuple):
+    """What a row says about its picture: the bytes where they are inside it, and every name it gives."""
+
+    data: bytes | None
+    names: tuple[str, ...]
+
+
+class StoredImage(NamedTuple):
+    """A picture in the folder of images; `name` is its path from there."""
+
+    name: str
+    width: int
+    height: int
+    bytes: int
+
+
+def image_of_row(row: dict[str, Any]) -> RowImage:
+    """From RLAIF-V's image {bytes, path} and image_path, or a path alone. Raises ValueError for other types."""
+    image, path = row.get("image"), row.get("image_path")
+    data = None
+    if isinstance(image, dict):
+        data, image = image.get("bytes"), image.get("path")
+    elif isinstance(image, bytes):
+        data, image = image, None
+    names = [name for name in (path, image) if name is not None]
+    wrong = next((value for value in names if not isinstance(value, str)), None)
+    if wrong is not None or not isinstance(data, bytes | None):
+        got = type(wrong if wrong is not None else data).__name__
+        raise ValueError(f"field image: expected a path, bytes, or both as {{bytes, path}}, got {got}")
+    return RowImage(data, tuple(dict.fromkeys(names)))
+
+
+def image_bytes(image: RowImage, folder: Path) -> bytes:
+    """The picture's bytes, from the row or from the first of its names. Raises ImageFault saying why not."""
+    if image.data is not None:
+        return image.data
+    if not image.names:
+        raise ImageFault("the row has no picture")
+    name = image.names[0]
+    try:
+        path = resolve_image(folder, name)
+        if not path.exists():
+            raise ImageFault(f"image is missing: {name}")
+        if not path.is_file():
+            raise ImageFault(f"image is no regular file: {name}")
+        if path.stat().st_size > MAX_BYTES:
+            raise ImageFault(f"image has {path.stat().st_size} bytes, more than {MAX_BYTES}: {name}")
+        return path.read_bytes()
+    except ImageFault:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError, OSError: a loop of links, a name too long
+        raise ImageFault(str(error)[:300]) from error
+
+
+class ImageStore:
+    """The folder of pictures, images/ab/ab12....jpg. Threads may add at once: the same bytes make the same file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[str, StoredImage | str] = {}  # by digest; a text says what is wrong
+
+    def add(self, data: bytes, digest: str) -> StoredImage:
+        """Checks and writes the picture with these bytes and their SHA-256. Raises ImageFault saying what is wrong."""
+        if digest not in self._known:
+            try:
+                self._known[digest] = self._store(data, digest)
+            except ImageFault as fault:
+                self._known[digest] = str(fault)
+        known = self._known[digest]
+        if isinstance(known, str):
+            raise ImageFault(known)
+        return known
+
+    def _store(self, data: bytes, digest: str) -> StoredImage:
+        if not data:
+            raise ImageFault("image is empty (0 bytes)")
+        if len(data) > MAX_BYTES:
+            raise ImageFault(f"image has {len(data)} bytes, more than {MAX_BYTES}")
+        facts = probe_image(io.BytesIO(data), tuple(ENDINGS))
+        ending = ENDINGS["JPEG" if facts.format == MPO else facts.format]
+        name = f"{digest[:2]}/{digest}.{ending}"
+        path = self.folder / name
+        if not path.exists() or path.stat().st_size != len(data):
+            write_atomic(path, data)
+        return StoredImage(name, facts.width, facts.height, len(data))
+
+    def remove_unused(self, used: Container[str]) -> int:
+        """Deletes pictures stored here that no pair shows, and what a kill left of some; how many there were."""
+        own = [path for path in self.folder.glob("[0-9a-f][0-9a-f]/*") if OWN_FILE.fullmatch(path.name)]
+        unused = [path for path in own if path.relative_to(self.folder).as_posix() not in used]
+        for path in unused:
+            path.unlink()
+        return len(unused)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

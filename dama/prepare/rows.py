@@ -1,0 +1,169 @@
+"""What becomes of one row: a pair with its picture stored, or the reason why it is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dama.console import digest_of
+from dama.pairs import ImageFault, PreferencePair, id_of_row, named_fields, pair_from_row, text_faults
+from dama.prepare.card import NOT_STATED
+from dama.prepare.contamination import Benchmarks, contamination
+from dama.prepare.images import ImageStore, RowImage, image_bytes, image_of_row, sha256
+
+MAX_CHARACTERS = 100_000  # of a question or an answer; a preference pair's have some hundred words
+MAX_DETAIL = 300  # characters of a row that are repeated in a message
+
+UNREADABLE = "unreadable row"
+OTHER_GENERATOR = "other generator"
+EVALUATION = "evaluation image"
+BAD_TEXT = "unusable text"
+BAD_IMAGE = "unusable image"
+REPEATED_PAIR = "repeated pair"
+REPEATED_ID = "repeated id"
+
+Record = dict[str, Any]
+CountTokens = Callable[[Sequence[str]], list[int]]
+
+
+class LeftOut(ValueError):
+    """A row that is left out: one of the reasons above, and what in this row."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a row must be. `generators` are folded names, none: any."""
+
+    generators: frozenset[str]
+    benchmarks: Benchmarks  # their pictures are left out
+    keep_contaminated: bool
+
+
+def folded(name: str) -> str:
+    """A generator's name without case, dashes, underscores and spaces."""
+    return re.sub(r"[-_\s]", "", name.casefold())
+
+
+def generator_of(row: Record) -> str:
+    """The model that wrote the answers: the field generator, else "model" of origin_split, else all of its text."""
+    name = row.get("generator")
+    if name is None:
+        name = row.get("origin_split")
+        with suppress(ValueError, RecursionError, TypeError):  # text that is not JSON, or no text
+            name = json.loads(name)  # type: ignore[arg-type]
+        if isinstance(name, dict):
+            name = name.get("model")
+    return clean(name) if isinstance(name, str) and name.strip() else NOT_STATED
+
+
+def record_of(place: str, row: Any, rules: Rules, image_folder: Path, store: ImageStore) -> Record:
+    """The stage's record of one row: the pair as training reads it with its figures, or why it is left out.
+
+    `image_folder` is where image paths start, for a picture that is not inside the row.
+    """
+    try:
+        return {"place": clean(place), **_pair_record(row, rules, image_folder, store)}
+    except LeftOut as fault:
+        return {"place": clean(place), **_identity(row), "reason": fault.reason, "detail": clean(str(fault))}
+
+
+def _identity(row: Any) -> Record:
+    """Id and picture of a row that is left out, as far as it has them."""
+    identity: Record = {}
+    with suppress(ValueError, AttributeError):  # no record at all, or of other types: the reason says so
+        identity["idx"] = clean(id_of_row(row) or "")
+        identity["image"] = clean(" ".join(image_of_row(row).names))
+    return {name: text for name, text in identity.items() if text}
+
+
+def clean(text: str) -> str:
+    """Short enough to list, and safe to write and to print: control characters and halves of surrogates escaped."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text[: MAX_DETAIL + 1])
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= MAX_DETAIL else text[:MAX_DETAIL] + " ..."
+
+
+def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) -> Record:
+    row, image, generator = _readable(row)
+    if rules.generators and folded(generator) not in rules.generators:
+        raise LeftOut(OTHER_GENERATOR, generator)
+    dataset = row.get("origin_dataset")
+    evaluated = contamination(image.names, dataset if isinstance(dataset, str) else "", rules.benchmarks)
+    if evaluated is not None and not rules.keep_contaminated:
+        raise LeftOut(EVALUATION, evaluated)
+    try:
+        data = image_bytes(image, image_folder)
+        digest = sha256(data)
+        pair = _checked_pair(row, digest)
+        stored = store.add(data, digest)
+    except ImageFault as fault:
+        raise LeftOut(BAD_IMAGE, str(fault)) from fault
+    return {
+        "idx": pair.id,
+        "image": stored.name,
+        "question": pair.question,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "kind": pair.kind,
+        "origin_dataset": pair.source,
+        "generator": "" if generator == NOT_STATED else generator,
+        "origin_image": clean(image.names[0]) if image.names else "",
+        **_scores(row),
+        "size": [stored.width, stored.height, stored.bytes],
+        "contaminated": evaluated,
+    }
+
+
+def _readable(row: Any) -> tuple[Record, RowImage, str]:
+    """The row under our names, its picture and its generator."""
+    try:
+        if isinstance(row, ValueError):
+            raise row
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a record with named fields, got {type(row).__name__}")
+        row = named_fields(row)
+        return row, image_of_row(row), generator_of(row)
+    except ValueError as fault:
+        raise LeftOut(UNREADABLE, str(fault)) from fault
+
+
+def _checked_pair(row: Record, digest: str) -> PreferencePair:
+    """The pair with its picture's digest for a name, so that an absent id is the digest of pair and picture."""
+    try:
+        pair = pair_from_row({**row, "image_path": digest})
+    except ValueError as fault:
+        raise LeftOut(UNREADABLE, str(fault)) from fault
+    texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "id": pair.id}
+    long = [f"{name}: {len(text)} characters" for name, text in texts.items() if len(text) > MAX_CHARACTERS]
+    faults = [f"{fault}, more than {MAX_CHARACTERS}" for fault in long] or list(text_faults(pair))
+    if faults:
+        raise LeftOut(BAD_TEXT, "; ".join(faults))
+    return pair
+
+
+def _scores(row: Record) -> Record:
+    """The released DAMA code's scores as JSON text, the form in which their NaN is still JSON."""
+    names = [name for name in ("logps", "chosen_logits", "rejected_logits") if row.get(name) is not None]
+    return {name: row[name] if isinstance(row[name], str) else json.dumps(row[name]) for name in names}
+
+
+def add_lengths(records: Sequence[Record], count: CountTokens) -> None:
+    """Gives every pair its field lengths: tokens of question, chosen and rejected answer."""
+    pairs = [record for record in records if "reason" not in record]
+    lengths = count([pair[name] for pair in pairs for name in ("question", "chosen", "rejected")])
+    for index, pair in enumerate(pairs):
+        pair["lengths"] = lengths[3 * index : 3 * index + 3]
+
+
+def pair_key(record: Record) -> str:
+    """The same for rows of the same picture, question and answers."""
+    return digest_of([record["image"], *(record[name].strip() for name in ("question", "chosen", "rejected"))])
