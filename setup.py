@@ -71,11 +71,14 @@ setup(
             "trl==1.16.0",
             "datasets>=4",
             "diffusers>=0.36",
+            "nltk>=3.9",
+            "spacy>=3.8",
             *GRADIO_NEEDS,
         ],
         "bench": ["trl==1.16.0", "datasets>=4"],  # scripts/bench/dpo_step.py compares with it
         "serve": ["gradio>=6.31,<7"],
         "flash": ["flash-attn>=2.6"],
+        "eval": ["nltk>=3.9", "spacy>=3.8"],  # the official taggers; their data are downloads of their own
         "quant": ["bitsandbytes>=0.45"],
         "synth": ["diffusers>=0.36"],
     },

@@ -33,7 +33,6 @@ _LOGGING = "Standard output is not swapped for a logger."
 _OWN_DRIVERS = "Generation has one driver, llava/eval/generate.py, which model_vqa and model_vqa_loader put to work."
 _OTHER_BENCHMARKS = "eval/ measures hallucination; for general benchmarks run lmms-eval or VLMEvalKit on the export."
 _JUDGES = "Answers reviewed by GPT, a copy of the program for each benchmark. Benchmarks with a judge belong to eval/."
-_POPE = "POPE's scorer arrives with the evaluation suite."
 _DEMONSTRATION = "Pictures, tables and pages of LLaVA's own demonstration."
 _OLD_SCRIPTS = "Commands of LLaVA before v1.5; those of v1.5 are in scripts/v1_5/."
 _RESAMPLER = "A field without effect that v1.5's checkpoints carry; it is kept when such a checkpoint is saved."
@@ -109,7 +108,6 @@ LEFT_OUT: Mapping[str, str] = {
     "llava/utils.py:handler": _LOGGING,
     "llava/train/train.py:local_rank": _MODULE_STATE,
     "llava/train/train.py:IS_TOKENIZER_GREATER_THAN_0_14": _MODULE_STATE,
-    "llava/eval/eval_pope.py": _POPE,
     "llava/eval/model_qa.py": _OWN_DRIVERS,
     "llava/eval/model_vqa_loader.py:CustomDataset": _OWN_DRIVERS,
     "llava/eval/model_vqa_loader.py:create_data_loader": _OWN_DRIVERS,

@@ -1,159 +1,223 @@
-"""Object HalBench in rule mode: which COCO objects does a caption name, and which of them are not in the picture?
+"""Object HalBench: which COCO objects does a description name, and which of them are not in the picture?
 
-The protocol `objhal-rules` is the official scorer's path without a judge (RLHF-V / RLAIF-V, after CHAIR, Rohrbach et
-al. 2018): the words of the caption itself are matched, and EVERY OCCURRENCE counts. The official path with a judge
-counts each surface string once per response, so mention-level figures of the two are not comparable. Different from the
-official code on purpose: upper case never hides an object ("iPhone"), synonyms of three words match whole, words are
-split at any white space, and a metric with nothing to divide by is None.
+    bench = load(folder)                                  # 300 questions, ground truth, synonyms
+    requests(bench), DECODING                             # for llava.eval.generate, in the RLAIF-V protocol
+    score(bench, answers)                                 # objhal-rules: the words of the answer itself are matched
+    run = judge(bench, answers, JUDGE.settings(url), out)           # or replay(out, judge_requests(...))
+    score(bench, answers, run)                            # objhal-llm: what a judge finds named in the answer
+
+Both are paths of the official scorer (RLHF-V / RLAIF-V, after CHAIR, Rohrbach et al. 2018). By rules EVERY OCCURRENCE
+counts, with a judge each surface string once per answer, so that mention-level figures of the two are not comparable.
+Different from the original on purpose: upper case hides no object, a phrase hides none beside it, synonyms of three
+words match whole, words are split at any white space, "()" is an empty list, a verdict that cannot be read is counted
+and in no metric, and a metric with nothing to divide by is None. `official_quirks` reads verdicts as the original.
 """
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from dama.chat import ChatRequest, ChatSettings
+from dama.console import say
+from dama.pairs import fault_list
+from eval.core.judge import QUIRKS, JudgedBenchmark, JudgedQuestion, JudgeRun, OfficialJudge, after_thoughts, ask_judge
+from eval.core.nouns import FALLBACK, Tagger, rule_tagger, spacy_tagger
+from eval.core.objects import Mention, ObjectVocabulary
+from eval.core.official import REMEDY, official_prompt, read_json, read_records, refuse_faults
+from eval.core.ruled import aligned
 from eval.core.statistics import Interval, paired_difference, ratio_interval
 from eval.core.types import Answer
 
-PROTOCOL = "objhal-rules"
+if TYPE_CHECKING:
+    from llava.eval.generate import Request
 
-# A word keeps its hyphens ("dog-like" names no dog); "man's" gives man and s.
-_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
+PROTOCOL, JUDGED = "objhal-rules", "objhal-llm"
+DECODING: dict[str, Any] = {"max_new_tokens": 1024, "num_beams": 3, "temperature": 0.0}  # of llava.eval.generate
+JUDGE = OfficialJudge("gpt-3.5-turbo-0613", temperature=0.0, max_tokens=512)  # the original: at temperature 0.2
+SHORTEST_ASKED = 4  # words; shorter answers name nothing and no judge is asked
 
-_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
-# Two-word rules of CHAIR beside the vocabulary's own phrases. Values outside the vocabulary are named on purpose:
-# a "home plate" is no plate, a "train track" no train.
-_PHRASES = {
-    **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
-    "passenger jet": "jet",
-    "passenger train": "train",
-    "bow tie": "tie",
-    "toilet seat": "toilet",
-    "wine glas": "wine glass",
-    "home plate": "home plate",
-    "train track": "train track",
-}
-
-_IRREGULAR = {"mice": "mouse", "geese": "goose", "oxen": "ox", "people": "person"}
-# Plural ending -> singular endings to try, in this order; "-es" goes only where it is needed: "skies" are no ski.
-_ENDINGS = (
-    ("children", ("child",)),
-    ("men", ("man",)),
-    ("ies", ("y",)),
-    ("ves", ("f", "fe")),
-    *((f"{sibilant}es", (sibilant,)) for sibilant in ("s", "x", "z", "ch", "sh", "o")),
-    ("s", ("",)),
-)
+_PROMPT_SHA256 = "c3dc8146b288c75245224456441b366c51eb64a173436beb05fbffbd6bec06ff"
+_QUIRK_TEMPERATURE = 0.2
+_QUESTION = {"org_idx": (int,), "image_id": (int,), "question": (str,)}
+_IMAGE = "COCO_val2014_{:012d}.jpg"
 
 
-@dataclass(frozen=True)
-class Mention:
-    """One object named in a text: the vocabulary's word for it, its COCO node, and text[start:end] as written."""
-
-    surface: str
-    node: str
-    start: int
-    end: int
+# ------------------------------------------------------------------------------------------------------ benchmark
 
 
-@dataclass(frozen=True)
-class ObjectVocabulary:
-    """node_of: word or phrase -> node. phrases: words of a phrase -> the word it stands for, in node_of or not."""
+@dataclass(frozen=True, kw_only=True)
+class ObjHal(JudgedBenchmark):
+    """ground_truth: image_id of a question -> the nodes in its picture, possibly none."""
 
-    node_of: Mapping[str, str]
-    phrases: Mapping[tuple[str, ...], str]
-    words: frozenset[str]
-    longest: int
-
-    @classmethod
-    def from_mapping(cls, synonyms: Mapping[str, Iterable[str]]) -> ObjectVocabulary:
-        """node -> its synonyms (the node itself need not be repeated). Raises ValueError for a word of two nodes."""
-        node_of: dict[str, str] = {}
-        for node, others in synonyms.items():
-            for word in (node, *others):
-                surface = " ".join(word.lower().split())
-                if node_of.setdefault(surface, node) != node:
-                    raise ValueError(
-                        f"object vocabulary: {surface!r} belongs to {node_of[surface]!r} and to {node!r}, "
-                        "expected one node per word; remove it from one of them"
-                    )
-        own = {surface: surface for surface in node_of if " " in surface}
-        rules = {phrase: word for phrase, word in _PHRASES.items() if word in node_of or phrase not in own}
-        phrases = {tuple(phrase.split()): word for phrase, word in {**own, **rules}.items()}
-        words = frozenset(word for phrase in (*node_of, *_PHRASES) for word in phrase.split())
-        return cls(node_of, phrases, words, max(len(phrase) for phrase in phrases))
-
-    @classmethod
-    def from_synonym_lines(cls, lines: Iterable[str]) -> ObjectVocabulary:
-        """The official file's format: one line "node, synonym, synonym, ..." per node; blank lines are skipped."""
-        rows = [[word.strip() for word in line.split(",") if word.strip()] for line in lines]
-        return cls.from_mapping({row[0]: tuple(row[1:]) for row in rows if row})
-
-    @property
-    def nodes(self) -> frozenset[str]:
-        return frozenset(self.node_of.values())
-
-    def mentions(self, text: str) -> list[Mention]:
-        """The objects that `text` names, in order, every occurrence."""
-        found = [
-            Mention(surface, self.node_of[surface], start, end)
-            for surface, start, end in self._surfaces(text)
-            if surface in self.node_of
-        ]
-        # The seat of a toilet is not a chair.
-        if any(mention.surface == "toilet" for mention in found):
-            found = [mention for mention in found if mention.surface != "seat"]
-        return found
-
-    def _surfaces(self, text: str) -> Iterator[tuple[str, int, int]]:
-        """Singular words from left to right, with the longest phrase that begins at a word in its place."""
-        matches = list(_WORD.finditer(text))
-        words = [singularise(match.group().lower(), self.words) for match in matches]
-        # joined[i]: only white space lies between word i - 1 and word i, so a comma ends a phrase.
-        joined = [i > 0 and text[matches[i - 1].end() : match.start()].isspace() for i, match in enumerate(matches)]
-        i = 0
-        while i < len(words):
-            length = self._phrase_length(words, joined, i)
-            surface = self.phrases[tuple(words[i : i + length])] if length > 1 else words[i]
-            yield surface, matches[i].start(), matches[i + length - 1].end()
-            i += length
-
-    def _phrase_length(self, words: Sequence[str], joined: Sequence[bool], i: int) -> int:
-        for length in range(min(self.longest, len(words) - i), 1, -1):
-            if tuple(words[i : i + length]) in self.phrases and all(joined[i + 1 : i + length]):
-                return length
-        return 1
+    ground_truth: Mapping[str, frozenset[str]]
+    vocabulary: ObjectVocabulary
 
 
-def singularise(word: str, known: Collection[str]) -> str:
-    """The singular of a lower-case word if it is among the known words, else the word unchanged.
+def load(folder: str | Path) -> ObjHal:
+    """obj_halbench_300_questions.jsonl, gt_objects_300.json, synonyms_refine.txt of folder/objhal; coco/val2014.
 
-    Because only a known singular is accepted, the rules may be generous: "stoves" tries stof and stofe before stove.
-    A known word stays as it is (skis, scissors, bus, children).
+    The judge's prompt: folder/prompts/objhal_extract.txt, or a string in folder/objhal/eval_gpt_obj_halbench.py; rules
+    need none. Raises ValueError, naming file and fields, also for ground truth that is absent or no node.
     """
-    if word in known:
-        return word
-    return next((singular for singular in _singulars(word) if singular in known), word)
+    home, images = Path(folder) / "objhal", Path(folder) / "coco/val2014"
+    vocabulary = ObjectVocabulary.from_synonym_lines(_read_lines(home / "synonyms_refine.txt"))
+    path = home / "obj_halbench_300_questions.jsonl"
+    rows = read_records(path, _QUESTION)
+    twice = [number for number, times in Counter(row["org_idx"] for row in rows).items() if times > 1]
+    refuse_faults(path, [f"field 'org_idx': {number} is used more than once" for number in twice])
+    truth = _read_truth(home / "gt_objects_300.json", [row["image_id"] for row in rows], vocabulary)
+    questions = tuple(_question(row, truth[row["image_id"]]) for row in rows)
+    scripts = [Path(folder) / "prompts/objhal_extract.txt", home / "eval_gpt_obj_halbench.py"]
+    prompt = official_prompt(scripts, _PROMPT_SHA256) if any(path.is_file() for path in scripts) else ""
+    by_image = {question.image_id: truth[row["image_id"]] for question, row in zip(questions, rows)}
+    return ObjHal(questions, prompt, images, ground_truth=by_image, vocabulary=vocabulary)
 
 
-def _singulars(word: str) -> Iterator[str]:
-    if word in _IRREGULAR:
-        yield _IRREGULAR[word]
-    for ending, replacements in _ENDINGS:
-        if word.endswith(ending) and not word.endswith("ss"):
-            yield from (word.removesuffix(ending) + replacement for replacement in replacements)
+def _read_lines(path: Path) -> list[str]:
+    refuse_faults(path, [] if path.is_file() else ["missing"])
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _read_truth(path: Path, pictures: Iterable[int], vocabulary: ObjectVocabulary) -> dict[int, frozenset[str]]:
+    """COCO id -> nodes, of these pictures."""
+    rows = read_json(path)
+    refuse_faults(path, [] if isinstance(rows, dict) else [f"expected an object, got {type(rows).__name__}"])
+    faults = []
+    for picture in pictures:
+        nodes = rows.get(str(picture))
+        if not isinstance(nodes, list):
+            faults.append(f"picture {picture}: expected a list of its objects, got {nodes!r}")
+        elif unknown := sorted(set(nodes) - vocabulary.nodes):
+            faults.append(f"picture {picture}: {unknown} are no nodes of synonyms_refine.txt")
+    refuse_faults(path, faults)
+    return {picture: frozenset(rows[str(picture)]) for picture in pictures}
+
+
+def _question(row: Mapping[str, Any], truth: frozenset[str]) -> JudgedQuestion:
+    listed = ", ".join(sorted(truth))
+    return JudgedQuestion(str(row["org_idx"]), _IMAGE.format(row["image_id"]), row["question"], listed)
+
+
+def ground_truth_from_coco(
+    instances: Mapping[str, Any], captions: Mapping[str, Any], pictures: Iterable[int], vocabulary: ObjectVocabulary
+) -> dict[int, list[str]]:
+    """COCO id -> sorted nodes: the categories of its instances, and what its reference captions name.
+
+    instances, captions: the contents of COCO's instances_*.json and captions_*.json.
+    """
+    found: dict[int, set[str]] = {picture: set() for picture in pictures}
+    categories = {row["id"]: vocabulary.node_of[row["name"]] for row in instances["categories"]}
+    for row in instances["annotations"]:
+        if row["image_id"] in found:
+            found[row["image_id"]].add(categories[row["category_id"]])
+    for row in captions["annotations"]:
+        if row["image_id"] in found:
+            found[row["image_id"]] |= {mention.node for mention in vocabulary.mentions(row["caption"])}
+    return {picture: sorted(nodes) for picture, nodes in found.items()}
+
+
+def requests(bench: ObjHal) -> list[Request]:
+    """What the model is asked: the raw question."""
+    return bench.requests()
+
+
+# ---------------------------------------------------------------------------------------------------------- judge
+
+
+def judge_requests(bench: ObjHal, answers: Iterable[Answer], *, official_quirks: bool = False) -> list[ChatRequest]:
+    """What the judge is asked about each answer of more than three words: the official prompt as a system message."""
+    if not bench.judge_prompt:
+        raise ValueError(
+            "Object HalBench: expected the judge's prompt in prompts/objhal_extract.txt or "
+            f"objhal/eval_gpt_obj_halbench.py, got neither\nRemedy: {REMEDY}"
+        )
+    return [
+        ChatRequest(question.id, ({"role": "system", "content": _filled(bench.judge_prompt, question, answer)},))
+        for question, answer in bench.answered(answers)
+        if len(_spoken(answer).split()) >= SHORTEST_ASKED
+    ]
+
+
+def _spoken(answer: Answer) -> str:
+    return answer.text.replace("Assistant:", "").strip()
+
+
+def _filled(template: str, question: JudgedQuestion, answer: Answer) -> str:
+    """Both slots at once, so that braces in an answer are only braces."""
+    slots = {"{question}": question.prompt, "{answer}": _spoken(answer)}
+    return re.sub("|".join(map(re.escape, slots)), lambda slot: slots[slot[0]], template)
+
+
+def judge(
+    bench: ObjHal,
+    answers: Iterable[Answer],
+    settings: ChatSettings,
+    out: str | Path,
+    *,
+    tries: int = 3,
+    official_quirks: bool = False,
+) -> JudgeRun:
+    """Asks what each answer names and writes out/verdicts.jsonl. Unreadable lists are asked for up to `tries` times."""
+    read: Callable[[str], list[str] | None] = parse
+    if official_quirks:
+        read, settings = parse_official, replace(settings, temperature=_QUIRK_TEMPERATURE, top_p=1.0)
+    return ask_judge(settings, judge_requests(bench, answers), out, bench.prompt_digest, parse=read, tries=tries)
+
+
+def parse(text: str) -> list[str] | None:
+    """The last list of strings in the reply, in whatever it is wrapped; "()" is the empty list; None without one."""
+    text = after_thoughts(text)
+    if re.fullmatch(r"\W*\(\s*\)\W*", text):  # what the prompt's rule 5 asks for
+        return []
+    lists = [_literal(found) for found in re.findall(r"\[[^\[\]]*\]", text)]
+    return next((found for found in reversed(lists) if found is not None), None)
+
+
+def _literal(text: str) -> list[str] | None:
+    for read in (json.loads, ast.literal_eval):  # with double quotes, or with single ones
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError):
+            continue
+        if isinstance(found, list) and all(isinstance(name, str) for name in found):
+            return found
+    return None
+
+
+def parse_official(text: str) -> list[str] | None:
+    """As the original: the whole text is JSON, or its last line where there is a [" in it; so "()" is none."""
+    for candidate in (text, *text.splitlines()[-1:] * ('["' in text)):
+        try:
+            found = json.loads(candidate)
+        except ValueError:
+            continue
+        return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else None
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------- scoring
 
 
 @dataclass(frozen=True)
 class ObjHalItem:
-    """One caption, the objects it names, and the nodes that are in its picture."""
+    """One answer, the objects it names that count, and the nodes that are in its picture.
+
+    marks: where the text names them. unparsed: the judge's verdict could not be read, so that nothing is known.
+    """
 
     answer: Answer
     mentions: tuple[Mention, ...]
+    marks: tuple[Mention, ...]
     truth: frozenset[str]
+    image: str = ""
+    unparsed: bool = False
 
     @property
     def hallucinated(self) -> tuple[Mention, ...]:
@@ -165,28 +229,34 @@ class ObjHalItem:
 
     @property
     def words(self) -> int:
-        return len(self.answer.text.replace("Assistant:", "").split())
+        return len(_spoken(self.answer).split())
 
     @property
     def repeated(self) -> int:
         """Objects named more than once by the same word: "a dog and a dog" is one, "a man and a woman" is none."""
-        return sum(count > 1 for count in Counter(mention.surface for mention in self.mentions).values())
+        return sum(count > 1 for count in Counter(mark.surface for mark in self.marks).values())
 
     def spans(self) -> list[tuple[int, int, Literal["hallucinated", "correct"]]]:
-        """(start, end, kind) per mention, character offsets into the answer's text, for marking them in place."""
-        return [(m.start, m.end, "correct" if m.node in self.truth else "hallucinated") for m in self.mentions]
+        """(start, end, kind) per mark, character offsets into the answer's text, for marking them in place."""
+        return [(m.start, m.end, "correct" if m.node in self.truth else "hallucinated") for m in self.marks]
 
     def record(self) -> dict[str, Any]:
+        """As in results.json."""
         return {
-            "question_id": self.answer.id,
+            "id": self.answer.id,
             "image_id": self.answer.image_id,
+            "image": self.image,
             "prompt": self.answer.prompt,
             "text": self.answer.text,
+            "truth": sorted(self.truth),
+            "wrong": None if self.unparsed else bool(self.hallucinated),
+            "spans": [[start, end] for start, end, kind in self.spans() if kind == "hallucinated"],
+            "parts": {name: [float(number) for number in part(self)] for name, part in METRICS.items()},
             "mentions": [
                 {"surface": m.surface, "node": m.node, "start": m.start, "end": m.end, "correct": m.node in self.truth}
                 for m in self.mentions
             ],
-            "missed": sorted(self.truth - self.found),
+            "missed": [] if self.unparsed else sorted(self.truth - self.found),
             "words": self.words,
             "repeated_objects": self.repeated,
         }
@@ -195,49 +265,141 @@ class ObjHalItem:
 # Each metric is sum(first) / sum(second) over the items; rates in percent, words and objects per response.
 METRICS: dict[str, Callable[[ObjHalItem], tuple[float, float]]] = {
     "response_level": lambda item: (100.0 * bool(item.hallucinated), bool(item.mentions)),  # CHAIRs_refine
-    "chairs": lambda item: (100.0 * bool(item.hallucinated), 1),
+    "chairs": lambda item: (100.0 * bool(item.hallucinated), not item.unparsed),
     "mention_level": lambda item: (100.0 * len(item.hallucinated), len(item.mentions)),  # CHAIRi
-    "object_recall": lambda item: (100.0 * len(item.found), len(item.truth)),
+    "object_recall": lambda item: (100.0 * len(item.found), 0 if item.unparsed else len(item.truth)),
     "mean_words": lambda item: (item.words, 1),
-    "repeated_objects": lambda item: (item.repeated, 1),
+    "repeated_objects": lambda item: (item.repeated, 0 if item.unparsed else 1),
 }
 
 
 @dataclass(frozen=True)
 class ObjHalScore:
-    """metrics: the names of METRICS -> value with its 95 % bootstrap interval over pictures; None where undefined."""
+    """metrics: the names of METRICS -> value with its 95 % bootstrap interval over pictures; None where undefined.
+
+    judge: as in results.json, None by rules. missing: ids of the questions without answer.
+    """
 
     items: tuple[ObjHalItem, ...]
     metrics: Mapping[str, Interval]
     protocol: str = PROTOCOL
+    judge: Mapping[str, Any] | None = None
+    missing: tuple[str, ...] = ()
+
+    @property
+    def unparsed(self) -> tuple[str, ...]:
+        return tuple(item.answer.id for item in self.items if item.unparsed)
 
     def counts(self) -> dict[str, int]:
         return {
             "answers": len(self.items),
-            "answers_without_object": sum(not item.mentions for item in self.items),
+            "missing": len(self.missing),
+            "unparsed": len(self.unparsed),
+            "answers_without_object": sum(not item.mentions and not item.unparsed for item in self.items),
             "mentions": sum(len(item.mentions) for item in self.items),
             "hallucinated_mentions": sum(len(item.hallucinated) for item in self.items),
             "objects_in_pictures": sum(len(item.truth) for item in self.items),
         }
 
-    def metrics_record(self) -> dict[str, dict[str, float | None]]:
-        return {name: interval._asdict() for name, interval in self.metrics.items()}
+    def metrics_record(self) -> dict[str, float | None]:
+        """As in results.json."""
+        return {name: interval.value for name, interval in self.metrics.items()}
+
+
+def score(
+    bench: ObjHal,
+    answers: Iterable[Answer],
+    run: JudgeRun | None = None,
+    *,
+    tagger: Tagger | None = None,
+    official_quirks: bool = False,
+) -> ObjHalScore:
+    """By rules, or from a judge's verdicts where there is a run of them.
+
+    tagger: finds the nouns in what the judge extracted; spaCy's en_core_web_trf where it can be loaded, else rules, and
+    then the protocol says so. ValueError for an answer that the judge was not asked about.
+    """
+    answered = bench.answered(answers)
+    missing = tuple(sorted({question.id for question in bench.questions} - {question.id for question, _ in answered}))
+    named = [replace(answer, image_id=question.image_id) for question, answer in answered]
+    images = {question.image_id: question.image for question, _ in answered}
+    if run is None:
+        if official_quirks:
+            raise ValueError(f"{PROTOCOL}: official_quirks are those of {JUDGED}; give its verdicts or leave it out")
+        return replace(score_captions(named, bench.ground_truth, bench.vocabulary, images), missing=missing)
+    tagger = tagger or spacy_tagger() or _fallback(bench.vocabulary)
+    extracted = _extracted(named, run, parse_official if official_quirks else parse)
+    items = tuple(
+        _judged_item(answer, extracted[answer.id], bench, images[answer.image_id], tagger, official_quirks)
+        for answer in named
+    )
+    label = JUDGED + f"-{FALLBACK}" * (tagger.name == FALLBACK) + QUIRKS * official_quirks
+    return replace(_score(items, label), judge=run.provenance(), missing=missing)
+
+
+def _fallback(vocabulary: ObjectVocabulary) -> Tagger:
+    say(f"{JUDGED}: spaCy's en_core_web_trf cannot be loaded, so rules find the nouns; figures labelled {FALLBACK}")
+    return rule_tagger(vocabulary.words)
+
+
+def _extracted(
+    answers: Sequence[Answer], run: JudgeRun, read: Callable[[str], list[str] | None]
+) -> dict[str, list[str] | None]:
+    """Answer id -> what the judge found named in it; None where its verdict is no list."""
+    verdicts = {verdict.id: verdict.text for verdict in run.verdicts}
+    long = {answer.id for answer in answers if len(_spoken(answer).split()) >= SHORTEST_ASKED}
+    faults = [f"answer {id_!r}: no verdict" for id_ in sorted(long - verdicts.keys())]
+    faults += [f"verdict on {id_!r}: there is no such answer" for id_ in sorted(verdicts.keys() - long)]
+    if faults:
+        raise ValueError(fault_list("verdicts", faults, "score the answers that the judge was asked about"))
+    return {answer.id: read(verdicts[answer.id] or "") if answer.id in long else [] for answer in answers}
+
+
+def _judged_item(
+    answer: Answer, objects: list[str] | None, bench: ObjHal, image: str, tagger: Tagger, official_quirks: bool
+) -> ObjHalItem:
+    truth, vocabulary = bench.ground_truth[answer.image_id], bench.vocabulary
+    if objects is None:
+        return ObjHalItem(answer, (), (), truth, image, unparsed=True)
+    surfaces: dict[str, None] = {}
+    for name in objects:
+        named = vocabulary.surfaces_of(tagger.words(f"a {name}"), official_quirks=official_quirks)
+        surfaces |= dict.fromkeys(named)
+    if "toilet" in surfaces:
+        surfaces.pop("seat", None)
+    known = vocabulary.spelled if official_quirks else vocabulary.node_of.keys()
+    mentions = [Mention(surface, vocabulary.node_of[surface.lower()]) for surface in surfaces if surface in known]
+    nodes = {mention.node for mention in mentions}
+    marks = tuple(mark for mark in vocabulary.mentions(answer.text) if mark.node in nodes)
+    place = {mark.surface: mark for mark in reversed(marks)}
+    return ObjHalItem(answer, tuple(place.get(m.surface, m) for m in mentions), marks, truth, image)
 
 
 def score_captions(
-    captions: Iterable[Answer], ground_truth: Mapping[str, Collection[str]], vocabulary: ObjectVocabulary
+    captions: Iterable[Answer],
+    ground_truth: Mapping[str, Collection[str]],
+    vocabulary: ObjectVocabulary,
+    images: Mapping[str, str] | None = None,
 ) -> ObjHalScore:
-    """Scores captions against image_id -> nodes in that picture (possibly none).
+    """Scores captions by rules, against image_id -> nodes in that picture (possibly none). images: id -> file name.
 
     Raises ValueError for a caption whose picture has no ground truth, and for a node that the vocabulary lacks.
     """
-    items = tuple(_item(answer, ground_truth, vocabulary) for answer in captions)
+    return _score(tuple(_item(answer, ground_truth, vocabulary, images or {}) for answer in captions), PROTOCOL)
+
+
+def _score(items: tuple[ObjHalItem, ...], protocol: str) -> ObjHalScore:
     groups = [item.answer.image_id for item in items]
     metrics = {name: ratio_interval(*_sums(items, name), groups) for name in METRICS}
-    return ObjHalScore(items, metrics)
+    return ObjHalScore(items, metrics, protocol)
 
 
-def _item(answer: Answer, ground_truth: Mapping[str, Collection[str]], vocabulary: ObjectVocabulary) -> ObjHalItem:
+def _item(
+    answer: Answer,
+    ground_truth: Mapping[str, Collection[str]],
+    vocabulary: ObjectVocabulary,
+    images: Mapping[str, str],
+) -> ObjHalItem:
     if answer.image_id not in ground_truth:
         raise ValueError(
             f"answer {answer.id!r}: image_id {answer.image_id!r} is not among the {len(ground_truth)} pictures with "
@@ -249,7 +411,8 @@ def _item(answer: Answer, ground_truth: Mapping[str, Collection[str]], vocabular
             f"ground truth of picture {answer.image_id!r}: {sorted(unknown)} are no nodes of the vocabulary, so no "
             "caption can name them; use the vocabulary that the ground truth was made with"
         )
-    return ObjHalItem(answer, tuple(vocabulary.mentions(answer.text)), truth)
+    mentions = tuple(vocabulary.mentions(answer.text))
+    return ObjHalItem(answer, mentions, mentions, truth, images.get(answer.image_id, ""))
 
 
 def _sums(items: Sequence[ObjHalItem], metric: str) -> tuple[list[float], list[float]]:
@@ -280,15 +443,19 @@ _COLUMNS = {
 
 
 def format_table(rows: Mapping[str, ObjHalScore]) -> str:
-    """One aligned line per model under a heading, each figure as "value [low, high]" with its 95 % interval, or n/a."""
-    lines = [["", *(title for title, _ in _COLUMNS.values())]]
+    """One aligned line per model: each figure as "value [low, high]" with its 95 % interval, or n/a, and its protocol.
+
+    Below: the answers that are in no metric but the words, and the questions without answer.
+    """
+    lines = [["", "protocol", *(title for title, _ in _COLUMNS.values())]]
     for name, score in rows.items():
-        lines.append([name, *(_cell(score.metrics[key], decimals) for key, (_, decimals) in _COLUMNS.items())])
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-        for line in lines
-    )
+        cells = (_cell(score.metrics[key], decimals) for key, (_, decimals) in _COLUMNS.items())
+        lines.append([name, score.protocol, *cells])
+    notes = []
+    for name, score in rows.items():
+        for what, ids in (("no readable list from the judge", score.unparsed), ("no answer", score.missing)):
+            notes += [f"{name}: {what}: {len(ids)} of {len(score.items) + len(score.missing)}"] * bool(ids)
+    return "\n".join([aligned(lines), *notes])
 
 
 def _cell(interval: Interval, decimals: int) -> str:

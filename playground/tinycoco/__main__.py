@@ -1,4 +1,4 @@
-"""`python -m playground.tinycoco scenes | report | build | figures`: the miniature world's commands."""
+"""`python -m playground.tinycoco scenes | report | benchmarks | build | figures`: the miniature world's commands."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the one before alignment first"
     )
+    benchmarks = commands.add_parser(
+        "benchmarks", help="write POPE and AMBER questions about held-out scenes, in the official files' formats"
+    )
+    benchmarks.add_argument("--out", type=Path, required=True, help="folder; DAMA_BENCH_DATA for scripts/eval_pope.sh")
+    benchmarks.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: %(default)s)")
+    benchmarks.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
     build = commands.add_parser("build", help="rebuild every shipped file from nothing (up to 30 minutes on 2 cores)")
     build.add_argument("--out", type=Path, default=Path(__file__).parent, help="for weights/ and pairs.json")
     build.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
@@ -44,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from playground.tinycoco.build import build
 
             build(args.out, args.work, args.seed)
+        elif args.command == "benchmarks":
+            from playground.tinycoco.benchmarks import write_benchmarks
+
+            write_benchmarks(args.out, args.scenes, args.split)
         elif args.command == "figures":
             from playground.tinycoco.build import judge, measure
 

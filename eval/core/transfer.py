@@ -1,0 +1,181 @@
+"""Files from untrusted homes: one over HTTP, continued where it broke off and checked; or out of an archive."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import stat
+import time
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+ATTEMPTS = 3  # in a row that bring no byte
+TIMEOUT = 30.0  # seconds without a byte
+PAUSE = 0.25  # seconds after an attempt, doubled with each
+LARGEST_MEMBER = 1 << 29  # bytes of a file in an archive
+_BLOCK = 1 << 18
+_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+_BROKEN = (OSError, http.client.HTTPException)
+
+Report = Callable[[int, int | None], Any]
+"""(bytes that came, bytes that are still expected or None where the server does not say)."""
+
+
+class TransferError(OSError):
+    """What is wrong, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """revision: the commit that a hub says the file is of, or ""."""
+
+    sha256: str
+    size: int
+    revision: str
+
+
+def download(
+    url: str,
+    target: Path,
+    sha256: str | None = None,
+    *,
+    check: Callable[[Path], Any] | None = None,
+    report: Report = lambda new, left: None,
+) -> Received:
+    """Brings `url` to `target`, which appears when it is whole and right and not before.
+
+    What arrived before a cut is kept in TARGET.part and continued, in this run or a later one, provided that the file
+    at its home is still the same. check: raises where the content is of no use. Raises TransferError.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise TransferError(f"no http or https address: {url!r}")
+    part = target.with_name(target.name + ".part")
+    revision = _until_whole(url, part, sha256 is not None, report)
+    found = digest(part)
+    try:
+        if sha256 not in (None, found):
+            raise TransferError(f"expected SHA-256 {sha256}, got {found}")
+        if check is not None:
+            check(part)
+    except Exception:
+        _forget(part)
+        raise
+    os.replace(part, target)
+    _validator(part).unlink(missing_ok=True)
+    return Received(found, target.stat().st_size, revision)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 in hex, as sha256sum prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _until_whole(url: str, part: Path, pinned: bool, report: Report) -> str:
+    """Tries until all is there; gives up after ATTEMPTS in a row without a new byte. Returns the revision."""
+    idle = 0
+    while True:
+        before = _size(part)
+        try:
+            return _continue(url, part, pinned, report)
+        except HTTPError as error:
+            if error.code == 416:  # what we hold is no beginning of it
+                _forget(part)
+            elif error.code not in _AGAIN:
+                raise TransferError(f"HTTP status {error.code} {error.reason}") from error
+            reason: Exception = error
+        except _BROKEN as error:
+            reason = error
+        idle = 0 if _size(part) > before else idle + 1
+        if idle == ATTEMPTS:
+            raise TransferError(f"{type(reason).__name__}: {reason}") from reason
+        time.sleep(PAUSE * 2**idle)
+
+
+def _continue(url: str, part: Path, pinned: bool, report: Report) -> str:
+    """One request for what is missing. Raises where the connection ends too early."""
+    held, validator = _size(part), _validator(part)
+    headers = {"User-Agent": "dama-mllm"}
+    if held and (validator.is_file() or pinned):
+        headers["Range"] = f"bytes={held}-"
+        if validator.is_file():
+            headers["If-Range"] = validator.read_text()
+    with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as reply:
+        if reply.status != 206 or not reply.headers.get("Content-Range", "").startswith(f"bytes {held}-"):
+            if reply.status == 206:
+                _forget(part)
+                raise TransferError(f"asked for bytes from {held}, got {reply.headers.get('Content-Range')}")
+            held = 0
+            part.parent.mkdir(parents=True, exist_ok=True)
+            _remember_validator(validator, reply.headers)
+        left = reply.length
+        with open(part, "ab" if held else "wb") as file:
+            report(0, left)
+            while block := reply.read(_BLOCK):
+                file.write(block)
+                report(len(block), None)
+        if left is not None and _size(part) < held + left:
+            raise TransferError(f"the connection ended after {_size(part)} of {held + left} bytes")
+        return reply.headers.get("X-Repo-Commit", "")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _validator(part: Path) -> Path:
+    """Holds what tells two versions of the file apart: its ETag or date, as its home gave it."""
+    return part.with_name(part.name + ".version")
+
+
+def _remember_validator(path: Path, headers: Any) -> None:
+    etag = headers.get("ETag", "")
+    value = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
+    path.unlink(missing_ok=True)
+    if value:
+        path.write_text(value)
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _validator(part).unlink(missing_ok=True)
+
+
+def members(archive: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files of a zip archive with these last names, wherever in it they are.
+
+    Raises TransferError, before anything is read, where the archive is damaged, or has a path that leaves a folder, a
+    link, or two files of one of the names.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            infos = [info for info in file.infolist() if not info.is_dir()]
+            wanted = [info for info in infos if PurePosixPath(info.filename).name in names]
+            _refuse_members(infos, wanted)
+            for info in wanted:
+                yield PurePosixPath(info.filename).name, file.read(info)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise TransferError(f"{archive.name} is no zip archive that can be read ({error})") from error
+
+
+def _refuse_members(infos: Collection[zipfile.ZipInfo], wanted: Collection[zipfile.ZipInfo]) -> None:
+    for info in infos:
+        path = PurePosixPath(info.filename)
+        windows = PureWindowsPath(info.filename)
+        if path.is_absolute() or windows.drive or windows.root or ".." in (*path.parts, *windows.parts):
+            raise TransferError(f"its member {info.filename!r} leaves the folder; nothing was taken out")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise TransferError(f"its member {info.filename!r} is a link; nothing was taken out")
+    last = [PurePosixPath(info.filename).name for info in wanted]
+    twice = sorted({name for name in last if last.count(name) > 1})
+    if twice:
+        raise TransferError(f"it has two files named {twice[0]!r}; nothing was taken out")
+    large = [info.filename for info in wanted if info.file_size > LARGEST_MEMBER]
+    if large:
+        raise TransferError(f"its member {large[0]!r} has more than {LARGEST_MEMBER} bytes; nothing was taken out")

@@ -1,0 +1,206 @@
+"""POPE (Li et al. 2023): reading yes/no answers, counting them, and LLaVA's command that prints the figures:
+`python -m llava.eval.eval_pope --annotation-dir DIR --question-file Q.jsonl --result-file A.jsonl`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dama.console import report_error, say
+from dama.pairs import fault_list
+
+Reply = Literal["yes", "no"]
+
+# LLaVA numbers the three splits' questions in one file: the split's own number plus a multiple of this.
+NUMBERS_A_SPLIT = 10_000_000
+OFFSETS = {"adversarial": 0, "random": NUMBERS_A_SPLIT, "popular": 2 * NUMBERS_A_SPLIT}
+
+_YES, _NO = frozenset(("yes", "yeah", "yep")), frozenset(("no", "not", "none", "nope", "nothing"))
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
+
+
+# -------------------------------------------------------------------------------------------------- reading answers
+
+
+def read_answer(text: str) -> Reply | None:
+    """What the first sentence says: its first "yes" or negation, or a plain "there is"; None where it says neither.
+
+    Case does not count. "Yes, and it is not small." is yes, "There isn't." no, "A snowboard." and "" are None.
+    """
+    words = _WORD.findall(text.strip().split(".")[0].lower())
+    for word in words:
+        if word in _YES:
+            return "yes"
+        if word in _NO or word.endswith(("n't", "n\u2019t")):
+            return "no"
+    return "yes" if words[:1] == ["there"] and words[1:2] in (["is"], ["are"]) else None
+
+
+def official_reading(text: str) -> Reply:
+    """As the original: no where "No", "no" or "not" is among the words before the first full stop, all else is yes."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+# ---------------------------------------------------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Answers by what they say and by what is true; `unread` say neither and are right in no case."""
+
+    tp: int = 0
+    fp: int = 0
+    tn: int = 0
+    fn: int = 0
+    unread_positive: int = 0  # of questions whose right answer is the positive one
+    unread_negative: int = 0
+
+    @property
+    def unread(self) -> int:
+        return self.unread_positive + self.unread_negative
+
+    @property
+    def answers(self) -> int:
+        return self.tp + self.fp + self.tn + self.fn + self.unread
+
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """Metric -> (numerator, denominator). Both are sums over answers, so they may be added before dividing.
+
+        F1 = 2 P R / (P + R) = 2 TP / (answered positive + truly positive).
+        """
+        said, true = self.tp + self.fp, self.tp + self.fn + self.unread_positive
+        return {
+            "accuracy": (self.tp + self.tn, self.answers),
+            "precision": (self.tp, said),
+            "recall": (self.tp, true),
+            "f1": (2 * self.tp, said + true),
+            "yes_ratio": (said, self.answers),
+        }
+
+    def ratios(self) -> dict[str, float | None]:
+        """Metric -> value from 0 to 1, None where there is nothing to divide by."""
+        return {name: above / below if below else None for name, (above, below) in self.parts().items()}
+
+
+def count(pairs: Iterable[tuple[str | None, str]], positive: str = "yes") -> Counts:
+    """Counts (what the answer says, what is true), either "yes" or "no", the first None where it cannot be read."""
+    found = dict.fromkeys(Counts.__dataclass_fields__, 0)
+    for said, true in pairs:
+        if said is None:
+            found["unread_positive" if true == positive else "unread_negative"] += 1
+        else:
+            found[("t" if said == true else "f") + ("p" if said == positive else "n")] += 1
+    return Counts(**found)
+
+
+def eval_pope(answers: Sequence[Mapping[str, Any]], label_file: str | Path, *, official_quirks: bool = False) -> Counts:
+    """Prints and returns the figures of one split. answers: rows with question_id and text, in any order.
+
+    They are joined to the labels by number (modulo NUMBERS_A_SPLIT), and where they say their prompt it must begin with
+    the labelled question. Raises ValueError, naming every answer that belongs to no label or to another question.
+    """
+    labels = {int(row["question_id"]): row for row in read_lines(label_file)}
+    given = {int(row["question_id"]) % NUMBERS_A_SPLIT: row for row in answers}
+    faults = []
+    for number, row in given.items():
+        asked = str(row.get("prompt", "")).split("\n")[0]
+        if number not in labels:
+            faults.append(f"answer {row['question_id']}: no label has this number")
+        elif asked and asked != labels[number]["text"]:
+            faults.append(f"answer {row['question_id']}: to {asked!r}, but labelled is {labels[number]['text']!r}")
+    if len(given) < len(answers):
+        faults.append(f"{len(answers) - len(given)} answers more than numbers: some are answered twice")
+    if faults:
+        raise ValueError(fault_list(str(label_file), faults, "give the answers to this file's questions"))
+    read = official_reading if official_quirks else read_answer
+    counts = count((read(str(row["text"])), labels[number]["label"]) for number, row in given.items())
+    _say_figures(counts, missing=len(labels) - len(given))
+    return counts
+
+
+def _say_figures(counts: Counts, missing: int) -> None:
+    figures = counts.ratios()
+    say("TP\tFP\tTN\tFN\t")
+    say(f"{counts.tp}\t{counts.fp}\t{counts.tn}\t{counts.fn}")
+    titles = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1 score",
+              "yes_ratio": "Yes ratio"}  # fmt: skip
+    for name, title in titles.items():
+        say(f"{title}: {'n/a' if figures[name] is None else figures[name]}")
+    order = ("f1", "accuracy", "precision", "recall", "yes_ratio")
+    say(", ".join("n/a" if figures[name] is None else f"{figures[name]:.3f}" for name in order))
+    if counts.unread or missing:
+        say(f"Neither yes nor no: {counts.unread}, questions without answer: {missing}")
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line. ValueError names the line that is none."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                row["question_id"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: expected an object with question_id, got {line[:60]!r}") from error
+            rows.append(row)
+    return rows
+
+
+def run(args: argparse.Namespace) -> None:
+    """The figures of every split that the annotation folder has a file of."""
+    questions = {row["question_id"]: row for row in read_lines(args.question_file)}
+    answers = read_lines(args.result_file)
+    unknown = [row["question_id"] for row in answers if row["question_id"] not in questions]
+    if unknown:
+        raise ValueError(f"{args.result_file}: {len(unknown)} answers to no question of {args.question_file}, "
+                         f"e.g. {unknown[0]}; give the question file that was answered")  # fmt: skip
+    files = sorted(Path(args.annotation_dir).glob("coco_pope_*.json"))
+    if not files:
+        raise ValueError(f"{args.annotation_dir}: expected coco_pope_SPLIT.json files, got none")
+    for file in files:
+        split = file.stem.removeprefix("coco_pope_")
+        chosen = [row for row in answers if questions[row["question_id"]]["category"] == split]
+        say(f"Category: {split}, # samples: {len(chosen)}")
+        eval_pope(chosen, file, official_quirks=args.official_quirks)
+        say("====================================")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_pope", description=__doc__)
+    parser.add_argument("--annotation-dir", type=str, help="folder with coco_pope_SPLIT.json")
+    parser.add_argument("--question-file", type=str, help="JSONL with question_id and category")
+    parser.add_argument("--result-file", type=str, help="JSONL with question_id and text")
+    parser.add_argument("--official-quirks", action="store_true", help='what is not "no" is yes, as the original reads')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    # Not `required`, which LLaVA's flags are not; but nothing works without them.
+    missing = [flag for flag in ("annotation_dir", "question_file", "result_file") if getattr(args, flag) is None]
+    if missing:
+        parser.error("expected " + ", ".join(f"--{flag.replace('_', '-')}" for flag in missing))
+    try:
+        run(args)
+    except Exception as error:
+        report_error(error, "eval_pope")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
