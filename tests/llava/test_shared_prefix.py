@@ -29,9 +29,18 @@ def logps_and_gradients(model, batch):
     return sums, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal(model, tokenizer, dataset, items):
-    plain, plain_gradients = logps_and_gradients(model, DataCollatorForDPODataset(tokenizer, dataset, False)(items))
-    shared, shared_gradients = logps_and_gradients(model, DataCollatorForDPODataset(tokenizer, dataset, True)(items))
+def assert_equal(model, tokenizer, dataset, items, pictures=1):
+    """`pictures`: placeholders in a row, which show the batch's pictures in turn."""
+
+    def batch(shared_prefix):
+        rows = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix)(items)
+        if pictures > 1:
+            shown = torch.arange(pictures) % len(rows["images"])
+            rows["image_index"] = shown.repeat(len(rows["input_ids"]))
+        return rows
+
+    plain, plain_gradients = logps_and_gradients(model, batch(False))
+    shared, shared_gradients = logps_and_gradients(model, batch(True))
     assert shared.tokens.tolist() == plain.tokens.tolist()
     assert relative(shared.logps, plain.logps) < 1e-5
     assert shared_gradients.keys() == plain_gradients.keys()
@@ -82,21 +91,31 @@ def test_random_lengths_and_grouped_queries(world):
     model.get_model().vision_tower = golden.get_vision_tower()
     model.train()
     generator = torch.Generator().manual_seed(1)
-
-    def random_row(prefix, length):
-        answer = torch.randint(3, 1000, (length,), generator=generator)
-        ids = torch.cat([prefix, answer])
-        labels = torch.cat([torch.full_like(prefix, -100), answer])
-        return EncodedTurns(ids, labels)
-
-    items = []
-    for i in range(6):
-        question = torch.randint(3, 1000, (i * 5,), generator=generator)
-        prefix = torch.cat([torch.tensor([1, -200]), question])
-        lengths = torch.randint(1, 41, (2,), generator=generator).tolist()
-        rows = [random_row(prefix, length) for length in lengths]
-        items.append(replace(data.train[i], chosen=rows[0], rejected=rows[1]))
+    items = [random_pair(data.train[i], generator, question=i * 5) for i in range(6)]
     assert_equal(model, tokenizer, data.train, items)
+
+
+def random_pair(item, generator, question, pictures=1):
+    """Random tokens: `question` of them between the pictures and the answers, which have 1 to 40 each."""
+
+    def tokens(count):
+        return torch.randint(3, 1000, (count,), generator=generator)
+
+    def row(prefix, length):
+        answer = tokens(length)
+        return EncodedTurns(torch.cat([prefix, answer]), torch.cat([torch.full_like(prefix, -100), answer]))
+
+    shown = [torch.tensor([-200, *tokens(2).tolist()])[: 1 if pictures == 1 else 3] for _ in range(pictures)]
+    prefix = torch.cat([torch.tensor([1]), *shown, tokens(question)])
+    chosen, rejected = (row(prefix, n) for n in torch.randint(1, 41, (2,), generator=generator).tolist())
+    return replace(item, chosen=chosen, rejected=rejected)
+
+
+def test_several_pictures_and_a_long_question(world):
+    model, tokenizer, data = world
+    generator = torch.Generator().manual_seed(2)
+    items = [random_pair(data.train[i], generator, question=700 * i, pictures=3) for i in range(2)]
+    assert_equal(model, tokenizer, data.train, items, pictures=3)
 
 
 def test_answers_that_begin_alike_share_no_supervised_token(world):
