@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,26 @@ class AnswerLogps(NamedTuple):
     tokens: Tensor  # [B] int64, how many tokens were summed
 
 
+class TargetLogps(torch.autograd.Function):
+    """log softmax(z)_y of logits z [M, V] at targets y [M]: z_y - log sum_v exp z_v, in float32.
+
+    Its gradient, d/dz_v = [v = y] - softmax(z)_v, is made in one buffer of z's size, where autograd would take three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        normaliser = logits.float().logsumexp(-1)
+        ctx.save_for_backward(logits, targets, normaliser)
+        return logits.gather(-1, targets[:, None]).squeeze(-1).float() - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        gradient = (logits.float() - normaliser[:, None]).exp_().mul_(-grads[0][:, None])
+        gradient.scatter_add_(-1, targets[:, None], grads[0][:, None])
+        return gradient.to(logits.dtype), None
+
+
 def token_logps(hidden: Tensor, targets: Tensor, lm_head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
     """log softmax(lm_head(hidden))[target] at every position.
 
@@ -32,8 +52,7 @@ def token_logps(hidden: Tensor, targets: Tensor, lm_head: Callable[[Tensor], Ten
     """
 
     def of_chunk(h: Tensor, y: Tensor) -> Tensor:
-        logits = lm_head(h).float()
-        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return TargetLogps.apply(lm_head(h), y)
 
     pieces = zip(hidden.split(chunk), targets.split(chunk))
     if not torch.is_grad_enabled() or len(hidden) <= chunk:

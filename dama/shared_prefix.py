@@ -136,16 +136,16 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout
     """Two calls a pair, no mask tensor: queries [prefix, chosen] on keys [prefix, chosen]; queries [rejected] on keys
     [prefix, rejected], the causal triangle aligned to the bottom right."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
+    # Pieces by split: the gradient of a slice is as large as the whole row.
+    queries = query.split([n for prefix, chosen, rejected in layout.pairs for n in (prefix + chosen, rejected)], dim=2)
+    keys, values = (t.split([n for pair in layout.pairs for n in pair], dim=2) for t in (key, value))
     outputs = []
-    for start, (prefix, chosen, rejected) in zip(layout.starts, layout.pairs):
-        first = slice(start, start + prefix + chosen)
-        second = slice(first.stop, first.stop + rejected)
-        shared = slice(start, start + prefix)
-        q, k, v = (t[:, :, first] for t in (query, key, value))
-        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
-        k, v = (torch.cat([t[:, :, shared], t[:, :, second]], dim=2) for t in (key, value))
-        triangle = causal_lower_right(rejected, prefix + rejected)
-        outputs.append(scaled_dot_product_attention(query[:, :, second], k, v, attn_mask=triangle, **options))
+    for i, pair in enumerate(layout.pairs):
+        k, v = (torch.cat(pieces[3 * i : 3 * i + 2], dim=2) for pieces in (keys, values))
+        outputs.append(scaled_dot_product_attention(queries[2 * i], k, v, is_causal=True, **options))
+        k, v = (torch.cat(pieces[3 * i : 3 * i + 3 : 2], dim=2) for pieces in (keys, values))
+        triangle = causal_lower_right(pair.rejected, pair.prefix + pair.rejected)
+        outputs.append(scaled_dot_product_attention(queries[2 * i + 1], k, v, attn_mask=triangle, **options))
     return torch.cat(outputs, dim=2)
 
 
