@@ -1,6 +1,7 @@
 """What the stages share: records appended to a JSONL file chunk by chunk, and a manifest with the inputs' fingerprint.
 
 Complete for the same inputs: skipped. Interrupted: continued. Made from other inputs: refused, the difference named.
+Shards of a stage write folders of their own, and the last to finish merges them into the bytes of an unsharded run.
 """
 
 from __future__ import annotations
@@ -8,45 +9,98 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from dama.console import digest_of, digest_of_file, say, write_json
+from dama.console import digest_of, digest_of_file, say, write_atomic, write_json
 
 MANIFEST = "manifest.json"
+SHARDS = "shards"  # the folder, inside a stage's, that holds those of its shards
 Record = dict[str, Any]
+Summarise = Callable[[list[Record], list[Record]], Record]
+"""(all records, what each shard handed to `conclude`) -> the summary in the manifest."""
 
 
 class StageError(ValueError):
     """A stage's folder cannot be used: other inputs, unfinished, damaged, or in use."""
 
 
+class Shard(NamedTuple):
+    """Which part of a stage's chunks a process works on: block `index`, counted from 0, of `count`."""
+
+    index: int  # type: ignore[assignment]  # tuple's methods of these names are not needed here
+    count: int  # type: ignore[assignment]
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From "3/16", the fourth of sixteen. Raises ValueError for anything else."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text.strip(), re.ASCII)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ValueError(f"shard {text!r}: expected i/n with 0 <= i < n, as in 0/4, 1/4, 2/4 and 3/4")
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def from_launcher(cls) -> Shard:
+        """The process's rank under torchrun, DeepSpeed's launcher or srun; the only one without a launcher."""
+        for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if rank in os.environ and size in os.environ:
+                return cls(int(os.environ[rank]), int(os.environ[size]))
+        return WHOLE
+
+    def block(self, chunks: int) -> range:
+        """Numbers of the shard's chunks: contiguous, and as many as any other shard's, or one more or less."""
+        return range(self.index * chunks // self.count, (self.index + 1) * chunks // self.count)
+
+    def folder(self, root: Path) -> Path:
+        """Where the shard writes; the stage's own folder where there is no other shard."""
+        return root if self.count == 1 else root / SHARDS / f"{self.index:05d}-of-{self.count:05d}"
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+WHOLE = Shard(0, 1)
+
+
 class Stage:
-    """One writer's hold on a stage: append one chunk of records after the other, then finish.
+    """One writer's hold on a stage or a shard of it: append one chunk of records after the other, then finish.
 
     Chunks are planned from the whole input, so an interrupted one starts again and a resumed run writes the same bytes
-    as an undisturbed one. In a distributed run exactly one process opens the stage. Use it in a `with` block.
+    as an undisturbed one. Exactly one process opens a shard. Use it in a `with` block:
+
+        with open_stage(out, "name", fingerprint, [len(chunk) for chunk in chunks], shard=shard) as stage:
+            for number in stage.to_do:
+                stage.append(records_of(chunks[number]))
+            manifest = stage.conclude(summarise, {"skipped": skipped})
     """
 
     def __init__(
-        self, folder: Path, name: str, fingerprint: Record, chunk_sizes: Sequence[int], complete: bool
+        self, root: Path, name: str, fingerprint: Record, plan: Sequence[int], shard: Shard = WHOLE
     ) -> None:
-        self.folder, self.name, self.fingerprint = folder, name, fingerprint
-        self.chunk_sizes = list(chunk_sizes)  # records in each chunk
-        self.complete = complete
-        self.chunks_done = len(self.chunk_sizes) if complete else 0
+        self.root, self.name, self.fingerprint = root, name, fingerprint
+        self.plan = list(plan)  # records in each chunk of the whole stage
+        self.shard, self.folder, self.block = shard, shard.folder(root), shard.block(len(plan))
+        self.chunk_sizes = [plan[number] for number in self.block]
+        self.complete = False
+        self.chunks_done = 0
         self._file: BinaryIO | None = None
         self._started = time.monotonic()
         self._records_before = 0
 
     @property
+    def to_do(self) -> range:
+        """Numbers, in the whole stage, of the chunks that are still to be appended here."""
+        return self.block[self.chunks_done :]
+
+    @property
     def total(self) -> int:
-        """Records of the whole stage."""
+        """Records of this stage or shard."""
         return sum(self.chunk_sizes)
 
     @property
@@ -91,13 +145,38 @@ class Stage:
             "time": {
                 "seconds": round(time.monotonic() - self._started, 3),
                 "records": self.total - self._records_before,  # written by this run, the others by interrupted ones
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "finished": _now(),
             },
         }
         write_json(self.folder / MANIFEST, manifest)
         self.close()
         self.complete = True
         return manifest
+
+    def conclude(self, summarise: Summarise, facts: Record) -> Record | None:
+        """Finishes what is not finished yet, and returns the whole stage's manifest or, while other shards are
+        missing, None. The last shard to finish merges all. `facts` is what the summary needs besides the records.
+        """
+        if self.shard.count == 1:
+            return _read_manifest(self.folder) if self.complete else self.finish(summarise(self.records(), [facts]))
+        if not self.complete:
+            self.finish(facts)
+        return self._merge_if_last(summarise)
+
+    def _merge_if_last(self, summarise: Summarise) -> Record | None:
+        parts = [Shard(index, self.shard.count).folder(self.root) for index in range(self.shard.count)]
+        missing = [part for part in parts if not self._is_finished_sibling(part)]
+        if not missing:
+            return _merge(self.root, parts, self.name, summarise)
+        remedy = f"the last to finish merges them, or `python -m dama merge {self.root}` afterwards"
+        say(f"{self.name}: shard {self.shard} is done, {len(missing)} others are not yet; {remedy}")
+        return None
+
+    def _is_finished_sibling(self, part: Path) -> bool:
+        """Whether that folder holds a complete shard of these inputs; it may be left over from others."""
+        manifest = _read_manifest(part)
+        mine = (True, self.name, self.fingerprint, digest_of(self.plan))
+        return manifest is not None and tuple(manifest[key] for key in ("complete", *_SAME_IN_SHARDS)) == mine
 
     def close(self) -> None:
         """Gives the folder free for another process; what is written stays and can be continued."""
@@ -140,36 +219,56 @@ class Stage:
 
 
 def open_stage(
-    folder: str | Path, name: str, fingerprint: Record, chunk_sizes: Sequence[int], *, overwrite: bool = False
+    folder: str | Path,
+    name: str,
+    fingerprint: Record,
+    chunk_sizes: Sequence[int],
+    *,
+    shard: Shard = WHOLE,
+    overwrite: bool = False,
 ) -> Stage:
     """Opens folder/name.jsonl and folder/manifest.json for these inputs, one stage to a folder.
 
     `fingerprint` holds whatever the records depend on, as JSON values; `chunk_sizes` the records of each planned chunk
-    (one chunk is what a kill can cost). Afterwards `stage.complete` says that nothing is left to do; otherwise go on at
-    chunk `stage.chunks_done`. Raises StageError where the folder holds another stage, other inputs (every differing
-    field named) or damaged records; `overwrite` starts anew instead.
+    of the whole input (one chunk is what a kill can cost). A `shard` of several writes to folder/shards instead.
+    Afterwards `stage.complete` says that nothing is left to do; otherwise append the chunks `stage.to_do`. Raises
+    StageError where the folder holds another stage, other inputs (every differing field named) or damaged records;
+    `overwrite` starts anew instead.
     """
-    folder, fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
-    stage = Stage(folder, name, fingerprint, chunk_sizes, complete=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    old = None if overwrite else _read_manifest(folder)
+    root, fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
+    stage = Stage(root, name, fingerprint, chunk_sizes)
+    if shard.count > 1 and (overwrite or not _skip_complete(stage)):
+        stage = Stage(root, name, fingerprint, chunk_sizes, shard)
+    if stage.complete or (not overwrite and _skip_complete(stage)):
+        return stage
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    old = None if overwrite else _read_manifest(stage.folder)
     if old is not None:
-        _refuse_other_inputs(folder, name, fingerprint, old)
-        if old["complete"]:
-            _check_records(stage.records_path, old)
-            seconds = old["time"]["seconds"]
-            say(f"{name}: complete in {folder} ({old['records']} records, made in {seconds:.1f} s), skipped")
-            return Stage(folder, name, fingerprint, chunk_sizes, complete=True)
-        _refuse_other_plan(folder, stage, old)
+        _refuse_other_plan(stage, old)
     elif not overwrite and stage.records_path.exists() and stage.records_path.stat().st_size:
         raise _damaged(stage.records_path, f"records without a {MANIFEST}, so their inputs are unknown")
     stage._hold()
     if old is None:
         # Records first: with the new manifest beside old records, a kill between the two would continue them.
         os.truncate(stage.records_path, 0)
-        write_json(folder / MANIFEST, _manifest(stage, complete=False))
+        write_json(stage.folder / MANIFEST, _manifest(stage, complete=False))
     stage._recover()
     return stage
+
+
+def _skip_complete(stage: Stage) -> bool:
+    """Whether the stage's folder holds it complete: then it says so and is marked. Raises for another's folder."""
+    old = _read_manifest(stage.folder)
+    if old is None:
+        return False
+    _refuse_other_inputs(stage.folder, stage.name, stage.fingerprint, old)
+    if not old["complete"]:
+        return False
+    _check_records(stage.records_path, old)
+    seconds = old["time"]["seconds"]
+    say(f"{stage.name}: complete in {stage.folder} ({old['records']} records, made in {seconds:.1f} s), skipped")
+    stage.complete, stage.chunks_done = True, len(stage.chunk_sizes)
+    return True
 
 
 def read_stage(folder: str | Path, name: str) -> tuple[Record, list[Record]]:
@@ -177,7 +276,10 @@ def read_stage(folder: str | Path, name: str) -> tuple[Record, list[Record]]:
     folder = Path(folder)
     manifest = _read_manifest(folder)
     if manifest is None:
-        raise StageError(f"{name}: no {MANIFEST} in {folder}\nRemedy: run `python -m dama {name} --out {folder}` first")
+        remedy = f"run `python -m dama {name} --out {folder}` first"
+        if (folder / SHARDS).is_dir():
+            remedy = f"finish its shards, then `python -m dama merge {folder}`"
+        raise StageError(f"{name}: no {MANIFEST} in {folder}\nRemedy: {remedy}")
     if manifest["stage"] != name:
         remedy = f"give the folder of the stage {name}"
         raise StageError(f"{folder} holds the stage {manifest['stage']}, expected {name}\nRemedy: {remedy}")
@@ -190,6 +292,98 @@ def read_stage(folder: str | Path, name: str) -> tuple[Record, list[Record]]:
         return manifest, [json.loads(line) for line in file]
 
 
+# ---------------------------------------------------------------------------------------------------------- shards
+
+_SAME_IN_SHARDS = ("stage", "fingerprint", "plan")
+
+
+def shards_in(folder: str | Path) -> list[Path]:
+    """The folders of a stage's shards, by name."""
+    return sorted(path for path in (Path(folder) / SHARDS).glob("*-of-*") if path.is_dir())
+
+
+def stage_of(folder: str | Path) -> str:
+    """The name of the stage that a folder holds, whole or in shards. Raises StageError where there is none."""
+    for place in (Path(folder), *shards_in(folder)):
+        manifest = _read_manifest(place)
+        if manifest is not None:
+            return manifest["stage"]
+    remedy = "give the folder that was a stage's --out"
+    raise StageError(f"{folder}: neither {MANIFEST} nor {SHARDS} of a stage in it\nRemedy: {remedy}")
+
+
+def merge_shards(folder: str | Path, name: str, summarise: Summarise) -> Record:
+    """Joins all shards in folder/shards to folder/name.jsonl and its manifest, the bytes of an unsharded run; returns
+    the manifest. Raises StageError, naming every shard that is unfinished, of other inputs, missing or there twice.
+    """
+    parts = shards_in(folder)
+    if not parts:
+        raise StageError(f"{name}: no {SHARDS} in {folder}\nRemedy: run the stage with --shard 0/n to n-1/n first")
+    return _merge(Path(folder), parts, name, summarise)
+
+
+def _merge(root: Path, parts: Sequence[Path], name: str, summarise: Summarise) -> Record:
+    read = [(_read_manifest(part), part) for part in parts]
+    faults = [f"  {part.name}: unfinished" for manifest, part in read if manifest is None or not manifest["complete"]]
+    done = [(manifest, part) for manifest, part in read if manifest is not None and manifest["complete"]]
+    foreign = [part for manifest, part in done if "chunks" not in manifest or manifest["stage"] != name]
+    faults += [f"  {part.name}: not a shard of the stage {name}" for part in foreign]
+    done = sorted((pair for pair in done if pair[1] not in foreign), key=lambda pair: pair[0]["chunks"])
+    faults += [*_foreign_inputs(done), *_gaps_and_overlaps(done)]
+    if faults:
+        remedy = f"run the shards that are missing; remove from {root / SHARDS} what belongs to another run"
+        raise StageError("\n".join([f"{name}: the shards in {root} do not fit together", *faults, f"Remedy: {remedy}"]))
+    for manifest, part in done:
+        _check_records(part / f"{name}.jsonl", manifest)
+    return _write_merged(root, done, name, summarise)
+
+
+def _foreign_inputs(done: Sequence[tuple[Record, Path]]) -> Iterator[str]:
+    """Shards that were made from other inputs, or planned in other chunks, than the first of them."""
+    for manifest, part in done[1:]:
+        first, reference = done[0]
+        changed = differences(first["fingerprint"], manifest["fingerprint"])
+        if not changed and manifest["plan"] != first["plan"]:
+            changed = ["other chunks"]
+        yield from (f"  {part.name}: other inputs than {reference.name} ({line})" for line in changed)
+
+
+def _gaps_and_overlaps(done: Sequence[tuple[Record, Path]]) -> Iterator[str]:
+    """Chunks that are in none or in two of the shards, which come in the order of their chunks."""
+    position = 0
+    for manifest, part in done:
+        start, end, _ = manifest["chunks"]
+        if start > position:
+            yield f"  gap: chunks {position} to {start - 1} are in no finished shard"
+        elif start < min(position, end):
+            yield f"  {part.name}: overlaps another, chunks {start} to {min(position, end) - 1} are there twice"
+        position = max(position, end)
+    if done and position < (total := done[0][0]["chunks"][2]):
+        yield f"  gap: chunks {position} to {total - 1} are in no finished shard"
+
+
+def _write_merged(root: Path, done: Sequence[tuple[Record, Path]], name: str, summarise: Summarise) -> Record:
+    manifests = [manifest for manifest, _ in done]
+    merged = {key: manifests[0][key] for key in ("stage", "complete", "records", "plan", "fingerprint")}
+    merged["records"] = sum(manifest["records"] for manifest in manifests)
+    old = _read_manifest(root)
+    if old is None or old["fingerprint"] != merged["fingerprint"]:
+        # Two shards that finish together both merge and write the same; a kill in between leaves what can be continued.
+        write_json(root / MANIFEST, merged | {"complete": False})
+    content = b"".join((part / f"{name}.jsonl").read_bytes() for _, part in done)
+    write_atomic(root / f"{name}.jsonl", content)
+    records = [json.loads(line) for line in content.splitlines()]
+    seconds = max(manifest["time"]["seconds"] for manifest in manifests)  # they may have run beside each other
+    merged |= {
+        "digest": digest_of_file(root / f"{name}.jsonl"),
+        "summary": summarise(records, [manifest["summary"] for manifest in manifests]),
+        "time": {"seconds": seconds, "records": merged["records"], "finished": _now(), "shards": len(done)},
+    }
+    write_json(root / MANIFEST, merged)
+    say(f"{name}: {len(done)} shards with {merged['records']} records merged in {root}")
+    return merged
+
+
 def differences(old: Any, new: Any, field: str = "") -> list[str]:
     """`field: old -> new` for every leaf in which two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -199,14 +393,24 @@ def differences(old: Any, new: Any, field: str = "") -> list[str]:
     return [] if old == new else [f"{field}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
+# -------------------------------------------------------------------------------------------------------- manifests
+
+
 def _manifest(stage: Stage, complete: bool) -> Record:
-    return {
+    manifest = {
         "stage": stage.name,
         "complete": complete,
         "records": stage.total,
-        "plan": digest_of(stage.chunk_sizes),
+        "plan": digest_of(stage.plan),
         "fingerprint": stage.fingerprint,
     }
+    if stage.shard.count > 1:
+        manifest["chunks"] = [stage.block.start, stage.block.stop, len(stage.plan)]
+    return manifest
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _read_manifest(folder: Path) -> Record | None:
@@ -236,11 +440,12 @@ def _refuse_other_inputs(folder: Path, name: str, fingerprint: Record, old: Reco
         raise StageError(f"{name}: {folder} was made from other inputs (there -> here)\n{listed}\n{remedy}")
 
 
-def _refuse_other_plan(folder: Path, stage: Stage, old: Record) -> None:
-    if (old["plan"], old["records"]) != (digest_of(stage.chunk_sizes), stage.total):
+def _refuse_other_plan(stage: Stage, old: Record) -> None:
+    if (old["plan"], old["records"]) != (digest_of(stage.plan), stage.total):
         was, now = f"{old['records']} records", f"{stage.total} records in {len(stage.chunk_sizes)} chunks"
         remedy = "give the settings of the interrupted run, another --out, or --overwrite"
-        raise StageError(f"{stage.name}: {folder} was begun with other chunks ({was}; now {now})\nRemedy: {remedy}")
+        begun = f"{stage.name}: {stage.folder} was begun with other chunks"
+        raise StageError(f"{begun} ({was}; now {now})\nRemedy: {remedy}")
 
 
 def _check_records(path: Path, manifest: Record) -> None:

@@ -30,9 +30,8 @@ def ratio_interval(
     numerators, denominators: [n], one entry per item. groups: [n], e.g. picture ids: a group is drawn as one.
     10,000 resamples; a resample whose denominator is 0 has no ratio and is left out.
     """
-    columns = _columns([numerators, denominators], groups)
-    totals = columns.sum(axis=1)
-    return _interval(_ratio(totals[0], totals[1]), _resampled_sums(columns, seed))
+    totals, sums = resample([numerators, denominators], groups, seed=seed)
+    return interval(ratio(*totals), ratio(*sums))
 
 
 def paired_difference(
@@ -46,13 +45,46 @@ def paired_difference(
 
     Both models meet the same drawn items in each resample, so what makes an item hard for both cancels.
     """
-    columns = _columns([*first, *second], groups)
-    totals = columns.sum(axis=1)
-    difference = _ratio(totals[0], totals[1]) - _ratio(totals[2], totals[3])
-    return _interval(difference, _resampled_sums(columns, seed))
+    totals, sums = resample([*first, *second], groups, seed=seed)
+    return interval(ratio(*totals[:2]) - ratio(*totals[2:]), ratio(*sums[:2]) - ratio(*sums[2:]))
 
 
-def _columns(columns: Sequence[ArrayLike], groups: Sequence[Any] | None) -> Array:
+def resample(
+    columns: Sequence[ArrayLike], groups: Sequence[Any] | None = None, *, seed: int = 0
+) -> tuple[Array, Array]:
+    """The sums of C columns over all items, [C], and over as many items drawn with replacement, [C, RESAMPLES].
+
+    columns: C of [n]. All columns meet the same items in each resample, so that any figure made of the sums, such as
+    the difference of two models, may be made of each resample's sums and handed to `interval`.
+    """
+    grouped = _grouped(columns, groups)
+    count = grouped.shape[1]
+    if count == 0:
+        return np.zeros(len(grouped)), np.zeros((len(grouped), RESAMPLES))
+    generator = np.random.default_rng(seed)
+    rows = max(1, _DRAWS_AT_ONCE // count)
+    sums = []
+    for start in range(0, RESAMPLES, rows):
+        drawn = generator.integers(count, size=(min(rows, RESAMPLES - start), count))
+        sums.append(grouped @ _times(drawn).T)
+    return grouped.sum(axis=1), np.concatenate(sums, axis=1)
+
+
+def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Array:
+    """Element-wise ratio, NaN where the denominator is 0."""
+    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
+
+
+def interval(value: ArrayLike, samples: Array) -> Interval:
+    """A figure and the percentile interval of its resamples, [RESAMPLES]; those that are NaN are left out."""
+    if np.isnan(value):
+        return Interval(None, None, None)
+    low, high = np.nanquantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(np.asarray(value)), float(low), float(high))
+
+
+def _grouped(columns: Sequence[ArrayLike], groups: Sequence[Any] | None) -> Array:
     """[C, n] as float64, summed within groups to [C, number of groups]."""
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     lengths = {array.shape for array in arrays} | ({(len(groups),)} if groups is not None else set())
@@ -64,31 +96,8 @@ def _columns(columns: Sequence[ArrayLike], groups: Sequence[Any] | None) -> Arra
     return np.stack([np.bincount(members, weights=array, minlength=len(names)) for array in arrays])
 
 
-def _resampled_sums(columns: Array, seed: int) -> Array:
-    """[C, RESAMPLES]: the sums of each column over n items drawn with replacement, the same items for all columns."""
-    count = columns.shape[1]
-    if count == 0:
-        return np.zeros((len(columns), RESAMPLES))
-    generator = np.random.default_rng(seed)
-    rows = max(1, _DRAWS_AT_ONCE // count)
-    sums = []
-    for start in range(0, RESAMPLES, rows):
-        drawn = generator.integers(count, size=(min(rows, RESAMPLES - start), count))
-        sums.append(np.stack([column[drawn].sum(axis=1) for column in columns]))
-    return np.concatenate(sums, axis=1)
-
-
-def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> Array:
-    """Element-wise ratio, NaN where the denominator is 0."""
-    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
-
-
-def _interval(value: Array, sums: Array) -> Interval:
-    if np.isnan(value):
-        return Interval(None, None, None)
-    samples = _ratio(sums[0], sums[1])
-    if len(sums) == 4:
-        samples = samples - _ratio(sums[2], sums[3])
-    low, high = np.nanquantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(value), float(low), float(high))
+def _times(drawn: NDArray[np.int64]) -> Array:
+    """How often each item is in each draw: [draws, n] item numbers to [draws, n] counts."""
+    draws, count = drawn.shape
+    flat = drawn + count * np.arange(draws)[:, None]
+    return np.bincount(flat.ravel(), minlength=draws * count).reshape(draws, count).astype(np.float64)

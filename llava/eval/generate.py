@@ -1,35 +1,43 @@
-"""The generation driver: prompts and images in, answers out; batched, resumable, and ignorant of any benchmark.
+"""The generation driver: prompts and images in, answers out; batched, sharded, resumable, ignorant of any benchmark.
 
 `python -m llava.eval.generate --model-path M --question-file Q.jsonl --image-folder DIR --out DIR` reads LLaVA's
-question files ({"question_id", "image", "text"} a line) and writes DIR/answers.jsonl in LLaVA's answer format.
+question files ({"question_id", "image", "text"} a line) and writes DIR/answers.jsonl in LLaVA's answer format. Under
+torchrun or srun each process answers its part; `--backend openai` asks a server instead of loading the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dama.console import digest_of, report_error, say
+from dama.console import digest_of, digest_of_file, report_error, say
 from dama.pairs import UNREADABLE, fault_list, load_image, resolve_image
-from dama.stage import open_stage
+from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.fingerprint import digest_of_checkpoint
 
+if TYPE_CHECKING:
+    from dama.chat import ChatRequest, ChatSettings
+
 STAGE = "answers"
+READERS = 8  # threads that decode the pictures of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +69,23 @@ class Decoding:
         return chosen
 
 
+class Responder(Protocol):
+    """Whatever answers batches of requests: a checkpoint loaded here, or a server."""
+
+    name: str
+
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on besides requests and decoding, for the fingerprint."""
+
+    def length(self, request: Request) -> int:
+        """By which prompts are put together in batches."""
+
+    def answer(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[str]]:
+        """`decoding.samples` answers to each request, stripped of white space at both ends."""
+
+
 class Answerer:
-    """A checkpoint that answers: loaded once, asked in batches.
+    """A checkpoint that answers: loaded when it is first needed, asked in batches.
 
     Args:
         model_path: checkpoint folder or hub name. model_base: the base of a LoRA folder.
@@ -78,14 +101,46 @@ class Answerer:
         device: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or default_device()
         self.dtype = dtype or (torch.bfloat16 if self.device.startswith("cuda") else torch.float32)
-        self.model_path, self.template = model_path, get_template(conv_mode)
-        self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
-            model_path, model_base, Path(model_path).name, device=self.device, dtype=self.dtype
+        self.name, self.model_path, self.model_base = Path(model_path).name, model_path, model_base
+        self.template = get_template(conv_mode)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, Any]:
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            self.model_path, self.model_base, self.name, device=self.device, dtype=self.dtype
         )
-        # A model may name its end of text; ours stops there and pads with it.
-        self.pad_token_id = self.tokenizer.pad_token_id
+        return tokenizer, model, image_processor
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded[0]
+
+    @property
+    def model(self) -> Any:
+        return self._loaded[1]
+
+    @property
+    def image_processor(self) -> Any:
+        return self._loaded[2]
+
+    @property
+    def pad_token_id(self) -> int:
+        """A model may name its end of text; ours stops there and pads with it."""
+        return self.tokenizer.pad_token_id
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "model": self.model_path,
+            "weights": digest_of_checkpoint(self.model_path),
+            **({"base": self.model_base} if self.model_base else {}),
+            "template": self.template.version,
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+
+    def length(self, request: Request) -> int:
+        return len(self.token_ids(request))
 
     def token_ids(self, request: Request) -> Tensor:
         """[T] ids of the prompt, up to where the answer begins."""
@@ -104,30 +159,182 @@ class Answerer:
         picture = load_image(resolve_image(image_folder, str(request.image)))
         return process_images([picture], self.image_processor, self.model.config)[0]
 
-    @torch.inference_mode()
     def answer(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[str]]:
         """`decoding.samples` answers to each request, stripped of white space at both ends."""
+        new = self.new_tokens(requests, image_folder, decoding)
+        texts = [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]
+
+    @torch.inference_mode()
+    def new_tokens(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> Tensor:
+        """[requests x samples, T] ids of the answers, padded at the right behind the end of text."""
         ids = [self.token_ids(request) for request in requests]
         width = max(len(row) for row in ids)
         input_ids = torch.full((len(ids), width), self.pad_token_id)
         mask = torch.zeros((len(ids), width), dtype=torch.bool)
         for i, row in enumerate(ids):
             input_ids[i, width - len(row) :], mask[i, width - len(row) :] = row, True
-        pictures = [self.pixels(request, image_folder) for request in requests if request.image is not None]
-        images = torch.stack(pictures).to(self.device, self.dtype) if pictures else None
-        new = self.model.generate(
+        return self.model.generate(
             input_ids.to(self.device),
-            images=images,
+            images=self._pictures([request for request in requests if request.image is not None], image_folder),
             attention_mask=mask.to(self.device),
             pad_token_id=self.pad_token_id,
             **decoding.options(),
         )
-        texts = [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _pictures(self, requests: Sequence[Request], image_folder: str | Path) -> Tensor | None:
+        """[N, 3, H, W] on the model's device; decoded side by side, or else short answers wait for the pictures."""
+        if not requests:
+            return None
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
+            pictures = list(readers.map(lambda request: self.pixels(request, image_folder), requests))
+        return torch.stack(pictures).to(self.device, self.dtype)
+
+
+class ServedAnswerer:
+    """A model behind an OpenAI-compatible server, such as vLLM with an export in llava-hf's layout.
+
+    The server has the prompt template and prepares the pictures, which travel as they are. Beams are not in this
+    protocol.
+
+    Args:
+        model: its name, as the server lists it. base_url: of the API, up to and with its version (/v1).
+        concurrency: requests under way at once. timeout: seconds an attempt.
+    """
+
+    def __init__(self, model: str, base_url: str, *, concurrency: int = 8, timeout: float = 600.0) -> None:
+        self.name, self.base_url = model, base_url
+        self.concurrency, self.timeout = concurrency, timeout
+
+    def identity(self) -> dict[str, Any]:
+        return {"model": self.name, "weights": "served", "template": "the server's", "precision": "the server's"}
+
+    def length(self, request: Request) -> int:
+        return len(request.prompt)
+
+    def answer(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[str]]:
+        """As `Answerer.answer`. Raises ValueError for beams, and for replies that did not come, each with its error."""
+        from dama.chat import ChatClient
+
+        client = ChatClient(self._settings(decoding))
+        asked = [
+            self._chat_request(request, image_folder, sample)
+            for request in requests
+            for sample in range(decoding.samples)
+        ]
+        replies = list(client.ask(asked, desc=self.name).values())
+        faults = [f"{reply.id}: {reply.error}" for reply in replies if reply.text is None]
+        if faults:
+            raise ValueError(fault_list(f"server {self.base_url}", faults, "run the same again, it continues"))
+        texts = [str(reply.text).strip() for reply in replies]
         return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]
+
+    def _settings(self, decoding: Decoding) -> ChatSettings:
+        from dama.chat import ChatSettings
+
+        if decoding.num_beams > 1:
+            raise ValueError(
+                f"num_beams: a server decodes without beams, got {decoding.num_beams}; load the checkpoint here "
+                "instead, or set --num-beams 1, which is another protocol"
+            )
+        return ChatSettings(
+            self.base_url,
+            self.name,
+            temperature=decoding.temperature,
+            max_tokens=decoding.max_new_tokens,
+            top_p=decoding.top_p,
+            seed=decoding.seed,
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+        )
+
+    @staticmethod
+    def _chat_request(request: Request, image_folder: str | Path, sample: int) -> ChatRequest:
+        from dama.chat import ChatRequest, picture
+
+        content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
+        if request.image is not None:
+            path = resolve_image(image_folder, request.image)
+            with Image.open(path) as image:
+                kind = str(image.format).lower()
+            content.insert(0, picture(path.read_bytes(), "jpeg" if kind == "mpo" else kind))
+        return ChatRequest(f"{request.id}#{sample}", ({"role": "user", "content": content},), sample)
+
+
+def default_device() -> str:
+    """The GPU that the launcher gave this process, the first one without a launcher, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    # srun may show each process its own GPU only, which then is the first.
+    return "cuda" if local is None else f"cuda:{int(local) % torch.cuda.device_count()}"
+
+
+def run_answers(
+    responder: Responder,
+    requests: Sequence[Request],
+    image_folder: str | Path,
+    out: str | Path,
+    decoding: Decoding,
+    *,
+    batch_size: int = 16,
+    shard: Shard = WHOLE,
+    overwrite: bool = False,
+) -> Record | None:
+    """Answers the shard's requests and keeps the answers in `out` as they come; resumes by batch.
+
+    Batches hold prompts of similar length. A line of `out`/answers.jsonl is {"question_id", "image_id", "prompt",
+    "text", "model_id", "sample"}, in the order of the batches. Returns the manifest of the whole stage, or None while
+    other shards are unfinished; the last one merges.
+    """
+    fingerprint = fingerprint_of(responder, requests, image_folder, decoding, batch_size)
+    sizes = [len(chunk) * decoding.samples for chunk in _chunks(requests, batch_size)]
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+        # Only now, because the length of a prompt takes the model's tokenizer.
+        chunks = list(_chunks(by_length(responder, requests), batch_size)) if stage.to_do else []
+        total, done = (records // decoding.samples for records in (stage.total, stage.records_done))
+        silent = stage.complete or shard.index > 0
+        with tqdm(total=total, initial=done, desc=STAGE, unit="answer", disable=silent) as bar:
+            for number in stage.to_do:
+                chunk = chunks[number]
+                torch.manual_seed(decoding.seed * 1_000_003 + number)
+                texts = responder.answer(chunk, image_folder, decoding)
+                stage.append([_record(r, t, k, responder) for r, ts in zip(chunk, texts) for k, t in enumerate(ts)])
+                bar.update(len(chunk))
+        return stage.conclude(summarise, {})
+
+
+def fingerprint_of(
+    responder: Responder,
+    requests: Sequence[Request],
+    image_folder: str | Path,
+    decoding: Decoding,
+    batch_size: int,
+) -> Record:
+    """Whatever answers depend on. Raises ValueError for faults of the requests."""
+    return {
+        "requests": digest_of([[r.id, r.prompt, r.image] for r in requests]),
+        "pictures": digest_of(check_requests(requests, image_folder)),
+        **responder.identity(),
+        "decoding": asdict(decoding),
+        "batch_size": batch_size,
+    }
+
+
+def by_length(responder: Responder, requests: Sequence[Request]) -> list[Request]:
+    """Shortest prompt first; the id settles ties, so that the order is always the same."""
+    lengths = {request.id: responder.length(request) for request in requests}
+    return sorted(requests, key=lambda request: (lengths[request.id], request.id))
+
+
+def summarise(records: list[Record], _: list[Record]) -> Record:
+    """The manifest's summary of all answers."""
+    words = sum(len(record["text"].split()) for record in records)
+    return {"answers": len(records), "mean_words": words / max(1, len(records))}
 
 
 def generate_answers(
-    answerer: Answerer,
+    responder: Responder,
     requests: Sequence[Request],
     image_folder: str | Path,
     out: str | Path,
@@ -136,48 +343,19 @@ def generate_answers(
     batch_size: int = 16,
     overwrite: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answers every request and keeps the answers in `out`/answers.jsonl as they come; resumes by chunk.
-
-    Batches hold prompts of similar length. Returns the records {"question_id", "image_id", "prompt", "text",
-    "model_id", "sample"} in the order of the requests.
-    """
-    check_requests(requests, image_folder)
-    by_length = sorted(requests, key=lambda r: (r.image is None, len(answerer.token_ids(r)), r.id))
-    chunks = list(_chunks(by_length, batch_size))
-    fingerprint = {
-        "requests": digest_of([[r.id, r.prompt, r.image] for r in requests]),
-        "model": answerer.model_path,
-        "weights": digest_of_checkpoint(answerer.model_path),
-        "template": answerer.template.version,
-        "decoding": asdict(decoding),
-        "batch_size": batch_size,
-        "precision": str(answerer.dtype).removeprefix("torch."),
-    }
-    sizes = [len(chunk) * decoding.samples for chunk in chunks]
-    with open_stage(out, STAGE, fingerprint, sizes, overwrite=overwrite) as stage:
-        done = stage.records_done // decoding.samples
-        with tqdm(total=len(requests), initial=done, desc=STAGE, unit="answer", disable=stage.complete) as bar:
-            for number in range(stage.chunks_done, len(chunks)):
-                chunk = chunks[number]
-                torch.manual_seed(decoding.seed * 1_000_003 + number)
-                texts = answerer.answer(chunk, image_folder, decoding)
-                stage.append([_record(r, t, k, answerer) for r, ts in zip(chunk, texts) for k, t in enumerate(ts)])
-                bar.update(len(chunk))
-        records = stage.records()
-        if not stage.complete:
-            words = sum(len(record["text"].split()) for record in records)
-            stage.finish({"answers": len(records), "mean_words": words / max(1, len(records))})
+    """All answers of `run_answers`, in the order of the requests."""
+    run_answers(responder, requests, image_folder, out, decoding, batch_size=batch_size, overwrite=overwrite)
     order = {request.id: i for i, request in enumerate(requests)}
-    return sorted(records, key=lambda record: (order[record["question_id"]], record["sample"]))
+    return sorted(read_stage(out, STAGE)[1], key=lambda record: (order[record["question_id"]], record["sample"]))
 
 
-def _record(request: Request, text: str, sample: int, answerer: Answerer) -> dict[str, Any]:
+def _record(request: Request, text: str, sample: int, responder: Responder) -> dict[str, Any]:
     return {
         "question_id": request.id,
         "image_id": request.image_id or (request.image or ""),
         "prompt": request.prompt,
         "text": text,
-        "model_id": Path(answerer.model_path).name,
+        "model_id": responder.name,
         "sample": sample,
     }
 
@@ -189,17 +367,21 @@ def _chunks(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
         yield from (part[i : i + size] for i in range(0, len(part), size))
 
 
-def check_requests(requests: Sequence[Request], image_folder: str | Path) -> None:
-    """Raises, naming every fault: ids used twice, pictures that are missing or that Pillow cannot open."""
+def check_requests(requests: Sequence[Request], image_folder: str | Path) -> dict[str, str]:
+    """Image -> digest of its file. Raises, naming every fault: ids used twice, pictures that cannot be opened."""
     faults = [f"id {id_!r} is used {n} times" for id_, n in Counter(r.id for r in requests).items() if n > 1]
+    digests = {}
     for name in dict.fromkeys(request.image for request in requests if request.image is not None):
         try:
-            with Image.open(resolve_image(image_folder, name)) as picture:
+            path = resolve_image(image_folder, name)
+            with Image.open(path) as picture:
                 picture.verify()
+            digests[name] = digest_of_file(path)
         except UNREADABLE as error:
             faults.append(f"image {name}: {error}")
     if faults:
         raise ValueError(fault_list("questions", faults, "correct the question file or the image folder"))
+    return digests
 
 
 def read_questions(path: str | Path) -> list[Request]:
@@ -220,7 +402,7 @@ def read_questions(path: str | Path) -> list[Request]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llava.eval.generate", description=__doc__)
-    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
+    parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name; with a server, its model")
     parser.add_argument("--model-base", help="base of a LoRA folder")
     parser.add_argument("--question-file", required=True, help="JSONL with question_id, image, text")
     parser.add_argument("--image-folder", required=True, help="folder that image paths are relative to")
@@ -235,23 +417,52 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--device", help="cuda or cpu (default: what is there)")
     parser.add_argument("--overwrite", action="store_true", help="start anew in --out")
+    parser.add_argument(
+        "--shard", type=Shard.parse, metavar="I/N", help="this process's part, as 0/4 (default: the launcher's rank)"
+    )
+    add_backend_flags(parser)
     return parser
+
+
+def add_backend_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the answers come from."""
+    group = parser.add_argument_group("backend")
+    group.add_argument(
+        "--backend",
+        choices=("local", "openai"),
+        default="local",
+        help="load the checkpoint here, or ask an OpenAI-compatible server that runs it (default: %(default)s)",
+    )
+    group.add_argument("--base-url", metavar="URL", help="of that server, e.g. http://127.0.0.1:8000/v1")
+    group.add_argument("--concurrency", type=int, default=16, help="requests to it at once (default: %(default)s)")
+
+
+def responder_of(args: argparse.Namespace) -> Responder:
+    """As the flags say. Raises ValueError where they do not fit together."""
+    if args.backend == "openai":
+        if not args.base_url:
+            raise ValueError("--base-url: expected the server's URL with --backend openai, got none")
+        return ServedAnswerer(args.model_path, args.base_url, concurrency=args.concurrency)
+    if args.base_url:
+        raise ValueError(f"--base-url {args.base_url}: the checkpoint is loaded here; add --backend openai")
+    return Answerer(args.model_path, args.model_base, conv_mode=args.conv_mode, device=args.device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p, args.samples, args.seed)
+    shard = args.shard or Shard.from_launcher()
     try:
         requests = read_questions(args.question_file)
-        answerer = Answerer(args.model_path, args.model_base, conv_mode=args.conv_mode, device=args.device)
-        generate_answers(
-            answerer, requests, args.image_folder, args.out, decoding,
-            batch_size=args.batch_size, overwrite=args.overwrite,
+        manifest = run_answers(
+            responder_of(args), requests, args.image_folder, args.out, decoding,
+            batch_size=args.batch_size, shard=shard, overwrite=args.overwrite,
         )  # fmt: skip
     except Exception as error:
         report_error(error, "generate")
         return 2
-    say(f"answers: {len(requests)} questions -> {Path(args.out) / 'answers.jsonl'}")
+    if manifest is not None:
+        say(f"answers: {manifest['summary']['answers']} -> {Path(args.out) / 'answers.jsonl'}")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""dama.stage: resume after real kills gives the bytes of an undisturbed run, and other inputs are refused by name."""
+"""dama.stage: resumed after kills, or made in shards, a stage has the bytes of an undisturbed run; other inputs are
+refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dama.stage import StageError, differences, open_stage, read_stage
+from dama.stage import Shard, StageError, differences, merge_shards, open_stage, read_stage, stage_of
 
 ROOT = Path(__file__).parents[2]
 SIZES = [3, 2, 4, 1]
@@ -213,3 +214,147 @@ def test_differences_names_nested_fields() -> None:
     old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": [5]}
     assert differences(old, new) == ["a.c: 2 -> 4", "d: 3 -> null", "e: null -> [5]"]
     assert differences(old, old) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- shards
+
+
+def summarise(rows: list[dict[str, Any]], facts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"mean": sum(row["v"] for row in rows) / len(rows), "skipped": facts[0]["skipped"]}
+
+
+def run_shard(folder: Path, shard: Shard, inputs: dict[str, Any] = INPUTS, **flags: Any) -> dict[str, Any] | None:
+    with open_stage(folder, "toy", inputs, SIZES, shard=shard, **flags) as stage:
+        for chunk in stage.to_do:
+            stage.append(records(chunk))
+        return stage.conclude(summarise, {"skipped": ["x"]})
+
+
+@pytest.fixture
+def unsharded(tmp_path: Path) -> tuple[bytes, dict[str, Any]]:
+    assert run_shard(tmp_path / "unsharded", Shard(0, 1)) is not None
+    assert not (tmp_path / "unsharded/shards").exists()
+    return contents(tmp_path / "unsharded")
+
+
+def test_a_shard_is_read_from_text_and_named_by_its_folder() -> None:
+    assert Shard.parse("3/16") == (3, 16) and str(Shard(3, 16)) == "3/16"
+    assert Shard(3, 16).folder(Path("out")) == Path("out/shards/00003-of-00016")
+    for text in ("4/4", "1", "-1/4", "1/0", "a/b", "1/2/3"):
+        with pytest.raises(ValueError, match=f"shard '{text}': expected i/n with 0 <= i < n"):
+            Shard.parse(text)
+
+
+def test_a_shard_is_known_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun and DeepSpeed set RANK, srun SLURM_PROCID; torchrun inside a SLURM job counts its own ranks."""
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert Shard.from_launcher() == (0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert Shard.from_launcher() == (2, 4)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert Shard.from_launcher() == (5, 8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_blocks_partition_the_chunks_evenly(count: int) -> None:
+    blocks = [Shard(index, count).block(5) for index in range(count)]
+    assert [chunk for block in blocks for chunk in block] == [0, 1, 2, 3, 4]
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_shards_in_any_order_give_the_bytes_of_an_unsharded_run(
+    tmp_path: Path, unsharded: tuple[bytes, dict[str, Any]], count: int
+) -> None:
+    """Six shards of four chunks: two have none."""
+    *early, last = [Shard(index, count) for index in reversed(range(count))]
+    assert [run_shard(tmp_path / "out", shard) for shard in early] == [None] * (count - 1)
+    manifest = run_shard(tmp_path / "out", last)
+    assert manifest is not None and manifest["time"]["shards"] == count
+    assert contents(tmp_path / "out") == unsharded
+    assert read_stage(tmp_path / "out", "toy")[0] == manifest
+    assert run_shard(tmp_path / "out", Shard(1, count)) == manifest  # complete: any shard says so
+    assert merge_shards(tmp_path / "out", "toy", summarise)["digest"] == manifest["digest"]  # as two at once would
+
+
+def test_an_interrupted_shard_continues(tmp_path: Path, unsharded: tuple[bytes, dict[str, Any]]) -> None:
+    run_shard(tmp_path / "out", Shard(0, 2))
+    with open_stage(tmp_path / "out", "toy", INPUTS, SIZES, shard=Shard(1, 2)) as stage:
+        assert (stage.to_do, stage.total) == (range(2, 4), 5)
+        stage.append(records(2))
+    with pytest.raises(StageError, match=r"no manifest\.json in .*\nRemedy: finish its shards, then .*dama merge"):
+        read_stage(tmp_path / "out", "toy")
+    with pytest.raises(StageError, match="do not fit together\n  00001-of-00002: unfinished\n  gap: chunks 2 to 3"):
+        merge_shards(tmp_path / "out", "toy", summarise)
+    with open_stage(tmp_path / "out", "toy", INPUTS, SIZES, shard=Shard(1, 2)) as stage:
+        assert stage.to_do == range(3, 4)
+    assert run_shard(tmp_path / "out", Shard(1, 2)) is not None
+    assert contents(tmp_path / "out") == unsharded
+
+
+def test_two_processes_on_one_shard_are_kept_apart(tmp_path: Path) -> None:
+    with (
+        open_stage(tmp_path, "toy", INPUTS, SIZES, shard=Shard(0, 2)),
+        open_stage(tmp_path, "toy", INPUTS, SIZES, shard=Shard(1, 2)),
+        pytest.raises(StageError, match="another process writes"),
+    ):
+        open_stage(tmp_path, "toy", INPUTS, SIZES, shard=Shard(1, 2))
+
+
+def test_gaps_are_named(tmp_path: Path) -> None:
+    """Chunks 0 to 3 in four shards, of which 1 and 3 are absent."""
+    with pytest.raises(StageError, match="no shards in"):
+        merge_shards(tmp_path, "toy", summarise)
+    for index in (0, 2):
+        run_shard(tmp_path, Shard(index, 4))
+    with pytest.raises(StageError) as caught:
+        merge_shards(tmp_path, "toy", summarise)
+    assert "gap: chunks 1 to 1 are in no finished shard\n  gap: chunks 3 to 3" in str(caught.value)
+    assert not (tmp_path / "toy.jsonl").exists()
+
+
+def test_overlaps_are_named_and_left_over_shards_of_another_count_do_not_disturb(
+    tmp_path: Path, unsharded: tuple[bytes, dict[str, Any]]
+) -> None:
+    """Chunks 0 to 3: of two shards the first has 0 and 1, of three the first 0, the second 1."""
+    run_shard(tmp_path / "out", Shard(0, 2))
+    for index in range(3):
+        run_shard(tmp_path / "out", Shard(index, 3))
+    assert contents(tmp_path / "out") == unsharded
+    with pytest.raises(StageError, match="00000-of-00002: overlaps another, chunks 0 to 0 are(?s:.*)remove"):
+        merge_shards(tmp_path / "out", "toy", summarise)
+
+
+def test_shards_of_other_inputs_are_refused(tmp_path: Path) -> None:
+    """A shard left over from other inputs is replaced with overwrite, and until then not merged."""
+    other = INPUTS | {"scale": "logit"}
+    run_shard(tmp_path, Shard(0, 2), other)
+    assert run_shard(tmp_path, Shard(1, 2)) is None
+    with pytest.raises(StageError, match='00001-of-00002: other inputs than 00000-of-00002 .scale: "logit"'):
+        merge_shards(tmp_path, "toy", summarise)
+    with pytest.raises(StageError, match='made from other inputs(?s:.*)scale: "logit" -> "cosine"'):
+        run_shard(tmp_path, Shard(0, 2))
+    assert run_shard(tmp_path, Shard(0, 2), overwrite=True) is not None
+    with pytest.raises(StageError, match="not a shard of the stage other"):
+        merge_shards(tmp_path, "other", summarise)
+
+
+def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
+    for index in range(2):
+        run_shard(tmp_path, Shard(index, 2))
+    path = tmp_path / "shards/00001-of-00002/toy.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(StageError, match="changed since the stage was finished"):
+        merge_shards(tmp_path, "toy", summarise)
+
+
+def test_a_folder_tells_its_stage(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="neither manifest.json nor shards"):
+        stage_of(tmp_path)
+    run_shard(tmp_path, Shard(0, 2))
+    assert stage_of(tmp_path) == "toy"
+    run_shard(tmp_path, Shard(1, 2))
+    assert stage_of(tmp_path) == "toy"

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from eval.core.statistics import Interval, paired_difference, ratio_interval
+from eval.core.statistics import RESAMPLES, Interval, interval, paired_difference, ratio_interval, resample
 
 
 def test_value_is_ratio_of_sums_not_mean_of_ratios():
@@ -85,3 +85,18 @@ def test_300_items_take_well_under_a_second():
     start = time.process_time()
     ratio_interval(data[0], data[1] + 1)
     assert time.process_time() - start < 0.8
+
+
+def test_all_columns_meet_the_same_draws():
+    """[1, 0] and [0, 1] share each resample of two items: their sums are 2 and 0, 1 and 1 or 0 and 2."""
+    totals, sums = resample([[1, 0], [0, 1]])
+    assert totals.tolist() == [1, 1] and sums.shape == (2, RESAMPLES)
+    assert set(map(tuple, sums.T.tolist())) == {(2, 0), (1, 1), (0, 2)}
+
+
+def test_any_figure_of_the_sums_has_an_interval():
+    """The product of both sums is 1 on the items, 0, 1 or 0 over the resamples: quantiles 0 and 1. NaN is left out."""
+    totals, sums = resample([[1, 0], [0, 1]])
+    assert interval(totals[0] * totals[1], sums[0] * sums[1]) == Interval(1, 0, 1)
+    assert interval(1.0, np.array([np.nan, 2.0])) == Interval(1, 2, 2)
+    assert interval(np.nan, np.array([1.0])) == Interval(None, None, None)

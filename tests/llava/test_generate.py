@@ -1,11 +1,26 @@
-"""The generation driver: batches answer as one at a time does, interrupted runs continue, bad questions are named."""
+"""The generation driver: batches answer as one at a time does, interrupted runs continue, shards make the whole."""
 
+import base64
 import json
+import re
 
 import pytest
 
-from llava.eval.generate import Answerer, Decoding, Request, generate_answers, main, read_questions
+from dama.stage import Shard, StageError, merge_shards
+from llava.eval.generate import (
+    Answerer,
+    Decoding,
+    Request,
+    ServedAnswerer,
+    default_device,
+    generate_answers,
+    main,
+    read_questions,
+    run_answers,
+    summarise,
+)
 from tests.conftest import GOLDEN
+from tests.openai_server import ScriptedServer, failure
 
 PICTURES = ["wide.png", "tall.png", "square.png", "exact.png", None]
 REQUESTS = [
@@ -85,3 +100,117 @@ def test_pictures_stay_inside_their_folder(answerer, tmp_path):
         generate_answers(
             answerer, read_questions(tmp_path / "q.jsonl"), GOLDEN / "images", tmp_path / "out", Decoding(4)
         )
+
+
+def test_changed_pictures_are_refused(answerer, tmp_path):
+    """The questions name the same file, but it shows something else."""
+    (tmp_path / "images").mkdir()
+    picture = tmp_path / "images" / "it.png"
+    for name in ("wide.png", "tall.png"):
+        picture.write_bytes((GOLDEN / "images" / name).read_bytes())
+        if name == "wide.png":
+            generate_answers(answerer, [Request("q", "?", "it.png")], picture.parent, tmp_path / "out", Decoding(2))
+    with pytest.raises(ValueError, match="pictures: "):
+        generate_answers(answerer, [Request("q", "?", "it.png")], picture.parent, tmp_path / "out", Decoding(2))
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_three_shards_write_the_bytes_of_one_run(answerer, tmp_path):
+    decoding = Decoding(max_new_tokens=8)
+    inputs = answerer, REQUESTS, GOLDEN / "images"
+    whole = run_answers(*inputs, tmp_path / "a", decoding, batch_size=2)
+    merged = [
+        run_answers(*inputs, tmp_path / "b", decoding, batch_size=2, shard=Shard(index, 3)) for index in (2, 0, 1)
+    ]
+    assert merged[:2] == [None, None] and merged[2]["summary"] == whole["summary"]
+    assert (tmp_path / "a" / "answers.jsonl").read_bytes() == (tmp_path / "b" / "answers.jsonl").read_bytes()
+    assert generate_answers(*inputs, tmp_path / "b", decoding, batch_size=2)[-1]["question_id"] == "q9"
+
+
+def test_a_missing_shard_is_a_gap(answerer, tmp_path):
+    inputs = answerer, REQUESTS, GOLDEN / "images", tmp_path, Decoding(max_new_tokens=2)
+    for index in (0, 2):
+        run_answers(*inputs, batch_size=2, shard=Shard(index, 3))
+    with pytest.raises(StageError, match="gap: chunks 1 to 2 are in no finished shard"):
+        merge_shards(tmp_path, "answers", summarise)
+
+
+def test_the_launcher_says_which_shard(in_golden, tmp_path, monkeypatch, capsys):
+    rows = [{"question_id": i, "image": "wide.png", "text": f"What is it{'?' * i}"} for i in range(3)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model-path", "llava-v1.5-tiny", "--question-file", str(tmp_path / "q.jsonl"), "--image-folder",
+             "images", "--max-new-tokens", "2", "--device", "cpu", "--batch-size", "1"]  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert main([*flags, "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in sorted((tmp_path / "out" / "shards").iterdir())] == [
+        "00000-of-00002",
+        "00001-of-00002",
+    ]
+    monkeypatch.delenv("RANK")
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 0
+    assert "complete in" in capsys.readouterr().out
+    assert main([*flags, "--out", str(tmp_path / "one")]) == 0
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == (tmp_path / "one" / "answers.jsonl").read_bytes()
+
+
+def test_each_process_has_its_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert default_device() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert default_device() == "cuda:3"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # the launcher shows each process its own
+    assert default_device() == "cuda:0"
+
+
+# -------------------------------------------------------------------------------------------------------------- served
+
+
+def test_a_served_model_sees_picture_and_question(tmp_path):
+    server = ScriptedServer(lambda call: f" about: {call.text} ")
+    with server as base_url:
+        served = ServedAnswerer("llava-export", base_url)
+        records = generate_answers(
+            served, REQUESTS, GOLDEN / "images", tmp_path, Decoding(max_new_tokens=9), batch_size=4
+        )
+        generate_answers(served, REQUESTS, GOLDEN / "images", tmp_path, Decoding(max_new_tokens=9), batch_size=4)
+    assert [record["text"] for record in records] == [f"about: {request.prompt}" for request in REQUESTS]
+    assert {record["model_id"] for record in records} == {"llava-export"} and len(server.calls) == len(REQUESTS)
+    assert {(b["model"], b["temperature"], b["max_tokens"]) for b in (call.body for call in server.calls)} == {
+        ("llava-export", 0.0, 9)
+    }
+    turns = [call.body["messages"][0]["content"] for call in server.calls]
+    shown = [turn[0]["image_url"]["url"].partition(",") for turn in turns if len(turn) == 2]
+    assert {kind for kind, _, _ in shown} == {"data:image/png;base64"} and len(turns) - len(shown) == 2
+    assert {base64.b64decode(data) for _, _, data in shown} == {
+        (GOLDEN / "images" / name).read_bytes() for name in PICTURES if name
+    }
+
+
+def test_a_server_that_fails_in_the_middle_is_continued(tmp_path):
+    broken = ScriptedServer(lambda call: failure(400, "no memory") if "reallyreally" in call.text else "fine")
+    with broken as base_url, pytest.raises(ValueError, match=r"q2#0: BadRequestError: .*no memory[\s\S]*it continues"):
+        run_answers(ServedAnswerer("m", base_url), REQUESTS, GOLDEN / "images", tmp_path, Decoding(4), batch_size=4)
+    whole = ScriptedServer(lambda call: "fine")
+    with whole as base_url:
+        run_answers(ServedAnswerer("m", base_url), REQUESTS, GOLDEN / "images", tmp_path, Decoding(4), batch_size=4)
+    assert len(whole.calls) == 6  # the first batch of four was kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backend", "openai"], "--base-url: expected the server's URL"),
+        (["--base-url", "http://127.0.0.1:1/v1"], "add --backend openai"),
+        (["--backend", "openai", "--base-url", "http://127.0.0.1:1/v1", "--num-beams", "3"], "num_beams: .* got 3"),
+    ],
+)
+def test_flags_that_do_not_fit(in_golden, tmp_path, capsys, flags, message):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 7, "text": "What is it?"}) + "\n")
+    base = ["--model-path", "m", "--question-file", str(tmp_path / "q.jsonl"), "--image-folder", "images"]
+    assert main([*base, "--out", str(tmp_path / "out"), *flags]) == 2
+    assert re.search(message, capsys.readouterr().err)

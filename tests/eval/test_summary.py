@@ -1,0 +1,66 @@
+"""All benchmarks in one table: what may not be compared is marked; the chart's axes point the right way."""
+
+import json
+
+import pytest
+
+from eval.summary import COLUMNS, format_table, main, reach
+
+
+def result(protocol="p", judge=None, **metrics):
+    return {"metrics": metrics, "provenance": {"protocol": protocol, "judge": judge}}
+
+
+def judge(version):
+    return {"name": "gpt", "version": version, "prompt_digest": "d", "temperature": 0.0}
+
+
+def test_figures_of_another_protocol_or_judge_are_marked():
+    models = {
+        "A": {"objhal": result("objhal-rules", response_level=53.6, mention_level=25.2),
+              "mmhal": result("mmhal", judge("v1"), score=2.11, hallucination_rate=54.0)},
+        "B": {"objhal": result("objhal-rules", response_level=10.3, mention_level=None),
+              "mmhal": result("mmhal", judge("v2"), score=2.76, hallucination_rate=41.0)},
+    }  # fmt: skip
+    lines = format_table(models).splitlines()
+    assert lines[1].split() == ["A", "53.6", "25.2", *["n/a"] * 5, "2.11", "54.0", *["n/a"] * 3]
+    assert lines[2].split() == ["B", "10.3", "n/a", *["n/a"] * 5, "2.76*", "41.0*", *["n/a"] * 3]
+    assert lines[4:] == [
+        "objhal: objhal-rules",
+        "mmhal: mmhal, judge gpt (v1)",
+        "* mmhal, not comparable: B: mmhal, judge gpt (v2)",
+    ]
+
+
+def test_farther_out_is_better():
+    """MMHal 3 of 6 lies half way; from 50 to 0 a mention level of 12.5 at three quarters, one of 60 in the centre."""
+    by_metric = {column.metric: column for column in COLUMNS}
+    assert reach(by_metric["score"], 3.0) == 0.5
+    assert reach(by_metric["mention_level"], 12.5) == 0.75
+    assert reach(by_metric["mention_level"], 60.0) == 0.0
+
+
+def test_the_command(tmp_path, capsys):
+    for name, value in (("A", 80.0), ("B", 86.0)):
+        (tmp_path / name / "pope").mkdir(parents=True)
+        (tmp_path / name / "pope/results.json").write_text(json.dumps(result("pope-llava", mean_f1=value)))
+    assert main([str(tmp_path / "A"), str(tmp_path / "B"), "--out", str(tmp_path)]) == 0
+    assert "86.0" in (tmp_path / "summary.txt").read_text()
+    assert "no chart, because the models have fewer than three figures" in capsys.readouterr().out
+    assert main([str(tmp_path / "C"), "--out", str(tmp_path)]) == 2
+    assert "expected results.json of a benchmark in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", ["objhal", "amber", "mmhal", "llavabench", "mmvet", "pope"])
+def test_every_column_is_a_figure_of_its_benchmark(benchmark):
+    """A misspelt metric would be an n/a that nobody questions."""
+    import importlib
+
+    module = importlib.import_module(f"eval.{benchmark}")
+    known = {
+        "pope": ("mean_f1",),
+        "amber": (*getattr(module, "GENERATIVE", ()), *getattr(module, "DISCRIMINATIVE", ())),
+    }
+    metrics = known.get(benchmark) or tuple(module.METRICS)
+    for column in COLUMNS:
+        assert column.benchmark != benchmark or column.metric in metrics
