@@ -70,7 +70,7 @@ setup(
             "bitsandbytes>=0.45",
             "trl==1.16.0",
             "datasets>=4",
-            "diffusers>=0.36",
+            "diffusers>=0.42",
             "nltk>=3.9",
             "spacy>=3.8",
             *GRADIO_NEEDS,
@@ -80,7 +80,7 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "eval": ["nltk>=3.9", "spacy>=3.8"],  # the official taggers; their data are downloads of their own
         "quant": ["bitsandbytes>=0.45"],
-        "synth": ["diffusers>=0.36"],
+        "synth": ["diffusers>=0.42"],
     },
     entry_points={"console_scripts": ["dama=dama.cli:main"]},
 )

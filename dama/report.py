@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -158,6 +159,43 @@ def render_markdown(report: Report, folder: str) -> tuple[str, dict[str, bytes]]
         plots.append(_plot_view(plot, image=Markup(f"{folder}/{name}")))
     environment = _environment(finalize=escape_markdown)
     return environment.get_template("report.md.jinja").render(_view(report, pictures, plots)), files
+
+
+def render_page(template: str, **view: Any) -> str:
+    """A page from a template beside this file, everything in it escaped that is not Markup."""
+    return _environment(autoescape=True).get_template(template).render(view)
+
+
+def svg_of(name: str, draw: Callable[[Axes], None]) -> Markup:
+    """A plot as an SVG element in the page's colours. `name` tells it from the others on the page."""
+    return Markup(_themed_svg(_Plot(name, "", "", draw)))
+
+
+def url_of(picture: Image.Image) -> str:
+    """The picture as a data URL, scaled down where it is large."""
+    return _data_url(*encode_picture(picture))
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """Figures drawn inside look like the reports' own."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def draw_hardness(axes: Axes, hardness: Hardness) -> None:
+    """Stacked histogram of delta with its mean."""
+    _histogram(axes, hardness)
+
+
+def draw_points(axes: Axes, x: Sequence[float], y: Sequence[float], labels: tuple[str, str], legend: str) -> None:
+    """A point for each pair of values; `labels` of the axes, x first."""
+    many = len(x) > 2000  # as single shapes they would make a page of many megabytes
+    axes.scatter(x, y, s=9, color=_SERIES[0], alpha=0.5, linewidths=0, label=legend, rasterized=many)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
 
 
 def cut_at_spans(text: str, spans: Sequence[Span]) -> list[tuple[str, str | None]]:

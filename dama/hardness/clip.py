@@ -20,6 +20,7 @@ from dama.pairs import load_image
 DEFAULT_MODEL = "ViT-L-14-336-quickgelu"  # the vision tower of LLaVA-1.5; the paper scores with the same CLIP
 DEFAULT_PRETRAINED = "openai"
 RANDOM = "random"
+HUB = "hf-hub:"
 RANDOM_SEED = 0
 TEXTS_PER_BATCH = 256
 CONFIG_NAME = "open_clip_config.json"
@@ -32,14 +33,41 @@ class ClipError(ValueError):
 
 
 @dataclass(frozen=True)
+class TextTokens:
+    """A CLIP's tokenizer and the ids of a text before open_clip would cut it. Worker processes have a copy."""
+
+    tokenizer: Any
+    context_length: int  # tokens, start and end token counted
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids with start and end token, of any length."""
+        if hasattr(self.tokenizer, "encode"):
+            return [self.tokenizer.sot_token_id, *self.tokenizer.encode(text), self.tokenizer.eot_token_id]
+        ids = self.tokenizer.tokenizer(self.tokenizer.clean_fn(text)).input_ids
+        # In this mode a start, an end and, after the padding, a class token come in place of the tokenizer's own.
+        return [*ids, 0, 0, 0] if self.tokenizer.tokenizer_mode == "clips" else list(ids)
+
+    def count(self, text: str) -> int:
+        return len(self.ids(text))
+
+    def batch(self, texts: Sequence[str], rows: Sequence[list[int]]) -> Tensor:
+        """[B, context] as open_clip's tokenizer gives it; `rows` are the texts' ids, none longer than the context."""
+        if not hasattr(self.tokenizer, "encode"):
+            return self.tokenizer(list(texts))
+        batch = torch.zeros(len(rows), self.context_length, dtype=torch.long)
+        for place, row in zip(batch, rows):
+            place[: len(row)] = torch.tensor(row)
+        return batch
+
+
+@dataclass(frozen=True)
 class ClipScorer:
     """A frozen CLIP on its device, with its own preprocessing and tokenizer."""
 
     model: nn.Module
     preprocess: Callable[[Any], Tensor]  # PIL image -> [3, H, W]
-    tokenizer: Any
+    tokens: TextTokens
     device: torch.device
-    context_length: int  # tokens, start and end token counted
     identity: dict[str, str]  # what the scores depend on, for a stage's fingerprint
 
     @property
@@ -47,52 +75,63 @@ class ClipScorer:
         """exp of the learned temperature, about 100 for OpenAI's models."""
         return float(self.model.get_parameter("logit_scale").detach().float().exp())
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text with its start and end token, before anything is cut."""
-        if hasattr(self.tokenizer, "encode"):
-            return len(self.tokenizer.encode(text)) + 2
-        return len(self.tokenizer.tokenizer(self.tokenizer.clean_fn(text)).input_ids)
+    @property
+    def logit_bias(self) -> float:
+        """What SigLIP adds to its logits, about -12; 0 for a CLIP without."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach().float())
 
     def encode_images(self, paths: Sequence[Path], batch_size: int = 32, workers: int = 0) -> Tensor:
-        """[N, D] float32 on the CPU, of length 1 each."""
+        """[N, D] float32 on the device, of length 1 each."""
         batches = [list(paths[start : start + batch_size]) for start in range(0, len(paths), batch_size)]
         return torch.cat(list(self.iter_images(batches, workers)))
 
     def iter_images(self, batches: Sequence[Sequence[Path]], workers: int = 0) -> Iterator[Tensor]:
-        """[n, D] float32 on the CPU for each batch of paths; `workers` processes decode ahead (0: this one decodes)."""
+        """[n, D] float32 on the device for each batch of paths; `workers` processes decode ahead (0: this one does).
+
+        On a GPU the batch is only queued: the next one's pixels are fetched while it is computed.
+        """
+        for pixels in self.iter_pixels(batches, workers):
+            yield self.encode_pixels(pixels)
+
+    def iter_pixels(self, batches: Sequence[Sequence[Path]], workers: int = 0) -> Iterator[Tensor]:
+        """[n, 3, H, W] on the CPU, decoded and preprocessed, in the precision of the model."""
         flat = [path for batch in batches for path in batch]
         indices = iter(range(len(flat)))
         sampler = [[next(indices) for _ in batch] for batch in batches]
         pinned = self.device.type == "cuda"
-        dataset: Any = _Images(flat, self.preprocess)
-        for pixels in DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pinned):
-            yield self._encode_pixels(pixels)
+        dataset: Any = _Images(flat, self.preprocess, PRECISIONS[self.identity["precision"]])
+        yield from DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pinned)
 
     @torch.inference_mode()
-    def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        dtype = PRECISIONS[self.identity["precision"]]
-        features = self.model(image=pixels.to(self.device, dtype, non_blocking=True))[0]
-        return F.normalize(features.float(), dim=-1).cpu()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[n, D] float32 on the device, of length 1 each, from [n, 3, H, W]."""
+        model: Any = self.model
+        features = model.encode_image(pixels.to(self.device, non_blocking=True), normalize=False)
+        return F.normalize(features.float(), dim=-1)
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """[N, D] float32 on the CPU, of length 1 each; texts of about equal length share a batch.
+    def encode_texts(self, texts: Sequence[str], ids: Sequence[list[int]] | None = None) -> Tensor:
+        """[N, D] float32 on the device, of length 1 each; texts of about equal length share a batch.
 
-        Raises ClipError for a text beyond the context length: open_clip would cut it without a word.
+        `ids` are the texts' `tokens.ids`, where they are known already. Raises ClipError for a text beyond the context
+        length: open_clip would cut it without a word.
         """
-        lengths = [self.count_tokens(text) for text in texts]
-        if texts and max(lengths) > self.context_length:
+        ids = [self.tokens.ids(text) for text in texts] if ids is None else ids
+        lengths = [len(row) for row in ids]
+        if texts and max(lengths) > self.tokens.context_length:
             text = texts[lengths.index(max(lengths))]
             remedy = "split it first (dama.hardness.split.fit_to_context)"
-            got = f"{max(lengths)} tokens, the text tower takes {self.context_length}"
+            got = f"{max(lengths)} tokens, the text tower takes {self.tokens.context_length}"
             raise ClipError(f"statement of {got}: {text[:80]!r}\nRemedy: {remedy}")
         order = sorted(range(len(texts)), key=lambda index: lengths[index])
-        features: Tensor | None = None
+        parts = []
         for start in range(0, len(order), TEXTS_PER_BATCH):
             rows = order[start : start + TEXTS_PER_BATCH]
-            batch = self._encode_ids(self.tokenizer([texts[row] for row in rows]), lengths[rows[-1]])
-            features = torch.empty(len(texts), batch.shape[1]) if features is None else features
-            features[rows] = batch
-        return torch.empty(0, 0) if features is None else features
+            batch = self.tokens.batch([texts[row] for row in rows], [ids[row] for row in rows])
+            parts.append(self._encode_ids(batch, lengths[rows[-1]]))
+        if not parts:
+            return torch.empty(0, 0)
+        return torch.cat(parts)[torch.tensor(order, device=self.device).argsort()]
 
     @torch.inference_mode()
     def _encode_ids(self, ids: Tensor, longest: int) -> Tensor:
@@ -105,22 +144,32 @@ class ClipScorer:
             if not torch.equal(ids[:, longest:], ids[:, -1:].expand(-1, ids.shape[1] - longest)):
                 raise ClipError("CLIP's tokenizer pads on the left\nRemedy: set its padding_side to right")
             ids = ids[:, :longest]
-        arguments = {"text": ids.to(self.device)}
-        features = torch.func.functional_call(self.model, shortened, (), arguments)[1]
-        return F.normalize(features.float(), dim=-1).cpu()
+        features = torch.func.functional_call(_TextTower(self.model), shortened, (ids.to(self.device),))
+        return F.normalize(features.float(), dim=-1)
+
+
+class _TextTower(nn.Module):
+    """encode_text as a forward, in which parameters can be replaced for one call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model.encode_text(ids, normalize=False)
 
 
 class _Images:
     """What the decoding processes run: one image read and preprocessed."""
 
-    def __init__(self, paths: Sequence[Path], preprocess: Callable[[Any], Tensor]) -> None:
-        self.paths, self.preprocess = paths, preprocess
+    def __init__(self, paths: Sequence[Path], preprocess: Callable[[Any], Tensor], dtype: torch.dtype) -> None:
+        self.paths, self.preprocess, self.dtype = paths, preprocess, dtype
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.preprocess(load_image(self.paths[index]))
+        return self.preprocess(load_image(self.paths[index])).to(self.dtype)
 
 
 def _shortened_text_tower(model: nn.Module, length: int) -> dict[str, Tensor]:
@@ -131,11 +180,27 @@ def _shortened_text_tower(model: nn.Module, length: int) -> dict[str, Tensor]:
     mask = getattr(tower, "attn_mask", None)
     if pool not in ("argmax", "eos") or mask is None or getattr(tower, "cls_emb", None) is not None:
         return {}
-    prefix = "text." if separate else ""
+    prefix = "model.text." if separate else "model."
     return {
         f"{prefix}positional_embedding": tower.positional_embedding[:length],
         f"{prefix}attn_mask": mask[:length, :length],
     }
+
+
+def fetch_later(values: Tensor) -> Callable[[], list[float]]:
+    """Starts the copy of [N] to the CPU; the result, when called, waits for that copy and not for work queued since."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return wait
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -144,9 +209,10 @@ def _shortened_text_tower(model: nn.Module, length: int) -> dict[str, Tensor]:
 def load_clip(model: str, pretrained: str | None, device: str | torch.device, precision: str = "fp32") -> ClipScorer:
     """Loads an open_clip model for scoring.
 
-    `model` is an architecture's name, with `pretrained` one of its tags (None: openai) or "random" for seeded random
-    weights; or a folder with open_clip_config.json and open_clip_model.safetensors, without `pretrained`.
-    Raises ClipError for what clip_faults finds, and where the weights cannot be had or do not fit.
+    `model` is an architecture's name, with `pretrained` one of its tags (None: openai), a file of weights, or "random"
+    for seeded random ones; or, with weights of their own, "hf-hub:ORG/NAME" or a folder with open_clip_config.json and
+    open_clip_model.safetensors. Raises ClipError for what clip_faults finds, and for weights that cannot be had or do
+    not fit.
     """
     faults = clip_faults(model, pretrained)
     if faults:
@@ -156,7 +222,7 @@ def load_clip(model: str, pretrained: str | None, device: str | torch.device, pr
 
     device, folder = torch.device(device), Path(model).is_dir()
     name = f"local-dir:{model}" if folder else model
-    tag = None if folder else pretrained or DEFAULT_PRETRAINED
+    tag = None if folder or model.startswith(HUB) else pretrained or DEFAULT_PRETRAINED
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("error", message="QuickGELU mismatch")
         torch.manual_seed(RANDOM_SEED)
@@ -166,33 +232,31 @@ def load_clip(model: str, pretrained: str | None, device: str | torch.device, pr
             network = open_clip.create_model(name, precision=precision, output_dict=False, **weights)
         except (RuntimeError, OSError, ValueError, KeyError, UserWarning) as error:
             remedy = "a tag is fetched at its first use; without network give a folder with the weights as --clip"
-            raise ClipError(f"CLIP {model} ({tag or 'local weights'}): {error}\nRemedy: {remedy}") from error
+            raise ClipError(f"CLIP {model} ({tag or 'its own weights'}): {error}\nRemedy: {remedy}") from error
     tokenizer = open_clip.get_tokenizer(name)
-    _refuse_other_kinds(network, tokenizer, model)
+    _refuse_cutting_tokenizers(tokenizer, model)
     config = network.visual.preprocess_cfg
     identity = {
         "model": Path(model).name if folder else model,
-        "pretrained": tag or "local",
+        "pretrained": Path(tag).name if tag else "local" if folder else "hub",
         "weights": weights_digest(network),
         "preprocess": digest_of(config),
         "precision": precision,
     }
     network = network.to(device).eval().requires_grad_(False)
     preprocess = image_transform_v2(PreprocessCfg(**config), is_train=False)
-    return ClipScorer(network, preprocess, tokenizer, device, tokenizer.context_length, identity)
+    return ClipScorer(network, preprocess, TextTokens(tokenizer, tokenizer.context_length), device, identity)
 
 
-def _refuse_other_kinds(network: nn.Module, tokenizer: Any, model: str) -> None:
-    """CLIPs with a text tower that can be counted and shortened; not CoCa, SigLIP or the "clips" tokenizer."""
-    import open_clip
+def _refuse_cutting_tokenizers(tokenizer: Any, model: str) -> None:
+    """Tokenizers that drop words at random, as training may want it, and kinds whose ids cannot be counted."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     plain = isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None
-    if not plain and not (isinstance(tokenizer, HFTokenizer) and not tokenizer.tokenizer_mode):
+    if not plain and not isinstance(tokenizer, HFTokenizer):
         kind = type(tokenizer).__name__
-        raise ClipError(f"CLIP {model}: its tokenizer ({kind}) is not supported\nRemedy: take a plain CLIP")
-    if not isinstance(network, (open_clip.CLIP, open_clip.CustomTextCLIP)):
-        raise ClipError(f"CLIP {model}: a {type(network).__name__} is not supported\nRemedy: take a plain CLIP")
+        remedy = "take out text_cfg.tokenizer_kwargs, or another --clip"
+        raise ClipError(f"CLIP {model}: its tokenizer ({kind}) is not supported\nRemedy: {remedy}")
 
 
 def clip_faults(model: str, pretrained: str | None) -> list[str]:
@@ -203,15 +267,18 @@ def clip_faults(model: str, pretrained: str | None) -> list[str]:
         return [f"open_clip cannot be imported ({error})\nRemedy: pip install open_clip_torch"]
     if Path(model).is_dir():
         return _folder_faults(Path(model), pretrained)
+    if model.startswith(HUB):
+        return [_own_weights_fault(model, pretrained)] if pretrained is not None else []
     if model not in open_clip.list_models():
         remedy = f"a name from open_clip.list_models(), such as {DEFAULT_MODEL}, or an existing folder"
         return [f"--clip {model}: neither a folder nor an architecture of open_clip\nRemedy: {remedy}"]
     tag = pretrained or DEFAULT_PRETRAINED
-    if tag == RANDOM:
+    if tag == RANDOM or Path(tag).is_file():
         return []
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
-        return [f"--pretrained {tag}: {model} has no such weights\nRemedy: one of {', '.join([*tags, RANDOM])}"]
+        remedy = f"one of {', '.join([*tags, RANDOM])}, or a file"
+        return [f"--pretrained {tag}: {model} has no such weights\nRemedy: {remedy}"]
     return _quick_gelu_faults(model, tag)
 
 
@@ -220,8 +287,12 @@ def _folder_faults(folder: Path, pretrained: str | None) -> list[str]:
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
     faults = [f"--clip {folder}: no {name} in it\n{remedy}" for name in missing]
     if pretrained is not None:
-        faults.append(f"--pretrained {pretrained}: the folder {folder} has its own weights\nRemedy: leave it out")
+        faults.append(_own_weights_fault(str(folder), pretrained))
     return faults
+
+
+def _own_weights_fault(model: str, pretrained: str) -> str:
+    return f"--pretrained {pretrained}: {model} has its own weights\nRemedy: leave it out"
 
 
 def _quick_gelu_faults(model: str, tag: str) -> list[str]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dama.console import digest_of
 from dama.hardness import split
-from dama.hardness.clip import ClipScorer
+from dama.hardness.clip import ClipScorer, TextTokens, fetch_later
 from dama.pairs import (
     PairsError,
     PreferencePair,
@@ -26,13 +30,17 @@ from dama.pairs import (
     pairs_fingerprint,
     resolve_image,
 )
-from dama.stage import Record, open_stage, read_stage
+from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
+
+if TYPE_CHECKING:
+    from dama.hardness.split_llm import LlmSplitter
 
 STAGE = "hardness"
 IMAGES_PER_CHUNK = 64  # what a kill can cost; fixed, so that the batch size does not change the chunks
 PAIRS_PER_CHUNK = 4096  # of the quick way, from given scores
 SCALES = ("cosine", "logit")
 REDUCTIONS = ("sum", "mean")
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,9 @@ def delta_bar(deltas: Sequence[float]) -> float:
     return statistics.fmean(deltas)
 
 
-def similarity(image: Tensor, statements: Tensor, scale: float = 1.0) -> Tensor:
-    """c(I, s): [S] cosines, times `scale` (CLIP's logit scale for logits), of unit vectors [D] and [S, D]."""
-    return scale * (statements * image).sum(-1)
+def similarity(images: Tensor, statements: Tensor, scale: float = 1.0, bias: float = 0.0) -> Tensor:
+    """c(I, s): [S] cosines of unit vectors [D] or [S, D] with [S, D]; for logits times CLIP's scale, plus its bias."""
+    return scale * (statements * images).sum(-1) + bias
 
 
 # ------------------------------------------------------------------------------------------------------------ stage
@@ -83,41 +91,42 @@ def run_hardness(
     *,
     scale: str = "cosine",
     reduction: str = "sum",
+    splitter: LlmSplitter | None = None,
     batch_size: int = 32,
     workers: int = 0,
+    shard: Shard = WHOLE,
     overwrite: bool = False,
     skipped: Sequence[SkippedPair] = (),
     progress: bool = True,
-) -> Record:
+) -> Record | None:
     """Scores every pair and writes out/hardness.jsonl and out/manifest.json; returns the manifest.
 
-    `scorer` None takes the scores that the pairs carry (`clip_scores`) instead of a CLIP's. Complete output of the
-    same inputs is left as it is, interrupted output continued. Each distinct image is encoded once; `batch_size`
-    counts images and changes scores by rounding only. `skipped` is listed in the manifest. Pairs come out grouped
-    by image, in the order of each image's first use.
+    `scorer` None takes the scores that the pairs carry (`clip_scores`) instead of a CLIP's; `splitter` None splits by
+    rules. Complete output of the same inputs is left as it is, interrupted output continued. A `shard` of several does
+    its part and returns None while others are missing. Each distinct image is encoded once; `batch_size` counts images
+    and changes scores by rounding only. `skipped` is listed in the manifest. Pairs come out grouped by image, in the
+    order of each image's first use.
     """
     if scale not in SCALES or reduction not in REDUCTIONS:
         raise ValueError(f"expected scale in {SCALES} and reduction in {REDUCTIONS}, got {scale!r} and {reduction!r}")
     if scorer is None:
         _require_scores(pairs)
     chunks = _chunks_by_image(pairs) if scorer else _chunks_of(pairs, PAIRS_PER_CHUNK)
-    fingerprint = hardness_fingerprint(pairs, image_folder, scorer, scale, reduction, max(1, workers))
-    with open_stage(out, STAGE, fingerprint, [len(chunk) for chunk in chunks], overwrite=overwrite) as stage:
-        if stage.complete:
-            return read_stage(out, STAGE)[0]
-        to_do = chunks[stage.chunks_done :]
+    fingerprint = hardness_fingerprint(pairs, image_folder, scorer, scale, reduction, splitter, max(1, workers))
+    sizes = [len(chunk) for chunk in chunks]
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+        to_do = [chunks[number] for number in stage.to_do]
+        scored: Iterator[list[Record]]
         if scorer is None:
-            for chunk in to_do:
-                stage.append(_records_from_scores(chunk, reduction))
+            scored = (_records_from_scores(chunk, reduction) for chunk in to_do)
         else:
-            factor = scorer.logit_scale if scale == "logit" else 1.0
-            images = [distinct_images(chunk) for chunk in chunks]
-            done, total = (sum(map(len, part)) for part in (images[: stage.chunks_done], images))
-            with tqdm(initial=done, total=total, desc=STAGE, unit="image", disable=not progress) as bar:
-                encoded = _encode_chunks(images[stage.chunks_done :], image_folder, scorer, batch_size, workers, bar)
-                for chunk, features in zip(to_do, encoded):
-                    stage.append(_score_chunk(chunk, features, scorer, factor, reduction))
-        return stage.finish(summarise(stage.records(), skipped))
+            encoded = _encode_chunks(to_do, image_folder, scorer, batch_size, workers, progress)
+            texts = _texts_of_chunks(to_do, scorer.tokens, splitter, workers)
+            scored = _score_chunks(to_do, encoded, texts, scorer, scale, reduction)
+        for records in scored:
+            stage.append(records)
+        left_out = [{"id": pair.id, "reason": pair.reason} for pair in skipped]
+        return stage.conclude(summarise, {"skipped": left_out, "image_folder": str(image_folder)})
 
 
 def load_hardness(folder: str | Path) -> Hardness:
@@ -133,6 +142,7 @@ def hardness_fingerprint(
     scorer: ClipScorer | None,
     scale: str,
     reduction: str,
+    splitter: LlmSplitter | None = None,
     workers: int = 4,
 ) -> Record:
     """Whatever delta depends on. With given scores (`scorer` None) images and CLIP play no part in it."""
@@ -140,14 +150,16 @@ def hardness_fingerprint(
     if scorer is None:
         return common | {"scores": "given"}
     images = digest_of(image_digests(pairs, image_folder, workers))
-    return common | {"images": images, "clip": scorer.identity, "splitter": split.VERSION, "scale": scale}
+    split_by = split.VERSION if splitter is None else {"rules": split.VERSION} | splitter.identity
+    return common | {"images": images, "clip": scorer.identity, "splitter": split_by, "scale": scale}
 
 
-def summarise(records: Sequence[Record], skipped: Sequence[SkippedPair] = ()) -> Record:
-    """delta_bar, counts, and the spread of delta over all pairs and per kind."""
+def summarise(records: Sequence[Record], facts: Sequence[Record] = ()) -> Record:
+    """delta_bar, counts, and the spread of delta over all pairs and per kind; `facts` of the first shard are kept."""
     deltas = [record["delta"] for record in records]
     kinds = sorted({record["kind"] for record in records})
     by_kind = {kind: [record["delta"] for record in records if record["kind"] == kind] for kind in kinds}
+    fallbacks = Counter(reason for record in records for reason in record.get("fallbacks", {}).values())
     return {
         "delta_bar": delta_bar(deltas),
         "pairs": len(records),
@@ -155,13 +167,14 @@ def summarise(records: Sequence[Record], skipped: Sequence[SkippedPair] = ()) ->
             "chosen": sum(len(record["chosen_scores"]) for record in records),
             "rejected": sum(len(record["rejected_scores"]) for record in records),
         },
-        "spread": {"all": _spread(deltas)} | {kind or "(no kind)": _spread(values) for kind, values in by_kind.items()},
-        "length_correlation": _length_correlation(records),
-        "skipped": [{"id": pair.id, "reason": pair.reason} for pair in skipped],
+        "fallbacks": dict(sorted(fallbacks.items())),  # answers that an LLM should have split and rules did, by reason
+        "spread": {"all": spread(deltas)} | {kind or "(no kind)": spread(values) for kind, values in by_kind.items()},
+        "correlations": {name: correlation(deltas, values) for name, values in length_differences(records).items()},
+        **(facts[0] if facts else {}),
     }
 
 
-def _spread(deltas: Sequence[float]) -> Record:
+def spread(deltas: Sequence[float]) -> Record:
     """sd is that of the population; `negative` the share of pairs whose rejected answer fits the image better."""
     return {
         "pairs": len(deltas),
@@ -173,13 +186,18 @@ def _spread(deltas: Sequence[float]) -> Record:
     }
 
 
-def _length_correlation(records: Sequence[Record]) -> float | None:
-    """Pearson's r of delta and the difference in statements: how far delta is length; None where one is constant."""
-    longer = [float(len(record["chosen_scores"]) - len(record["rejected_scores"])) for record in records]
-    deltas = [record["delta"] for record in records]
-    if len(set(longer)) < 2 or len(set(deltas)) < 2:
+def length_differences(records: Sequence[Record]) -> dict[str, list[float]]:
+    """By how much each chosen answer is longer than the rejected one, in statements and in words."""
+    statements = [float(len(record["chosen_scores"]) - len(record["rejected_scores"])) for record in records]
+    words = [float(record["chosen_words"] - record["rejected_words"]) for record in records]
+    return {"statements": statements, "words": words}
+
+
+def correlation(deltas: Sequence[float], lengths: Sequence[float]) -> float | None:
+    """Pearson's r: how far delta, as a sum, is length; None where one of the two is constant."""
+    if len(set(lengths)) < 2 or len(set(deltas)) < 2:
         return None
-    return statistics.correlation(deltas, longer)
+    return statistics.correlation(deltas, lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -201,8 +219,9 @@ def _chunks_by_image(pairs: Iterable[PreferencePair]) -> list[list[PreferencePai
 def _records_from_scores(chunk: Sequence[PreferencePair], reduction: str) -> list[Record]:
     """Records of pairs that carry their scores; what the statements were is not known."""
     scores = [pair.clip_scores or ((), ()) for pair in chunk]
+    unknown = split.Split([])
     return [
-        _record(pair, _Scored([], chosen), _Scored([], rejected), reduction)
+        _record(pair, (unknown, unknown), (chosen, rejected), reduction)
         for pair, (chosen, rejected) in zip(chunk, scores)
     ]
 
@@ -221,66 +240,140 @@ def _require_scores(pairs: Sequence[PreferencePair]) -> None:
 
 
 def _encode_chunks(
-    images: Sequence[Sequence[str]],
+    chunks: Sequence[Sequence[PreferencePair]],
     image_folder: str | Path,
     scorer: ClipScorer,
     batch_size: int,
     workers: int,
-    bar: tqdm,
-) -> Iterator[dict[str, Tensor]]:
-    """The features [D] of each chunk's images by name; one loader decodes for all, no batch holds images of two."""
+    progress: bool,
+) -> Iterator[Tensor]:
+    """[I, D] features of each chunk's distinct images; one loader decodes for all, no batch holds images of two."""
+    images = [distinct_images(chunk) for chunk in chunks]
     batches = [_chunks_of([resolve_image(image_folder, name) for name in names], batch_size) for names in images]
     encoded = scorer.iter_images([batch for of_chunk in batches for batch in of_chunk], workers)
-    for names, of_chunk in zip(images, batches):
-        features = []
-        for batch in islice(encoded, len(of_chunk)):
-            features += list(batch)
-            bar.update(len(batch))
-        yield dict(zip(names, features, strict=True))
+    with tqdm(total=sum(map(len, images)), desc=STAGE, unit="image", disable=not progress) as bar:
+        for names, of_chunk in zip(images, batches):
+            features = torch.cat(list(islice(encoded, len(of_chunk))))
+            bar.update(len(names))
+            yield features
 
 
-def _score_chunk(
-    chunk: Sequence[PreferencePair], images: dict[str, Tensor], scorer: ClipScorer, factor: float, reduction: str
-) -> list[Record]:
-    answers = {answer for pair in chunk for answer in (pair.chosen, pair.rejected)}
-    statements = {answer: statements_of(answer, scorer) for answer in sorted(answers)}
-    distinct = sorted({statement for of_answer in statements.values() for statement in of_answer})
-    row = {statement: index for index, statement in enumerate(distinct)}
-    features = scorer.encode_texts(distinct)
+class ChunkTexts(NamedTuple):
+    """The splits of a chunk's answers, its distinct statements, and their token ids."""
 
-    def scored(image: str, answer: str) -> _Scored:
-        rows = [row[statement] for statement in statements[answer]]
-        scores = similarity(images[image], features[rows], factor).tolist()
-        return _Scored(statements[answer], [round(score, 8) for score in scores])
+    splits: dict[str, split.Split]
+    statements: list[str]
+    ids: list[list[int]]
 
-    return [
-        _record(pair, scored(pair.image, pair.chosen), scored(pair.image, pair.rejected), reduction) for pair in chunk
+
+@dataclass(frozen=True)
+class ChunkSplitter:
+    """Splits and tokenises the answers of chunk after chunk; worker processes do it ahead of the text tower."""
+
+    answers: Sequence[Sequence[str]]  # distinct ones of each chunk, sorted
+    tokens: TextTokens
+    splitter: LlmSplitter | None
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __getitem__(self, number: int) -> ChunkTexts:
+        answers = self.answers[number]
+        if self.splitter is None:
+            splits = {answer: split.Split(split.split_statements(answer)) for answer in answers}
+        else:
+            splits = self.splitter.split(answers)
+        ids: dict[str, list[int]] = {}  # each text is tokenised once
+
+        def count(text: str) -> int:
+            if text not in ids:
+                ids[text] = self.tokens.ids(text)
+            return len(ids[text])
+
+        limit = self.tokens.context_length
+        for answer, (statements, fallback) in splits.items():
+            pieces = [piece for statement in statements for piece in split.fit_to_context(statement, count, limit)]
+            splits[answer] = split.Split(pieces, fallback)
+        distinct = sorted({piece for parts in splits.values() for piece in parts.statements})
+        return ChunkTexts(splits, distinct, [ids[piece] for piece in distinct])
+
+
+def _as_it_is(texts: Any) -> Any:
+    return texts
+
+
+def _texts_of_chunks(
+    chunks: Sequence[Sequence[PreferencePair]], tokens: TextTokens, splitter: LlmSplitter | None, workers: int
+) -> Iterator[ChunkTexts]:
+    """An LLM is asked from this process; a quarter as many processes as decode images keep up with them otherwise."""
+    answers = [sorted({answer for pair in chunk for answer in (pair.chosen, pair.rejected)}) for chunk in chunks]
+    dataset: Any = ChunkSplitter(answers, tokens, splitter)
+    processes = 0 if splitter else math.ceil(workers / 4)
+    yield from DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, num_workers=processes)
+
+
+def _score_chunks(
+    chunks: Sequence[Sequence[PreferencePair]],
+    encoded: Iterable[Tensor],
+    texts: Iterable[ChunkTexts],
+    scorer: ClipScorer,
+    scale: str,
+    reduction: str,
+) -> Iterator[list[Record]]:
+    """The records of each chunk; on a GPU they are put together while the next chunk's work is under way."""
+    factor, bias = (scorer.logit_scale, scorer.logit_bias) if scale == "logit" else (1.0, 0.0)
+    score = partial(similarity, scale=factor, bias=bias)
+    waiting: Callable[[], list[Record]] | None = None
+    for chunk, images, of_chunk in zip(chunks, encoded, texts):
+        statements = scorer.encode_texts(of_chunk.statements, of_chunk.ids)
+        ready = _queue_scores(chunk, of_chunk, images, statements, score, reduction)
+        if waiting is not None:
+            yield waiting()
+        waiting = ready
+    if waiting is not None:
+        yield waiting()
+
+
+def _queue_scores(
+    chunk: Sequence[PreferencePair],
+    texts: ChunkTexts,
+    images: Tensor,
+    statements: Tensor,
+    score: Callable[[Tensor, Tensor], Tensor],
+    reduction: str,
+) -> Callable[[], list[Record]]:
+    """Starts the scores of a chunk's pairs from features [I, D] and [S, D]; the result, when called, waits for them
+    and gives the records."""
+    image_row = {name: row for row, name in enumerate(distinct_images(chunk))}
+    text_row = {statement: row for row, statement in enumerate(texts.statements)}
+    splits = [(texts.splits[pair.chosen], texts.splits[pair.rejected]) for pair in chunk]
+    rows = [
+        (image_row[pair.image], text_row[statement])
+        for pair, both in zip(chunk, splits)
+        for parts in both
+        for statement in parts.statements
     ]
+    of_image, of_text = torch.tensor(rows, device=images.device).T
+    fetch = fetch_later(score(images[of_image], statements[of_text]))
+
+    def records() -> list[Record]:
+        scores = iter(fetch())
+        take = [[[round(next(scores), 8) for _ in parts.statements] for parts in both] for both in splits]
+        return [_record(pair, both, of_pair, reduction) for pair, both, of_pair in zip(chunk, splits, take)]
+
+    return records
 
 
-def statements_of(answer: str, scorer: ClipScorer) -> list[str]:
-    """S of an answer, each statement short enough for the CLIP's text tower."""
-    return [
-        piece
-        for statement in split.split_statements(answer)
-        for piece in split.fit_to_context(statement, scorer.count_tokens, scorer.context_length)
-    ]
-
-
-class _Scored(NamedTuple):
-    """An answer's statements and their scores c(I, s)."""
-
-    statements: Sequence[str]
-    scores: Sequence[float]
-
-
-def _record(pair: PreferencePair, chosen: _Scored, rejected: _Scored, reduction: str) -> Record:
-    return {
-        "id": pair.id,
-        "delta": hardness_delta(chosen.scores, rejected.scores, reduction),
-        "chosen_statements": list(chosen.statements),
-        "chosen_scores": list(chosen.scores),
-        "rejected_statements": list(rejected.statements),
-        "rejected_scores": list(rejected.scores),
-        "kind": pair.kind,
-    }
+def _record(
+    pair: PreferencePair,
+    splits: tuple[split.Split, split.Split],
+    scores: Sequence[Sequence[float]],
+    reduction: str,
+) -> Record:
+    record: Record = {"id": pair.id, "delta": hardness_delta(scores[0], scores[1], reduction)}
+    for side, answer, parts, of_side in zip(SIDES, (pair.chosen, pair.rejected), splits, scores):
+        record |= {f"{side}_statements": parts.statements, f"{side}_scores": list(of_side)}
+        record[f"{side}_words"] = len(answer.split())
+    fallbacks = {side: parts.fallback for side, parts in zip(SIDES, splits) if parts.fallback}
+    record |= {"kind": pair.kind, "source": pair.source, "image": pair.image}
+    return record | ({"fallbacks": fallbacks} if fallbacks else {})

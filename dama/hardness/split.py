@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-VERSION = "rules-1"  # part of the stage's fingerprint: raise it with any change of what split_statements returns
+VERSION = "rules-2"  # part of the stage's fingerprint: raise it with any change of what split_statements returns
+
+class Split(NamedTuple):
+    """An answer's statements; `fallback` says why they come from the rules where something else was asked first."""
+
+    statements: list[str]
+    fallback: str = ""
+
 
 # ------------------------------------------------------------------------------------------------------------ lines
 
-_BULLET = re.compile(r"^\s*(?:[-*•‣–]\s+|#{1,6}\s+|\(?(?:\d{1,2}|[a-z])[.)]\s+)")
+BULLET = re.compile(r"^\s*(?:[-*•‣–]\s+|#{1,6}\s+|\(?(?:\d{1,2}|[a-z])[.)]\s+)")
 _INLINE_NUMBER = re.compile(r"(?<=[:;.!?])\s+(?=\(?\d{1,2}[.)]\s+\S)")
 _INLINE_LIST = re.compile(r"(?:^|[:;.!?]\s+)\(?1[.)]\s.*[:;.!?]\s+\(?2[.)]\s")  # "1." alone may end a sentence
 _EMPHASIS = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
@@ -24,9 +32,9 @@ def _lines(answer: str) -> list[str]:
     """The answer's paragraphs and list items without their markers; lines broken inside a sentence are joined."""
     lines: list[str] = []
     for raw in answer.replace("\r\n", "\n").split("\n"):
-        item = _BULLET.match(raw)
+        item = BULLET.match(raw)
         parts = _INLINE_NUMBER.split(raw.strip()) if _INLINE_LIST.search(raw) else [raw]
-        parts = [_EMPHASIS.sub(r"\2", _BULLET.sub("", part)).strip() for part in parts]
+        parts = [_EMPHASIS.sub(r"\2", BULLET.sub("", part)).strip() for part in parts]
         text = parts[0]
         if _RULE.match("".join(parts)):
             lines.append("")  # keeps the paragraphs around it apart
@@ -49,13 +57,17 @@ _TITLE = re.compile(
     r"(?:^|[\s(\"“])(?:Mr|Mrs|Ms|Dr|Prof|St|Mt|Gen|Capt|Sgt|Rev|Hon|vs|e\.g|i\.e|cf|ca|approx|Fig)$", re.I
 )
 _SHORT = re.compile(
-    r"(?:^|[\s(\"“])(?:etc|al|Inc|Ltd|Co|Corp|Jr|Sr|Ave|Blvd|Rd|ft|lbs?|oz|a\.m|p\.m|(?:[A-Z]\.)*[A-Z])$"
+    r"(?:^|[\s(\"“])(?:etc|al|Inc|Ltd|Co|Corp|Jr|Sr|Ave|Blvd|Rd|ft|lbs?|oz|min|a\.m|p\.m|(?:[A-Z]\.)*[A-Z]|[a-z])$"
 )
-_NUMBER_WORD = re.compile(r"(?:^|[\s(])(?:Nos?|pp?|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)$")
+_NUMBER_WORD = re.compile(
+    r"(?:^|[\s('\"“-])(?:Nos?|pp?|Vol|Bldg|Apt|Rm|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|"
+    r"Mon|Tues?|Wed|Thu(?:rs?)?|Fri|Sat|Sun)$"
+)
 _ASCII_END = re.compile(r"(?:\.{3,}|…|[.!?]+)[\"'”’)\]]*(?=\s|$)")
 _OTHER_END = re.compile(r"[。！？｡।॥؟۔]+[\"'”’）」』]*")  # these end a sentence with or without a space
 _GLUED = re.compile(r"(?<=[a-z]{3})\.(?=(?:The|There|This|These|It|In|A|An|On|He|She|They|Overall|Additionally)\b)")
-_ENCLOSED = re.compile(r"\"[^\"]{0,300}\"|“[^”]{0,300}”|\([^()]{0,300}\)")
+_ENCLOSED = re.compile(r"\"[^\"]{0,300}\"|“[^”]{0,300}”|\([^()]{0,300}\)|「[^」]{0,300}」|『[^』]{0,300}』")
+_PARTICLE = re.compile("[とのがはをにもでへ、]")  # what follows a Japanese quotation inside its sentence
 
 
 def _sentences(line: str) -> Iterator[str]:
@@ -65,7 +77,9 @@ def _sentences(line: str) -> Iterator[str]:
     ends = sorted([*_ASCII_END.finditer(line), *_OTHER_END.finditer(line)], key=lambda match: match.start())
     for match in ends:
         inside = any(left < match.start() and match.end() < right for left, right in enclosed)
-        if not inside and (match.re is _OTHER_END or _ends_sentence(line, match)):
+        if inside or (match.group()[-1] in "」』" and _PARTICLE.match(line, match.end())):
+            continue
+        if match.re is _OTHER_END or _ends_sentence(line, match):
             yield line[start : match.end()].strip()
             start = match.end()
     yield line[start:].strip()
@@ -94,11 +108,13 @@ _DETERMINER = (
 _BE = r"(?:is|are|was|were|has|have|can be|appears?|seems?)"
 _ACTS = (
     r"(?:stands?|sits?|lies|hangs?|wears|holds|shows|features|contains|includes|displays|depicts|adds|creates|"
-    r"surrounds|fills|rests|serves)"
+    r"surrounds|fills|rests|serves|reads|says)"
 )
-_IS = re.compile(rf"\b{_BE}\b", re.I)  # never a noun, as "stands" or "features" may be
+# Never a noun, as "stands" or "features" may be.
+_IS = re.compile(rf"\b(?:{_BE}|sits|hangs|wears|contains|includes|depicts|reads|says)\b", re.I)
 _FINITE = re.compile(rf"\b(?:{_BE}|{_ACTS}|looks?|can|could|will|may|might|would)\b", re.I)
 _RELATIVE = re.compile(r"\b(?:that|which|who|whom|whose|where|when|if|because|although|whether|so)\b", re.I)
+_ASIDE = re.compile(r",\s+(?:which|who|whose|where)\b[^,;]*,", re.I)
 _SUBORDINATE = re.compile(r"^(?:while|when|if|as|although|though|because|since|whether|unless|after|before)\b", re.I)
 # No subject of its own: "the other is", "some are", "one of them has"
 _DEPENDENT = r"(?:\s+(?:others?|rest|latter|former|second|third|more))*"
@@ -107,13 +123,23 @@ _SUBJECT = re.compile(
     rf"({_DETERMINER})\s+((?:(?!(?:and|or|that|which|who|where)\b)[\w'’-]+\s+){{1,6}}?)(?:{_BE}|{_ACTS})\s+\S", re.I
 )
 _PARTICIPLE = (
-    r"(?:\w{3,}ing|located|placed|parked|positioned|scattered|seated|arranged|filled|visible|seen|mounted|attached)"
+    r"(?:\w{3,}ing|located|placed|parked|positioned|scattered|seated|arranged|filled|visible|seen|mounted|attached|"
+    r"lit|lined|stacked|displayed)"
 )
 _SCENE = re.compile(
     rf"{_DETERMINER}\s+(?!(?:of|others?|rest|latter|former)\b)(?:(?!(?:and|or|that|which|who)\b)[\w'’-]+\s+){{1,5}}?"
     rf"{_PARTICIPLE}\b",
     re.I,
 )
+
+# Two that belong together, before the word that joins them; "the dog is not": what it is stands in the other clause.
+_UNPAIRED = re.compile(r"\b(?:between|both|not only)\b(?!.*\b(?:and|but)\b)", re.I)
+_ELLIPTICAL = re.compile(
+    r"\b(?:is|are|was|were|has|have|do|does|did|can|could|will|would)(?:\s+not|n['’]t)?"
+    r"(?:,?\s+(?:too|either|as well))?[.!?]*$"
+)
+_ADVERB = re.compile(r"(?:however|meanwhile|also|additionally|therefore|instead),?\s+", re.I)
+_PLAIN_SUBJECT = re.compile(rf"(?:there|no one|nobody|everyone|everything|nothing)\s+{_BE}\s", re.I)
 
 _BARE = re.compile(r"\s+(?:and|while)\s+")
 _JOINTS = [
@@ -147,19 +173,22 @@ def _joints(sentence: str) -> list[re.Match[str]]:
 def _holds(joint: re.Match[str], left: str, right: str) -> bool:
     """Whether both sides of a joint can stand alone."""
     verbs = _IS if joint.re is _BARE else _FINITE
-    if not _has_main_verb(left, verbs) or re.search(r"\b(?:between|both|not only)\b", left, re.I):
+    if not _has_main_verb(left, verbs) or _UNPAIRED.search(left):
         return False
     return _SCENE.match(right) is not None if joint.re is _WITH else _is_clause(right)
 
 
 def _has_main_verb(text: str, verbs: re.Pattern[str]) -> bool:
-    """A finite verb before any relative clause, whose verb would be another one's."""
-    return bool(verbs.search(_RELATIVE.split(text, maxsplit=1)[0]))
+    """A finite verb before any relative clause, whose verb would be another one's, or after one between commas."""
+    return bool(verbs.search(_RELATIVE.split(_ASIDE.sub("", text), maxsplit=1)[0]))
 
 
 def _is_clause(text: str) -> bool:
     """Begins with "there is", or with a subject that names something and, within six words, its verb."""
-    if re.match(r"there\s+(?:is|are|was|were)\s", text, re.I):
+    text = text[match.end() :] if (match := _ADVERB.match(text)) else text
+    if _ELLIPTICAL.search(text):
+        return False
+    if _PLAIN_SUBJECT.match(text):
         return True
     subject = _SUBJECT.match(text)
     if subject is None or _HOLLOW.match(text):
@@ -180,14 +209,15 @@ def split_statements(answer: str) -> list[str]:
     answer that has a character other than white space.
     """
     pieces = (piece for line in _lines(answer) for sentence in _sentences(line) for piece in _clauses(sentence))
-    statements = [_as_statement(piece) for piece in pieces if re.search(r"\w", piece)]
+    statements = [as_statement(piece) for piece in pieces if re.search(r"\w", piece)]
     return statements or ([answer.strip()] if answer.strip() else [])
 
 
-def _as_statement(piece: str) -> str:
-    text = " ".join(piece.split()).rstrip(" ,;:")
+def as_statement(piece: str) -> str:
+    """White space made even, a capital in front, and a mark at the end where there is none."""
+    text = " ".join(piece.split()).rstrip(" ,;:，、；：")
     if not re.search(r"[.!?…。！？｡।॥؟۔][\"'”’)\]）」』]*$", text):
-        text += "."
+        text += "。" if re.search(r"[\u3040-\u30ff\u3400-\u9fff]$", text) else "."
     return text[0].upper() + text[1:]
 
 

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dama.cli import histogram, main
+from dama.cli import histogram, main, pick_device
+from dama.hardness import score
 from dama.hardness.score import load_hardness
+from dama.hardness.split_llm import PROMPT
+from dama.stage import Shard, open_stage
 from tests.dama.tiny_clip import write_tiny_clip
+from tests.openai_server import Call, ScriptedServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,3 +150,118 @@ def test_help_reads_like_documentation() -> None:
     text = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for part in ("Eq. 3-5", "manifest.json", "Default: fail", "--from_scores", "examples:"):
         assert part in text
+
+
+# ---------------------------------------------------------------------------------------------------------- shards
+
+
+def contents(out: Path) -> tuple[bytes, dict[str, Any]]:
+    """The records' bytes and the manifest without its times."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["time"]
+    return (out / "hardness.jsonl").read_bytes(), manifest
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "IMAGES_PER_CHUNK", 1)
+
+
+def test_shards_by_flag_and_the_merge_command(
+    world: Path, small_chunks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(world)) == 0
+    whole = contents(world / "out")
+    parts = ["--out", str(world / "parts")]
+    assert main(flags(world, *parts, "--shard", "1/2")) == 0
+    assert "cpu, shard 1/2" in (output := capsys.readouterr().out) and "`python -m dama merge" in output
+    assert main(["merge", str(world / "parts")]) == 1
+    assert "gap: chunks 0 to 0 are in no finished shard" in capsys.readouterr().err
+    assert main(flags(world, *parts, "--shard", "0/2")) == 0
+    assert "2 shards with 3 records merged" in (output := capsys.readouterr().out) and "delta_bar = " in output
+    assert contents(world / "parts") == whole
+    (world / "parts/manifest.json").unlink()
+    (world / "parts/hardness.jsonl").unlink()
+    assert main(["merge", str(world / "parts")]) == 0
+    assert contents(world / "parts") == whole
+    assert main(flags(world, "--shard", "2/2")) == 1
+    assert "--shard '2/2': expected i/n with 0 <= i < n" in capsys.readouterr().err
+
+
+def test_other_stages_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_stage(tmp_path, "toy", {}, [], shard=Shard(0, 2)) as stage:
+        stage.finish({})
+    assert main(["merge", str(tmp_path)]) == 1
+    assert "holds the stage toy, expected one of hardness, reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_ranks_of_a_launcher_are_shards(
+    world: Path,
+    small_chunks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    names: tuple[str, str],
+) -> None:
+    """DeepSpeed's launcher also hands every process a --local_rank before the command's own words. The last rank tells
+    the result, also where it is not rank 0."""
+    assert main(flags(world)) == 0
+    monkeypatch.setenv(names[1], "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv(names[0], rank)
+        capsys.readouterr()
+        assert main([f"--local_rank={rank}", *flags(world, "--out", str(world / "ranks"))]) == 0
+    assert "delta_bar = " in capsys.readouterr().out
+    assert contents(world / "ranks") == contents(world / "out")
+
+
+def test_each_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six tasks on a machine of four GPUs, or one GPU shown to each: the rank within what is visible."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert pick_device("auto") == "cuda:0"
+    monkeypatch.setenv("SLURM_LOCALID", "5")
+    assert pick_device("auto") == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert (pick_device("auto"), pick_device("cuda:2"), pick_device("cpu")) == ("cuda:3", "cuda:2", "cpu")
+
+
+# --------------------------------------------------------------------------------------------------------- splitter
+
+
+def test_a_server_splits_the_answers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """"A cat." is split well; to "1." a word is added, to "2." and "0." there is no statement: rules split those."""
+
+    def reply(call: Call) -> str:
+        answer = call.text.removeprefix(PROMPT)
+        return {"A cat.": "There is a cat.", "1.": "1 dog"}.get(answer, "-")
+
+    with ScriptedServer(reply) as url:
+        llm = ["--splitter", "llm", "--base-url", url, "--judge-model", "splitter"]
+        assert main(flags(world, *llm)) == 0
+        said = capsys.readouterr().out
+        assert "answers split by rules instead of the LLM, of 6: added words: 1, no statements: 2" in said
+        before = contents(world / "out")
+        assert main(flags(world, *llm, "--overwrite")) == 0
+        assert contents(world / "out") == before
+    rows = [json.loads(line) for line in (world / "out/hardness.jsonl").read_text().splitlines()]
+    assert rows[0]["chosen_statements"] == ["There is a cat."] and rows[1]["rejected_statements"] == ["1."]
+    assert rows[1]["fallbacks"] == {"rejected": "added words"}
+    assert (world / "out/splits.jsonl").exists()
+    assert main(flags(world)) == 1
+    assert "\n  splitter: {" in capsys.readouterr().err
+
+
+def test_wrong_choices_of_a_splitter_are_named(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["--base_url", "http://x/v1"], "--base_url: only used by --splitter llm"),
+        (["--splitter", "llm"], "or --base_url URL with --judge_model NAME; got neither"),
+        (["--splitter", "llm", "--base_url", "http://x/v1"], "NAME; got --base_url"),
+        (["--splitter", "llm", "--splitter_model", "no"], "--splitter_model no: no such folder"),
+        (["--splitter", "llm", "--base_url", "x", "--judge_model", "m"], "base_url: expected http://HOST/v1"),
+        (["--splitter", "llm", "--splitter_model", str(world), "--from_scores"], "scores are given are not split"),
+    ):
+        assert main(flags(world, *words)) == 1
+        assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def vit_b_32() -> ClipScorer:
 def test_cut_positions_change_nothing_in_a_text_tower_of_real_size(vit_b_32: ClipScorer) -> None:
     """The whole context of 77 and open_clip's own encode_text, against the positions that are needed."""
     with torch.inference_mode():
-        expected = vit_b_32.model.encode_text(vit_b_32.tokenizer(TEXTS), normalize=True)
+        expected = vit_b_32.model.encode_text(vit_b_32.tokens.tokenizer(TEXTS), normalize=True)
     features = vit_b_32.encode_texts(TEXTS)
     assert features.shape == (5, 512)
     assert (features - expected).abs().max() < 1e-6
@@ -59,10 +60,10 @@ def test_a_separate_text_tower_is_cut_as_well(scorer: ClipScorer) -> None:
     """open_clip keeps the text tower flat in the model or, with custom_text, under `text`."""
     torch.manual_seed(0)
     model = open_clip.CustomTextCLIP(**MODEL_CFG).eval()
-    assert set(clip._shortened_text_tower(model, 5)) == {"text.positional_embedding", "text.attn_mask"}
-    separate = ClipScorer(model, scorer.preprocess, scorer.tokenizer, scorer.device, 77, scorer.identity)
+    assert set(clip._shortened_text_tower(model, 5)) == {"model.text.positional_embedding", "model.text.attn_mask"}
+    separate = replace(scorer, model=model)
     with torch.inference_mode():
-        expected = model.encode_text(scorer.tokenizer(TEXTS), normalize=True)
+        expected = model.encode_text(scorer.tokens.tokenizer(TEXTS), normalize=True)
     assert (separate.encode_texts(TEXTS) - expected).abs().max() < 1e-6
 
 
@@ -85,12 +86,12 @@ def test_a_folder_with_its_own_tokenizer(tmp_path: Path) -> None:
     folder = write_tiny_clip(tmp_path / "own", config=MODEL_CFG | {"text_cfg": text_cfg})
     tokenizer.save_pretrained(folder)
     scorer = load_clip(str(folder), None, "cpu")
-    assert scorer.context_length == 12
-    assert scorer.count_tokens("a red zebra .") == 6
-    assert scorer.count_tokens("cat " * 40) == 42
+    assert scorer.tokens.context_length == 12
+    assert scorer.tokens.count("a red zebra .") == 6
+    assert scorer.tokens.count("cat " * 40) == 42
     texts = ["a red cat .", "cat", "a cat . a red cat ."]
     with torch.inference_mode():
-        expected = scorer.model.encode_text(scorer.tokenizer(texts), normalize=True)
+        expected = scorer.model.encode_text(scorer.tokens.tokenizer(texts), normalize=True)
     assert (scorer.encode_texts(texts) - expected).abs().max() < 1e-6
     with pytest.raises(ClipError, match="statement of 42 tokens, the text tower takes 12"):
         scorer.encode_texts(["cat " * 40])
@@ -111,7 +112,7 @@ def test_a_tokenizer_that_pads_on_the_left_is_refused(scorer: ClipScorer) -> Non
 def test_texts_beyond_the_context_are_refused(scorer: ClipScorer) -> None:
     """75 words of one token each, a start and an end token: 77. One more is too long."""
     text = " ".join(["cat"] * 75)
-    assert scorer.count_tokens(text) == 77
+    assert scorer.tokens.count(text) == 77
     assert scorer.encode_texts([text]).shape == (1, 16)
     with pytest.raises(ClipError, match="statement of 78 tokens, the text tower takes 77: 'cat cat"):
         scorer.encode_texts(["A cat.", text + " cat"])
@@ -196,8 +197,10 @@ def test_choices_that_cannot_work_are_named(tmp_path: Path, folder: Path) -> Non
     (tmp_path / "open_clip_config.json").write_text("{}")
     assert "no open_clip_model.safetensors in it" in clip_faults(str(tmp_path), None)[0]
     assert "has its own weights" in clip_faults(str(folder), "openai")[0]
+    assert "has its own weights" in clip_faults("hf-hub:org/name", "openai")[0]
+    assert clip_faults("hf-hub:org/name", None) == []
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
-    with pytest.raises(ClipError, match="local weights.*missing 'model_cfg'"):
+    with pytest.raises(ClipError, match="its own weights.*missing 'model_cfg'"):
         load_clip(str(tmp_path), None, "cpu")
 
 
@@ -210,11 +213,37 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> No
         load_clip(str(wrong), None, "cpu")
 
 
-def test_other_kinds_of_model_are_refused(monkeypatch: pytest.MonkeyPatch, scorer: ClipScorer) -> None:
-    with pytest.raises(ClipError, match="a Linear is not supported"):
-        clip._refuse_other_kinds(torch.nn.Linear(1, 1), scorer.tokenizer, "x")
-    with pytest.raises(ClipError, match=r"its tokenizer \(object\) is not supported"):
-        clip._refuse_other_kinds(scorer.model, object(), "x")
+def test_tokenizers_that_drop_words_are_refused(tmp_path: Path) -> None:
+    """open_clip can be told to leave words out of long texts, at random or by their part of speech."""
+    shortens = MODEL_CFG | {"text_cfg": MODEL_CFG["text_cfg"] | {"tokenizer_kwargs": {"reduction_mask": "simple"}}}
+    folder = write_tiny_clip(tmp_path / "clip", config=shortens)
+    with pytest.raises(ClipError, match=r"its tokenizer \(SimpleTokenizer\) is not supported"):
+        load_clip(str(folder), None, "cpu")
+
+
+def test_coca_scores_as_its_own_functions_say(scorer: ClipScorer) -> None:
+    """Its text tower appends a class token and returns more than features; it sees its whole context."""
+    pooling = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    towers = {
+        "vision_cfg": MODEL_CFG["vision_cfg"] | pooling,
+        "text_cfg": MODEL_CFG["text_cfg"] | {"context_length": 76, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 76, "width": 32, "heads": 2, "layers": 1, "attn_pooler_heads": 2},
+    }
+    model = open_clip.CoCa(embed_dim=16, **towers).eval()
+    assert clip._shortened_text_tower(model, 5) == {}
+    coca = replace(scorer, model=model, tokens=replace(scorer.tokens, context_length=76))
+    ids = open_clip.SimpleTokenizer(context_length=76)(TEXTS)
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.encode_text(ids, normalize=True), model.encode_image(pixels, normalize=True)
+    assert (coca.encode_texts(TEXTS) - expected[0]).abs().max() < 1e-6
+    assert (coca.encode_pixels(pixels) - expected[1]).abs().max() < 1e-6
+
+
+def test_siglips_bias_is_part_of_its_logits(scorer: ClipScorer) -> None:
+    assert scorer.logit_bias == 0.0
+    model = open_clip.CustomTextCLIP(**MODEL_CFG, init_logit_bias=-10)
+    assert replace(scorer, model=model).logit_bias == -10.0
 
 
 def test_importing_does_not_import_open_clip() -> None:

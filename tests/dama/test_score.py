@@ -20,7 +20,7 @@ from dama.hardness.clip import ClipScorer, load_clip
 from dama.hardness.score import Hardness, delta_bar, hardness_delta, load_hardness, run_hardness, similarity
 from dama.hardness.split import split_statements
 from dama.pairs import PairsError, PreferencePair, SkippedPair, read_pairs
-from dama.stage import Stage, StageError
+from dama.stage import Shard, Stage, StageError
 from tests.dama.tiny_clip import write_tiny_clip
 
 ANSWERS = [
@@ -62,6 +62,8 @@ def test_similarity_on_paper() -> None:
     image, statements = torch.tensor([0.6, 0.8]), torch.eye(2)
     assert similarity(image, statements).tolist() == pytest.approx([0.6, 0.8])
     assert similarity(image, statements, 100.0).tolist() == pytest.approx([60.0, 80.0])
+    assert similarity(image, statements, 100.0, -12.0).tolist() == pytest.approx([48.0, 68.0])  # SigLIP has a bias
+    assert similarity(torch.eye(2), statements).tolist() == [1.0, 1.0]  # an image for each statement
 
 
 # ------------------------------------------------------------------------------------------------------------ stage
@@ -108,7 +110,7 @@ def naive_cosines(scorer: ClipScorer, image: Path, statements: list[str]) -> lis
     with torch.inference_mode():
         pixels = scorer.preprocess(Image.open(image).convert("RGB"))[None]
         picture = scorer.model.encode_image(pixels, normalize=True)[0]
-        texts = [scorer.model.encode_text(scorer.tokenizer([text]), normalize=True)[0] for text in statements]
+        texts = [scorer.model.encode_text(scorer.tokens.tokenizer([text]), normalize=True)[0] for text in statements]
     return [float(picture @ text) for text in texts]
 
 
@@ -147,19 +149,59 @@ def test_long_statements_are_split_not_cut(
     row = next(row for row in rows_of(tmp_path / "out") if row["id"] == "p3")
     assert len(row["chosen_statements"]) > 3
     assert " ".join(row["chosen_statements"]) == ANSWERS[3]
-    assert max(map(scorer.count_tokens, row["chosen_statements"])) <= 77
+    assert max(map(scorer.tokens.count, row["chosen_statements"])) <= 77
 
 
-def test_batch_size_and_workers_do_not_matter(
-    pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path
+@pytest.mark.parametrize("batch_size, workers, count", [(1, 0, 1), (2, 2, 2), (64, 1, 3), (3, 0, 7)])
+def test_direct_scores_whatever_batch_workers_shards_and_resume_point(
+    pairs: list[PreferencePair],
+    images: Path,
+    scorer: ClipScorer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    workers: int,
+    count: int,
 ) -> None:
-    results = [
-        run(pairs, images, tmp_path / f"{batch_size}-{workers}", scorer, batch_size=batch_size, workers=workers)
-        for batch_size, workers in ((1, 0), (2, 2), (64, 0))
-    ]
-    for other in results[1:]:
-        assert other.fingerprint == results[0].fingerprint
-        assert other.delta == pytest.approx(results[0].delta, abs=1e-6)
+    """Against open_clip's own functions to 1e-5. Chunks of two images, three in all; the last shard is stopped
+    after its first."""
+    monkeypatch.setattr(score, "IMAGES_PER_CHUNK", 2)
+    flags: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": False}
+    append = Stage.append
+
+    def append_and_stop(stage: Stage, records: list[dict[str, Any]]) -> None:
+        append(stage, records)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(Stage, "append", append_and_stop)
+        run_hardness(pairs, images, tmp_path, scorer, shard=Shard(count - 1, count), **flags)
+    manifests = [run_hardness(pairs, images, tmp_path, scorer, shard=Shard(i, count), **flags) for i in range(count)]
+    assert [manifest is None for manifest in manifests] == [True] * (count - 1) + [False]
+    rows = {row["id"]: row for row in rows_of(tmp_path)}
+    for pair in pairs:
+        row = rows[pair.id]
+        for side in ("chosen", "rejected"):
+            expected = naive_cosines(scorer, images / pair.image, row[f"{side}_statements"])
+            assert row[f"{side}_scores"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_workers_and_shards_change_not_a_byte(
+    pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "IMAGES_PER_CHUNK", 2)
+    for name, workers, count in (("plain", 0, 1), ("workers", 2, 1), ("shards", 0, 3)):
+        for index in range(count):
+            run_hardness(pairs, images, tmp_path / name, scorer, workers=workers, shard=Shard(index, count))
+    plain, *others = (contents(tmp_path / name) for name in ("plain", "workers", "shards"))
+    assert others == [plain, plain]
+
+
+def contents(out: Path) -> tuple[bytes, dict[str, Any]]:
+    """The records' bytes and the manifest without its times."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["time"]
+    return (out / "hardness.jsonl").read_bytes(), manifest
 
 
 def test_scale_and_reduction(pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path) -> None:
@@ -203,7 +245,7 @@ def test_summary_on_paper(tmp_path: Path, pairs: list[PreferencePair]) -> None:
     assert summary["spread"]["even"] == pytest.approx(
         {"pairs": 2, "mean": 0.0, "sd": 0.1, "min": -0.1, "max": 0.1, "negative": 0.5}
     )
-    assert summary["length_correlation"] == pytest.approx(0.8660254)  # r of (.1, .3, -.1) with (0, 1, 0) = sqrt(3)/2
+    assert summary["correlations"]["statements"] == pytest.approx(0.8660254)  # sqrt(3)/2: r of (.1, .3, -.1), (0, 1, 0)
     assert summary["skipped"] == [{"id": "p9", "reason": "image is missing: x.png"}]
 
 
@@ -273,10 +315,8 @@ def test_killed_and_resumed_gives_the_same_bytes(
 
     lives = [("calm", 99), ("killed", 2), ("killed", 2), ("killed", 99)]
     assert [exit_code(out, chunks) for out, chunks in lives] == [0, -signal.SIGKILL, -signal.SIGKILL, 0]
-    assert (tmp_path / "killed/hardness.jsonl").read_bytes() == (tmp_path / "calm/hardness.jsonl").read_bytes()
-    calm, killed = (json.loads((tmp_path / out / "manifest.json").read_text()) for out in ("calm", "killed"))
-    assert calm.pop("time")["records"] == 9 and killed.pop("time")["records"] == 1
-    assert calm == killed
+    assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
+    assert json.loads((tmp_path / "killed/manifest.json").read_text())["time"]["records"] == 1
 
 
 def test_load_hardness_needs_a_finished_stage(tmp_path: Path) -> None:

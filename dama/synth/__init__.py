@@ -1,0 +1,1 @@
+"""`python -m dama synth`: preference pairs from generative and reward models, without people (PDS-DPO's pipeline)."""

@@ -1,0 +1,360 @@
+"""The command's flags and its steps: every choice checked at once, then the steps that were asked for, in order."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dama.console import say
+from dama.stage import Record
+from dama.synth.images import FORMATS, GUIDANCE, DiffusersPainter, TextToImage, run_images
+from dama.synth.prompts import (
+    IMAGES,
+    RANK_IMAGES,
+    RANK_RESPONSES,
+    RESPOND,
+    STEPS,
+    SynthError,
+    read_prompts,
+    step_folder,
+)
+
+if TYPE_CHECKING:
+    from dama.synth.respond import Responder
+    from dama.synth.rewards import Reward
+
+NAME = "synth"
+HELP = "preference pairs from generative and reward models, without people"
+DESCRIPTION = """\
+Preference pairs without people, the way of PDS-DPO / Synth-Align (arXiv 2412.17417): pictures are drawn from prompts,
+models answer a question about each, and a reward model's best answer is preferred over its worst.
+
+  images          several candidates to each prompt, by guidance scale
+  rank-images     the candidate that the image reward likes best is kept
+  respond         vision-language models answer, several samples each
+  rank-responses  chosen = best, rejected = worst answer, by the response reward
+  report          the page again, with --hardness for delta
+Without a step all four run. Each is skipped when complete for the same inputs and continued when interrupted.
+
+A REWARD is KIND:WHAT, and several are combined by mean rank:
+  clip:NAME|DIR        open_clip model; cosine of picture and statement          sees the picture
+  image-text:NAME|DIR  Hugging Face model with logits_per_image (PickScore ...)  sees the picture
+  judge:MODEL          grade by an OpenAI-compatible server (--base_url)         sees the picture
+  http:URL             any model behind an endpoint, see below                   sees the picture
+  http-text:URL        the same, without the picture                             does NOT see it
+  text:NAME|DIR        Hugging Face sequence classifier (ArmoRM ...)             does NOT see it
+An endpoint is sent {"items": [{"image": BASE64 or null, "question", "text"}]} and replies {"scores": [...]}.
+A RESPONDER is llava:NAME|DIR (a checkpoint of this repository), hf:NAME|DIR (any image-text-to-text model) or
+server:MODEL (--base_url).
+
+Never a pair, but counted and listed: refused, black, one-coloured or not-a-number pictures, candidates that are the
+same, empty and repeated answers, rewards that are no number or all the same.
+
+Writes OUT/pairs.jsonl    --data of the other commands, with --image_folder OUT
+       OUT/pds_dpo.json   the same in PDS-DPO's format
+       OUT/images/        each prompt's picture
+       OUT/dropped.jsonl  prompts and pictures without a pair, and why; summary.json counts
+       OUT/report.html    pictures, candidates, scores, chosen and rejected
+       OUT/stages/        what each step made
+"""
+EXAMPLES = """\
+examples:
+  python -m dama synth --prompts art.txt nature.txt --questions art_q.txt nature_q.txt --out data/synth \\
+      --responder hf:llava-hf/llava-v1.6-mistral-7b-hf --responder hf:llava-hf/llava-v1.6-vicuna-7b-hf
+  python -m dama synth rank-responses --out data/synth --reward text:Skywork/Skywork-Reward-V2-Llama-3.1-8B
+  python -m dama synth respond --pictures data/synth --out data/round2 --responder llava:checkpoints/round1 --samples 8
+"""
+REPORT = "report"
+DEFAULT_T2I = "stabilityai/stable-diffusion-3-medium-diffusers"
+DEFAULT_REWARD = "clip:ViT-L-14-336-quickgelu"
+REWARD_KINDS = ("clip", "image-text", "judge", "http", "text", "http-text")
+BLIND_KINDS = ("text:", "http-text:")
+RESPONDER_KINDS = ("llava", "hf", "server")
+
+OpenCheckpoint = Callable[[str, str], "Responder"]
+"""(checkpoint, device) -> its responder; the caller has the package that loads it."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("step", nargs="?", choices=(*STEPS, REPORT), help="one of the steps above. Default: all four")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run, made when absent")
+    parser.add_argument("--overwrite", action="store_true", help="start a step anew where its inputs changed")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of pictures and answers. Default: %(default)s"
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto")
+    parser.add_argument("--base_url", metavar="URL", help="OpenAI-compatible server, its key in OPENAI_API_KEY")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run the code that text rewards bring along (ArmoRM's, for one). It may do anything: know whose it is",
+    )
+    _add_picture_flags(parser.add_argument_group("pictures"))
+    _add_answer_flags(parser.add_argument_group("answers"))
+    _add_pair_flags(parser.add_argument_group("pairs"))
+
+
+def _add_picture_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--prompts",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="a prompt a line, or JSONL with prompt, question and perhaps id; line 3 of art.txt is art-3",
+    )
+    group.add_argument("--questions", nargs="+", default=[], metavar="FILE", help="a question a line, to each of those")
+    group.add_argument(
+        "--text_to_image", default=DEFAULT_T2I, metavar="NAME|DIR", help="diffusers pipeline. Default: %(default)s"
+    )
+    group.add_argument(
+        "--guidance",
+        nargs="+",
+        type=float,
+        default=list(GUIDANCE),
+        metavar="SCALE",
+        help="a candidate for each. Default: 5 7 9 11",
+    )
+    group.add_argument("--steps", type=int, default=28, metavar="N", help="of denoising. Default: %(default)s")
+    group.add_argument("--size", type=int, nargs=2, metavar=("W", "H"), help="in pixels. Default: the model's own")
+    group.add_argument("--image_batch", type=int, default=4, metavar="N", help="drawn at once. Default: %(default)s")
+    group.add_argument("--image_format", choices=tuple(FORMATS), default="jpg", help="of files. Default: jpg")
+    group.add_argument("--image_reward", action="append", metavar="REWARD", help=f"Default: {DEFAULT_REWARD}")
+    group.add_argument("--image_threshold", type=float, metavar="X", help="least score to be kept. Default: none")
+
+
+def _add_answer_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--responder", action="append", default=[], metavar="RESPONDER", help="may be given more than once"
+    )
+    group.add_argument("--pictures", metavar="DIR", help="ask about the pictures of the run in DIR instead of --out's")
+    group.add_argument("--samples", type=int, default=1, metavar="N", help="answers of each. Default: %(default)s")
+    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="Default: %(default)s")
+    group.add_argument("--top_p", type=float, metavar="P", help="nucleus. Default: all tokens")
+    group.add_argument("--max_new_tokens", type=int, default=1000, metavar="N", help="Default: %(default)s")
+    group.add_argument("--batch_size", type=int, default=8, metavar="N", help="pictures at once. Default: %(default)s")
+    group.add_argument("--load_4bit", action="store_true", help="hf: weights in 4 bits, by bitsandbytes")
+    group.add_argument(
+        "--concurrency", type=int, default=8, metavar="N", help="requests to a server at a time. Default: 8"
+    )
+
+
+def _add_pair_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--reward", action="append", metavar="REWARD", help=f"Default: {DEFAULT_REWARD}")
+    group.add_argument(
+        "--reduction",
+        choices=("mean", "min"),
+        default="mean",
+        help="clip, image-text: of an answer's statements, so that length earns nothing. Default: mean",
+    )
+    group.add_argument(
+        "--margin", type=float, default=0.0, metavar="X", help="least difference of the scores. Default: 0"
+    )
+    group.add_argument(
+        "--length_balance",
+        type=float,
+        default=float("inf"),
+        metavar="SHARE",
+        help="largest difference of the numbers of words, as a share of the longer's, e.g. 0.25. Default: any",
+    )
+    group.add_argument(
+        "--near_duplicate",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of words in common, in order, from which two answers make no pair, e.g. 0.9. Default: 1, none",
+    )
+    group.add_argument("--hardness", metavar="DIR", help="report: `python -m dama hardness`'s --out for these pairs")
+
+
+# -------------------------------------------------------------------------------------------------------------- steps
+
+
+def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint, artist: TextToImage | None = None) -> None:
+    """The steps that were asked for. `artist` draws the pictures in place of diffusers.
+
+    Raises SynthError for all faults of the flags at once, before anything is loaded.
+    """
+    steps = [args.step] if args.step else [step for step in STEPS if not (args.pictures and step in STEPS[:2])]
+    faults = flag_faults(args, steps)
+    if faults:
+        raise SynthError("\n\n".join(faults))
+    from dama.synth.respond import release_memory
+
+    device = pick_device(args.device)
+    if IMAGES in steps:
+        _images(args, artist, device)
+        release_memory()
+    if RANK_IMAGES in steps:
+        _rank_images(args, device)
+        release_memory()
+    if RESPOND in steps:
+        _respond(args, open_checkpoint, device)
+    if RANK_RESPONSES in steps:
+        _rank_responses(args, device)
+    if RANK_RESPONSES in steps or REPORT in steps:
+        from dama.synth.page import write_page
+
+        say(f"report: {write_page(args.out, args.hardness)}")
+
+
+def _images(args: argparse.Namespace, artist: TextToImage | None, device: str) -> None:
+    size = args.size and tuple(args.size)
+    manifest = run_images(
+        artist or DiffusersPainter(args.text_to_image, steps=args.steps, size=size, device=device),
+        read_prompts(args.prompts, args.questions),
+        args.out,
+        guidance=args.guidance,
+        seed=args.seed,
+        batch_size=args.image_batch,
+        suffix=args.image_format,
+        overwrite=args.overwrite,
+    )
+    say_counts(IMAGES, "candidate pictures", ("candidates", "usable", "faults"), manifest["summary"])
+
+
+def _rank_images(args: argparse.Namespace, device: str) -> None:
+    from dama.synth.rank import run_rank_images
+
+    rewards = [open_reward(args, word, RANK_IMAGES, device) for word in args.image_reward or [DEFAULT_REWARD]]
+    manifest = run_rank_images(rewards, args.out, threshold=args.image_threshold, overwrite=args.overwrite)
+    say_counts(RANK_IMAGES, "prompts", ("prompts", "pictures", "left_out"), manifest["summary"])
+
+
+def _respond(args: argparse.Namespace, open_checkpoint: OpenCheckpoint, device: str) -> None:
+    from dama.synth.respond import Sampling, run_respond
+
+    summary = run_respond(
+        [open_responder(args, word, open_checkpoint, device) for word in args.responder],
+        args.out,
+        Sampling(args.samples, args.temperature, args.max_new_tokens, args.top_p),
+        pictures=args.pictures,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+    )["summary"]
+    say(f"{RESPOND}: {summary['answers']} answers, mean words {summary['mean_words']}")
+    for reason, count in summary["faults"].items():
+        say(f"{count:>9}  {reason}")
+
+
+def _rank_responses(args: argparse.Namespace, device: str) -> None:
+    from dama.synth.pairs import DROPPED, PAIRS, PDS_DPO, run_rank_responses
+    from dama.synth.rank import Filters
+
+    rewards = [open_reward(args, word, RANK_RESPONSES, device) for word in args.reward or [DEFAULT_REWARD]]
+    filters = Filters(args.margin, args.length_balance, args.near_duplicate)
+    summary = run_rank_responses(rewards, args.out, filters, overwrite=args.overwrite)
+    say_counts(RANK_RESPONSES, "pictures", ("pictures", "pairs", "left_out"), summary)
+    for name, made in summary["rewards"].items():
+        say(f"reward {name}: {'sees' if made['sees_image'] else 'never sees'} the picture")
+    say(f"pairs: {Path(args.out) / PAIRS}, with --image_folder {summary['image_folder']}")
+    say(f"beside it {PDS_DPO} in PDS-DPO's format, and {DROPPED}: what was left out")
+
+
+def say_counts(step: str, of: str, keys: tuple[str, str, str], summary: Record) -> None:
+    """How many there were and are left, and a line for each reason; `keys` of the summary for these three."""
+    had, left, why = keys
+    say(f"{step}: {summary[had]} {of}, {summary[left]} {left}")
+    for reason, count in summary[why].items():
+        say(f"{count:>9}  {reason}")
+
+
+def flag_faults(args: argparse.Namespace, steps: Sequence[str]) -> list[str]:
+    """What is wrong with the flags that these steps use, seen without loading anything."""
+    faults = _number_faults(args) + _device_faults(args.device)
+    if IMAGES in steps and not args.prompts:
+        faults.append("--prompts: expected files of prompts\nRemedy: a text a line, with --questions; or JSONL")
+    if RESPOND in steps:
+        faults += _kind_faults("--responder", args.responder, RESPONDER_KINDS, args.base_url)
+        if not args.responder:
+            faults.append(f"--responder: expected one or more, as KIND:WHAT, KIND one of {', '.join(RESPONDER_KINDS)}")
+        if args.samples > 1 and args.temperature == 0:
+            faults.append(f"--samples {args.samples}: all would be the same with --temperature 0")
+        if args.samples * len(args.responder) < 2 and RANK_RESPONSES in steps:
+            faults.append("--samples: a pair takes two answers to a picture; give more samples or responders")
+    for step, flag in ((RANK_IMAGES, "image_reward"), (RANK_RESPONSES, "reward")):
+        if step in steps:
+            faults += _kind_faults(f"--{flag}", getattr(args, flag) or [], REWARD_KINDS, args.base_url)
+    for word in args.image_reward or []:
+        if word.startswith(BLIND_KINDS):
+            remedy = "give clip:, image-text:, judge: or http:"
+            faults.append(f"--image_reward {word}: it never sees the picture\nRemedy: {remedy}")
+    if args.hardness and not Path(args.hardness).is_dir():
+        faults.append(f"--hardness {args.hardness}: no such folder")
+    return faults
+
+
+def _number_faults(args: argparse.Namespace) -> list[str]:
+    faults = [
+        f"--{name} {getattr(args, name)}: expected 1 or more"
+        for name in ("steps", "image_batch", "samples", "max_new_tokens", "batch_size", "concurrency")
+        if getattr(args, name) < 1
+    ]
+    faults += [
+        f"--{name} {getattr(args, name)}: expected 0 or more"
+        for name in ("temperature", "margin", "length_balance")
+        if not getattr(args, name) >= 0
+    ]
+    if not 0 < args.near_duplicate <= 1:
+        faults.append(f"--near_duplicate {args.near_duplicate}: expected a share above 0, at most 1")
+    return faults
+
+
+def _kind_faults(flag: str, words: Sequence[str], kinds: Sequence[str], base_url: str | None) -> list[str]:
+    faults = []
+    for word in words:
+        kind, colon, what = word.partition(":")
+        if kind not in kinds or not colon or not what:
+            faults.append(f"{flag} {word}: expected KIND:WHAT with KIND one of {', '.join(kinds)}")
+        elif kind in ("judge", "server") and not base_url:
+            faults.append(f"{flag} {word}: expected the server's URL as --base_url, got none")
+        elif kind.startswith("http") and not what.startswith(("http://", "https://")):
+            faults.append(f"{flag} {word}: expected {kind}:http://HOST/PATH")
+    return faults
+
+
+def _device_faults(device: str) -> list[str]:
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        return [f"--device {device}: this machine has no CUDA device that torch can use"]
+    known = device.startswith("cuda") or device in ("auto", "cpu")
+    return [] if known else [f"--device {device}: expected auto, cpu, cuda or cuda:N"]
+
+
+def pick_device(device: str) -> str:
+    import torch
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_reward(args: argparse.Namespace, word: str, step: str, device: str) -> Reward:
+    """The reward that KIND:WHAT names; its weights are loaded when it scores."""
+    from dama.chat import ChatSettings
+    from dama.synth import rewards
+
+    kind, _, what = word.partition(":")
+    if kind == "text":
+        return rewards.TextReward(what, device=device, trust_remote_code=args.trust_remote_code)
+    if kind == "image-text":
+        return rewards.ImageTextReward(what, device=device, reduction=args.reduction)
+    if kind == "judge":
+        settings = ChatSettings(args.base_url, what, max_tokens=rewards.JUDGE_TOKENS, concurrency=args.concurrency)
+        return rewards.JudgeReward(settings, step_folder(args.out, step) / "replies.jsonl")
+    if kind in ("http", "http-text"):
+        return rewards.EndpointReward(what, sees_image=kind == "http")
+    return rewards.ClipReward(what, device=device, reduction=args.reduction)
+
+
+def open_responder(args: argparse.Namespace, word: str, open_checkpoint: OpenCheckpoint, device: str) -> Responder:
+    from dama.synth.respond import HfResponder, ServedResponder
+
+    kind, _, what = word.partition(":")
+    if kind == "llava":
+        return open_checkpoint(what, device)
+    if kind == "hf":
+        return HfResponder(what, device=device, load_4bit=args.load_4bit)
+    cache = step_folder(args.out, RESPOND) / "replies.jsonl"
+    return ServedResponder(what, args.base_url, cache, concurrency=args.concurrency)

@@ -1,0 +1,172 @@
+"""dama.hardness.show: which pairs are shown and why, correlations on paper, a page with all inside, a picture."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dama.cli import main
+from dama.hardness.score import hardness_delta, summarise
+from dama.hardness.show import by_field, correlations, draw_sheet, pick_groups, sheet_text, write_hardness_page
+from dama.stage import StageError, open_stage
+
+ATTACK = '<script>alert("x")</script>'
+COLORS = ("red", "green", "blue")
+
+
+def record(number: int, chosen: list[float], rejected: list[float], **changes: Any) -> dict[str, Any]:
+    """A record of the stage; statement k of an answer is named by its place."""
+    return {
+        "id": f"p{number}",
+        "delta": hardness_delta(chosen, rejected),
+        "chosen_statements": [f"Chosen {k}." for k in range(len(chosen))],
+        "chosen_scores": chosen,
+        "chosen_words": 2 * len(chosen),
+        "rejected_statements": [f"Rejected {k}." for k in range(len(rejected))],
+        "rejected_scores": rejected,
+        "rejected_words": 2 * len(rejected),
+        "kind": "edit" if number % 2 else "sampled",
+        "source": "VQA",
+        "image": f"{COLORS[number % 3]}.png",
+    } | changes
+
+
+RECORDS = [
+    record(0, [0.3, 0.3, 0.3], [0.2]),  # delta .7
+    record(1, [0.3, 0.2], [0.2, 0.2]),  # .1
+    record(2, [0.1], [0.2, 0.2]),  # -.3
+    record(3, [0.2], [0.2]),  # 0
+    record(4, [0.3], [0.1], chosen_statements=[ATTACK], source=""),  # .2
+]
+
+
+def write_stage(folder: Path, records: list[dict[str, Any]] = RECORDS, **facts: Any) -> Path:
+    """A finished stage with its pictures in folder/images."""
+    (folder / "images").mkdir(parents=True)
+    for color in COLORS:
+        Image.new("RGB", (60, 40), color).save(folder / f"images/{color}.png")
+    fingerprint = {"pairs": "abc", "clip": {"model": "tiny"}, "reduction": "sum"}
+    with open_stage(folder / "hardness", "hardness", fingerprint, [len(records)]) as stage:
+        stage.append(records)
+        stage.finish(summarise(records, [{"skipped": [], "image_folder": str(folder / "images")} | facts]))
+    return folder / "hardness"
+
+
+class Reader(HTMLParser):
+    """Sources of pictures, elements from outside, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.pictures: list[str] = []
+        self.scripts, self.text = 0, ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag in ("script", "link", "iframe")
+        self.pictures += [str(value) for name, value in attrs if tag == "img" and name == "src"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_groups_on_paper() -> None:
+    """deltas .7 .1 -.3 0 .2: easiest .7 .2, hardest that are ranked rightly 0 .1, negative -.3."""
+    groups = pick_groups(RECORDS, 2)
+    assert [[row["id"] for row in group.records] for group in groups] == [["p0", "p4"], ["p3", "p1"], ["p2"]]
+    assert [group.title for group in pick_groups(RECORDS[:2], 1)] == ["Easiest pairs", "Hardest pairs"]
+
+
+def test_correlations_on_paper() -> None:
+    """Equal scores of 1/4: as a sum delta is a quarter of the difference in statements, r = 1; as a mean it is always
+    0, r undefined. Words are twice the statements."""
+    rows = [record(number, [0.25] * (number + 1), [0.25]) for number in range(3)]
+    assert correlations(rows) == {
+        "statements": {"sum": pytest.approx(1.0), "mean": None},
+        "words": {"sum": pytest.approx(1.0), "mean": None},
+    }
+
+
+def test_rare_sources_are_put_together() -> None:
+    rows = [record(n, [0.1], [0.2], source=source) for n, source in enumerate("aabbccdeff")]
+    groups = by_field([*rows, record(10, [0.1], [0.2], source="d")], "source")
+    assert {name: len(values) for name, values in groups.items()} == {"a": 2, "b": 2, "c": 2, "d": 2, "2 others": 3}
+    assert list(by_field(RECORDS, "source")) == ["VQA", "(no source)"]
+
+
+def test_the_page_holds_everything_and_nothing_from_outside(tmp_path: Path) -> None:
+    folder = write_stage(tmp_path)
+    page, picture = write_hardness_page(folder, tmp_path / "out", count=2)
+    text = page.read_text()
+    reader = Reader(text)
+    assert reader.scripts == 0 and "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+    assert len(reader.pictures) == 5 and all(source.startswith("data:image/png;base64,") for source in reader.pictures)
+    assert ATTACK in reader.text and ATTACK not in text
+    for part in (
+        "Easiest pairs", "δ = +0.7000", "pair p2", "+0.300", "Chosen 2.", "δ = -0.3000", "δ̄ = 0.140000", "as a sum",
+        "as a mean", "3 statements, 6 words, scores sum to 0.9000", "source VQA", "20.0%",
+    ):  # fmt: skip
+        assert part in reader.text
+    assert text.count("<svg") == 4  # delta by source and by kind, against statements and words
+    with Image.open(picture) as sheet:
+        assert sheet.format == "PNG" and sheet.width == 1320 and sheet.height > 1000
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"hardness.html", "hardness.png"}
+
+
+def test_the_picture_shows_the_pairs_pictures_and_is_the_same_every_time(tmp_path: Path) -> None:
+    folder = write_stage(tmp_path)
+    first, second = (write_hardness_page(folder, tmp_path / name)[1].read_bytes() for name in ("a", "b"))
+    assert first == second
+    colors = {pixel for _, pixel in Image.open(io.BytesIO(first)).convert("RGB").getcolors(1 << 24)}
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= colors
+
+
+def test_long_answers_are_cut_in_the_picture_with_a_count() -> None:
+    text = sheet_text(record(0, [0.1] * 30, [0.2]))
+    assert "… 24 more lines" in text and text.count("Chosen") == 6 and text.count("Rejected 0.") == 1
+
+
+def test_other_scripts_and_given_scores_are_drawn(tmp_path: Path) -> None:
+    """No statements with given scores; the plots' font has no Chinese, which must not stop the picture."""
+    rows = [
+        record(0, [0.3], [0.1], chosen_statements=[], rejected_statements=[]),
+        record(1, [0.1], [0.3], chosen_statements=["图中有一只猫。"], fallbacks={"chosen": "added words"}),
+    ]
+    page, _ = write_hardness_page(write_stage(tmp_path, rows, skipped=[{"id": "9", "reason": "x"}]), tmp_path / "out")
+    text = Reader(page.read_text()).text
+    assert "图中有一只猫。" in text and "chosen split by rules (added words)" in text
+    assert "1 pairs were left out" in text and "of 4: added words 1" in text
+
+
+def test_many_pairs_make_no_huge_page(tmp_path: Path) -> None:
+    rows = [record(n, [0.001 * n] * (1 + n % 5), [0.2] * (1 + n % 3)) for n in range(4000)]
+    page, _ = write_hardness_page(write_stage(tmp_path, rows), tmp_path / "out", count=1)
+    assert page.stat().st_size < 1_000_000
+
+
+def test_the_command_by_both_names_and_its_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_stage(tmp_path)
+    assert main(["hardness", "show", str(folder)]) == 0
+    assert f"written to {folder / 'hardness.html'} and {folder / 'hardness.png'}" in capsys.readouterr().out
+    assert main(["hardness_show", str(folder), "--out", str(tmp_path / "out"), "--pairs", "0"]) == 1
+    assert "--pairs 0: expected 1 or more" in capsys.readouterr().err
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert main(["hardness", "show", str(folder)]) == 1
+    assert "give the folder that holds the pictures now as --image_folder" in capsys.readouterr().err
+    assert main(["hardness", "show", str(folder), "--image-folder", str(tmp_path / "moved")]) == 0
+    with pytest.raises(StageError, match="no manifest.json"):
+        write_hardness_page(tmp_path, tmp_path)
+
+
+def test_a_constant_delta_has_no_correlation() -> None:
+    """One pair: every figure is defined but r."""
+    rows = [record(0, [0.3], [0.1])]
+    manifest = {"summary": summarise(rows, [{"skipped": []}]), "fingerprint": {"reduction": "sum"}}
+    assert manifest["summary"]["correlations"] == {"statements": None, "words": None}
+    picture = {"red.png": Image.new("RGB", (8, 8), "red")}
+    assert draw_sheet(manifest, rows, pick_groups(rows, 3), picture).startswith(b"\x89PNG")
