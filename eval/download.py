@@ -30,7 +30,7 @@ from eval.core.transfer import Received, digest, download
 DEFAULT_FOLDER = Path("playground/data/eval")
 RECORD = "downloads.json"
 AT_ONCE = 8  # downloads
-DAMAGED = (OSError, ValueError, KeyError, TypeError)  # what reading a file that is not as it should be raises
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by a file that is not as it should be
 REMEDY = (
     "Remedy: run `python -m eval.download` where the homes can be reached (it continues what was interrupted), put the "
     "files in their places by hand (`--list` names every one), or name a folder that has them as DAMA_BENCH_DATA"

@@ -4,9 +4,9 @@
     python -m eval.evaluate mmhal CHECKPOINT --compare OTHER --judge-base-url http://127.0.0.1:8000/v1 --judge-model M
     python -m eval.evaluate all CHECKPOINT
 
-Everything goes to OUT/<checkpoint's name>/<benchmark>/: the questions, answers/ (a resumable stage), verdicts.jsonl of
-a judge, results.json, table.txt, page.html. What is complete for the same inputs is skipped, what was interrupted continued, and
-what was made from other inputs refused, with the difference named.
+Everything goes to OUT/<checkpoint's name>/<benchmark>/: answers/ (a resumable stage), a judge's verdicts.jsonl,
+results.json, table.txt and page.html. What is complete for the same inputs is skipped, what was interrupted continued,
+and what was made from other inputs refused, with the difference named.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from eval.core.types import Answer
 from eval.download import DownloadError, data_folder, fetch, unpublished
 from eval.page import PAGE, write_page
 from eval.summary import summarise
+from llava.conversation import get_template
 from llava.eval.generate import STAGE, Decoding, Request, Responder, add_backend_flags, responder_of
 from llava.mm_utils import get_model_name_from_path
 
@@ -39,6 +40,7 @@ MODES = {"objhal": ("rules", "llm"), "pope": ("llava", "official")}  # the first
 JUDGED = ("mmhal", "llavabench", "mmvet")
 BENCHMARKS = ("objhal", "amber", *JUDGED, "pope")
 PARTED = ("amber", "pope")  # --limit takes the first questions of each part
+TEMPLATE = "vicuna_v1"
 TRIES = 3  # for a verdict that can be read
 
 
@@ -199,6 +201,8 @@ def labelled(task: Task, protocol: str, bench: Any, args: argparse.Namespace) ->
     """The protocol, with everything in which this run left it: such figures compare among themselves only."""
     other = unpublished([task.name], data_folder())
     changes = [f"data {digest_of(other)[:8]}"] if other else []
+    if get_template(args.conv_mode) != get_template(TEMPLATE):
+        changes.append(f"template {args.conv_mode}")
     for _, published in task.parts(bench).values():
         chosen = overridden(published, args)
         changes += [
@@ -257,7 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation (decoding is the published one unless changed here, then labelled)")
     group.add_argument("--model-base", metavar="NAME|DIR", help="base of a LoRA folder")
-    group.add_argument("--conv-mode", default="vicuna_v1", metavar="NAME", help="template (default: %(default)s)")
+    group.add_argument("--conv-mode", default=TEMPLATE, metavar="NAME", help="template (default: %(default)s)")
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
     group.add_argument(
         "--processes", type=int, metavar="N", help="that answer side by side (default: one for each GPU, 1 on a CPU)"

@@ -11,6 +11,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -65,38 +66,41 @@ def run_reference(
     Raises:
         ValueError: a pair computed alone has other log-probs than in its batch.
     """
-    model_args, data_args, args = arguments
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model, tokenizer, image_processor = setup_model(arguments, dtype=dtype)
+    _, data_args, args = arguments
+    model, tokenizer, image_processor = setup_model(arguments, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # from here on each rank works alone, and may end before the others
     model = model.to(args.device).eval()
     encoded = encode_pairs(pairs, arguments, tokenizer, model)
-    batches = plan_batches([PreparedPair(pairs[i], *encoded.answers[i], 0.0, 0.0, 0.0) for i in encoded.fits], batch_size)
+    skipped = [*skipped, *encoded.long]
+    batches = plan_batches(
+        [PreparedPair(pairs[i], *encoded.answers[i], 0.0, 0.0, 0.0) for i in encoded.fits], batch_size
+    )  # fmt: skip
     sizes = [len(batch) for batch in batches]
     prepared = [item for batch in batches for item in batch]
     dataset = DPODataset(prepared, str(data_args.image_folder), image_processor, model.config)
     collate = DataCollatorForDPODataset(tokenizer, dataset, args.shared_prefix)
 
-    def logps_of(items: Sequence[PreparedPair], batch: dict[str, Any]) -> list[Record]:
-        return logps_of_batch(model, batch, items, args)
+    def logps_alone(item: PreparedPair) -> Record:
+        return logps_of_batch(model, collate([item]), [item], args)[0]
 
     fingerprint = data_fingerprint(pairs, data_args) | model_fingerprint(arguments, model, tokenizer)
     fingerprint |= {"precision": str(model.dtype).removeprefix("torch."), "batch_size": batch_size}
     with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
-        positions = [list(range(sum(sizes[:number]), sum(sizes[: number + 1]))) for number in stage.to_do]
+        starts = [0, *accumulate(sizes)]
+        positions = [list(range(starts[number], starts[number + 1])) for number in stage.to_do]
         loader = DataLoader(
             dataset, batch_sampler=positions, collate_fn=collate, num_workers=args.dataloader_num_workers
         )  # fmt: skip
         with tqdm(total=stage.total, initial=stage.records_done, desc=STAGE, unit="pair", disable=not progress) as bar:
             for number, batch in zip(stage.to_do, loader):
-                stage.append(logps_of(batches[number], batch))
+                stage.append(logps_of_batch(model, batch, batches[number], args))
                 bar.update(sizes[number])
-        facts: Record = {"skipped": [{"id": skip.id, "reason": skip.reason} for skip in [*skipped, *encoded.long]]}
+        facts: Record = {"skipped": [{"id": skip.id, "reason": skip.reason} for skip in skipped]}
         if not stage.complete:
             sample = sample_of(stage.records(), f"{args.seed} {shard}")
             items = {item.pair.id: item for item in prepared}
-            again = [logps_of([items[r["id"]]], collate([items[r["id"]]]))[0] for r in sample]
+            again = [logps_alone(items[record["id"]]) for record in sample]
             facts["verified"] = compare(sample, again, TOLERANCE[model.dtype])
         return stage.conclude(summarise, facts)
 
@@ -105,8 +109,12 @@ def plan_batches(prepared: Sequence[PreparedPair], batch_size: int) -> list[list
     """Pairs of similar length together, the batches in a fixed random order, so that every shard gets as much to do."""
     if not prepared:
         raise ValueError("reference: expected pairs, got none that fits; see --model_max_length and --on_long_pair")
-    ordered = sorted(prepared, key=lambda item: (max(len(item.chosen.input_ids), len(item.rejected.input_ids)), item.pair.id))
-    batches = [list(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
+
+    def length(item: PreparedPair) -> tuple[int, str]:
+        return max(len(item.chosen.input_ids), len(item.rejected.input_ids)), item.pair.id
+
+    ordered = sorted(prepared, key=length)
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     random.Random(0).shuffle(batches)
     return batches
 
@@ -131,7 +139,7 @@ def compare(records: Sequence[Record], again: Sequence[Record], tolerance: float
                 got = f"{was:.4f} in its batch, {now:.4f} alone; expected a difference of at most {allowed:.4f}"
                 faults.append(f"pair {record['id']}, {side} answer of {tokens} tokens: {got}")
     if faults:
-        remedy = "another --batch_size or --precision fp32; if it stays, the kernels of this device are not to be trusted"
+        remedy = "another --batch_size, or --precision fp32; where it stays, do not trust this device's kernels"
         raise ValueError(fault_list("reference: pairs computed again", faults, remedy))
     return {"pairs": len(records), "max_difference": largest}
 

@@ -275,6 +275,11 @@ def test_other_inputs_are_refused_with_the_difference(command, capsys, tmp_path)
     assert protocol.endswith("num_beams 1, max_new_tokens 12")
 
 
+def test_another_template_is_another_protocol(command, tmp_path):
+    assert command("pope", settings=[*SHORT, "--conv-mode", "plain"]) == 0
+    assert ", template plain" in results(tmp_path / "out/llava/pope")["provenance"]["protocol"]
+
+
 def test_changed_data_are_refused(command, world, capsys):
     path = world / "objhal/gt_objects_300.json"
     before = path.read_text()

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,8 @@ from llava.eval.generate import (
 )
 from tests.conftest import GOLDEN
 from tests.openai_server import ScriptedServer, failure
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PICTURES = ["wide.png", "tall.png", "square.png", "exact.png", None]
 REQUESTS = [
@@ -214,3 +218,14 @@ def test_flags_that_do_not_fit(in_golden, tmp_path, capsys, flags, message):
     base = ["--model-path", "m", "--question-file", str(tmp_path / "q.jsonl"), "--image-folder", "images"]
     assert main([*base, "--out", str(tmp_path / "out"), *flags]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_benchmark_finds_the_same_answers_both_ways(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts/bench"))
+    file = tmp_path / "figures.json"
+    flags = ["--shape", "tinycoco", "--answers", "5", "--batch", "3", "--tokens", "6", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["generate.py", *flags, "--json", str(file)])
+    runpy.run_path(str(ROOT / "scripts/bench/generate.py"), run_name="__main__")
+    (found,) = json.loads(file.read_text())
+    assert (found["answers"], found["tokens"], found["other"]) == (5, 30, 0)
+    assert "of 5 answers 5 are the same" in capsys.readouterr().out

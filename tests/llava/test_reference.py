@@ -1,7 +1,10 @@
 """The reference stage by its command: the original's log-probs, resuming, refusal of what does not belong."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -9,7 +12,8 @@ from dama.cli import main
 from dama.stage import read_stage
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
-from llava.train.reference import digest_of_checkpoint
+from llava.train.dpo_data import DataCollatorForDPODataset
+from llava.train.reference import compare, digest_of_checkpoint, sample_of
 from tests.conftest import GOLDEN
 from tests.llava.test_dpo_golden import DATASET, flags
 
@@ -24,12 +28,16 @@ def world(in_golden, tmp_path):
     return tmp_path
 
 
+def words(world, *more, out="reference"):
+    return [
+        "reference", "--data", str(world / "pairs.json"), "--image_folder", str(world / "images"), "--device", "cpu",
+        "--model_name_or_path", "llava-v1.5-tiny", "--image_aspect_ratio", "square", "--out", str(world / out),
+        "--workers", "0", *more,
+    ]  # fmt: skip
+
+
 def reference(world, *more, out="reference"):
-    return main(
-        ["reference", "--data", str(world / "pairs.json"), "--image_folder", str(world / "images"),
-         "--model_name_or_path", "llava-v1.5-tiny", "--image_aspect_ratio", "square", "--out", str(world / out),
-         "--device", "cpu", *more]
-    )  # fmt: skip
+    return main(words(world, *more, out=out))
 
 
 def train(world, *more):
@@ -143,3 +151,89 @@ def test_pairs_without_log_probs_are_named(world):
     assert read_stage(world / "reference", "reference")[0]["summary"]["skipped"]
     with pytest.raises(ValueError, match=r"reference: expected log-probs for every pair, got none for \d of 8"):
         train(world)
+
+
+# ---------------------------------------------------------------------------------------------------------- shards
+
+
+def contents(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["time"], manifest["summary"]["verified"]  # which pairs are computed again depends on the shards
+    return (folder / "reference.jsonl").read_bytes(), manifest
+
+
+def test_shards_give_the_bytes_of_an_undivided_run(world, capsys):
+    assert reference(world, "--batch_size", "2", out="whole") == 0
+    assert reference(world, "--batch_size", "2", "--shard", "1/2", out="parts") == 0
+    assert "shard 1/2 is done, 1 others are not yet" in capsys.readouterr().out
+    assert not (world / "parts" / "reference.jsonl").exists()
+    assert reference(world, "--batch_size", "2", "--shard", "0/2", out="parts") == 0
+    assert contents(world / "parts") == contents(world / "whole")
+    assert read_stage(world / "parts", "reference")[0]["summary"]["verified"]["pairs"] == 2  # one in each shard
+    for name in ("manifest.json", "reference.jsonl"):
+        (world / "parts" / name).unlink()
+    assert main(["merge", str(world / "parts")]) == 0
+    assert contents(world / "parts") == contents(world / "whole")
+    shutil.rmtree(world / "parts" / "shards" / "00000-of-00002")
+    assert main(["merge", str(world / "parts")]) == 1
+    assert "gap: chunks 0 to 1 are in no finished shard" in capsys.readouterr().err
+
+
+def test_ranks_of_torchrun_are_shards(world):
+    """Two real ranks, which meet once and then work alone."""
+    assert reference(world, "--batch_size", "2", out="whole") == 0
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dama"]
+    done = subprocess.run(
+        [*run, *words(world, "--batch_size", "2", out="ranks")], timeout=120, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(GOLDEN.parents[1])}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert contents(world / "ranks") == contents(world / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------- verification
+
+
+def test_a_share_of_the_pairs_is_drawn_by_the_seed():
+    """0.5 % of 401 pairs are 2.005: three. One of a single pair, none of none; another seed draws others."""
+    records = [{"id": str(i)} for i in range(401)]
+    assert [len(sample_of(records[:n], "42 0/1")) for n in (401, 400, 1, 0)] == [3, 2, 1, 0]
+    assert sample_of(records, "42 0/1") == sample_of(records, "42 0/1") != sample_of(records, "42 0/2")
+
+
+def test_differences_on_paper():
+    """An answer of 25 tokens may differ by 5 x 0.001 in fp32: 0.004 passes, 0.006 does not."""
+    record = {"id": "7", "chosen_logp": -20.0, "rejected_logp": -30.0, "chosen_tokens": 25, "rejected_tokens": 25}
+    assert compare([record], [record | {"rejected_logp": -30.004}], 1e-3) == {
+        "pairs": 1, "max_difference": pytest.approx(0.004),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"pair 7, chosen answer of 25 tokens: -20.0000 .*-20.0060 alone.*0.0050"):
+        compare([record], [record | {"chosen_logp": -20.006}], 1e-3)
+    with pytest.raises(ValueError, match="pair 7, chosen"):
+        compare([record], [record | {"chosen_logp": float("nan")}], 1e-3)
+
+
+def test_log_probs_that_depend_on_the_batch_stop_the_stage(world, capsys, monkeypatch):
+    """A collator that gives every pair of a batch the first one's image, as a bug in batching would."""
+    original = DataCollatorForDPODataset.__call__
+
+    def first_image_for_all(self, instances):
+        batch = original(self, instances)
+        batch["image_index"].zero_()
+        return batch
+
+    monkeypatch.setattr(DataCollatorForDPODataset, "__call__", first_image_for_all)
+    monkeypatch.setattr("llava.train.reference.VERIFIED_SHARE", 1.0)
+    assert reference(world, "--batch_size", "8") == 1
+    said = capsys.readouterr().err
+    assert "reference: pairs computed again" in said and "alone; expected a difference of at most" in said
+    assert json.loads((world / "reference" / "manifest.json").read_text())["complete"] is False
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_pairs_alone_agree_with_their_batch(world, capsys, monkeypatch, precision):
+    monkeypatch.setattr("llava.train.reference.VERIFIED_SHARE", 1.0)
+    assert reference(world, "--precision", precision) == 0
+    said = capsys.readouterr().out
+    assert f"8 pairs in {'float32' if precision == 'fp32' else 'bfloat16'}" in said
+    assert "8 pairs computed again, each alone: log-probs differ by at most" in said
