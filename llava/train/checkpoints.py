@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -23,6 +24,8 @@ PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]
 TOWER_PREFIX = "model.vision_tower."
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROVENANCE_FILE = "dama_provenance.json"
+SEAL_FILE = "dama_seal.json"  # in every checkpoint: its files' sizes, written when every rank has saved
+TRAINER_STATE = "trainer_state.json"  # transformers', written after the seal
 NOT_RECORDED = re.compile(
     r"_token$|^local_rank$|_dir$|^disable_tqdm$|^accelerator_config$|^report_to$|^logging_|^log_|^dataloader_|^save_total"
     r"|^model_name_or_path$|^data_path$|^hardness$|^reference$|^image_folder$|^deepspeed$|^use_cpu$"
@@ -109,7 +112,11 @@ def keep_tower_inside(model: Any, folder: str | Path) -> None:
     tower = model.get_vision_tower()
     destination = Path(folder) / str(model.config.mm_vision_tower)
     if tower is not None and tower.inside_checkpoint and not destination.exists():
-        shutil.copytree(tower.folder, destination)
+        # A copy that a kill cut short must not pass for the tower when the save is repeated.
+        partial = destination.with_name(f".{destination.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(tower.folder, partial)
+        partial.rename(destination)
 
 
 # --- The model card --------------------------------------------------------------------------------------------------
@@ -132,13 +139,16 @@ def is_finished(output_dir: str | Path, provenance: dict[str, Any]) -> bool:
     """Whether the folder holds the finished model of these inputs, and says so.
 
     Raises:
-        ValueError: it holds a finished or half-finished model of others; every differing field is named.
+        ValueError: it holds a finished or half-finished model of others, every differing field is named; or a
+            checkpoint to continue from that another number of ranks saved.
     """
     folder = Path(output_dir)
     last = last_whole_checkpoint(folder)
     if last is not None:
         refuse_other_provenance(last, provenance)
     if not (folder / PROVENANCE_FILE).is_file():
+        if last is not None:
+            refuse_other_world(last)
         return False
     refuse_other_provenance(folder, provenance)
     say(f"training: complete in {folder}, skipped")
@@ -168,15 +178,60 @@ def refuse_other_provenance(folder: Path, provenance: dict[str, Any]) -> None:
         )
 
 
+def seal_checkpoint(checkpoint: str | Path, world_size: int) -> None:
+    """Lists a checkpoint's files and their sizes in SEAL_FILE, against which `last_whole_checkpoint` holds them.
+
+    For one process to call when every rank has written its last file (weights, optimizer shards, generators' states)
+    and before older checkpoints are deleted. What comes later, the trainer's own state, shows by itself whether it is
+    whole: it is JSON.
+    """
+    folder = Path(checkpoint)
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    # Names with a dot in front are what an interrupted save left of files on their way.
+    kept = [name for name in names if name.name not in (SEAL_FILE, TRAINER_STATE) and not name.name.startswith(".")]
+    sizes = {name.as_posix(): (folder / name).stat().st_size for name in kept}
+    write_json(folder / SEAL_FILE, {"world_size": world_size, "sizes": sizes})
+
+
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
     """The newest checkpoint-N that was written to its end; one that a kill cut short is passed over, and said so."""
     numbered = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        # transformers writes the trainer's state last.
-        if (path / "trainer_state.json").is_file():
+        lacking = lacking_in_checkpoint(path)
+        if not lacking:
             return path
-        say(f"{path} is incomplete (its save was interrupted), passed over")
+        say(f"{path} is incomplete (its save or its removal was interrupted; no whole {lacking[0]}), passed over")
     return None
+
+
+def lacking_in_checkpoint(checkpoint: str | Path) -> list[str]:
+    """The files that a checkpoint should have and that are missing or cut short; none where it is whole."""
+    folder = Path(checkpoint)
+    seal = _read_json(folder / SEAL_FILE)
+    if seal is None:
+        return [SEAL_FILE]
+    sizes = {name: path.stat().st_size for name in seal["sizes"] if (path := folder / name).is_file()}
+    lacking = [name for name, size in seal["sizes"].items() if sizes.get(name) != size]
+    return lacking if _read_json(folder / TRAINER_STATE) else [*lacking, TRAINER_STATE]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None where it is absent or cut short."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def refuse_other_world(checkpoint: Path) -> None:
+    """Raises unless as many ranks run as saved the checkpoint: optimizer shards and data order are theirs."""
+    saved_by = json.loads((checkpoint / SEAL_FILE).read_text())["world_size"]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if saved_by != ranks:
+        raise ValueError(
+            f"{checkpoint}: expected the {saved_by} rank(s) that saved it to continue from it, got {ranks}. "
+            f"Start {saved_by} rank(s), or give another --output_dir to begin anew."
+        )
 
 
 def recorded_flags(*groups: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from llava.train.checkpoints import (
     keep_tower_inside,
     matching,
     maybe_zero_3,
+    seal_checkpoint,
     without_frozen_tower,
     write_model_card,
 )
@@ -102,6 +103,13 @@ class LengthGroupedSampler(Sampler):
         return iter(group(self.lengths, self.batch_size, self.world_size, generator=self.generator))
 
 
+def sum_of_losses(log_history: Sequence[dict[str, Any]]) -> float:
+    """Over all steps that were logged: a line's loss is the mean of the steps since the line before."""
+    rows = [row for row in log_history if "loss" in row]
+    begins = [0, *(row["step"] for row in rows)]
+    return sum(row["loss"] * (row["step"] - begin) for row, begin in zip(rows, begins))
+
+
 class LLaVATrainer(Trainer):
     """transformers' Trainer with LLaVA's sampler, parameter groups and checkpoints."""
 
@@ -152,8 +160,10 @@ class LLaVATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """A checkpoint without the frozen tower: all weights, the projector, or the adapter and what trains with it."""
+        # Under DeepSpeed every rank comes here, and the weights come gathered: to the first alone under ZeRO-3.
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
-        # Under DeepSpeed the weights come gathered: nothing here may wait for other ranks, only one process saves.
         state = self.model.state_dict() if state_dict is None else state_dict
         folder.mkdir(parents=True, exist_ok=True)
         if self._trains_projector_only:
@@ -168,6 +178,13 @@ class LLaVATrainer(Trainer):
         if self.provenance is not None:
             write_model_card(folder, self.provenance)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last thing that every rank writes: then the checkpoint is sealed, before an older one is deleted."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(output_dir, self.args.world_size)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Everything that trained: transformers knows full weights and adapters, not what trains beside them."""
         folder = Path(resume_from_checkpoint)
@@ -178,6 +195,27 @@ class LLaVATrainer(Trainer):
         if self.args.lora_enable:
             beside = torch.load(folder / NON_LORA_FILE, map_location="cpu", weights_only=True)
             self.model.load_state_dict(beside, strict=False)
+
+    # --- Going on as if there had been no interruption ---------------------------------------------------------------
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """One pass over the data; transformers takes a step too many where the checkpoint is of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """A log line at every save: what is summed between two lines is in no checkpoint."""
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The closing mean loss is of all steps, not only of those since an interruption."""
+        if "train_loss" in logs:
+            total = sum_of_losses(self.state.log_history) + self._tr_loss.item()
+            logs = logs | {"train_loss": total / max(1, self.state.global_step)}
+        super().log(logs, start_time)
 
     @property
     def _trains_projector_only(self) -> bool:

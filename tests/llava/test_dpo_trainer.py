@@ -10,7 +10,7 @@ import torch
 from llava.model.builder import load_pretrained_model
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
-from llava.train.checkpoints import TOWER_PREFIX, recorded_flags
+from llava.train.checkpoints import TOWER_PREFIX, recorded_flags, seal_checkpoint
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from tests.llava.test_dpo_golden import flags, prepare
 
@@ -86,6 +86,7 @@ def test_a_checkpoint_without_its_state_is_refused(in_golden, tmp_path):
     train_dpo.run(parse_arguments(flags(tmp_path, *more)))
     folder = tmp_path / "out"
     (folder / "checkpoint-2" / "dama_state.json").unlink()
+    seal_checkpoint(folder / "checkpoint-2", world_size=1)  # whole, but of another kind of training
     (folder / "dama_provenance.json").unlink()
     with pytest.raises(FileNotFoundError, match="expected dama_state.json with R_bar"):
         train_dpo.run(parse_arguments(flags(tmp_path, *more)))
