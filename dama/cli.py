@@ -39,8 +39,13 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 on success, 1 after an error that was reported."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["doctor"]:  # its flags are those of training
+        from llava.train import doctor
+
+        return doctor.main(words[1:])
     parser = build_parser()
-    args = parser.parse_args(_words(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(_words(words))
     try:
         args.run(args)
     except Exception as error:
@@ -60,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_merge(commands)
     add_synth(commands)
     add_upstream(commands)
+    commands.add_parser("doctor", help="what a training will meet here: memory, micro-batch, disk, one batch")
     return parser
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The body that dama_7b.sh, dama_13b.sh and dama_7b_lora.sh share; they set MODEL, SIZE (billions of parameters), METHOD
-# (full or lora) and the learning rate. The paper's settings: 16 pairs a step over all GPUs, 12 of them selected, beta 0.1,
-# 4 epochs, cosine with warm-up 0.1, bf16, ZeRO-2.
+# The body that dama_7b.sh, dama_13b.sh and dama_7b_lora.sh share; they set NAME, MODEL, the micro-batch and the learning
+# rate. The paper's settings: 16 pairs a step over all GPUs, 12 of them selected, beta 0.1, 4 epochs, cosine with warm-up
+# 0.1, bf16, ZeRO-2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,17 +29,11 @@ run() {
 
 $dry_run || bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH"
-# Everything that is missing is reported at once, before anything starts.
-run python -m llava.train.doctor --model "$MODEL" --data "$DATA" --images "$IMAGES" --output "$OUTPUT" \
-    --gpus "$GPUS" --billions "$SIZE" --method "$METHOD" --zero "$(grep -q '"stage": 3' "$ZERO" && echo 3 || echo 2)" \
-    --clip "$CLIP:openai" --pairs_per_step $pairs_per_step
+# Everything that is missing is reported at once, before anything starts. It reads what a dry run prints.
+run python -m dama doctor --config-of "scripts/$(basename "$0")" "$@"
 if [ "$GPUS" -eq 0 ]; then GPUS=1; fi # only a dry run comes here without a GPU
-if [ $((pairs_per_step % (GPUS * MICRO_BATCH))) -ne 0 ] && [ "$MICRO_BATCH" -le $((pairs_per_step / GPUS)) ]; then
-    echo "MICRO_BATCH: $pairs_per_step pairs a step are no multiple of $GPUS GPU(s) x $MICRO_BATCH; set it to a divisor of" \
-        "$((pairs_per_step / GPUS))" >&2
-    exit 1
-fi
-if [ "$MICRO_BATCH" -gt $((pairs_per_step / GPUS)) ]; then MICRO_BATCH=$((pairs_per_step / GPUS)); fi
+pairs_per_gpu=$((GPUS < pairs_per_step ? pairs_per_step / GPUS : 1))
+if [ "$MICRO_BATCH" -gt "$pairs_per_gpu" ]; then MICRO_BATCH=$pairs_per_gpu; fi
 
 run python -m dama hardness --data "$DATA" --image_folder "$IMAGES" --on_bad_image skip \
     --clip "$CLIP" --pretrained openai --precision bf16 --batch_size 64 --out "$OUTPUT/hardness"
@@ -52,8 +46,20 @@ run deepspeed --num_gpus "$GPUS" llava/train/train_mem.py --deepspeed "$ZERO" --
     --strategy both --variant paper --dpo_beta 0.1 --select_ratio 0.75 --gamma 0.9 \
     --num_train_epochs 4 --learning_rate "$LEARNING_RATE" --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0. \
     --per_device_train_batch_size "$MICRO_BATCH" \
-    --gradient_accumulation_steps $((pairs_per_step / GPUS / MICRO_BATCH)) \
+    --gradient_accumulation_steps $((pairs_per_gpu / MICRO_BATCH)) \
     --bf16 True --gradient_checkpointing True --model_max_length 2048 --dataloader_num_workers 4 \
     --eval_pairs 0.01 --eval_strategy epoch --save_strategy epoch --save_total_limit 1 \
     --metric_for_best_model eval_loss --logging_steps 5 --report_to tensorboard \
     "${EXTRA[@]}" --output_dir "$OUTPUT" "$@"
+
+# Behind the commands: the doctor reads them, and names this beside all else that is wrong.
+fault=
+if [ $((pairs_per_step % GPUS)) -ne 0 ]; then
+    fault="GPUS: $pairs_per_step pairs a step cannot be spread evenly over $GPUS; set GPUS to 1, 2, 4, 8 or 16"
+elif [ $((pairs_per_gpu % MICRO_BATCH)) -ne 0 ]; then
+    fault="MICRO_BATCH: $pairs_per_gpu pairs a step on each of $GPUS GPU(s) are no multiple of $MICRO_BATCH; set it to 1, 2, 4 or 8"
+fi
+if [ -n "$fault" ]; then
+    echo "$fault" >&2
+    exit 1
+fi

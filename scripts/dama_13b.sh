@@ -5,6 +5,6 @@
 set -euo pipefail
 NAME=dama_13b
 MODEL=${MODEL:-liuhaotian/llava-v1.5-13b}
-SIZE=13.0 METHOD=full DEFAULT_MICRO_BATCH=2 LEARNING_RATE=${LEARNING_RATE:-5e-7}
+DEFAULT_MICRO_BATCH=2 LEARNING_RATE=${LEARNING_RATE:-5e-7}
 EXTRA=()
 source "$(dirname "$0")/dama.sh"

@@ -5,6 +5,6 @@
 set -euo pipefail
 NAME=dama_7b
 MODEL=${MODEL:-liuhaotian/llava-v1.5-7b}
-SIZE=6.7 METHOD=full DEFAULT_MICRO_BATCH=4 LEARNING_RATE=${LEARNING_RATE:-5e-7}
+DEFAULT_MICRO_BATCH=4 LEARNING_RATE=${LEARNING_RATE:-5e-7}
 EXTRA=()
 source "$(dirname "$0")/dama.sh"

@@ -5,6 +5,6 @@
 set -euo pipefail
 NAME=dama_7b_lora
 MODEL=${MODEL:-liuhaotian/llava-v1.5-7b}
-SIZE=6.7 METHOD=lora DEFAULT_MICRO_BATCH=1 LEARNING_RATE=${LEARNING_RATE:-1e-5}
+DEFAULT_MICRO_BATCH=1 LEARNING_RATE=${LEARNING_RATE:-1e-5}
 EXTRA=(--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5)
 source "$(dirname "$0")/dama.sh"

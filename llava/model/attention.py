@@ -29,6 +29,8 @@ def attention(
     """[B, heads, T, d] to [B, T, heads, d]; with `pack` the row holds pairs, see dama.shared_prefix."""
     if pack is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # Under autocast the rotary embedding leaves queries and keys in fp32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     return shared_prefix_attention(query, key, value, pack, scaling).transpose(1, 2).contiguous(), None
 
 

@@ -18,6 +18,7 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.checkpoints import is_finished, provenance_of
+from llava.train.doctor import preflight
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
     DPODataset,
@@ -48,6 +49,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     _, data_args, args = arguments
     # What can be wrong with the data is found before the model is loaded.
     pairs, skipped = read_checked_pairs(data_args)
+    preflight(arguments, pairs)
     fingerprint = data_fingerprint(pairs, data_args)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, args.weighting().uses_delta)
     model, tokenizer, image_processor = setup_model(arguments, attn_implementation)

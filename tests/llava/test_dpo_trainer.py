@@ -81,6 +81,17 @@ def test_killed_and_resumed_is_never_killed(in_golden, tmp_path, monkeypatch, ho
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("shared_prefix", ["True", "False"])
+def test_bf16_without_deepspeed_is_autocast_over_fp32_weights(in_golden, tmp_path, shared_prefix):
+    trainer = train_dpo.run(
+        parse_arguments(flags(tmp_path, *PAPER, *layout(4, 1), "--bf16", "True", "--shared_prefix", shared_prefix,
+                              "--max_steps", "2", "--save_strategy", "no", "--check_reference", "False"))
+    )  # fmt: skip
+    assert trainer.model.dtype == torch.float32 and trainer.model.get_vision_tower().dtype == torch.bfloat16
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(0.6931, abs=2e-2)
+
+
 def test_a_checkpoint_without_its_state_is_refused(in_golden, tmp_path):
     more = [*PAPER, *layout(4, 1), "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "2"]
     train_dpo.run(parse_arguments(flags(tmp_path, *more)))

@@ -1,0 +1,80 @@
+"""The training benchmarks run at a tiny shape, and the ways that they compare compute the same."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[1] / "scripts/bench"
+
+
+@pytest.fixture()
+def load(monkeypatch):
+    """A script of scripts/bench as a module, its neighbours importable as when it runs."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+@pytest.fixture()
+def settings(load, tmp_path):
+    dpo_step = load("dpo_step")
+    settings = dpo_step.Settings(tmp_path, dpo_step.SHAPES["tiny"], pairs=2, threads=1, steps=1)
+    assert dpo_step.prepare(settings, with_trl=False).seconds > 0
+    return settings
+
+
+@pytest.fixture()
+def run(load, monkeypatch, capsys, tmp_path):
+    """Runs a script: (the lines that it printed, what it wrote with --json)."""
+
+    def run(script, *flags):
+        file = tmp_path / "figures.json"
+        monkeypatch.setattr(sys, "argv", [script, "--shape", "tiny", "--repeats", "1", "--json", str(file), *flags])
+        load(script).main()
+        return capsys.readouterr().out.splitlines(), json.loads(file.read_text())
+
+    return run
+
+
+def test_plain_and_ours_give_the_same_log_probs_and_gradients(load, settings):
+    found = {}
+    for way in ("plain", "ours"):
+        model, step = load("dpo_step").BUILDERS[way](settings)
+        found[way] = step(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    (plain, plain_gradients), (ours, our_gradients) = found["plain"], found["ours"]
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
+    assert our_gradients.keys() == plain_gradients.keys() and "model.mm_projector.0.weight" in our_gradients
+    for name, gradient in plain_gradients.items():
+        assert (our_gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_random_pairs_have_the_shapes_lengths(load):
+    """576 positions of the picture, <s> and 59 tokens of text are the prefix of 636; one <image> stands for 576."""
+    measure = load("measure")
+    (pair,) = measure.random_pairs(measure.SHAPES["cpu"], 1)
+    assert len(pair.chosen.input_ids) == 1 + 1 + 59 + 120 and len(pair.rejected.input_ids) == 1 + 1 + 59 + 110
+    assert int((pair.chosen.labels >= 0).sum()) == 120 and int((pair.rejected.labels >= 0).sum()) == 110
+
+
+def test_training_on_all_weights_is_measured(load, settings):
+    training = load("dpo_step").train_fully(settings)
+    assert len(training.pairs_per_second) == 2 and min(training.pairs_per_second) > 0 and training.peak > 0
+
+
+def test_dpo_step_prints_ratios(run):
+    said, written = run("dpo_step", "--ways", "plain", "ours", "--steps", "1")
+    ratio = written["ratios"]["plain / ours, time"]["median"]
+    plain, ours = (written["runs"][way][0]["times"][0][0] for way in ("plain", "ours"))
+    assert ratio == pytest.approx(plain / ours)
+    assert any(line.split()[:5] == ["plain", "/", "ours,", "time", f"{ratio:.3g}"] for line in said)
+
+
+def test_reference_counts_distinct_tokens(run):
+    """4 pairs of 40 + 12 + 9 positions are 244; with answers twice as long 4 x (40 + 24 + 18) = 328."""
+    said, written = run("reference")
+    tokens = {(line.split()[0], int(line.split()[6])) for line in said[-12:]}
+    assert {("pairs", 244), ("pairs", 976), ("answers", 328), ("prefix", 404)} <= tokens
+    assert all(row["floor"] > 0 and min(row["shared"] + row["plain"]) > 0 for row in written["rows"])
