@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -71,8 +70,7 @@ def page(capsys, monkeypatch, script, *flags, gpus=0, memory=80 * GIB, **environ
     """The doctor's page on a machine of so many GPUs."""
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: SimpleNamespace(name="GPU", total_memory=memory))
+    monkeypatch.setattr(doctor, "gpus", lambda: [("GPU", memory)] * gpus)
     status = doctor.main(["--config-of", str(ROOT / "scripts" / script), *flags])
     return status, capsys.readouterr().out
 

@@ -188,13 +188,13 @@ def look_at_libraries(plan: Plan) -> None:
 
 def look_at_machine(plan: Plan) -> None:
     """GPUs, cores, memory of the host, and what will compute on them."""
-    names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() if plan.cuda else 0)]
-    gpus = [f"{gpu.name} ({size(gpu.total_memory)})" for gpu in names]
-    plan.note("machine", ", ".join([*gpus, f"{os.cpu_count()} cores", f"{size(host_memory())} of memory"]))
-    if plan.cuda and not names:
+    found = gpus() if plan.cuda else []
+    names = [f"{name} ({size(memory)})" for name, memory in found]
+    plan.note("machine", ", ".join([*names, f"{os.cpu_count()} cores", f"{size(host_memory())} of memory"]))
+    if plan.cuda and not found:
         plan.faults.append("GPU: none found; for a run without one see scripts/dama_tiny.sh")
-    elif plan.cuda and plan.ranks > len(names):
-        plan.faults.append(f"GPU: {plan.ranks} asked for, {len(names)} found; set GPUS")
+    elif plan.cuda and plan.ranks > len(found):
+        plan.faults.append(f"GPU: {plan.ranks} asked for, {len(found)} found; set GPUS")
     plan.note("backends", backends(plan))
     zero = Training.of(plan.arguments, plan.ranks, plan.cuda, False).zero
     if zero and (zero.offload_optimizer or not plan.cuda) and not shutil.which(os.environ.get("CXX", "g++")):
@@ -212,6 +212,12 @@ def backends(plan: Plan) -> str:
         "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         f"DeepSpeed ZeRO-{run.stage}" if run.zero else "no DeepSpeed",
     ])  # fmt: skip
+
+
+def gpus() -> list[tuple[str, int]]:
+    """Name and bytes of memory of every GPU that this process can see."""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [(gpu.name, gpu.total_memory) for gpu in found]
 
 
 def host_memory() -> int:
@@ -410,8 +416,7 @@ def memory_of_each(plan: Plan) -> int:
     """Bytes of the smallest of the GPUs that this process can see, or a rank's part of the host's memory."""
     if not plan.cuda:
         return host_memory() // plan.ranks
-    found = range(min(plan.ranks, torch.cuda.device_count()))
-    return min((torch.cuda.get_device_properties(i).total_memory for i in found), default=0)
+    return min((memory for _, memory in gpus()[: plan.ranks]), default=0)
 
 
 def smallest_of_all_ranks(value: int, device: torch.device) -> int:
