@@ -94,6 +94,7 @@ def test_everything_missing_is_said_at_once(capsys, monkeypatch, tmp_path):
         "disk: 1.0 GiB free",
     ):
         assert part in said, part
+    assert "memory      not estimated: gamma: expected" in said
     assert "--hardness" not in said and "--reference" not in said  # which the script's own stages will write
 
 

@@ -45,7 +45,9 @@ with open(records, "a") as file:
     for i in range(first, 40):
         print(i, file=file, flush=True)
         time.sleep(0.01)
-manifest.write_text(json.dumps({"complete": True, "time": time.time()}))
+fresh = out / ".manifest"
+fresh.write_text(json.dumps({"complete": True, "time": time.time()}))
+fresh.replace(manifest)
 time.sleep(0.3)
 """
 

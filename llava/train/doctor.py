@@ -280,10 +280,10 @@ def configs_of(model_args: Any, cache_dir: str | None = None) -> tuple[Any, Any]
     source = str(model_args.model_name_or_path)
     try:
         config = LlavaConfig.from_pretrained(source, cache_dir=cache_dir)
-    except OSError:
+    except OSError as error:
         known = [sizes for name, sizes in SHAPES.items() if f"-{name}" in source.lower()]
         if not known:
-            raise
+            raise OSError(f"'{source}': its config.json is not at hand, and its sizes are not known by its name") from error
         config = LlavaConfig(vocab_size=32000, mm_vision_tower=CLIP_NAME, mm_projector_type="mlp2x_gelu", **known[-1])
     for name in ("mm_projector_type", "mm_vision_select_feature", "mm_patch_merge_type"):
         setattr(config, name, getattr(model_args, name) or getattr(config, name, None))
@@ -683,7 +683,10 @@ def examine(plan: Plan) -> None:
     pairs = look_at_data(plan)
     shape = look_at_model(plan)
     if shape is not None:
-        look_at_memory(plan, shape, *lengths_of(plan.arguments, pairs, shape.patches))
+        try:
+            look_at_memory(plan, shape, *lengths_of(plan.arguments, pairs, shape.patches))
+        except ValueError as error:  # of flags that are among the faults already
+            plan.note("memory", f"not estimated: {error}")
         look_at_host(plan, shape)
     look_at_disk(plan, shape, len(pairs))
     if shape is not None and pairs and not plan.faults and Path(str(plan.arguments[0].model_name_or_path)).is_dir():
