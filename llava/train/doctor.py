@@ -283,7 +283,7 @@ def configs_of(model_args: Any, cache_dir: str | None = None) -> tuple[Any, Any]
     except OSError as error:
         known = [sizes for name, sizes in SHAPES.items() if f"-{name}" in source.lower()]
         if not known:
-            raise OSError(f"'{source}': its config.json is not at hand, and its sizes are not known by its name") from error
+            raise OSError(f"'{source}': no config.json at hand, and no sizes known by this name") from error
         config = LlavaConfig(vocab_size=32000, mm_vision_tower=CLIP_NAME, mm_projector_type="mlp2x_gelu", **known[-1])
     for name in ("mm_projector_type", "mm_vision_select_feature", "mm_patch_merge_type"):
         setattr(config, name, getattr(model_args, name) or getattr(config, name, None))
