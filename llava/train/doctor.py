@@ -7,7 +7,7 @@ every training begins with the short form, `preflight`.
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import math
 import os
 import platform
@@ -21,7 +21,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ from llava.train.memory import (
     trained_parameters,
     weight_bytes,
 )
+from llava.train.preprocess import preprocess, preprocess_multimodal
+from llava.train.sft_data import Row, make_supervised_data_module, read_rows, supervised_settings
 from llava.train.throughput import PairLength
 
 COMMAND = "train_mem.py"
@@ -236,8 +239,8 @@ def size(count: float) -> str:
 # --- Data and model ---------------------------------------------------------------------------------------------------
 
 
-def look_at_data(plan: Plan) -> list[PreferencePair]:
-    """The pairs, with the first ones shown; none in fine-tuning, or where they cannot be read."""
+def look_at_data(plan: Plan) -> list[PreferencePair] | list[Row]:
+    """The pairs, with the first ones shown, or fine-tuning's rows; none where they cannot be read."""
     _, data_args, args = plan.arguments
     data, images = Path(str(data_args.data_path)), Path(str(data_args.image_folder))
     missing = []
@@ -246,8 +249,10 @@ def look_at_data(plan: Plan) -> list[PreferencePair]:
     if not images.is_dir():
         missing.append(f"images: no folder '{images}'; set IMAGES, or --image_folder, to where image paths start")
     plan.faults += missing
-    if missing or args.task != "DPO":
+    if missing:
         return []
+    if args.task != "DPO":
+        return look_at_rows(plan, data, images)
     try:
         pairs, faults = parse_pairs(data)
     except PairsError as error:
@@ -265,6 +270,16 @@ def look_at_data(plan: Plan) -> list[PreferencePair]:
         words = len(pair.chosen.split()), len(pair.rejected.split())
         plan.note("", f"{pair.id}: {shown}, {pair.question[:50]!r}, {words[0]} and {words[1]} words")
     return pairs
+
+
+def look_at_rows(plan: Plan, data: Path, images: Path) -> list[Row]:
+    try:
+        rows = read_rows(str(data), str(images))
+    except ValueError as error:
+        plan.faults.append(f"data: {error}")
+        return []
+    plan.note("data", f"{len(rows)} conversations, {sum('image' in row for row in rows)} with a picture")
+    return rows
 
 
 def configs_of(model_args: Any, cache_dir: str | None = None) -> tuple[Any, Any]:
@@ -348,30 +363,36 @@ def has_clip_weights(architecture: str, tag: str) -> bool:
 # --- Lengths ----------------------------------------------------------------------------------------------------------
 
 
-def lengths_of(arguments: Arguments, pairs: Sequence[PreferencePair], patches: int) -> tuple[list[PairLength], str]:
+def lengths_of(
+    arguments: Arguments, items: Sequence[PreferencePair] | Sequence[Row], patches: int
+) -> tuple[list[PairLength], str]:
     """(lengths of about the longest pairs, or rows of fine-tuning, that training does not leave out; how known).
 
     Without data the longest that --model_max_length allows.
     """
-    model_args, data_args, args = arguments
+    model_args, _, args = arguments
     limit = args.model_max_length
     try:
         tokenizer = load_tokenizer(str(model_args.model_name_or_path), model_max_length=limit, padding_side="right")
     except (OSError, ValueError):
         tokenizer = None
-    if args.task == "LM" and tokenizer and Path(str(data_args.data_path)).is_file():
-        return row_lengths(str(data_args.data_path), tokenizer, patches, limit), "tokenised"
-    if pairs and tokenizer:
-        found = [length_of(item, patches) for item in longest_items(pairs, arguments, tokenizer, patches)]
-        if found:
-            return found, "tokenised"
-    if pairs:
-        sizes = [
-            PairLength(patches + PROMPT + len(p.question) // 3, len(p.chosen) // 3, len(p.rejected) // 3) for p in pairs
-        ]
-        return sizes, "a token for 3 characters"
+    if args.task == "DPO":
+        pairs = cast("Sequence[PreferencePair]", items)
+        if pairs and tokenizer:
+            longest = [length_of(item, patches) for item in longest_items(pairs, arguments, tokenizer, patches)]
+            if longest:
+                return longest, "tokenised"
+        if pairs:
+            return [guessed_length(pair, patches) for pair in pairs], "a token for 3 characters"
+    elif items and tokenizer:
+        rows = longest_rows(cast("Sequence[Row]", items), patches)
+        return [row_length(row, arguments, tokenizer, patches) for row in rows], "tokenised"
     answer = max(1, limit - patches - PROMPT)
     return [PairLength(patches + PROMPT, answer, answer * (args.task == "DPO"))], "--model_max_length"
+
+
+def guessed_length(pair: PreferencePair, patches: int) -> PairLength:
+    return PairLength(patches + PROMPT + len(pair.question) // 3, len(pair.chosen) // 3, len(pair.rejected) // 3)
 
 
 def longest_items(
@@ -396,17 +417,27 @@ def length_of(item: PreparedPair, patches: int) -> PairLength:
     return PairLength(shared - 1 + patches, chosen, rejected)
 
 
-def row_lengths(path: str, tokenizer: Any, patches: int, limit: int) -> list[PairLength]:
-    """Of about the longest conversations; what goes over the limit is cut in training."""
-    with open(path, encoding="utf-8") as file:
-        rows = json.load(file)
-    texts = [
-        (patches * ("image" in row), " ".join(str(turn["value"]) for turn in row["conversations"])) for row in rows
-    ]
-    longest = sorted(texts, key=lambda text: -(text[0] + len(text[1]) / 4))[:LONGEST]
-    return [
-        PairLength(min(limit, positions + PROMPT + len(tokenizer(text).input_ids)), 0, 0) for positions, text in longest
-    ]
+def longest_rows(rows: Sequence[Row], patches: int) -> list[Row]:
+    """About the longest conversations, by their characters."""
+    return sorted(rows, key=lambda row: -(patches * ("image" in row) + len(words_of(row)) / 4))[:LONGEST]
+
+
+def row_length(row: Row, arguments: Arguments, tokenizer: Any, patches: int) -> PairLength:
+    """What goes over --model_max_length is cut in training, the picture's positions put in afterwards."""
+    model_args, data_args, args = arguments
+    source, template = copy.deepcopy(row["conversations"]), get_template(str(model_args.version))
+    if has_image := "image" in row:
+        flags = SimpleNamespace(
+            is_multimodal=data_args.is_multimodal, mm_use_im_start_end=model_args.mm_use_im_start_end
+        )
+        (source,) = preprocess_multimodal([source], flags)
+    (ids,) = preprocess([source], tokenizer, has_image=has_image, template=template)["input_ids"]
+    positions = min(len(ids), args.model_max_length) + has_image * (patches - 1)
+    return PairLength(min(positions, args.model_max_length), 0, 0)
+
+
+def words_of(row: Row) -> str:
+    return " ".join(str(turn["value"]) for turn in row["conversations"])
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
@@ -580,14 +611,17 @@ def trial_save(folder: Path) -> float:
 # --- One batch --------------------------------------------------------------------------------------------------------
 
 
-def try_one_batch(plan: Plan, shape: ModelShape, pairs: Sequence[PreferencePair]) -> None:
-    """The longest pairs forward and backward on one device, without optimiser: a micro-batch, or as many as fit."""
+def try_one_batch(plan: Plan, shape: ModelShape, items: Sequence[PreferencePair] | Sequence[Row]) -> None:
+    """A micro-batch of the longest pairs or conversations, or as many as fit, forward and backward on one device."""
+    from accelerate.utils import send_to_device
+
     from llava.train.setup_model import setup_model
 
-    args, data_args = plan.arguments[2], plan.arguments[1]
+    args = plan.arguments[2]
+    kind = "pairs" if args.task == "DPO" else "rows"
     run = Training.of(plan.arguments, 1, plan.cuda, False)
     run = replace(run, zero=run.zero and Zero())
-    lengths = lengths_of(plan.arguments, pairs, shape.patches)[0]
+    lengths = lengths_of(plan.arguments, items, shape.patches)[0]
 
     def needed_for(count: int) -> int:
         estimated = estimate(shape, run, lengths[:count])
@@ -598,32 +632,46 @@ def try_one_batch(plan: Plan, shape: ModelShape, pairs: Sequence[PreferencePair]
     while count and needed_for(count) > memory_of_each(plan) - RESERVE:
         count -= 1
     if not count:
-        plan.note("one batch", f"left out: one pair needs {size(needed_for(1))}")
+        plan.note("one batch", f"left out: one of the {kind} needs {size(needed_for(1))}")
         return
     model, tokenizer, processor = setup_model(plan.arguments)
     model = model.to(args.device).train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    items = longest_items(pairs, plan.arguments, tokenizer, shape.patches)[:count]
-    data = DPODataset(items, str(data_args.image_folder), processor, model.config)
-    batch = DataCollatorForDPODataset(tokenizer, data, args.shared_prefix)(items)
-    batch = {name: value.to(args.device) for name, value in batch.items()}
+    batch = first_batch(plan.arguments, items, count, shape.patches, model, tokenizer, processor)
+    batch = send_to_device(batch, args.device)
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     began = time.perf_counter()
     with (
-        TensorPeak(args.device, [*model.parameters(), *model.buffers(), *batch.values()]) as used,
+        TensorPeak(args.device, [*model.parameters(), *model.buffers(), *tensors]) as used,
         torch.autocast(args.device.type, torch.bfloat16, enabled=run.half and run.zero is None),
     ):
-        loss = first_loss(model, batch, args)
+        loss = first_loss(model, batch, args) if args.task == "DPO" else model(**batch).loss
         loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
     seconds = time.perf_counter() - began
     plan.note(
         "one batch",
-        f"{count} of the longest pairs forward and backward in {seconds:.1f} s, loss {loss.item():.4f}, gradient norm "
+        f"{count} of the longest {kind} forward and backward in {seconds:.1f} s, loss {loss.item():.4f}, gradient norm "
         f"{norm:.3g}; {size(used.peak)} at the peak without optimiser, estimated {size(needed_for(count))}",
     )
     if not math.isfinite(norm):
         plan.faults.append(f"one batch: expected a finite gradient, got a norm of {norm}")
+
+
+def first_batch(
+    arguments: Arguments, items: Sequence[Any], count: int, patches: int, model: Any, tokenizer: Any, processor: Any
+) -> dict[str, Tensor]:
+    """A micro-batch of the `count` longest, as training would collate them."""
+    model_args, data_args, args = arguments
+    if args.task == "DPO":
+        pairs = longest_items(items, arguments, tokenizer, patches)[:count]
+        data = DPODataset(pairs, str(data_args.image_folder), processor, model.config)
+        return DataCollatorForDPODataset(tokenizer, data, args.shared_prefix)(pairs)
+    template, rows = get_template(str(model_args.version)), longest_rows(items, patches)[:count]
+    settings = supervised_settings(arguments, model, processor)
+    module = make_supervised_data_module(tokenizer, settings, template=template, rows=rows)
+    return module["data_collator"]([*module["train_dataset"]])
 
 
 def first_loss(model: Any, batch: dict[str, Tensor], args: Any) -> Tensor:
@@ -645,7 +693,7 @@ def first_loss(model: Any, batch: dict[str, Tensor], args: Any) -> Tensor:
 # --- The short form and the page --------------------------------------------------------------------------------------
 
 
-def preflight(arguments: Arguments, pairs: Sequence[PreferencePair] = ()) -> None:
+def preflight(arguments: Arguments, items: Sequence[PreferencePair] | Sequence[Row]) -> None:
     """Before a training loads its model: memory, disk, a trial save; two lines. Every rank calls it.
 
     With --auto_micro_batch it sets per_device_train_batch_size and gradient_accumulation_steps. Nothing else changes:
@@ -662,9 +710,9 @@ def preflight(arguments: Arguments, pairs: Sequence[PreferencePair] = ()) -> Non
         shape = None
         plan.note("memory", f"not estimated: {str(error).splitlines()[0]}")
     if shape is not None:
-        look_at_memory(plan, shape, *lengths_of(arguments, pairs, shape.patches))
+        look_at_memory(plan, shape, *lengths_of(arguments, items, shape.patches))
     if args.process_index == 0:
-        look_at_disk(plan, shape, len(pairs))
+        look_at_disk(plan, shape, len(items))
     if plan.faults:
         raise ValueError(fault_text(plan.faults))
     said = dict(plan.notes)
@@ -680,17 +728,17 @@ def examine(plan: Plan) -> None:
     """Everything, one batch only if all else is there."""
     look_at_libraries(plan)
     look_at_machine(plan)
-    pairs = look_at_data(plan)
+    items = look_at_data(plan)
     shape = look_at_model(plan)
     if shape is not None:
         try:
-            look_at_memory(plan, shape, *lengths_of(plan.arguments, pairs, shape.patches))
+            look_at_memory(plan, shape, *lengths_of(plan.arguments, items, shape.patches))
         except ValueError as error:  # of flags that are among the faults already
             plan.note("memory", f"not estimated: {error}")
         look_at_host(plan, shape)
-    look_at_disk(plan, shape, len(pairs))
-    if shape is not None and pairs and not plan.faults and Path(str(plan.arguments[0].model_name_or_path)).is_dir():
-        try_one_batch(plan, shape, pairs)
+    look_at_disk(plan, shape, len(items))
+    if shape is not None and items and not plan.faults and Path(str(plan.arguments[0].model_name_or_path)).is_dir():
+        try_one_batch(plan, shape, items)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from dama.pairs import fault_list, load_image, resolve_image
 from llava.constants import IGNORE_INDEX
 from llava.conversation import default_conversation
 from llava.mm_utils import process_images
+from llava.train.arguments import Arguments
 from llava.train.preprocess import preprocess, preprocess_multimodal
 
 WORDS_OF_AN_IMAGE = 128  # what LLaVA counts for an image when it groups rows by length
+
+Row = dict[str, Any]
 
 
 class LazySupervisedDataset(Dataset):
@@ -30,13 +34,19 @@ class LazySupervisedDataset(Dataset):
         data_path: JSON list of rows {"id", "image"?, "conversations": [{"from", "value"}, ...]}.
         data_args: has image_folder, image_processor, image_aspect_ratio, is_multimodal, mm_use_im_start_end.
         template: the prompt format; LLaVA-v1.5's when None.
+        rows: the file's, where they have been read already (`read_rows`).
     """
 
     def __init__(
-        self, data_path: str, tokenizer: PreTrainedTokenizerBase, data_args: Any, *, template: Any = None
+        self,
+        data_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        data_args: Any,
+        *,
+        template: Any = None,
+        rows: list[Row] | None = None,
     ) -> None:
-        with open(data_path, encoding="utf-8") as file:
-            self.list_data_dict: list[dict[str, Any]] = json.load(file)
+        self.list_data_dict = _load(data_path) if rows is None else rows
         self.tokenizer, self.data_args = tokenizer, data_args
         self.template = template or default_conversation
 
@@ -73,14 +83,13 @@ class LazySupervisedDataset(Dataset):
         return process_images([picture], self.data_args.image_processor, self.data_args)[0]
 
 
-def check_rows(data_path: str, image_folder: str) -> None:
+def read_rows(data_path: str, image_folder: str) -> list[Row]:
     """Before a model is loaded: every row is a conversation, and its image is a file inside the image folder.
 
     Raises:
         ValueError: naming the rows that are not.
     """
-    with open(data_path, encoding="utf-8") as file:
-        rows = json.load(file)
+    rows = _load(data_path)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{data_path}: expected a JSON list of conversations, got {type(rows).__name__}, or none")
     faults = []
@@ -89,6 +98,12 @@ def check_rows(data_path: str, image_folder: str) -> None:
         faults += [f"row {name}: {fault}" for fault in _row_faults(row, image_folder)]
     if faults:
         raise ValueError(fault_list(data_path, faults, "correct the rows, or supply the images"))
+    return rows
+
+
+def _load(data_path: str) -> Any:
+    with open(data_path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def _row_faults(row: Any, image_folder: str) -> Iterator[str]:
@@ -104,7 +119,7 @@ def _row_faults(row: Any, image_folder: str) -> Iterator[str]:
             yield f"image {row['image']}: {error}"
 
 
-def _words(row: dict[str, Any]) -> int:
+def _words(row: Row) -> int:
     return sum(len(turn["value"].split()) for turn in row["conversations"])
 
 
@@ -132,12 +147,26 @@ class DataCollatorForSupervisedDataset:
         return batch
 
 
+def supervised_settings(arguments: Arguments, model: Any, image_processor: Any) -> SimpleNamespace:
+    """The dataset's `data_args`: flags of the data, and how the model sees pictures."""
+    model_args, data_args, _ = arguments
+    return SimpleNamespace(
+        data_path=data_args.data_path,
+        image_folder=data_args.image_folder,
+        is_multimodal=data_args.is_multimodal,
+        image_processor=image_processor,
+        image_aspect_ratio=model.config.image_aspect_ratio,
+        image_grid_pinpoints=getattr(model.config, "image_grid_pinpoints", None),
+        mm_use_im_start_end=model_args.mm_use_im_start_end,
+    )
+
+
 def make_supervised_data_module(
-    tokenizer: PreTrainedTokenizerBase, data_args: Any, *, template: Any = None
+    tokenizer: PreTrainedTokenizerBase, data_args: Any, *, template: Any = None, rows: list[Row] | None = None
 ) -> dict[str, Any]:
     """The trainer's data arguments: train_dataset, eval_dataset (None), data_collator."""
     return {
-        "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args, template=template),
+        "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args, template=template, rows=rows),
         "eval_dataset": None,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }

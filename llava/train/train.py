@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from llava.train.checkpoints import (
     provenance_of,
     safe_save_model_for_hf_trainer,
 )
+from llava.train.doctor import preflight
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preprocess import (
     preprocess,
@@ -39,8 +39,9 @@ from llava.train.setup_model import find_all_linear_names, setup_model
 from llava.train.sft_data import (
     DataCollatorForSupervisedDataset,
     LazySupervisedDataset,
-    check_rows,
     make_supervised_data_module,
+    read_rows,
+    supervised_settings,
 )
 
 __all__ = [
@@ -75,22 +76,16 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
 def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     model_args, data_args, args = arguments
-    check_rows(str(data_args.data_path), str(data_args.image_folder))
+    rows = read_rows(str(data_args.data_path), str(data_args.image_folder))
     data_digest = digest_of_file(str(data_args.data_path))
     provenance = provenance_of(arguments, data={"path": str(data_args.data_path), "digest": data_digest})
     if is_finished(args.output_dir, provenance):
         return None
+    preflight(arguments, rows)
     model, tokenizer, image_processor = setup_model(arguments, attn_implementation)
-    settings = SimpleNamespace(
-        data_path=data_args.data_path,
-        image_folder=data_args.image_folder,
-        is_multimodal=data_args.is_multimodal,
-        image_processor=image_processor,
-        image_aspect_ratio=model.config.image_aspect_ratio,
-        image_grid_pinpoints=getattr(model.config, "image_grid_pinpoints", None),
-        mm_use_im_start_end=model_args.mm_use_im_start_end,
-    )
-    data = make_supervised_data_module(tokenizer, settings, template=get_template(str(model_args.version)))
+    settings = supervised_settings(arguments, model, image_processor)
+    template = get_template(str(model_args.version))
+    data = make_supervised_data_module(tokenizer, settings, template=template, rows=rows)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=args, provenance=provenance, **data)
     train_and_save(trainer)
     return trainer

@@ -29,6 +29,7 @@ from llava.train.throughput import PairLength
 from tests.llava.test_dpo_golden import flags
 from tests.llava.test_memory import SHAPE
 from tests.llava.test_sft_golden import arguments as sft_arguments
+from tests.llava.test_sft_golden import flags_of as sft_flags
 
 # --- The page --------------------------------------------------------------------------------------------------------
 
@@ -222,9 +223,24 @@ def test_preflight_leaves_no_trace(in_golden, tmp_path, capsys):
     assert "checkpoint(s)" in said[1] and said[1].endswith("gloo, fp32, no DeepSpeed")
 
 
-def test_preflight_of_fine_tuning(in_golden, tmp_path, capsys):
-    preflight(sft_arguments(tmp_path))
-    assert capsys.readouterr().out.startswith("preflight: about ")
+def test_fine_tuning(in_golden, tmp_path, capsys):
+    """A training begins with its preflight; the page has one batch, whose loss is the recorded first one."""
+    train.train(argv=sft_flags(tmp_path / "model", "--max_steps", "1", "--save_strategy", "no"))
+    assert "preflight: about " in capsys.readouterr().out
+    status, said = page(capsys, *sft_flags(tmp_path / "page", "--per_device_train_batch_size", "3"))
+    assert status == 0, said
+    for part in ("6 conversations, ", "3 rows = 3 x 1 rank(s)", "3 of the longest rows forward and backward"):
+        assert part in said, part
+    used, estimated = re.search(r"([\d.]+) MiB at the peak without optimiser, estimated ([\d.]+) MiB", said).groups()
+    assert float(estimated) == pytest.approx(float(used), rel=0.15)
+
+
+def test_rows_of_fine_tuning_with_faults(in_golden, tmp_path, capsys):
+    rows = json.loads((in_golden / "sft/records.json").read_text())
+    rows[0]["image"] = "missing.png"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    status, said = page(capsys, *sft_flags(tmp_path, "--data_path", tmp_path / "rows.json"))
+    assert status == 1 and "no image missing.png" in said
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_model_is_loaded(in_golden, tmp_path):

@@ -20,12 +20,16 @@ SFT = EXTRAS["sft"]
 SAMPLERS = EXTRAS["samplers"]
 
 
+def flags_of(tmp_path, *more):
+    return [
+        "--model_name_or_path", "llava-v1.5-tiny", "--version", "v1", "--data_path", "sft/records.json",
+        "--image_folder", "images", "--output_dir", str(tmp_path), "--use_cpu", "True", "--learning_rate", "1e-3",
+        "--disable_tqdm", "True", *map(str, more),
+    ]  # fmt: skip
+
+
 def arguments(tmp_path, *more):
-    return parse_arguments(
-        ["--model_name_or_path", "llava-v1.5-tiny", "--version", "v1", "--data_path", "sft/records.json",
-         "--image_folder", "images", "--output_dir", str(tmp_path), "--use_cpu", "True", "--learning_rate", "1e-3",
-         "--disable_tqdm", "True", *more]
-    )  # fmt: skip
+    return parse_arguments(flags_of(tmp_path, *more))
 
 
 def data_of(parsed, model, tokenizer, processor):
