@@ -300,6 +300,10 @@ def add_hardness(commands: Any) -> None:
     group.add_argument(
         "--concurrency", type=int, default=8, metavar="N", help="llm: requests to the server at a time. Default: 8"
     )
+    group.add_argument(
+        "--request_timeout", type=float, default=60.0, metavar="SECONDS",
+        help="llm: what the server may take for an attempt, of which there are up to 7. Default: 60",
+    )  # fmt: skip
     group = parser.add_argument_group("speed")
     group.add_argument("--batch_size", type=int, default=32, metavar="N", help="images at a time. Default: %(default)s")
     group.add_argument(
@@ -359,7 +363,8 @@ def _chat_settings(args: argparse.Namespace) -> Any:
     from dama.chat import ChatSettings
     from dama.hardness.split_llm import REPLY_TOKENS
 
-    return ChatSettings(args.base_url, args.judge_model, max_tokens=REPLY_TOKENS, concurrency=args.concurrency)
+    limits = {"concurrency": args.concurrency, "timeout": args.request_timeout}
+    return ChatSettings(args.base_url, args.judge_model, max_tokens=REPLY_TOKENS, **limits)
 
 
 def splitter_faults(args: argparse.Namespace) -> list[str]:

@@ -57,6 +57,9 @@ def write_hardness_page(
     Raises StageError where the stage is not complete or the pictures are not where they were; then give `image_folder`.
     """
     manifest, records = read_stage(folder, STAGE)
+    if missing := sorted({"image", "source", "kind", "chosen_words", "rejected_words"}.difference(*records[:1])):
+        remedy = "an earlier version wrote it: run `python -m dama hardness` with --overwrite"
+        raise StageError(f"{folder}: its records have no {', '.join(missing)}\nRemedy: {remedy}")
     groups = pick_groups(records, count)
     pictures = _load_pictures(groups, image_folder or manifest["summary"]["image_folder"])
     page, picture = Path(out) / "hardness.html", Path(out) / "hardness.png"

@@ -18,9 +18,13 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from dama import chat
 from dama.cli import main
+from dama.hardness.split_llm import PROMPT
 from dama.pairs import read_pairs
 from tests.dama.prepare_sets import RLAIFV, card, lines, picture, prepare, rlaifv_row, write_lines, write_parquet
+from tests.dama.tiny_clip import write_tiny_clip
+from tests.openai_server import Call, Scripted, ScriptedServer, completion, failure, malformed, wrong_schema
 
 Words = Sequence[object]
 
@@ -287,6 +291,20 @@ TABLE = {
     "hardness: a missing picture": Case(hardness(image="none.png"), error="image is missing", command=HARDNESS),
 }
 
+# Servers that split answers: what each replies, and what becomes of the four answers of two pairs.
+SERVERS: dict[str, tuple[Callable[[Call], str | Scripted], dict[str, int]]] = {
+    "a server that answers 500": (lambda call: failure(500), {"no reply": 4}),
+    "a server whose JSON breaks off": (lambda call: malformed(), {"no reply": 4}),
+    "a server that answers something else": (lambda call: wrong_schema(), {"no reply": 4}),
+    "a server that says nothing": (lambda call: "", {"no statements": 4}),
+    "a server that talks nonsense": (lambda call: "colourless green ideas", {"added words": 4}),
+    "a server that repeats the prompt": (lambda call: call.text, {"added words": 4}),
+    "a server that is late at first": (
+        lambda call: completion(call.text.removeprefix(PROMPT), delay=5.0 * (call.attempt == 0)),
+        {},
+    ),
+}
+
 
 # ----------------------------------------------------------------------------------------------------- how it must end
 
@@ -321,6 +339,22 @@ def test_hardness_refuses(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert re.search(case.error, error) and "Traceback" not in error
 
 
+@pytest.mark.parametrize("name", SERVERS)
+def test_hardness_does_without_a_bad_server_and_counts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_LONGEST_PAUSE", 0.05)
+    reply, fallbacks = SERVERS[name]
+    (source,) = rows(OTHER | {"image": "good.png"})(tmp_path)
+    clip, out = write_tiny_clip(tmp_path / "clip"), tmp_path / "out"
+    with ScriptedServer(reply) as url:
+        llm = ["--splitter", "llm", "--base_url", url, "--judge_model", "any", "--request_timeout", 1]
+        words = ["hardness", "--data", source, "--image_folder", tmp_path, "--out", out, "--clip", clip, *llm]
+        assert main(list(map(str, [*words, "--workers", 0]))) == 0
+    assert json.loads((out / "manifest.json").read_text())["summary"]["fallbacks"] == fallbacks
+    assert [row["id"] for row in lines(out / "hardness.jsonl")] == ["good", "bad"]
+
+
 def make(folder: Path) -> Path:
     """The folder that a case may fill, apart from the output's."""
     (folder / "src").mkdir()
@@ -328,7 +362,7 @@ def make(folder: Path) -> Path:
 
 
 def test_the_table_is_long_enough() -> None:
-    assert len(TABLE) >= 40
+    assert len(TABLE) + len(SERVERS) >= 40
     assert all(bool(case.error) != bool(case.reason and case.detail) for case in TABLE.values())
 
 

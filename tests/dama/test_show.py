@@ -163,6 +163,12 @@ def test_the_command_by_both_names_and_its_errors(tmp_path: Path, capsys: pytest
         write_hardness_page(tmp_path, tmp_path)
 
 
+def test_records_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    old = [{k: v for k, v in record.items() if k not in ("image", "source")} for record in RECORDS]
+    with pytest.raises(StageError, match="its records have no image, source\nRemedy: an earlier version wrote it"):
+        write_hardness_page(write_stage(tmp_path, old), tmp_path)
+
+
 def test_a_constant_delta_has_no_correlation() -> None:
     """One pair: every figure is defined but r."""
     rows = [record(0, [0.3], [0.1])]
