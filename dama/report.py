@@ -44,7 +44,7 @@ _PNG_LIMIT = 100_000  # bytes; a drawing stays a PNG, a photograph becomes a JPE
 
 # Figures are drawn in the light theme's colours; on the page each becomes the style sheet's variable of the same role.
 _INK, _LINE = "#3d444d", "#d8dbe0"
-_SERIES = ("#2f6fb7", "#d9822b", "#2a9d8f", "#8a63b8", "#7a828c")
+SERIES = ("#2f6fb7", "#d9822b", "#2a9d8f", "#8a63b8", "#7a828c")
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -65,7 +65,7 @@ _STYLE: dict[Any, Any] = {
     "legend.handlelength": 1.4,
     "legend.columnspacing": 1.4,
 }
-_VARIABLES = {_INK: "--ink-2", _LINE: "--line", **{color: f"--series-{i}" for i, color in enumerate(_SERIES)}}
+_VARIABLES = {_INK: "--ink-2", _LINE: "--line", **{color: f"--series-{i}" for i, color in enumerate(SERIES)}}
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,12 @@ def render_markdown(report: Report, folder: str) -> tuple[str, dict[str, bytes]]
     return environment.get_template("report.md.jinja").render(_view(report, pictures, plots)), files
 
 
-def render_page(template: str, **view: Any) -> str:
-    """A page from a template beside this file, everything in it escaped that is not Markup."""
-    return _environment(autoescape=True).get_template(template).render(view)
+def render_page(template: str | Path, **view: Any) -> str:
+    """A page from a template beside this file, or from one that extends it, everything escaped that is not Markup."""
+    environment = _environment(autoescape=True)
+    if isinstance(template, Path):
+        return environment.from_string(template.read_text()).render(view)
+    return environment.get_template(template).render(view)
 
 
 def svg_of(name: str, draw: Callable[[Axes], None]) -> Markup:
@@ -193,7 +196,7 @@ def draw_hardness(axes: Axes, hardness: Hardness) -> None:
 def draw_points(axes: Axes, x: Sequence[float], y: Sequence[float], labels: tuple[str, str], legend: str) -> None:
     """A point for each pair of values; `labels` of the axes, x first."""
     many = len(x) > 2000  # as single shapes they would make a page of many megabytes
-    axes.scatter(x, y, s=9, color=_SERIES[0], alpha=0.5, linewidths=0, label=legend, rasterized=many)
+    axes.scatter(x, y, s=9, color=SERIES[0], alpha=0.5, linewidths=0, label=legend, rasterized=many)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
 
@@ -326,7 +329,7 @@ def _line(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], lis
 
 def _histogram(axes: Axes, hardness: Hardness) -> None:
     labels = [f"{kind} ({len(values)})" for kind, values in hardness.delta.items()]
-    colors = [_SERIES[i % len(_SERIES)] for i in range(len(labels))]
+    colors = [SERIES[i % len(SERIES)] for i in range(len(labels))]
     axes.hist(list(hardness.delta.values()), bins=40, stacked=True, color=colors, label=labels)
     axes.axvline(hardness.delta_bar, color=_INK, linewidth=1, linestyle="--", label=f"mean {hardness.delta_bar:.3g}")
     axes.set_xlabel("δ")
@@ -336,8 +339,8 @@ def _histogram(axes: Axes, hardness: Hardness) -> None:
 def _curves(axes: Axes, lines: Mapping[str, tuple[list[float], list[float]]]) -> None:
     for i, (method, (steps, values)) in enumerate(lines.items()):
         if steps:
-            dash = ("-", "--", ":")[i // len(_SERIES) % 3]
-            axes.plot(steps, values, color=_SERIES[i % len(_SERIES)], linestyle=dash, linewidth=1.5, label=method)
+            dash = ("-", "--", ":")[i // len(SERIES) % 3]
+            axes.plot(steps, values, color=SERIES[i % len(SERIES)], linestyle=dash, linewidth=1.5, label=method)
     axes.set_xlabel("optimiser step")
 
 

@@ -106,6 +106,13 @@ class Answerer:
         self.name, self.model_path, self.model_base = Path(model_path).name, model_path, model_base
         self.template = get_template(conv_mode)
 
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, image_processor: Any, *, conv_mode: str = "vicuna_v1") -> Answerer:
+        """Of a model that is in memory, for instance in training; it answers as it stands when it is asked."""
+        answerer = cls("", conv_mode=conv_mode, device=str(model.device), dtype=model.dtype)
+        answerer.__dict__["_loaded"] = (tokenizer, model, image_processor)
+        return answerer
+
     @cached_property
     def _loaded(self) -> tuple[Any, Any, Any]:
         tokenizer, model, image_processor, _ = load_pretrained_model(

@@ -443,7 +443,8 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         was_training = model.training
         model.eval()
         rows = []
-        for micro in tqdm(range(micro_batches), desc=metric_key_prefix, leave=False, disable=not args.should_log):
+        silent = args.disable_tqdm or not args.should_log
+        for micro in tqdm(range(micro_batches), desc=metric_key_prefix, leave=False, disable=silent):
             block = plan.block(micro, args.process_index)
             batch = self.collate([dataset[i] for i in block] or [dataset[0]])
             batch["position"] = torch.tensor(list(block) or [NO_PAIR])

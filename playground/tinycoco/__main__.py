@@ -1,4 +1,4 @@
-"""`python -m playground.tinycoco scenes | report | benchmarks | build | figures`: the miniature world's commands."""
+"""`python -m playground.tinycoco scenes | report | benchmarks | study | build | figures`: the miniature world."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     benchmarks.add_argument("--out", type=Path, required=True, help="folder; DAMA_BENCH_DATA for scripts/eval_pope.sh")
     benchmarks.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: %(default)s)")
     benchmarks.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
+    study = commands.add_parser("study", help="train DPO, DAMA and its parts on a grid, and write what holds as a page")
+    study.add_argument("--quick", action="store_true", help="DPO and DAMA, two conditions, two seeds: about 15 minutes")
+    study.add_argument("--out", type=Path, help="cells, kept (default: runs/study, or runs/study_quick)")
+    study.add_argument("--docs", type=Path, help="for study.html and study.json (default: docs, or OUT when quick)")
+    study.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="cells at a time (default: %(default)s)")
+    study.add_argument("--again", type=int, metavar="N", help="only repeat N finished cells at random and compare")
     build = commands.add_parser("build", help="rebuild every shipped file from nothing (up to 30 minutes on 2 cores)")
     build.add_argument("--out", type=Path, default=Path(__file__).parent, help="for weights/ and pairs.json")
     build.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
@@ -50,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from playground.tinycoco.build import build
 
             build(args.out, args.work, args.seed)
+        elif args.command == "study":
+            from playground.tinycoco.study import runner
+
+            return runner.main(args.out, args.docs, args.cores, args.quick, args.again)
         elif args.command == "benchmarks":
             from playground.tinycoco.benchmarks import write_benchmarks
 

@@ -1,0 +1,295 @@
+"""From the cells' files to figures with intervals: trade-offs, matched recall, and what happened to the pairs.
+
+Recall falls as hallucination falls, so methods are compared along that trade-off. A method's points are its stops at
+all its learning rates, each the mean over seeds. Intervals are 95 % bootstrap percentiles over scenes and seeds drawn
+together, the same draw for every method, so that what is hard for all cancels in differences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.core.statistics import Interval, interval, ratio
+from playground.tinycoco.study.grid import DPO, METHODS, Cell
+
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+METRICS = ("response_level", "mention_level", "object_recall", "mean_words")
+RESPONSE, RECALL = METRICS.index("response_level"), METRICS.index("object_recall")
+RECALL_COST = 5.0  # points of recall that a learning rate may cost on the validation scenes
+LEVELS = (3.0, 5.0, 8.0)  # points of recall below the SFT model's at which methods are compared
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How often each scene and each seed is drawn in every resample; row 0 is the data as they are."""
+
+    scenes: Array  # [1 + RESAMPLES, scenes]
+    seeds: Array  # [1 + RESAMPLES, seeds]
+
+    @staticmethod
+    def of(scenes: int, seeds: int, seed: int = 0) -> Draws:
+        generator = np.random.default_rng(seed)
+
+        def times(count: int) -> Array:
+            drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+            return np.concatenate([np.ones((1, count)), drawn])
+
+        return Draws(times(scenes), times(seeds))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one stop of one learning rate; values: every metric in every resample, [4, 1 + RESAMPLES]."""
+
+    rate: float
+    step: int
+    work: float  # passes over a pair that it took, mean over seeds: one forward, two backward
+    values: Array
+
+    def of(self, metric: str) -> Interval:
+        return _interval(self.values[METRICS.index(metric)])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method under one condition, and where it started."""
+
+    method: str
+    condition: str
+    start: Point  # the SFT model
+    points: Sequence[Point]
+    chosen_rate: float | None  # by the validation scenes
+
+    def at_recall(self, recall: Array) -> Array:
+        """Response-level in every resample at these recalls, [1 + RESAMPLES]: linear between the points next in
+        recall, NaN where the points do not reach that far."""
+        points = (self.start, *self.points)
+        recalls, responses = (np.stack([p.values[metric] for p in points], axis=1) for metric in (RECALL, RESPONSE))
+        return np.array([_interpolate(*row) for row in zip(recalls, responses, recall)])
+
+    @property
+    def chosen(self) -> Point:
+        """The last stop at the chosen learning rate."""
+        return max((p for p in self.points if p.rate == self.chosen_rate), key=lambda point: point.step)
+
+
+def _interpolate(recalls: Array, responses: Array, recall: float) -> float:
+    order = np.argsort(recalls)
+    return float(np.interp(recall, recalls[order], responses[order], left=np.nan, right=np.nan))
+
+
+def _interval(values: Array) -> Interval:
+    """Of row 0, with the percentiles of the others; undefined where a tenth of the resamples is."""
+    if np.isnan(values[1:]).mean() > 0.1:
+        return Interval(None, None, None)
+    return interval(values[0], values[1:])
+
+
+# --- The study's results ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """Finished cells by condition and method, rate, seed; what the SFT model says; which cells failed."""
+
+    cells: Mapping[Cell, Mapping[str, Any]]
+    sft: Mapping[str, Any]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def read(folder: Path, declared: Sequence[Cell]) -> Study:
+        """Cells of the declaration that have a file."""
+        found = {cell: folder / "cells" / f"{cell.name}.json" for cell in declared}
+        cells = {cell: json.loads(path.read_text()) for cell, path in found.items() if path.is_file()}
+        if not cells:
+            raise FileNotFoundError(f"study {folder}: expected finished cells, found none; run the study first")
+        failed = folder / "failed.json"
+        sft = json.loads((folder / "cells/sft.json").read_text())
+        return Study(cells, sft, json.loads(failed.read_text()) if failed.is_file() else {})
+
+    @cached_property
+    def draws(self) -> Draws:
+        return Draws.of(len(self.sft["test"]["response_level"]), len(self.seeds))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({cell.seed for cell in self.cells})
+
+    @property
+    def diverged(self) -> list[str]:
+        return [cell.name for cell, figures in self.cells.items() if figures["diverged"]]
+
+    def methods(self, condition: str) -> list[str]:
+        return list(dict.fromkeys(cell.method for cell in self.cells if cell.condition == condition))
+
+    def curve(self, condition: str, method: str) -> Curve:
+        """Of rates that every seed has finished."""
+        mine = [cell for cell in self.cells if (cell.condition, cell.method) == (condition, method)]
+        rates = [r for r in sorted({c.rate for c in mine}) if sum(c.rate == r for c in mine) == len(self.seeds)]
+        points = []
+        for rate in rates:
+            runs = [self.cells[Cell(condition, method, rate, seed)] for seed in self.seeds]
+            points += [self._point(rate, int(step), runs) for step in sorted(runs[0]["stops"], key=int)]
+        start = Point(0.0, 0, 0.0, self._values([self.sft["test"]] * len(self.seeds)))
+        return Curve(method, condition, start, points, self._choose_rate(condition, method, rates))
+
+    def _point(self, rate: float, step: int, runs: Sequence[Mapping[str, Any]]) -> Point:
+        work = float(np.mean([work_until(run["pairs"], step) for run in runs]))
+        return Point(rate, step, work, self._values([run["stops"][str(step)]["test"] for run in runs]))
+
+    def _values(self, scored: Sequence[Mapping[str, Any]]) -> Array:
+        """[4, 1 + RESAMPLES]: ratios of sums over the drawn scenes and seeds."""
+        rows = []
+        for metric in METRICS:
+            numbers = np.array([captions[metric] for captions in scored], dtype=np.float64)  # [seeds, scenes, 2]
+            sums = np.einsum("bn,nsk,bs->kb", self.draws.seeds, numbers, self.draws.scenes, optimize=True)
+            rows.append(ratio(*sums))
+        return np.stack(rows)
+
+    def _choose_rate(self, condition: str, method: str, rates: Sequence[float]) -> float | None:
+        """The rate of the lowest response-level on validation scenes that costs at most RECALL_COST of recall there;
+        the smallest rate where all cost more."""
+        floor = plain_ratio([self.sft["validation"]], "object_recall") - RECALL_COST
+        found = {}
+        for rate in rates:
+            runs = [self.cells[Cell(condition, method, rate, seed)] for seed in self.seeds]
+            last = [run["stops"][max(run["stops"], key=int)]["validation"] for run in runs]
+            if plain_ratio(last, "object_recall") >= floor:
+                found[rate] = plain_ratio(last, "response_level")
+        return min(found, key=found.__getitem__) if found else min(rates, default=None)
+
+
+def plain_ratio(scored: Sequence[Mapping[str, Any]], metric: str) -> float:
+    """A metric over all scenes of all these captions."""
+    numbers = np.array([captions[metric] for captions in scored], dtype=np.float64)
+    return float(numbers[..., 0].sum() / numbers[..., 1].sum())
+
+
+def work_until(pairs: Sequence[Mapping[str, Any]], step: int) -> float:
+    """Forward passes of all pairs of the first `step` steps and twice as much, backward, of the selected ones."""
+    return sum(1 + 2 * bool(pair["selected"]) for pair in pairs if pair["step"] < step)
+
+
+# --- Comparisons ------------------------------------------------------------------------------------------------------
+
+
+def gap_at(ours: Curve, theirs: Curve, cost: float) -> Interval:
+    """Response-level of ours less theirs where both have lost `cost` points of recall; below 0 ours is better."""
+    recall = ours.start.values[RECALL] - cost
+    return _interval(ours.at_recall(recall) - theirs.at_recall(recall))
+
+
+def mean_gap(ours: Curve, theirs: Curve, rate: float | None = None) -> Interval:
+    """The mean over our points (at one rate) of their response-level less the other curve's at the same recall.
+
+    Points that the other curve does not reach are left out, in each resample.
+    """
+    points = [point for point in ours.points if rate is None or point.rate == rate]
+    gaps = np.stack([point.values[RESPONSE] - theirs.at_recall(point.values[RECALL]) for point in points])
+    counted = np.maximum((~np.isnan(gaps)).sum(axis=0), 1)
+    means = np.where(np.isnan(gaps).all(axis=0), np.nan, np.nansum(gaps, axis=0) / counted)
+    return _interval(means)
+
+
+def at_equal_work(ours: Curve, theirs: Curve) -> Interval:
+    """Response-level of our last stop at the chosen rate less theirs at its chosen rate and as much work as ours.
+
+    Between two stops linear in work; where ours worked more, theirs is taken at its end.
+    """
+    mine = ours.chosen
+    path = sorted((p for p in theirs.points if p.rate == theirs.chosen_rate), key=lambda point: point.step)
+    works = [0.0, *(point.work for point in path)]
+    values = np.stack([theirs.start.values[RESPONSE], *(point.values[RESPONSE] for point in path)])
+    there = np.array([np.interp(mine.work, works, column) for column in values.T])
+    return _interval(mine.values[RESPONSE] - there)
+
+
+def verdict(gap: Interval) -> str:
+    """What an interval of a difference in hallucination allows to say."""
+    if gap.low is None or gap.high is None:
+        return "not comparable"
+    return "clearly better" if gap.high < 0 else "clearly worse" if gap.low > 0 else "no clear difference"
+
+
+# --- What happened to the pairs ---------------------------------------------------------------------------------------
+
+
+def by_third(study: Study, condition: str, method: str, rate: float, figure: str) -> dict[str, dict[int, list[float]]]:
+    """probe set, for instance "held_out_easy" -> step -> the figure of each seed: "margin", "accuracy" or "loss"."""
+    table: dict[str, dict[int, list[float]]] = {}
+    for seed in study.seeds:
+        run = study.cells.get(Cell(condition, method, rate, seed))
+        for step, stop in (run or {"stops": {}})["stops"].items():
+            for name, values in stop["probes"].items():
+                table.setdefault(name, {}).setdefault(int(step), []).append(values[figure])
+    return table
+
+
+def weights_of_thirds(
+    study: Study, condition: str, method: str, rate: float, thirds: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
+    """third -> means over all its pairs' visits: alpha_D, beta, share selected, R when first and when last met."""
+    third_of = {id: third for third, ids in thirds.items() for id in ids}
+    rows: dict[str, list[Mapping[str, Any]]] = {third: [] for third in thirds}
+    first: dict[str, list[float]] = {third: [] for third in thirds}
+    last: dict[str, list[float]] = {third: [] for third in thirds}
+    for seed in study.seeds:
+        pairs = study.cells[Cell(condition, method, rate, seed)]["pairs"]
+        ends = {pair["id"]: pair["R"] for pair in pairs}
+        starts = {pair["id"]: pair["R"] for pair in reversed(pairs)}
+        for pair in pairs:
+            rows[third_of[pair["id"]]].append(pair)
+        for id, R in ends.items():
+            last[third_of[id]].append(R)
+            first[third_of[id]].append(starts[id])
+    return {
+        third: {
+            "alpha_D": _mean(row["alpha_D"] for row in rows[third]),
+            "beta": _mean(row["beta"] for row in rows[third]),
+            "selected": _mean(bool(row["selected"]) for row in rows[third]),
+            "R_first": _mean(first[third]),
+            "R_last": _mean(last[third]),
+        }
+        for third in thirds
+    }
+
+
+def flips_dropped(study: Study, method: str, rate: float) -> list[dict[str, float]]:
+    """Each third of the training, flipped condition: the share of flipped pairs among all, and among those dropped."""
+    parts: list[dict[str, list[bool]]] = [{"all": [], "dropped": []} for _ in range(3)]
+    for seed in study.seeds:
+        run = study.cells[Cell("flipped", method, rate, seed)]
+        flipped, steps = set(run["flipped"]), 1 + max(pair["step"] for pair in run["pairs"])
+        for pair in run["pairs"]:
+            part = parts[3 * pair["step"] // steps]
+            part["all"].append(pair["id"] in flipped)
+            if not pair["selected"]:
+                part["dropped"].append(pair["id"] in flipped)
+    return [{name: _mean(values) for name, values in part.items()} for part in parts]
+
+
+def alpha_M(study: Study, condition: str, method: str, rate: float) -> tuple[list[int], list[float], list[float]]:
+    """(step, mean alpha_M, mean R_bar) over seeds."""
+    logs = [study.cells[Cell(condition, method, rate, seed)]["log"] for seed in study.seeds]
+    steps = [row["step"] for row in logs[0]]
+    alphas, bars = ([_mean(row[key] for row in rows) for rows in zip(*logs)] for key in ("dama/alpha_M", "dama/R_bar"))
+    return steps, alphas, bars
+
+
+def _mean(values: Any) -> float:
+    found = list(values)
+    return float(np.mean(found)) if found else float("nan")
+
+
+def ablations(study: Study) -> list[str]:
+    """Methods of the clean condition, DPO first, in the order of the declaration."""
+    return [method for method in METHODS if method in study.methods("clean") and method != DPO]

@@ -1,0 +1,212 @@
+"""One cell of the study: the real trainer on the cell's pairs, captions and held-out pairs at every stop, one file."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+
+from dama.console import digest_of, write_json
+from eval.core.types import Answer
+from eval.objhal import METRICS, score_captions
+from playground.tinycoco import run
+from playground.tinycoco.preferences import scene_of
+from playground.tinycoco.study.data import Pool, Row, draw_ids, given_row, rows_of
+from playground.tinycoco.study.grid import STEP_PAIRS, VERSION, Cell, Schedule
+
+MAX_NEW_TOKENS = 96
+CAPTION_BATCH = 50
+TRAIN_PROBES = 80  # of the cell's own pairs in each third
+SCORED = ("response_level", "mention_level", "object_recall", "mean_words")
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Held-out pictures with their questions: `questions.jsonl` and `images/` in a folder of `scenes`."""
+
+    folder: Path
+
+    @property
+    def requests(self) -> list[Any]:
+        from llava.eval.generate import read_questions
+
+        return read_questions(self.folder / "questions.jsonl")
+
+
+@dataclass(frozen=True)
+class World:
+    """What all cells share."""
+
+    pool: Pool
+    images: Path
+    test: Scenes
+    validation: Scenes
+
+    def fingerprint(self, cell: Cell, schedule: Schedule) -> str:
+        """Of everything that a cell's figures depend on."""
+        asked = [[request.id, request.prompt] for s in (self.test, self.validation) for request in s.requests]
+        return digest_of([VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), asked, list(schedule)])
+
+
+def run_cell(cell: Cell, world: World, schedule: Schedule, out: Path) -> dict[str, Any]:
+    """Trains, and writes out/NAME.json; what it needs on the way is removed. Returns the figures.
+
+    stops: step -> captions of "test" and "validation" scenes, "probes". pairs: the trainer's pair log.
+    """
+    began = time.monotonic()
+    work = out / "work" / cell.name
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    rows = rows_of(world.pool, cell)
+    write_json(work / "pairs.json", rows)
+    trainer, look = build_trainer(cell, world, schedule, work)
+    trainer.train()
+    look.at(schedule.steps)
+    lines = (work / "trained" / "pair_log.jsonl").read_text().splitlines()
+    figures = {
+        "cell": vars(cell),
+        "fingerprint": world.fingerprint(cell, schedule),
+        "flipped": sorted(str(row["idx"]) for row in rows if row["flipped"]),
+        "stops": look.figures,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "pairs": [json.loads(line) for line in lines],
+        "diverged": any(not math.isfinite(entry.get("loss", 0.0)) for entry in trainer.state.log_history),
+        "seconds": time.monotonic() - began,
+    }
+    write_json(out / f"{cell.name}.json", figures)
+    shutil.rmtree(work)
+    return figures
+
+
+def build_trainer(cell: Cell, world: World, schedule: Schedule, work: Path) -> tuple[Any, Look]:
+    """The trainer as train_mem.py would build it, told to be looked at on its way."""
+    from llava.train.arguments import parse_arguments
+    from llava.train.dpo_data import hardness_of_pairs, join_pairs, read_checked_pairs
+    from llava.train.dpo_trainer import LLaVA15DPOTrainer
+    from llava.train.reference import reference_of_pairs
+    from llava.train.setup_model import setup_model
+
+    arguments = parse_arguments(flags_of(cell, world, schedule, work), task="DPO")
+    pairs, _ = read_checked_pairs(arguments[1])
+    model, tokenizer, processor = setup_model(arguments)
+    hardness = hardness_of_pairs(pairs, None, {}, needed=True)
+    reference = reference_of_pairs(pairs, arguments, {}, model, tokenizer)
+    data = join_pairs(pairs, hardness, reference, arguments, tokenizer, processor, model)
+    trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=data.train, delta_bar=data.delta_bar)
+
+    def prepared(rows: Sequence[Row], name: str) -> Any:
+        """A data set of these rows, to be evaluated on."""
+        write_json(work / name, list(rows))
+        arguments[1].data_path = str(work / name)
+        probes, _ = read_checked_pairs(arguments[1])
+        given = hardness_of_pairs(probes, None, {}, needed=True)
+        logps = reference_of_pairs(probes, arguments, {}, model, tokenizer)
+        return join_pairs(probes, given, logps, arguments, tokenizer, processor, model).train
+
+    pool, look = world.pool, Look(world, schedule)
+    trained = set(draw_ids(pool, cell.condition, cell.seed))
+    flipped = {str(row["idx"]) for row in rows_of(pool, cell) if row["flipped"]}
+    for third, ids in pool.thirds.items():
+        own = [id for id in ids if id in trained][:TRAIN_PROBES]
+        rows = [given_row(pool, id, flipped=id in flipped) for id in own]
+        look.probes[f"trained_{third}"] = prepared(rows, f"trained_{third}.json")
+        rows = [given_row(pool, id) for id in pool.probes[third]]
+        look.probes[f"held_out_{third}"] = prepared(rows, f"held_out_{third}.json")
+    trainer.remove_callback(PrinterCallback)
+    look.trainer = trainer
+    look.answerer = live_answerer(model, tokenizer, processor)
+    trainer.add_callback(look)
+    return trainer, look
+
+
+def flags_of(cell: Cell, world: World, schedule: Schedule, work: Path) -> list[str]:
+    """Of train_mem.py."""
+    chosen = {
+        "--model_name_or_path": run.SFT, "--version": "v1", "--image_aspect_ratio": "pad", "--use_cpu": True,
+        "--data_path": work / "pairs.json", "--image_folder": world.images, "--output_dir": work / "trained",
+        "--learning_rate": cell.rate, "--lr_scheduler_type": "cosine", "--warmup_steps": 0.1,
+        "--max_steps": schedule.steps, "--per_device_train_batch_size": STEP_PAIRS, "--model_max_length": 512,
+        "--per_device_eval_batch_size": 40, "--seed": cell.seed, "--data_seed": cell.seed, "--pair_log": True,
+        "--save_strategy": "no", "--logging_steps": 1, "--disable_tqdm": True, "--report_to": "none",
+    }  # fmt: skip
+    return [str(word) for pair in chosen.items() for word in pair] + list(cell.flags)
+
+
+def live_answerer(model: Any, tokenizer: Any, processor: Any) -> Any:
+    from llava.eval.generate import Answerer
+
+    return Answerer.of(model, tokenizer, processor, conv_mode="v1")
+
+
+class Look(TrainerCallback):
+    """At each stop: captions of both sets of scenes, and reward gaps of pairs that were and were not trained on."""
+
+    trainer: Any
+    answerer: Any
+
+    def __init__(self, world: World, schedule: Schedule) -> None:
+        self.world, self.schedule = world, schedule
+        self.probes: dict[str, Any] = {}
+        self.figures: dict[str, Any] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.schedule.stops:
+            self.at(state.global_step)
+
+    def at(self, step: int) -> None:
+        """Once for each step: what a later call repeats is known already."""
+        if str(step) in self.figures:
+            return
+        model = self.trainer.model
+        model.eval()
+        probes = {name: self.trainer.evaluate(data, metric_key_prefix="p") for name, data in self.probes.items()}
+        self.figures[str(step)] = {
+            "test": captions(self.answerer, self.world.test),
+            "validation": captions(self.answerer, self.world.validation),
+            "probes": {
+                name: {"loss": found["p_loss"], "accuracy": found["p_rewards/accuracies"],
+                       "margin": found["p_rewards/margins"]}
+                for name, found in probes.items()
+            },
+        }  # fmt: skip
+        model.train()
+
+
+def captions(answerer: Any, scenes: Scenes) -> dict[str, Any]:
+    """Greedy captions by rule-mode Object HalBench: for each metric numerators and denominators, scene by scene."""
+    from llava.eval.generate import Decoding, by_length
+
+    requests = by_length(answerer, scenes.requests)
+    texts: dict[str, str] = {}
+    for start in range(0, len(requests), CAPTION_BATCH):
+        batch = requests[start : start + CAPTION_BATCH]
+        found = answerer.answer(batch, scenes.folder / "images", Decoding(max_new_tokens=MAX_NEW_TOKENS))
+        texts |= {request.id: answers[0] for request, answers in zip(batch, found)}
+    ordered = sorted(requests, key=lambda request: request.id)
+    answers = [Answer(r.id, r.image_id, r.prompt, texts[r.id]) for r in ordered]
+    truth = {answer.image_id: set(scene_of(answer.image_id).categories) for answer in answers}
+    items = score_captions(answers, truth, run.vocabulary()).items
+    return {name: [[int(number) for number in METRICS[name](item)] for item in items] for name in SCORED}
+
+
+def sft_captions(world: World, out: Path) -> dict[str, Any]:
+    """Where every cell starts: out/sft.json."""
+    from llava.eval.generate import Answerer
+
+    path = out / "sft.json"
+    asked = digest_of([VERSION, *([r.id, r.prompt] for s in (world.test, world.validation) for r in s.requests)])
+    if path.is_file() and (found := json.loads(path.read_text()))["fingerprint"] == asked:
+        return found
+    answerer = Answerer(str(run.SFT), conv_mode="v1", device="cpu", dtype=torch.float32)
+    found = {"fingerprint": asked, "test": captions(answerer, world.test)}
+    found["validation"] = captions(answerer, world.validation)
+    write_json(path, found)
+    return found

@@ -1,0 +1,154 @@
+"""`python -m playground.tinycoco study`: prepares the world once, then runs the declared cells on the given cores.
+
+What is finished is kept; the same command continues. A cell that fails is listed and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dama.console import say, write_json
+from playground.tinycoco import run
+from playground.tinycoco.study.analysis import Study
+from playground.tinycoco.study.cell import Scenes, World, run_cell, sft_captions
+from playground.tinycoco.study.data import read_pool
+from playground.tinycoco.study.grid import SCHEDULE, Cell, Schedule, declare, hours_of
+from playground.tinycoco.study.page import Findings, write_study
+
+TEST_SCENES, VALIDATION_SCENES = 300, 150
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: int | None) -> int:
+    """The command: cells, then the page; with `again` only repetitions. 1 where a cell failed or came out otherwise."""
+    if cores < 1:
+        raise ValueError(f"--cores: expected 1 or more, got {cores}")
+    cells = declare(quick)
+    folder = out or Path("runs/study_quick" if quick else "runs/study")
+    if again is not None:
+        return int(run_again(cells, folder, again) > 0)
+    failed = run_study(cells, folder, cores)
+    study, pool = Study.read(folder, cells), read_world(folder).pool
+    page, numbers = write_study(study, pool, cells, docs or (folder if quick else Path("docs")))
+    for claim, found in Findings(study, pool, cells).sentences:
+        say(f"{claim}: {found}")
+    say(f"study: {page}, {numbers}")
+    return int(failed)
+
+
+def prepare_world(folder: Path, test: int = TEST_SCENES, validation: int = VALIDATION_SCENES) -> World:
+    """Scenes, hardness, reference log-probs: the stages that `scripts/dama_tiny.sh` runs, by their own commands."""
+    from dama.cli import main as dama
+
+    run.prepare(folder / "test", None, test, "test")
+    run.prepare(folder / "validation", 1, validation, "validation")
+    data = ["--data", folder / "test/pairs.json", "--image_folder", folder / "test/images"]
+    stages = [
+        ["hardness", *data, "--clip", run.CLIP, "--out", folder / "hardness"],
+        ["reference", *data, "--model_name_or_path", run.SFT, "--model_max_length", 512, "--out", folder / "reference"],
+    ]
+    for words in stages:
+        if dama([str(word) for word in words]):
+            raise RuntimeError(f"python -m dama {words[0]}: failed, see above")
+    return read_world(folder)
+
+
+def read_world(folder: Path) -> World:
+    """What `prepare_world` has prepared."""
+    from dama.hardness.clip import load_clip
+
+    scale = load_clip(str(run.CLIP), None, "cpu").logit_scale
+    pool = read_pool(folder / "test", folder / "hardness", folder / "reference", scale)
+    return World(pool, folder / "test/images", Scenes(folder / "test"), Scenes(folder / "validation"))
+
+
+def run_study(cells: Sequence[Cell], folder: Path, cores: int, schedule: Schedule = SCHEDULE) -> bool:
+    """Runs what is not finished yet: folder/cells/NAME.json of each, folder/failed.json of those that ended badly.
+
+    Returns whether any did.
+    """
+    os.environ.update(ONE_THREAD)
+    world, out = prepare_world(folder), folder / "cells"
+    out.mkdir(parents=True, exist_ok=True)
+    sft_captions(world, out)
+    to_do = [cell for cell in cells if not is_finished(cell, world, schedule, out)]
+    say(
+        f"study: {len(cells)} cells declared, {len(cells) - len(to_do)} finished; {cores} at a time, about "
+        f"{hours_of(len(to_do), cores):.1f} hours"
+    )
+    failed: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, mp_context=context, initializer=_quiet_worker) as workers:
+        futures: dict[Future[Any], Cell] = {}
+        for cell in to_do:
+            futures[workers.submit(run_cell, cell, world, schedule, out)] = cell
+        bar = tqdm(as_completed(futures), total=len(cells), initial=len(cells) - len(to_do), desc="study", unit="cell")
+        for done in bar:
+            cell = futures[done]
+            try:
+                bar.write(line_of(done.result()))
+            except Exception as error:  # a cell's fault is the study's result, not its end
+                failed[cell.name] = "".join(traceback.format_exception_only(error)).strip()
+                bar.write(f"{cell.name}: FAILED: {failed[cell.name]}")
+    write_json(folder / "failed.json", failed)
+    if failed:
+        say(f"study: {len(failed)} cells failed, listed in {folder / 'failed.json'}; the same command tries them again")
+    return bool(failed)
+
+
+def _quiet_worker() -> None:
+    """One thread, and no lines of the trainer's between those of the study."""
+    import warnings
+
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+
+
+def is_finished(cell: Cell, world: World, schedule: Schedule, out: Path) -> bool:
+    path = out / f"{cell.name}.json"
+    return path.is_file() and json.loads(path.read_text())["fingerprint"] == world.fingerprint(cell, schedule)
+
+
+def line_of(figures: dict[str, Any]) -> str:
+    """What a finished cell says: response-level and recall on the test scenes at its last stop."""
+    last = figures["stops"][max(figures["stops"], key=int)]["test"]
+    parts = {name: _ratio(items) for name, items in last.items()}
+    cell = Cell(**figures["cell"])
+    return (
+        f"{cell.name:<44} response-level {parts['response_level']:5.1f}  recall {parts['object_recall']:5.1f}  "
+        f"{figures['seconds']:5.0f} s"
+    )
+
+
+def _ratio(items: Sequence[Sequence[float]]) -> float:
+    return sum(top for top, _ in items) / max(1, sum(bottom for _, bottom in items))
+
+
+def run_again(cells: Sequence[Cell], folder: Path, count: int, schedule: Schedule = SCHEDULE) -> int:
+    """Repeats `count` cells drawn at random and compares; returns how many came out differently."""
+    world, out = prepare_world(folder), folder / "cells"
+    finished = [cell for cell in cells if is_finished(cell, world, schedule, out)]
+    _quiet_worker()
+    different = 0
+    for cell in random.SystemRandom().sample(finished, min(count, len(finished))):
+        was = json.loads((out / f"{cell.name}.json").read_text())
+        now = run_cell(cell, world, schedule, folder / "again")
+        same = was["stops"] == json.loads(json.dumps(now["stops"]))
+        different += not same
+        say(f"{line_of(now)}  {'the same to the last caption' if same else 'was ' + line_of(was)}")
+    return different
