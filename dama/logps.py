@@ -20,23 +20,27 @@ class AnswerLogps(NamedTuple):
 
 
 class TargetLogps(torch.autograd.Function):
-    """log softmax(z)_y of logits z [M, V] at targets y [M]: z_y - log sum_v exp z_v, in float32.
+    """log softmax(z)_y of logits z [M, V] at targets y [M], in float32.
 
-    Its gradient, d/dz_v = [v = y] - softmax(z)_v, is made in one buffer of z's size, where autograd would take three.
+    Its gradient, d/dz_v = [v = y] - softmax(z)_v, is made in the buffer that held log softmax(z), where autograd would
+    take two more of that size. So there is one backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        normaliser = logits.float().logsumexp(-1)
-        ctx.save_for_backward(logits, targets, normaliser)
-        return logits.gather(-1, targets[:, None]).squeeze(-1).float() - normaliser
+        log_softmax = logits.float().log_softmax(-1)
+        ctx.save_for_backward(targets)
+        ctx.log_softmax, ctx.dtype = log_softmax, logits.dtype
+        return log_softmax.gather(-1, targets[:, None]).squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        logits, targets, normaliser = ctx.saved_tensors
-        gradient = (logits.float() - normaliser[:, None]).exp_().mul_(-grads[0][:, None])
+        (targets,) = ctx.saved_tensors
+        if ctx.log_softmax is None:
+            raise RuntimeError("log-probs: expected one backward pass, got a second; compute them again for it")
+        gradient, ctx.log_softmax = ctx.log_softmax.exp_().mul_(-grads[0][:, None]), None
         gradient.scatter_add_(-1, targets[:, None], grads[0][:, None])
-        return gradient.to(logits.dtype), None
+        return gradient.to(ctx.dtype), None
 
 
 def token_logps(hidden: Tensor, targets: Tensor, lm_head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
