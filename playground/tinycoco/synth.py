@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from dama.cli import open_checkpoint
 from dama.console import digest_of_file, report_error, say, write_atomic
 from dama.report import Report, write_report
 from dama.stage import Record, read_stage
 from dama.synth import command
 from dama.synth.images import Drawn
 from dama.synth.prompts import RANK_IMAGES, RANK_RESPONSES, read_step
-from dama.synth.respond import DrivenResponder, Sampling
 from eval.core.statistics import LEVEL, RESAMPLES
 from eval.core.store import Provenance, write_results
 from eval.objhal import METRICS, PROTOCOL, ObjHalScore, format_table
@@ -97,22 +97,6 @@ def context_of(prompt: str) -> str:
     if not fits:
         raise ValueError(f"prompt {prompt!r}: expected one of the places {', '.join(PLACES.values())}")
     return fits[0]
-
-
-def open_checkpoint(checkpoint: str, device: str) -> DrivenResponder:
-    """A LLaVA checkpoint as the step `respond` asks it."""
-    from llava.eval.generate import Answerer, Decoding, Request
-
-    def decoding(sampling: Sampling, seed: int) -> Decoding:
-        return Decoding(
-            sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            samples=sampling.samples,
-            seed=seed,
-        )
-
-    return DrivenResponder(lambda: Answerer(checkpoint, conv_mode="v1", device=device), Request, decoding)
 
 
 # ------------------------------------------------------------------------------------------------------------- truth

@@ -51,6 +51,14 @@ def test_batched_answers_are_those_of_one_at_a_time(answerer, tmp_path):
     assert len(set(texts(together).values())) > 3
 
 
+def test_only_the_last_position_of_a_prompt_gets_logits(answerer):
+    """The others' would take the vocabulary's size times the picture's positions, and nobody reads them."""
+    positions = []
+    answerer.model.lm_head.register_forward_hook(lambda module, inputs, logits: positions.append(logits.shape[1]))
+    answerer.answer(REQUESTS[:4], GOLDEN / "images", Decoding(max_new_tokens=3))
+    assert positions == [1] * 3
+
+
 def test_an_interrupted_run_continues(answerer, tmp_path):
     decoding = Decoding(max_new_tokens=8)
     whole = generate_answers(answerer, REQUESTS, GOLDEN / "images", tmp_path / "a", decoding, batch_size=3)

@@ -59,6 +59,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         images_encoded: bool = False,
         logp_chunk: int | None = None,
         tails: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple | AnswerLogps:
         """LLaVA's forward; with `logp_chunk` the log-probs of the labelled positions instead of all logits.
@@ -71,6 +72,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             logp_chunk: positions whose logits (vocabulary-sized) exist at one time.
             tails: [B, 2] token ids at the end of each row that are the chosen and the rejected answer: the row is a
                 pair [prefix | chosen | rejected], see dama.shared_prefix.
+            logits_to_keep: positions at the end, or their indices, that get logits; 0 for all. `generate` asks for one.
 
         Returns:
             transformers' output, or with `logp_chunk` an AnswerLogps with one sum for each row; with `tails` 2B
@@ -104,6 +106,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         }
         kwargs |= {name: value for name, value in optional.items() if value is not None}
         kwargs |= {"past_key_values": past_key_values, "labels": labels, "use_cache": use_cache}
+        kwargs["logits_to_keep"] = logits_to_keep
         return super().forward(**sequence, **kwargs)
 
     def _pair_logps(

@@ -20,11 +20,10 @@ from eval.objhal import METRICS, score_captions
 from playground.tinycoco import run
 from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.study.data import Pool, Row, draw_ids, given_row, rows_of
-from playground.tinycoco.study.grid import STEP_PAIRS, VERSION, Cell, Schedule
+from playground.tinycoco.study.grid import STEP_PAIRS, VERSION, Cell, Scale
 
 MAX_NEW_TOKENS = 96
 CAPTION_BATCH = 50
-TRAIN_PROBES = 80  # of the cell's own pairs in each third
 SCORED = ("response_level", "mention_level", "object_recall", "mean_words")
 
 
@@ -50,13 +49,17 @@ class World:
     test: Scenes
     validation: Scenes
 
-    def fingerprint(self, cell: Cell, schedule: Schedule) -> str:
+    @property
+    def scale(self) -> Scale:
+        return self.pool.scale
+
+    def fingerprint(self, cell: Cell) -> str:
         """Of everything that a cell's figures depend on."""
         asked = [[request.id, request.prompt] for s in (self.test, self.validation) for request in s.requests]
-        return digest_of([VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), asked, list(schedule)])
+        return digest_of([VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), asked, list(self.scale)])
 
 
-def run_cell(cell: Cell, world: World, schedule: Schedule, out: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     """Trains, and writes out/NAME.json; what it needs on the way is removed. Returns the figures.
 
     stops: step -> captions of "test" and "validation" scenes, "probes". pairs: the trainer's pair log.
@@ -67,13 +70,13 @@ def run_cell(cell: Cell, world: World, schedule: Schedule, out: Path) -> dict[st
     work.mkdir(parents=True)
     rows = rows_of(world.pool, cell)
     write_json(work / "pairs.json", rows)
-    trainer, look = build_trainer(cell, world, schedule, work)
+    trainer, look = build_trainer(cell, world, work)
     trainer.train()
-    look.at(schedule.steps)
+    look.at(world.scale.steps)
     lines = (work / "trained" / "pair_log.jsonl").read_text().splitlines()
     figures = {
         "cell": vars(cell),
-        "fingerprint": world.fingerprint(cell, schedule),
+        "fingerprint": world.fingerprint(cell),
         "flipped": sorted(str(row["idx"]) for row in rows if row["flipped"]),
         "stops": look.figures,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -86,7 +89,7 @@ def run_cell(cell: Cell, world: World, schedule: Schedule, out: Path) -> dict[st
     return figures
 
 
-def build_trainer(cell: Cell, world: World, schedule: Schedule, work: Path) -> tuple[Any, Look]:
+def build_trainer(cell: Cell, world: World, work: Path) -> tuple[Any, Look]:
     """The trainer as train_mem.py would build it, told to be looked at on its way."""
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_data import hardness_of_pairs, join_pairs, read_checked_pairs
@@ -94,7 +97,7 @@ def build_trainer(cell: Cell, world: World, schedule: Schedule, work: Path) -> t
     from llava.train.reference import reference_of_pairs
     from llava.train.setup_model import setup_model
 
-    arguments = parse_arguments(flags_of(cell, world, schedule, work), task="DPO")
+    arguments = parse_arguments(flags_of(cell, world, work), task="DPO")
     pairs, _ = read_checked_pairs(arguments[1])
     model, tokenizer, processor = setup_model(arguments)
     hardness = hardness_of_pairs(pairs, None, {}, needed=True)
@@ -111,11 +114,11 @@ def build_trainer(cell: Cell, world: World, schedule: Schedule, work: Path) -> t
         logps = reference_of_pairs(probes, arguments, {}, model, tokenizer)
         return join_pairs(probes, given, logps, arguments, tokenizer, processor, model).train
 
-    pool, look = world.pool, Look(world, schedule)
+    pool, look = world.pool, Look(world)
     trained = set(draw_ids(pool, cell.condition, cell.seed))
     flipped = {str(row["idx"]) for row in rows_of(pool, cell) if row["flipped"]}
     for third, ids in pool.thirds.items():
-        own = [id for id in ids if id in trained][:TRAIN_PROBES]
+        own = [id for id in ids if id in trained][: world.scale.probes]
         rows = [given_row(pool, id, flipped=id in flipped) for id in own]
         look.probes[f"trained_{third}"] = prepared(rows, f"trained_{third}.json")
         rows = [given_row(pool, id) for id in pool.probes[third]]
@@ -127,13 +130,13 @@ def build_trainer(cell: Cell, world: World, schedule: Schedule, work: Path) -> t
     return trainer, look
 
 
-def flags_of(cell: Cell, world: World, schedule: Schedule, work: Path) -> list[str]:
+def flags_of(cell: Cell, world: World, work: Path) -> list[str]:
     """Of train_mem.py."""
     chosen = {
         "--model_name_or_path": run.SFT, "--version": "v1", "--image_aspect_ratio": "pad", "--use_cpu": True,
         "--data_path": work / "pairs.json", "--image_folder": world.images, "--output_dir": work / "trained",
         "--learning_rate": cell.rate, "--lr_scheduler_type": "cosine", "--warmup_steps": 0.1,
-        "--max_steps": schedule.steps, "--per_device_train_batch_size": STEP_PAIRS, "--model_max_length": 512,
+        "--max_steps": world.scale.steps, "--per_device_train_batch_size": STEP_PAIRS, "--model_max_length": 512,
         "--per_device_eval_batch_size": 40, "--seed": cell.seed, "--data_seed": cell.seed, "--pair_log": True,
         "--save_strategy": "no", "--logging_steps": 1, "--disable_tqdm": True, "--report_to": "none",
     }  # fmt: skip
@@ -152,13 +155,13 @@ class Look(TrainerCallback):
     trainer: Any
     answerer: Any
 
-    def __init__(self, world: World, schedule: Schedule) -> None:
-        self.world, self.schedule = world, schedule
+    def __init__(self, world: World) -> None:
+        self.world = world
         self.probes: dict[str, Any] = {}
         self.figures: dict[str, Any] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.schedule.stops:
+        if state.global_step in self.world.scale.stops:
             self.at(state.global_step)
 
     def at(self, step: int) -> None:

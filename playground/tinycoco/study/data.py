@@ -12,12 +12,10 @@ from typing import Any
 
 from dama.hardness.score import hardness_delta
 from dama.stage import read_stage
-from playground.tinycoco.study.grid import Cell
+from playground.tinycoco.study.grid import FULL, Cell, Scale
 
-PAIRS, SMALL = 600, 150
 FLIPPED = 0.2
 MOSTLY = 0.8  # of an easy or hard set from the half that it is named after
-PROBES = 80  # held-out pairs in each third by delta, the same in all cells
 THIRDS = ("hard", "middle", "easy")
 
 Row = dict[str, Any]
@@ -31,6 +29,7 @@ class Pool:
     scores: dict[str, tuple[list[float], list[float]]]  # cosines of the statements of both answers
     logps: dict[str, tuple[float, float]]
     logit_scale: float
+    scale: Scale = FULL
 
     def delta(self, id: str) -> float:
         return hardness_delta(*self.scores[id])
@@ -48,11 +47,12 @@ class Pool:
 
     @property
     def probes(self) -> dict[str, list[str]]:
+        """Held-out pairs of each third, the same in all cells."""
         rng = random.Random("study/probes")
-        return {name: sorted(rng.sample(ids, PROBES)) for name, ids in self.thirds.items()}
+        return {name: sorted(rng.sample(ids, self.scale.probes)) for name, ids in self.thirds.items()}
 
 
-def read_pool(data: Path, hardness: Path, reference: Path, logit_scale: float) -> Pool:
+def read_pool(data: Path, hardness: Path, reference: Path, logit_scale: float, scale: Scale) -> Pool:
     """From the folders of `scenes`, `hardness` (cosine) and `reference`."""
     rows = {str(row["idx"]): row for row in json.loads((data / "pairs.json").read_text())}
     _, scored = read_stage(hardness, "hardness")
@@ -62,6 +62,7 @@ def read_pool(data: Path, hardness: Path, reference: Path, logit_scale: float) -
         {record["id"]: (record["chosen_scores"], record["rejected_scores"]) for record in scored},
         {record["id"]: (record["chosen_logp"], record["rejected_logp"]) for record in given},
         logit_scale,
+        scale,
     )
 
 
@@ -74,10 +75,10 @@ def draw_ids(pool: Pool, condition: str, seed: int) -> list[str]:
         half = len(ids) // 2
         low, high = ids[:half], ids[half:]
         most, rest = (high, low) if condition == "easy" else (low, high)
-        many = round(MOSTLY * PAIRS)
-        return rng.sample(most, many) + rng.sample(rest, PAIRS - many)
-    drawn = rng.sample(ids, PAIRS)
-    return drawn[:SMALL] if condition == "small" else drawn
+        many = round(MOSTLY * pool.scale.pairs)
+        return rng.sample(most, many) + rng.sample(rest, pool.scale.pairs - many)
+    drawn = rng.sample(ids, pool.scale.pairs)
+    return drawn[: pool.scale.small] if condition == "small" else drawn
 
 
 def rows_of(pool: Pool, cell: Cell) -> list[Row]:

@@ -10,17 +10,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Schedule(NamedTuple):
-    """How many steps a cell trains, and after which of them it is looked at."""
+class Scale(NamedTuple):
+    """How large cells are."""
 
-    steps: int
-    stops: tuple[int, ...]
+    steps: int = 114  # of 16 pairs: three times through 600
+    stops: tuple[int, ...] = (38, 76, 114)  # after which a cell is looked at
+    pool: int = 1500  # of the shipped pairs, from which all others are drawn
+    pairs: int = 600  # of a condition
+    small: int = 150  # of the small one
+    probes: int = 80  # held-out pairs in each third by delta, and as many of a cell's own
+    test: int = 300  # scenes
+    validation: int = 150
 
 
 VERSION = 1  # of what a cell computes: raised with any change of it, so that no old result is taken for a new one
+FULL = Scale()
 STEP_PAIRS = 16
 CELL_SECONDS = 65  # of one core, about
-SCHEDULE = Schedule(114, (38, 76, 114))  # once, twice and three times through 600 pairs
 RATES = (1e-5, 2e-5, 4e-5)
 RATE = 2e-5  # of the cells that vary something else
 SEEDS = (0, 1, 2, 3, 4)

@@ -17,7 +17,7 @@ from playground.tinycoco.scenes import draw
 from playground.tinycoco.study import analysis
 from playground.tinycoco.study.analysis import LEVELS, METRICS, RECALL, RESPONSE, Curve, Study, verdict
 from playground.tinycoco.study.data import THIRDS, Pool
-from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, RATE, SCHEDULE, VARIATIONS, Cell
+from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, RATE, VARIATIONS, Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -337,7 +337,7 @@ def render(findings: Findings, numbers: Mapping[str, Any]) -> str:
         conditions=CONDITIONS,
         levels=LEVELS,
         rate=findings.middle_rate,
-        steps=SCHEDULE.steps,
+        steps=findings.pool.scale.steps,
         start={metric: study.curve(*next(iter(findings.curves))).start.of(metric) for metric in METRICS},
         plots={title: svg_of(f"study-{n}", plot) for n, (title, plot) in enumerate(_plots(findings))},
         cost=analysis.RECALL_COST,

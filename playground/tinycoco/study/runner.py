@@ -22,10 +22,9 @@ from playground.tinycoco import run
 from playground.tinycoco.study.analysis import Study
 from playground.tinycoco.study.cell import Scenes, World, run_cell, sft_captions
 from playground.tinycoco.study.data import read_pool
-from playground.tinycoco.study.grid import SCHEDULE, Cell, Schedule, declare, hours_of
+from playground.tinycoco.study.grid import FULL, Cell, Scale, declare, hours_of
 from playground.tinycoco.study.page import Findings, write_study
 
-TEST_SCENES, VALIDATION_SCENES = 300, 150
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -46,12 +45,12 @@ def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: in
     return int(failed)
 
 
-def prepare_world(folder: Path, test: int = TEST_SCENES, validation: int = VALIDATION_SCENES) -> World:
+def prepare_world(folder: Path, scale: Scale = FULL) -> World:
     """Scenes, hardness, reference log-probs: the stages that `scripts/dama_tiny.sh` runs, by their own commands."""
     from dama.cli import main as dama
 
-    run.prepare(folder / "test", None, test, "test")
-    run.prepare(folder / "validation", 1, validation, "validation")
+    run.prepare(folder / "test", scale.pool, scale.test, "test")
+    run.prepare(folder / "validation", 1, scale.validation, "validation")
     data = ["--data", folder / "test/pairs.json", "--image_folder", folder / "test/images"]
     stages = [
         ["hardness", *data, "--clip", run.CLIP, "--out", folder / "hardness"],
@@ -60,28 +59,28 @@ def prepare_world(folder: Path, test: int = TEST_SCENES, validation: int = VALID
     for words in stages:
         if dama([str(word) for word in words]):
             raise RuntimeError(f"python -m dama {words[0]}: failed, see above")
-    return read_world(folder)
+    return read_world(folder, scale)
 
 
-def read_world(folder: Path) -> World:
+def read_world(folder: Path, scale: Scale = FULL) -> World:
     """What `prepare_world` has prepared."""
     from dama.hardness.clip import load_clip
 
-    scale = load_clip(str(run.CLIP), None, "cpu").logit_scale
-    pool = read_pool(folder / "test", folder / "hardness", folder / "reference", scale)
+    logit_scale = load_clip(str(run.CLIP), None, "cpu").logit_scale
+    pool = read_pool(folder / "test", folder / "hardness", folder / "reference", logit_scale, scale)
     return World(pool, folder / "test/images", Scenes(folder / "test"), Scenes(folder / "validation"))
 
 
-def run_study(cells: Sequence[Cell], folder: Path, cores: int, schedule: Schedule = SCHEDULE) -> bool:
+def run_study(cells: Sequence[Cell], folder: Path, cores: int, scale: Scale = FULL) -> bool:
     """Runs what is not finished yet: folder/cells/NAME.json of each, folder/failed.json of those that ended badly.
 
     Returns whether any did.
     """
     os.environ.update(ONE_THREAD)
-    world, out = prepare_world(folder), folder / "cells"
+    world, out = prepare_world(folder, scale), folder / "cells"
     out.mkdir(parents=True, exist_ok=True)
     sft_captions(world, out)
-    to_do = [cell for cell in cells if not is_finished(cell, world, schedule, out)]
+    to_do = [cell for cell in cells if not is_finished(cell, world, out)]
     say(
         f"study: {len(cells)} cells declared, {len(cells) - len(to_do)} finished; {cores} at a time, about "
         f"{hours_of(len(to_do), cores):.1f} hours"
@@ -91,7 +90,7 @@ def run_study(cells: Sequence[Cell], folder: Path, cores: int, schedule: Schedul
     with ProcessPoolExecutor(cores, mp_context=context, initializer=_quiet_worker) as workers:
         futures: dict[Future[Any], Cell] = {}
         for cell in to_do:
-            futures[workers.submit(run_cell, cell, world, schedule, out)] = cell
+            futures[workers.submit(run_cell, cell, world, out)] = cell
         bar = tqdm(as_completed(futures), total=len(cells), initial=len(cells) - len(to_do), desc="study", unit="cell")
         for done in bar:
             cell = futures[done]
@@ -119,9 +118,9 @@ def _quiet_worker() -> None:
     warnings.simplefilter("ignore")
 
 
-def is_finished(cell: Cell, world: World, schedule: Schedule, out: Path) -> bool:
+def is_finished(cell: Cell, world: World, out: Path) -> bool:
     path = out / f"{cell.name}.json"
-    return path.is_file() and json.loads(path.read_text())["fingerprint"] == world.fingerprint(cell, schedule)
+    return path.is_file() and json.loads(path.read_text())["fingerprint"] == world.fingerprint(cell)
 
 
 def line_of(figures: dict[str, Any]) -> str:
@@ -139,15 +138,15 @@ def _ratio(items: Sequence[Sequence[float]]) -> float:
     return sum(top for top, _ in items) / max(1, sum(bottom for _, bottom in items))
 
 
-def run_again(cells: Sequence[Cell], folder: Path, count: int, schedule: Schedule = SCHEDULE) -> int:
+def run_again(cells: Sequence[Cell], folder: Path, count: int, scale: Scale = FULL) -> int:
     """Repeats `count` cells drawn at random and compares; returns how many came out differently."""
-    world, out = prepare_world(folder), folder / "cells"
-    finished = [cell for cell in cells if is_finished(cell, world, schedule, out)]
+    world, out = prepare_world(folder, scale), folder / "cells"
+    finished = [cell for cell in cells if is_finished(cell, world, out)]
     _quiet_worker()
     different = 0
     for cell in random.SystemRandom().sample(finished, min(count, len(finished))):
         was = json.loads((out / f"{cell.name}.json").read_text())
-        now = run_cell(cell, world, schedule, folder / "again")
+        now = run_cell(cell, world, folder / "again")
         same = was["stops"] == json.loads(json.dumps(now["stops"]))
         different += not same
         say(f"{line_of(now)}  {'the same to the last caption' if same else 'was ' + line_of(was)}")

@@ -1,0 +1,263 @@
+"""The study of DPO and DAMA: its declaration, its draws, figures on paper, and small cells for real."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dama.pairs import read_pairs
+from playground.tinycoco.__main__ import main
+from playground.tinycoco.study import analysis, grid, runner
+from playground.tinycoco.study.analysis import RECALL, RESPONSE, Curve, Point, Study, verdict
+from playground.tinycoco.study.data import THIRDS, Pool, draw_ids, given_row, rows_of
+from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, SEEDS, Cell, Scale, declare
+from playground.tinycoco.study.page import Findings, write_study
+
+SMALL = Scale(steps=4, stops=(2, 4), pool=96, pairs=24, small=8, probes=4, test=6, validation=4)
+
+
+# --- The declaration --------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_is_declared_once_and_quick_is_a_part() -> None:
+    cells = declare()
+    assert len({cell.name for cell in cells}) == len(cells)
+    per_seed = len(grid.RATES) * (len(grid.METHODS) + 2 * (len(CONDITIONS) - 1)) + len(grid.VARIATIONS)
+    assert len(cells) == len(SEEDS) * per_seed and len(SEEDS) >= 5
+    assert set(declare(quick=True)) < set(cells)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # whole seeds first
+
+
+# --- Draws ------------------------------------------------------------------------------------------------------------
+
+
+def pool_of(count: int = 300) -> Pool:
+    """Pairs whose delta is 0.01 times their number: two statements against one."""
+    same, scale = {"question": "What?", "chosen": "A cat."}, Scale(pairs=100, small=25, probes=10)
+    rows = {f"p{n}": {"idx": f"p{n}", "image_path": f"{n}.png", "rejected": f"{n}."} | same for n in range(count)}
+    scores = {f"p{n}": ([0.01 * n, 0.2], [0.2]) for n in range(count)}
+    return Pool(rows, scores, {f"p{n}": (-1.0 - n, -2.0 - n) for n in range(count)}, 50.0, scale)
+
+
+def test_conditions_are_what_they_are_called() -> None:
+    pool = pool_of()
+    held_out = {id for ids in pool.probes.values() for id in ids}
+    assert {third: len(ids) for third, ids in pool.probes.items()} == dict.fromkeys(THIRDS, 10)
+    drawn = {condition: draw_ids(pool, condition, 3) for condition in CONDITIONS}
+    for condition, ids in drawn.items():
+        assert len(set(ids)) == len(ids) == (25 if condition == "small" else 100)
+        assert not held_out & set(ids)
+        assert ids == draw_ids(pool, condition, 3) != draw_ids(pool, condition, 4)
+    assert drawn["small"] == drawn["clean"][:25] and drawn["flipped"] == drawn["clean"]
+    rest = [id for id in pool.by_delta if id not in held_out]
+    harder = set(rest[: len(rest) // 2])
+    assert len(harder & set(drawn["hard"])) == 80 and len(harder & set(drawn["easy"])) == 20
+
+
+def test_flipped_pairs_prefer_what_was_rejected(tmp_path: Path) -> None:
+    pool = pool_of()
+    rows = {row["idx"]: row for row in rows_of(pool, Cell("flipped", DPO, 1e-5, 0))}
+    flipped = [id for id, row in rows.items() if row["flipped"]]
+    assert len(flipped) == 20
+    for id, row in rows.items():
+        answers = (row["chosen"], row["rejected"])
+        assert answers == (f"{id[1:]}.", "A cat.") if row["flipped"] else ("A cat.", f"{id[1:]}.")
+    (tmp_path / "pairs.json").write_text(json.dumps(list(rows.values())))
+    for pair in read_pairs(tmp_path / "pairs.json"):
+        assert pair.clip_scores is not None and pair.reference is not None
+        delta, sign = sum(pair.clip_scores[0]) - sum(pair.clip_scores[1]), -1 if pair.id in flipped else 1
+        assert delta == pytest.approx(sign * pool.delta(pair.id))
+        assert pair.reference.chosen - pair.reference.rejected == sign
+
+
+@pytest.mark.parametrize(
+    ("hardness", "chosen", "rejected"),
+    [(("cosine", "sum"), [0.3, 0.2], [0.2]), (("cosine", "mean"), [0.25], [0.2]), (("logit", "sum"), [15, 10], [10]),
+     (("logit", "mean"), [12.5], [10])],
+)  # fmt: skip
+def test_kinds_of_delta(hardness: tuple[str, str], chosen: list[float], rejected: list[float]) -> None:
+    row = given_row(pool_of(), "p30", hardness)
+    assert row["chosen_logits"] == pytest.approx(chosen) and row["rejected_logits"] == pytest.approx(rejected)
+
+
+# --- Figures on paper -------------------------------------------------------------------------------------------------
+
+
+def point(rate: float, step: int, recall: float, response: float, work: float = 0.0) -> Point:
+    """The same in every resample."""
+    values = np.zeros((4, 1 + analysis.RESAMPLES))
+    values[RECALL], values[RESPONSE] = recall, response
+    return Point(rate, step, work, values)
+
+
+def curve(method: str, *points: Point, rate: float = 1e-5) -> Curve:
+    return Curve(method, "clean", point(0, 0, 97, 57), points, rate)
+
+
+DPO_CURVE = curve(DPO, point(1e-5, 2, 95, 37, work=100), point(1e-5, 4, 91, 17, work=200))
+
+
+def test_a_curve_is_linear_between_its_points_and_ends_with_them() -> None:
+    """From (97, 57) over (95, 37) to (91, 17): at 96 the middle, 47; at 93, 27; at 90 and 98 there is nothing."""
+    levels = {96: 47, 93: 27, 95: 37, 91: 17}
+    for recall, response in levels.items():
+        assert DPO_CURVE.at_recall(np.full(1 + analysis.RESAMPLES, recall))[0] == pytest.approx(response)
+    for recall in (90, 98):
+        assert np.isnan(DPO_CURVE.at_recall(np.full(1 + analysis.RESAMPLES, recall))).all()
+
+
+def test_gaps_on_paper() -> None:
+    """Ours at (93, 22) and (89, 9), where theirs has 27 and nothing: 5 points better; at a cost of 4, (93), too."""
+    ours = curve(DAMA, point(1e-5, 2, 93, 22, work=150), point(1e-5, 4, 89, 9, work=300))
+    assert analysis.mean_gap(ours, DPO_CURVE) == pytest.approx((-5, -5, -5))
+    assert analysis.gap_at(ours, DPO_CURVE, 4.0) == pytest.approx((-5, -5, -5))
+    assert analysis.gap_at(ours, DPO_CURVE, 7.0).value is None
+    # After as much work, 150, theirs is half-way from 37 to 17; ours has worked 300, more than theirs ever did.
+    assert analysis.at_equal_work(curve(DAMA, ours.points[0]), DPO_CURVE)[0] == pytest.approx(22 - 27)
+    assert analysis.at_equal_work(ours, DPO_CURVE)[0] == pytest.approx(9 - 17)
+
+
+def test_verdicts_follow_the_interval() -> None:
+    told = {(-3, -1): "clearly better", (1, 3): "clearly worse", (-3, 1): "no clear difference"}
+    for (low, high), words in told.items():
+        assert verdict(analysis.Interval((low + high) / 2, low, high)) == words
+    assert verdict(analysis.Interval(None, None, None)) == "not comparable"
+
+
+def run_of(cell: Cell, wrong: float, found: float, **changes: Any) -> dict[str, Any]:
+    """A cell's file: of ten scenes so many have an invention, and so many of their ten objects are found."""
+    scored = {
+        "response_level": [[100 * (n < wrong), 1] for n in range(10)],
+        "mention_level": [[100, 5]] * 10,
+        "object_recall": [[100 * found, 10]] * 10,
+        "mean_words": [[20, 1]] * 10,
+    }
+    probe = {"loss": 0.6, "accuracy": 0.8, "margin": 0.1}
+    probes = {f"{kind}_{third}": probe for kind in ("trained", "held_out") for third in THIRDS}
+    pairs = [
+        {"step": step, "id": f"p{n}", "R": float(step + n), "alpha_D": 1.0 + n, "beta": 0.1, "selected": n < 12}
+        for step in range(3)
+        for n in range(16)
+    ]
+    stop = {"test": scored, "validation": scored, "probes": probes}
+    log = [{"step": step + 1, "loss": 0.5, "dama/alpha_M": 1.0, "dama/R_bar": 0.1} for step in range(3)]
+    return {"cell": vars(cell), "stops": {"3": stop}, "pairs": pairs, "log": log, "flipped": ["p14", "p15"],
+            "diverged": False, "seconds": 1.0} | changes  # fmt: skip
+
+
+def study_of(runs: dict[Cell, dict[str, Any]]) -> Study:
+    start = run_of(Cell("", "", 0, 0), wrong=9, found=9.6)["stops"]["3"]
+    return Study(runs, {"test": start["test"], "validation": start["validation"]})
+
+
+def test_the_learning_rate_is_the_best_that_costs_little_recall() -> None:
+    """From a recall of 96: at 4e-5 it falls to 90, too far; of the others the one that invents less is taken."""
+    ends = {1e-5: (7, 9.5), 2e-5: (5, 9.3), 4e-5: (2, 9.0)}
+    cells = {Cell("clean", DPO, rate, seed): ends[rate] for rate in ends for seed in (0, 1)}
+    study = study_of({cell: run_of(cell, *end) for cell, end in cells.items()})
+    found = study.curve("clean", DPO)
+    assert found.chosen_rate == 2e-5 and found.chosen.of("response_level").value == pytest.approx(50)
+    assert found.chosen.of("object_recall").value == pytest.approx(93)
+    low, high = found.chosen.of("response_level")[1:]
+    assert low is not None and high is not None and low < 50 < high  # scenes differ
+    assert found.chosen.work == 3 * (16 + 2 * 12)
+
+
+def test_a_rate_that_a_seed_lacks_is_no_point() -> None:
+    cells = [Cell("clean", DPO, rate, seed) for rate in (1e-5, 2e-5) for seed in (0, 1)][:-1]
+    study = study_of({cell: run_of(cell, 5, 9.5) for cell in cells})
+    assert {p.rate for p in study.curve("clean", DPO).points} == {1e-5}
+
+
+def test_what_happened_to_the_pairs() -> None:
+    """The filter keeps the first twelve of sixteen, so that of the four dropped ones two are the flipped ones."""
+    cell = Cell("flipped", DAMA, 2e-5, 0)
+    study = study_of({cell: run_of(cell, 5, 9.5)})
+    assert analysis.flips_dropped(study, DAMA, 2e-5) == [{"all": 0.125, "dropped": 0.5}] * 3
+    thirds = {"hard": ["p0", "p1"], "middle": ["p2"], "easy": [f"p{n}" for n in range(3, 16)]}
+    weights = analysis.weights_of_thirds(study, "flipped", DAMA, 2e-5, thirds)
+    assert weights["hard"] == pytest.approx(
+        {"alpha_D": 1.5, "beta": 0.1, "selected": 1.0, "R_first": 0.5, "R_last": 2.5}
+    )
+    assert weights["easy"]["selected"] == pytest.approx(9 / 13)
+
+
+# --- For real ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of two methods and two conditions, one rate, one seed, finished by two processes."""
+    folder = tmp_path_factory.mktemp("study")
+    assert not runner.run_study(CELLS, folder, 2, SMALL)
+    return folder
+
+
+CELLS = [Cell(condition, method, 2e-5, 0) for condition in ("clean", "flipped") for method in (DPO, DAMA)]
+
+
+def test_cells_are_trainings_with_captions_and_probes(folder: Path) -> None:
+    study = Study.read(folder, CELLS)
+    for cell, run in study.cells.items():
+        assert list(run["stops"]) == ["2", "4"] and len(run["pairs"]) == SMALL.steps * 16 - 16  # 16 + 8 pairs an epoch
+        assert run["log"][0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+        stop = run["stops"]["4"]
+        assert len(stop["test"]["response_level"]) == SMALL.test
+        assert set(stop["probes"]) == {f"{kind}_{third}" for kind in ("trained", "held_out") for third in THIRDS}
+        assert len(run["flipped"]) == (5 if cell.condition == "flipped" else 0)
+        assert all(pair["selected"] for pair in run["pairs"]) is (cell.method == DPO)
+    margins = [run["stops"]["4"]["probes"]["held_out_easy"]["margin"] for run in study.cells.values()]
+    assert len(set(margins)) == len(margins)
+    assert not list((folder / "cells/work").iterdir())
+
+
+def test_what_is_finished_is_kept_and_what_is_repeated_is_the_same(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+    assert not runner.run_study(CELLS, folder, 2, SMALL)
+    assert files == {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
+    assert "4 cells declared, 4 finished" in capsys.readouterr().out
+    assert runner.run_again(CELLS, folder, 1, SMALL) == 0
+    assert "the same to the last caption" in capsys.readouterr().out
+
+
+def test_another_scale_is_another_result(folder: Path) -> None:
+    world = runner.read_world(folder, SMALL)
+    assert runner.is_finished(CELLS[0], world, folder / "cells")
+    larger = replace(world, pool=replace(world.pool, scale=SMALL._replace(steps=5)))
+    assert not runner.is_finished(CELLS[0], larger, folder / "cells")
+
+
+def test_a_cell_that_fails_is_listed_and_the_others_go_on(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "study")
+    bad = Cell("clean", DPO, -1.0, 0)
+    assert runner.run_study([bad, *CELLS], tmp_path / "study", 1, SMALL)
+    assert list(json.loads((tmp_path / "study/failed.json").read_text())) == [bad.name]
+
+
+def test_the_page_holds_every_figure_and_nothing_from_outside(folder: Path, tmp_path: Path) -> None:
+    study, pool = Study.read(folder, CELLS), runner.read_world(folder, SMALL).pool
+    page, numbers = write_study(study, pool, CELLS, tmp_path)
+    text, data = page.read_text(), json.loads(numbers.read_text())
+    assert set(data["cells"]) == {cell.name for cell in CELLS} and not data["missing"] and not data["failed"]
+    for claim, found in Findings(study, pool, CELLS).sentences:
+        assert claim in text and found.split("(")[0].strip()[:20] in text
+    assert [row["condition"] for row in data["main"]] == ["clean", "flipped"]
+    assert text.count("<svg") == 5 and "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text
+    first = data["main"][0]["ends"][0]["response_level"][0]
+    assert f"{first:.1f} [" in text
+
+
+def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--cores", "0", "--out", str(tmp_path)]) == 2
+    assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="expected finished cells, found none; run the study first"):
+        Study.read(tmp_path, CELLS)
