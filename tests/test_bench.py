@@ -72,9 +72,10 @@ def test_dpo_step_prints_ratios(run):
     assert any(line.split()[:5] == ["plain", "/", "ours,", "time", f"{ratio:.3g}"] for line in said)
 
 
-def test_reference_counts_distinct_tokens(run):
+@pytest.mark.parametrize("of", [[], ["--step"]])
+def test_reference_counts_distinct_tokens(run, of):
     """4 pairs of 40 + 12 + 9 positions are 244; with answers twice as long 4 x (40 + 24 + 18) = 328."""
-    said, written = run("reference")
+    said, written = run("reference", *of)
     tokens = {(line.split()[0], int(line.split()[6])) for line in said[-12:]}
     assert {("pairs", 244), ("pairs", 976), ("answers", 328), ("prefix", 404)} <= tokens
     assert all(row["floor"] > 0 and min(row["shared"] + row["plain"]) > 0 for row in written["rows"])

@@ -1,9 +1,10 @@
-"""How the reference stage scales: its time against the number of pairs, the answers' and the prefix's length.
+"""How the reference stage, or a training step, scales: its time against the number of pairs and their lengths.
 
 Next to each time stand the number of distinct tokens and the ratio to the floor: the FLOPs of the distinct tokens at
 the speed of a large matrix product, measured here. With the shared prefix and without, in turn; random weights.
 
     python scripts/bench/reference.py                    # a small model on one CPU thread, about 4 minutes
+    python scripts/bench/reference.py --step             # forward and backward of a training step, about 15 minutes
     python scripts/bench/reference.py --shape 7b         # LLaVA-v1.5-7B's shape in bf16 on a GPU
 """
 
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from measure import (
     SHAPES,
     Shape,
@@ -33,6 +35,7 @@ from tqdm import tqdm
 from dama.console import say, write_json
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava
+from llava.train.doctor import first_loss
 from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.reference import logps_of_batch, plan_batches
 from llava.train.throughput import ModelSize, PairLength, forward_flops
@@ -80,26 +83,34 @@ def cases(shape: Shape, pairs: int) -> list[Case]:
     return varied + [Case("prefix", pairs, replace(base, prefix=times(factor, base.prefix))) for factor in PREFIX]
 
 
-def stage(model: Any, shape: Shape, case: Case, batch_size: int, shared_prefix: bool) -> Callable[[], None]:
-    """The stage's work on pairs whose pictures are read already: batches, tower, one pass, log-probs."""
+def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_prefix: bool) -> Callable[[], None]:
+    """The stage's work on pairs whose pictures are read already: batches, tower, one pass, log-probs.
+
+    Of a training step the same with gradients: micro-batches forward and backward, without optimiser.
+    """
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
     dataset: Any = None  # pictures are not read from files here
     collate = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix)
-    args = SimpleNamespace(device=model.device, logp_chunk=1024)
-    batches = plan_batches(random_pairs(replace(shape, pair=case.length), case.pairs), batch_size)
-    pictures = random_pictures(shape, batch_size)
+    settings = SimpleNamespace(device=model.device, logp_chunk=1024, dpo_beta=0.1)
+    batches = plan_batches(random_pairs(replace(shape, pair=case.length), case.pairs), args.batch_size)
+    pictures = random_pictures(shape, args.batch_size)
 
     def run() -> None:
         for items in batches:
-            logps_of_batch(model, collate.rows(items) | {"images": pictures[: len(items)]}, items, args)
+            batch = collate.rows(items) | {"images": pictures[: len(items)]}
+            if args.step:
+                first_loss(model, send_to_device(batch, model.device), settings).backward()
+            else:
+                logps_of_batch(model, batch, items, settings)
 
     return run
 
 
 def measure(model: Any, shape: Shape, case: Case, rate: float, args: argparse.Namespace) -> Row:
     size = ModelSize.of(model)
-    flops = case.pairs * (forward_flops(size, case.length) + 2 * size.tower * size.patches)
-    shared, plain = (stage(model, shape, case, args.batch_size, way) for way in (True, False))
+    passes = 3 if args.step else 1
+    flops = case.pairs * (passes * forward_flops(size, case.length) + 2 * size.tower * size.patches)
+    shared, plain = (work(model, shape, case, args, way) for way in (True, False))
     shared(), plain()
     times = [[time_of(way, model.device).on(model.device) for way in (shared, plain)] for _ in range(args.repeats)]
     return Row(case, flops / rate, *map(list, zip(*times)))
@@ -112,7 +123,7 @@ def load(shape: Shape, device: torch.device) -> Any:
         write_checkpoint(Path(folder), shape, device, dtype)
         model = load_llava(folder, dtype=dtype, attn_implementation=SHARED_PREFIX)
         model.get_model().load_vision_tower(dtype=dtype)
-        return model.to(device).eval()
+        return model.to(device).eval()  # nothing in it is random in training either
 
 
 def main() -> None:
@@ -123,9 +134,10 @@ def main() -> None:
     model = load(shape, device)
     rate = matmul_rate(device, model.dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.threads} CPU thread(s)"
+    what = "training step" if args.step else "reference stage"
     say(
-        f"shape {args.shape}, {str(model.dtype).removeprefix('torch.')}, {name}: matrix products at {rate / 1e9:.0f} "
-        f"GFLOP/s; batches of {args.batch_size}; {'' if device.type == 'cuda' else 'processor '}seconds, medians "
+        f"{what}, shape {args.shape}, {str(model.dtype).removeprefix('torch.')}, {name}: matrix products at "
+        f"{rate / 1e9:.0f} GFLOP/s; batches of {args.batch_size}; {'' if device.type == 'cuda' else 'processor '}seconds, medians "
         f"(smallest to largest) of {args.repeats}"
     )
     rows = [measure(model, shape, case, rate, args) for case in tqdm(cases(shape, args.pairs), unit="case")]
@@ -147,6 +159,7 @@ def describe(row: Row) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", action="store_true", help="a training step instead of the reference stage")
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="sizes of the model. Default: %(default)s")
     parser.add_argument(
         "--pairs", type=int, default=4, metavar="N", help="pairs, where not varied. Default: %(default)s"
