@@ -137,8 +137,8 @@ def main() -> None:
     what = "training step" if args.step else "reference stage"
     say(
         f"{what}, shape {args.shape}, {str(model.dtype).removeprefix('torch.')}, {name}: matrix products at "
-        f"{rate / 1e9:.0f} GFLOP/s; batches of {args.batch_size}; {'' if device.type == 'cuda' else 'processor '}seconds, medians "
-        f"(smallest to largest) of {args.repeats}"
+        f"{rate / 1e9:.0f} GFLOP/s; batches of {args.batch_size}; {'' if device.type == 'cuda' else 'processor '}"
+        f"seconds, medians (smallest to largest) of {args.repeats}"
     )
     rows = [measure(model, shape, case, rate, args) for case in tqdm(cases(shape, args.pairs), unit="case")]
     say(LINE.format("", "pairs", "prefix", "answers", "tokens", "shared", "/ 1000 tokens", "/ floor", "plain / shared"))
