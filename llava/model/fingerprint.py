@@ -21,7 +21,13 @@ def digest_of_checkpoint(source: str) -> str:
     if not folder.is_dir():
         from transformers.utils import cached_file
 
-        config = cached_file(source, "config.json")
+        try:
+            config = cached_file(source, "config.json")
+        except OSError as error:
+            raise FileNotFoundError(
+                f"checkpoint '{source}': expected a folder or the name of a model on the hub, found no such folder, and "
+                f"the hub gave none ({str(error).splitlines()[0]})"
+            ) from error
         return f"{source}@{Path(str(config)).parent.name}"
     weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file())
     if not weights:

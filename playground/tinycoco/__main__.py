@@ -25,9 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the one before alignment first"
     )
     benchmarks = commands.add_parser(
-        "benchmarks", help="write POPE and AMBER questions about held-out scenes, in the official files' formats"
+        "benchmarks", help="write Object HalBench, AMBER and POPE about held-out scenes, in the official files' formats"
     )
-    benchmarks.add_argument("--out", type=Path, required=True, help="folder; DAMA_BENCH_DATA for scripts/eval_pope.sh")
+    benchmarks.add_argument("--out", type=Path, required=True, help="folder; DAMA_BENCH_DATA for scripts/eval_*.sh")
     benchmarks.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: %(default)s)")
     benchmarks.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
     study = commands.add_parser("study", help="train DPO, DAMA and its parts on a grid, and write what holds as a page")

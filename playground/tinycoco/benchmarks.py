@@ -1,6 +1,10 @@
-"""TinyCOCO editions of POPE and of AMBER's yes/no questions: made from the scenes, in the official files' formats.
+"""TinyCOCO editions of Object HalBench, AMBER and POPE: made from the scenes, in the official files' formats.
 
-eval.pope.load(folder, "official") and eval.amber.load(folder) read them as they read the originals.
+    python -m playground.tinycoco benchmarks --out runs/bench
+    DAMA_BENCH_DATA=runs/bench bash scripts/eval_objhal.sh playground/tinycoco/weights/llava
+
+and eval_amber.sh, eval_pope.sh likewise. The files' digests are recorded as downloads' are, so that the commands accept
+them and label every figure with the digest of the data; such figures compare among themselves only.
 """
 
 from __future__ import annotations
@@ -14,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import write_atomic, write_json
-from playground.tinycoco.captions import PLURALS, article
+from eval.core.homes import BENCHMARKS
+from eval.core.transfer import digest
+from eval.download import RECORD
+from playground.tinycoco.captions import PLURALS, QUESTIONS, article
 from playground.tinycoco.scenes import Scene, SceneObject, draw, sample_scene
-from playground.tinycoco.vocabulary import CATEGORIES, PALETTES, companion_of
+from playground.tinycoco.vocabulary import CATEGORIES, PALETTES, SYNONYMS, companion_of
 
+DESCRIBE = "Describe this image."
 POSITIVES = 3  # questions with the answer yes about one scene, at most; and as many with the answer no
 NUMBERS = ("no", "one", "two", "three")
 CLEARLY_BESIDE = 14  # pixels between two centres
@@ -27,16 +35,46 @@ Asked = tuple[str, str, str]
 
 
 def write_benchmarks(folder: Path, scenes: int, split: str) -> None:
-    """Writes folder/pope, folder/amber and the pictures, where the benchmarks look for them, of the first scenes."""
+    """Writes folder/objhal, amber, pope and the pictures, where the benchmarks look for them, of the first scenes."""
     chosen = [sample_scene(index, split) for index in range(scenes)]
-    for home in (folder / "coco/val2014", folder / "amber/images"):
+    coco, of_amber = folder / "coco/val2014", folder / "amber/images"
+    for home in (coco, of_amber):
         home.mkdir(parents=True, exist_ok=True)
-    for scene in chosen:
+    for index, scene in enumerate(chosen):
         picture = draw(scene)
-        for home in (folder / "coco/val2014", folder / "amber/images"):
-            picture.save(home / f"{scene.id}.png")
-    write_pope(folder / "pope", chosen)
+        for path in (coco / f"{scene.id}.png", of_amber / f"{scene.id}.png"):
+            picture.save(path)
+        picture.save(coco / f"COCO_val2014_{index:012d}.jpg", quality=95, subsampling=0)
+    write_objhal(folder / "objhal", chosen)
     write_amber(folder / "amber", chosen)
+    for home in (folder / "pope", folder / "pope/llava_variant"):
+        write_pope(home, chosen)
+    write_record(folder)
+
+
+def write_record(folder: Path) -> None:
+    """downloads.json, which says what the files are that are not the published ones."""
+    paths = {file.path: folder / file.path for name in ("objhal", "amber", "pope") for file in BENCHMARKS[name].files}
+    entries = {
+        name: {"sha256": digest(path), "bytes": path.stat().st_size, "source": "TinyCOCO"}
+        for name, path in paths.items()
+        if path.is_file()
+    }
+    write_json(folder / RECORD, entries)
+
+
+# ------------------------------------------------------------------------------------------------ Object HalBench
+
+
+def write_objhal(folder: Path, scenes: Sequence[Scene]) -> None:
+    """The questions, what is drawn in each picture, and the synonyms; without a judge's prompt."""
+    rows = [
+        {"org_idx": index, "image_id": index, "question": QUESTIONS[index % len(QUESTIONS)]}
+        for index in range(len(scenes))
+    ]
+    write_atomic(folder / "obj_halbench_300_questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(folder / "gt_objects_300.json", {str(i): list(scene.categories) for i, scene in enumerate(scenes)})
+    write_atomic(folder / "synonyms_refine.txt", "".join(", ".join(forms) + "\n" for forms in SYNONYMS.values()))
 
 
 # ----------------------------------------------------------------------------------------------------------- POPE
@@ -81,15 +119,39 @@ def _pope_questions(scene: Scene, ranking: Callable[[Scene, list[str]], list[str
 
 
 def write_amber(folder: Path, scenes: Sequence[Scene]) -> None:
-    """annotations.json and query/query_discriminative.json: existence, state (colour), number and relation (side).
+    """Descriptions first, then yes/no questions on existence, state (colour), number and relation (side).
 
     There is no question on actions: nothing in a scene acts.
     """
+    described = [{"id": i, "image": f"{scene.id}.png", "query": DESCRIBE} for i, scene in enumerate(scenes, 1)]
+    annotations: list[dict[str, Any]] = [
+        {"id": i, "type": "generative", "truth": list(map(noun_of, scene.categories)),
+         "hallu": list(map(noun_of, _usual_but_absent(scene)))}
+        for i, scene in enumerate(scenes, 1)
+    ]  # fmt: skip
     asked = [(scene, *question) for scene in scenes for question in _amber_questions(scene)]
-    queries = [{"id": i, "image": f"{scene.id}.png", "query": text} for i, (scene, _, text, _) in enumerate(asked, 1)]
-    annotations = [{"id": i, "type": kind, "truth": truth} for i, (_, kind, _, truth) in enumerate(asked, 1)]
+    first = len(scenes) + 1
+    queries = [{"id": i, "image": f"{s.id}.png", "query": text} for i, (s, _, text, _) in enumerate(asked, first)]
+    annotations += [{"id": i, "type": kind, "truth": truth} for i, (_, kind, _, truth) in enumerate(asked, first)]
+    write_json(folder / "query/query_generative.json", described)
     write_json(folder / "query/query_discriminative.json", queries)
     write_json(folder / "annotations.json", annotations)
+    others = {
+        noun_of(category): [form for form in forms if " " not in form and form != category]
+        for category, forms in SYNONYMS.items()
+    }
+    write_json(folder / "relation.json", others)
+    write_atomic(folder / "safe_words.txt", "")
+
+
+def noun_of(category: str) -> str:
+    """The one word that AMBER, which looks at single nouns, knows it by: of a traffic light the light."""
+    return category.split()[-1]
+
+
+def _usual_but_absent(scene: Scene) -> list[str]:
+    companions = dict.fromkeys(companion_of(category, scene.context) for category in scene.categories)
+    return [companion for companion in companions if companion is not None and companion not in scene.categories]
 
 
 def _amber_questions(scene: Scene) -> Iterator[Asked]:
@@ -97,10 +159,8 @@ def _amber_questions(scene: Scene) -> Iterator[Asked]:
     rng = random.Random(f"tinycoco/amber/{scene.id}")
     count = Counter(thing.category for thing in scene.objects)
     single = [thing for thing in scene.objects if count[thing.category] == 1]
-    companions = dict.fromkeys(companion_of(category, scene.context) for category in scene.categories)
-    for companion in companions:
-        if companion is not None and companion not in scene.categories:
-            yield "discriminative-hallucination", f"Is there {article(companion)} {companion} in this image?", "no"
+    for companion in _usual_but_absent(scene):
+        yield "discriminative-hallucination", f"Is there {article(companion)} {companion} in this image?", "no"
     for thing in single:
         yield from _on_colour(thing, rng)
     for category in scene.categories:

@@ -1,4 +1,4 @@
-"""TinyCOCO's editions of POPE and AMBER: read and scored by the same code as the originals, and true."""
+"""TinyCOCO's editions of the benchmarks: read and scored by the same commands as the originals, and true."""
 
 import json
 import re
@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from eval import amber, pope
+from eval import amber, evaluate, objhal, pope
 from eval.core.types import Answer
 from playground.tinycoco.benchmarks import write_benchmarks
 from playground.tinycoco.captions import PLURALS
+from playground.tinycoco.run import SFT
 from playground.tinycoco.scenes import sample_scene
 from playground.tinycoco.vocabulary import companion_of
 
@@ -44,7 +45,7 @@ def test_pictures_lie_where_the_benchmarks_look(folder):
 
 def test_the_same_scenes_give_the_same_files(folder, tmp_path):
     write_benchmarks(tmp_path, SCENES, "test")
-    for name in ("pope/coco_pope_adversarial.json", "amber/annotations.json", "amber/query/query_discriminative.json"):
+    for name in ("pope/coco_pope_adversarial.json", "amber/annotations.json", "downloads.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -116,7 +117,7 @@ class TestAmber:
             r"Is the (.+) to the left of the (.+) in this image\?": left_of,
             r"Is the (.+) (\w+) in this image\?": lambda scene, thing, colour: only(scene, thing).colour == colour,
         }
-        for question in bench.questions:
+        for question in bench.part("discriminative"):
             fits = [(match, check) for form, check in checks.items() if (match := re.fullmatch(form, question.prompt))]
             match, check = fits[0]
             assert check(scenes[question.image_id], *match.groups()) is (question.truth == "yes"), question
@@ -135,8 +136,27 @@ class TestAmber:
             100.0,
             None,
         )
-        assert (found.protocol, found.metrics["amber_score"]) == ("amber", None)
+        assert found.protocol.startswith("amber") and found.metrics["amber_score"] == 100.0
+        assert (found.metrics["chair"], found.metrics["cover"], found.metrics["cog"]) == (0.0, 100.0, 0.0)
         assert "100.0" in amber.format_table({"perfect": found})
+
+
+class TestObjHal:
+    def test_what_is_drawn_is_the_truth(self, folder, scenes):
+        bench = objhal.load(folder)
+        for question, scene in zip(bench.questions, scenes.values(), strict=True):
+            assert bench.ground_truth[question.image_id] == set(scene.categories)
+
+
+@pytest.mark.parametrize(("name", "metric"), [("objhal", "response_level"), ("amber", "chair"), ("pope", "mean_f1")])
+def test_the_command_takes_the_edition_and_says_so(name, metric, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DAMA_BENCH_DATA", str(folder))
+    words = [name, str(SFT), "--out", str(tmp_path), "--limit", "3", "--device", "cpu", "--max-new-tokens", "24"]
+    assert evaluate.main(words) == 0
+    (results,) = tmp_path.glob("*/*/results.json")
+    found = json.loads(results.read_text())
+    assert metric in found["metrics"] and re.search(r", data [0-9a-f]{8}, ", found["provenance"]["protocol"])
+    assert found["provenance"]["counts"]["answers"] >= 3 and "page: " in capsys.readouterr().out
 
 
 def count(scene, category):
