@@ -82,6 +82,9 @@ def jobs(kills: int, ranks: int = 1, port: int = 0) -> dict[str, Job]:
     answer = [python, "-m", "llava.eval.generate", "--model-path", llava, "--question-file", f"{DATA}/questions.jsonl",
               "--image-folder", f"{DATA}/images", "--conv-mode", "v1", "--max-new-tokens", "48"]  # fmt: skip
 
+    rows = [python, "-c", MULTIPLY, "data/pairs.json", "rows.jsonl", str(512 * (kills + 2))]
+    check = [python, "-m", "dama", "prepare", f"{INPUTS}/rows.jsonl", "--image_folder", f"{DATA}/images"]
+
     def scenes(pairs: int, questions: int = 1) -> list[str]:
         sizes = ["--pairs", str(pairs), "--scenes", str(questions)]
         return [python, "-m", "playground.tinycoco", "scenes", "--out", "data", *sizes]
@@ -92,10 +95,22 @@ def jobs(kills: int, ranks: int = 1, port: int = 0) -> dict[str, Job]:
             train_command(3 * kills, ranks, port),
             training_signs, TRAINING_PHASES, checkpoints_on_disk, continues_from_checkpoint, patience=2,
         ),
+        "prepare": stage("prepare", [scenes(64), rows], [*check, "--hold_out", "0.1"]),
         "hardness": stage("hardness", [scenes(min(1500, 64 * (kills + 3)))], score),
         "reference": stage("reference", [scenes(4 * (2 * kills + 4))], [*logps, "--batch_size", "4"]),
         "generate": stage("answers", [scenes(1, 4 * (2 * kills + 4))], [*answer, "--batch-size", "4"]),
     }  # fmt: skip
+
+
+# Writes argv[3] rows into argv[2]: the pairs of argv[1] again and again, each time with other words.
+MULTIPLY = """
+import itertools, json, sys
+pairs = json.load(open(sys.argv[1]))
+with open(sys.argv[2], "w") as file:
+    for number, pair in zip(range(int(sys.argv[3])), itertools.cycle(pairs)):
+        again = {"idx": str(number), "chosen": f"{pair['chosen']} That is {number}."}
+        file.write(json.dumps(pair | again) + chr(10))
+"""
 
 
 def stage(name: str, prepare: list[list[str]], command: list[str]) -> Job:

@@ -25,8 +25,8 @@ def digest_of_checkpoint(source: str) -> str:
             config = cached_file(source, "config.json")
         except OSError as error:
             raise FileNotFoundError(
-                f"checkpoint '{source}': expected a folder or the name of a model on the hub, found no such folder, and "
-                f"the hub gave none ({str(error).splitlines()[0]})"
+                f"checkpoint '{source}': expected a folder or the name of a model on the hub, found no such "
+                f"folder, and the hub gave none ({str(error).splitlines()[0]})"
             ) from error
         return f"{source}@{Path(str(config)).parent.name}"
     weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file())
