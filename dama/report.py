@@ -355,8 +355,9 @@ def _draw(plot: _Plot, kind: Literal["svg", "png"]) -> bytes:
         axes = figure.add_subplot()
         plot.draw(axes)
         labels = axes.get_legend_handles_labels()[1]
-        # As many columns as fit: a line of the figure holds about 64 characters, a handle and its gap take 8.
-        figure.legend(loc="outside upper left", ncols=max(1, 64 // (8 + max(map(len, labels), default=0))))
+        if labels:
+            # As many columns as fit: a line of the figure holds about 64 characters, a handle and its gap take 8.
+            figure.legend(loc="outside upper left", ncols=max(1, 64 // (8 + max(map(len, labels)))))
         buffer = io.BytesIO()
         # No date and no version: the same input makes the same file.
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dama.console import digest_of, report_error, say, write_json
-from eval.core.judge import QUIRKS, JudgedBenchmark, JudgedQuestion, Parts
+from eval.core.judge import QUIRKS, Parts
 from eval.core.nouns import FALLBACK, Tagger, nltk_tagger, rule_tagger
 from eval.core.official import field_faults, read_json, read_records, refuse_faults
 from eval.core.ruled import Score, format_scores, ratios, record, score_of
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 from llava.eval.eval_pope import Reply, count
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class SimilarWords:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amber(JudgedBenchmark):
+class Amber(Benchmark):
     """A question's `kinds` are its part and its dimensions, its `truth` yes or no; no judge is asked.
 
     objects: id of a generative question -> what is annotated. associations: word -> words that stand for it as well.
@@ -104,7 +104,7 @@ class Amber(JudgedBenchmark):
         """The words of which a description's nouns are judged."""
         return frozenset(vocabulary_of(self.associations))
 
-    def part(self, part: Part) -> list[JudgedQuestion]:
+    def part(self, part: Part) -> list[Question]:
         return [question for question in self.questions if question.kinds[0] == part]
 
 
@@ -139,7 +139,7 @@ def load(folder: str | Path) -> Amber:
     )
 
 
-def _read_part(part: Part, file: Path, annotations: Mapping[int, Mapping[str, Any]]) -> list[JudgedQuestion]:
+def _read_part(part: Part, file: Path, annotations: Mapping[int, Mapping[str, Any]]) -> list[Question]:
     rows = read_records(file, _QUERY)
     faults = []
     for i, row in enumerate(rows):
@@ -154,11 +154,11 @@ def _read_part(part: Part, file: Path, annotations: Mapping[int, Mapping[str, An
     return [_question(part, row, annotations[row["id"]]) for row in rows]
 
 
-def _question(part: Part, row: Mapping[str, Any], annotation: Mapping[str, Any]) -> JudgedQuestion:
+def _question(part: Part, row: Mapping[str, Any], annotation: Mapping[str, Any]) -> Question:
     if part == "generative":
-        return JudgedQuestion(str(row["id"]), row["image"], row["query"], ", ".join(annotation["truth"]), (part,))
+        return Question(str(row["id"]), row["image"], row["query"], ", ".join(annotation["truth"]), (part,))
     kinds = (part, *DIMENSIONS[annotation["type"]])
-    return JudgedQuestion(str(row["id"]), row["image"], row["query"], annotation["truth"], kinds)
+    return Question(str(row["id"]), row["image"], row["query"], annotation["truth"], kinds)
 
 
 def _objects(annotation: Mapping[str, Any]) -> Objects:
@@ -356,7 +356,7 @@ def _noun_finder(tagger: Tagger, vocabulary: Collection[str], official_quirks: b
 
 
 def _described(
-    question: JudgedQuestion, answer: Answer, amber: Amber, find: Callable[[str], list[Noun]]
+    question: Question, answer: Answer, amber: Amber, find: Callable[[str], list[Noun]]
 ) -> dict[str, Any]:
     objects, nouns = amber.objects[question.id], find(answer.text)
     description = describe([noun for noun, _, _ in nouns], objects, amber)
@@ -384,7 +384,7 @@ def official_reading(text: str) -> Reply | None:
     return {"Yes": "yes", "No": "no"}.get(text)  # type: ignore[return-value]
 
 
-def _replied(question: JudgedQuestion, answer: Answer, said: Reply | None) -> dict[str, Any]:
+def _replied(question: Question, answer: Answer, said: Reply | None) -> dict[str, Any]:
     counted = count([(said, question.truth)], positive="no").parts()
     dimensions = question.kinds[1:]
     parts = {

@@ -25,10 +25,10 @@ from dama.pairs import fault_list
 from dama.stage import Shard, read_stage
 from eval.compare import compare
 from eval.core.answering import ensure_answers
-from eval.core.judge import VERDICTS, JudgedQuestion, replay
+from eval.core.judge import VERDICTS, replay
 from eval.core.official import read_json
 from eval.core.store import Provenance, read_answers, write_results
-from eval.core.types import Answer
+from eval.core.types import Answer, Question
 from eval.download import DownloadError, data_folder, fetch, unpublished
 from eval.page import PAGE, write_page
 from eval.summary import summarise
@@ -69,8 +69,8 @@ class Task:
         bench = self.module.load(folder, self.mode) if self.name == "pope" else self.module.load(folder)
         return bench if self.limit is None else replace(bench, questions=self._first(bench.questions))
 
-    def _first(self, questions: Iterable[JudgedQuestion]) -> tuple[JudgedQuestion, ...]:
-        parts: dict[str, list[JudgedQuestion]] = {}
+    def _first(self, questions: Iterable[Question]) -> tuple[Question, ...]:
+        parts: dict[str, list[Question]] = {}
         for question in questions:
             parts.setdefault(question.kinds[0] if self.name in PARTED else "", []).append(question)
         return tuple(question for part in parts.values() for question in part[: self.limit])

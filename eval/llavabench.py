@@ -15,26 +15,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dama.chat import ChatRequest, ChatSettings
+from dama.chat import ChatRequest
 from eval.core.judge import (
     QUIRKS,
-    JudgedBenchmark,
-    JudgedQuestion,
     JudgedScore,
     JudgeRun,
     OfficialJudge,
     Parts,
     Verdict,
     after_thoughts,
-    ask_judge,
     format_scores,
+    judge_answers,
     score_verdicts,
 )
 from eval.core.official import digest_of_text, read_json, read_records, refuse_faults
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 
 if TYPE_CHECKING:
     from llava.eval.generate import Request
@@ -58,7 +57,7 @@ _REVIEW = {"question_id": (int, str), "content": (str,)}
 _TWO_NUMBERS = re.compile(r"[\s*|]*(\d+(?:\.\d+)?)[\s,;|*]+(\d+(?:\.\d+)?)[\s.*|]*")
 
 
-def load(folder: str | Path) -> JudgedBenchmark:
+def load(folder: str | Path) -> Benchmark:
     """questions.jsonl, context.jsonl, answers_gpt4.jsonl, rule.json and images/ of folder/llava_bench.
 
     Raises ValueError, naming file and fields, also where a question has no context or no reference answer.
@@ -80,13 +79,13 @@ def load(folder: str | Path) -> JudgedBenchmark:
             faults.append(f"record {i}: field 'question_id': {id_!r} is not in answers_gpt4.jsonl")
     refuse_faults(path, faults)
     questions = tuple(_question(row, contexts[row["image"]], references[id_]) for row, id_ in zip(rows, ids))
-    return JudgedBenchmark(questions, _rule(home / "rule.json"), home / "images")
+    return Benchmark(questions, _rule(home / "rule.json"), home / "images")
 
 
-def _question(row: Mapping[str, Any], caption: str | list[str], reference: str) -> JudgedQuestion:
+def _question(row: Mapping[str, Any], caption: str | list[str], reference: str) -> Question:
     context = caption if isinstance(caption, str) else "\n".join(caption)
     kind = row["category"].removeprefix(_PREFIX)
-    return JudgedQuestion(str(row["question_id"]), row["image"], row["text"], reference, (kind,), context)
+    return Question(str(row["question_id"]), row["image"], row["text"], reference, (kind,), context)
 
 
 def _rule(path: Path) -> str:
@@ -107,13 +106,13 @@ def _rule(path: Path) -> str:
     return prompts[KINDS[0]]
 
 
-def requests(benchmark: JudgedBenchmark) -> list[Request]:
+def requests(benchmark: Benchmark) -> list[Request]:
     """What the model is asked: the raw question."""
     return benchmark.requests()
 
 
 def judge_requests(
-    benchmark: JudgedBenchmark, answers: Iterable[Answer], *, official_quirks: bool = False
+    benchmark: Benchmark, answers: Iterable[Answer], *, official_quirks: bool = False
 ) -> list[ChatRequest]:
     """What the judge is asked: context, question, reference, answer, official instruction; the quirks are elsewhere."""
     system = {"role": "system", "content": _SYSTEM}
@@ -121,33 +120,11 @@ def judge_requests(
     return [ChatRequest(id_, (system, {"role": "user", "content": text})) for id_, text in filled.items()]
 
 
-def _filled(rule: str, question: JudgedQuestion, answer: Answer) -> str:
+def _filled(rule: str, question: Question, answer: Answer) -> str:
     sections = [f"[Context]\n{question.context}", f"[Question]\n{question.prompt}"]
     for number, text in enumerate((question.truth, answer.text), 1):
         sections += [f"[Assistant {number}]\n{text}", f"[End of Assistant {number}]"]
     return "\n\n".join([*sections, f"[System]\n{rule}", ""])
-
-
-def judge(
-    benchmark: JudgedBenchmark,
-    answers: Iterable[Answer],
-    settings: ChatSettings,
-    out: str | Path,
-    *,
-    runs: int = 1,
-    tries: int = 1,
-    official_quirks: bool = False,
-) -> JudgeRun:
-    """Asks the judge, `runs` times, and writes out/verdicts.jsonl. Unreadable verdicts are asked for `tries` times."""
-    return ask_judge(
-        settings,
-        judge_requests(benchmark, answers),
-        out,
-        benchmark.prompt_digest,
-        parse=parse,
-        runs=runs,
-        tries=1 if official_quirks else tries,
-    )
 
 
 def parse(text: str) -> Scores | None:
@@ -157,6 +134,9 @@ def parse(text: str) -> Scores | None:
     if match is None or max(float(match[1]), float(match[2])) > 10:
         return None
     return float(match[1]), float(match[2])
+
+
+judge = partial(judge_answers, judge_requests=judge_requests, parse=parse)
 
 
 def parse_official(text: str) -> Scores | None:
@@ -180,7 +160,7 @@ def read_reviews(*paths: str | Path, judge_prompt: str = "") -> JudgeRun:
 
 
 def score(
-    benchmark: JudgedBenchmark, answers: Iterable[Answer], run: JudgeRun, *, official_quirks: bool = False
+    benchmark: Benchmark, answers: Iterable[Answer], run: JudgeRun, *, official_quirks: bool = False
 ) -> JudgedScore:
     """METRICS: 100 x mean score of the answers / mean score of the references, in all and by kind, and both means.
 
@@ -199,7 +179,7 @@ def score(
     )
 
 
-def _parts(question: JudgedQuestion, pairs: Sequence[Scores]) -> Parts:
+def _parts(question: Question, pairs: Sequence[Scores]) -> Parts:
     reference, answer = (sum(scores) / len(pairs) for scores in zip(*pairs))
     names = ("relative", *(f"relative_{kind}" for kind in question.kinds))
     means = {"reference_score": [reference, 1.0], "answer_score": [answer, 1.0]}

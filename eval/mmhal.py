@@ -14,25 +14,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dama.chat import ChatRequest, ChatSettings
+from dama.chat import ChatRequest
 from eval.core.judge import (
     QUIRKS,
-    JudgedBenchmark,
-    JudgedQuestion,
     JudgedScore,
     JudgeRun,
     OfficialJudge,
     Parts,
     after_thoughts,
-    ask_judge,
     format_scores,
+    judge_answers,
     score_verdicts,
 )
 from eval.core.official import official_prompt, read_records, refuse_faults
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 
 if TYPE_CHECKING:
     from llava.eval.generate import Request
@@ -58,7 +57,7 @@ _FIELDS = {
 _RATING = re.compile(r"\brating\b\W{0,6}?(?<!-)([0-6])(?![.,]?\d|\s*(?:[-–]|to|or)\s*\d)")
 
 
-def load(folder: str | Path) -> JudgedBenchmark:
+def load(folder: str | Path) -> Benchmark:
     """Questions from folder/mmhal/mmhal-bench_answer_template.json, pictures in folder/mmhal/images.
 
     The judge prompt: folder/prompts/mmhal_judge.txt, or a string in folder/mmhal/eval_gpt_mmhal.py. A picture is called
@@ -76,24 +75,24 @@ def load(folder: str | Path) -> JudgedBenchmark:
     faults += [f"record {i}: field 'image_id': {id_!r} is used before" for i, id_ in enumerate(ids) if id_ in ids[:i]]
     refuse_faults(path, faults)
     prompt = official_prompt([Path(folder) / "prompts/mmhal_judge.txt", home / "eval_gpt_mmhal.py"], _PROMPT_SHA256)
-    return JudgedBenchmark(tuple(_question(row, home / "images") for row in rows), prompt, home / "images")
+    return Benchmark(tuple(_question(row, home / "images") for row in rows), prompt, home / "images")
 
 
-def _question(row: Mapping[str, Any], images: Path) -> JudgedQuestion:
+def _question(row: Mapping[str, Any], images: Path) -> Question:
     source = PurePosixPath(row["image_src"]).name
     own = row["image_id"] + PurePosixPath(source).suffix
     image = source if (images / source).is_file() and not (images / own).is_file() else own
     contents = ", ".join(map(str, row["image_content"]))
-    return JudgedQuestion(row["image_id"], image, row["question"], row["gt_answer"], (row["question_type"],), contents)
+    return Question(row["image_id"], image, row["question"], row["gt_answer"], (row["question_type"],), contents)
 
 
-def requests(benchmark: JudgedBenchmark) -> list[Request]:
+def requests(benchmark: Benchmark) -> list[Request]:
     """What the model is asked: the raw question."""
     return benchmark.requests()
 
 
 def judge_requests(
-    benchmark: JudgedBenchmark, answers: Iterable[Answer], *, official_quirks: bool = False
+    benchmark: Benchmark, answers: Iterable[Answer], *, official_quirks: bool = False
 ) -> list[ChatRequest]:
     """What the judge is asked: the official prompt with its four slots filled, no picture; the quirks are elsewhere."""
     if benchmark.judge_prompt.count("{}") != _SLOTS:
@@ -104,36 +103,17 @@ def judge_requests(
     ]
 
 
-def _filled(template: str, question: JudgedQuestion, answer: Answer) -> str:
+def _filled(template: str, question: Question, answer: Answer) -> str:
     return template.format(question.context, question.prompt, question.truth, answer.text)
-
-
-def judge(
-    benchmark: JudgedBenchmark,
-    answers: Iterable[Answer],
-    settings: ChatSettings,
-    out: str | Path,
-    *,
-    runs: int = 1,
-    tries: int = 1,
-    official_quirks: bool = False,
-) -> JudgeRun:
-    """Asks the judge, `runs` times, and writes out/verdicts.jsonl. Unreadable verdicts are asked for `tries` times."""
-    return ask_judge(
-        settings,
-        judge_requests(benchmark, answers),
-        out,
-        benchmark.prompt_digest,
-        parse=parse,
-        runs=runs,
-        tries=1 if official_quirks else tries,
-    )
 
 
 def parse(text: str) -> int | None:
     """The rating, 0 to 6; None where there is none, or where there are two that differ."""
     found = set(_RATING.findall(after_thoughts(text).lower()))
     return int(found.pop()) if len(found) == 1 else None
+
+
+judge = partial(judge_answers, judge_requests=judge_requests, parse=parse)
 
 
 def parse_official(text: str) -> int | None:
@@ -143,7 +123,7 @@ def parse_official(text: str) -> int | None:
 
 
 def score(
-    benchmark: JudgedBenchmark, answers: Iterable[Answer], run: JudgeRun, *, official_quirks: bool = False
+    benchmark: Benchmark, answers: Iterable[Answer], run: JudgeRun, *, official_quirks: bool = False
 ) -> JudgedScore:
     """METRICS: mean rating (0 to 6), hallucination rate in percent (rating below 3), informativeness, mean by type.
 
@@ -163,7 +143,7 @@ def score(
     )
 
 
-def _parts(question: JudgedQuestion, ratings: Sequence[int]) -> Parts:
+def _parts(question: Question, ratings: Sequence[int]) -> Parts:
     runs = len(ratings)
     rating = sum(ratings) / runs
     informative = sum(r - 3 if r >= HALLUCINATED_BELOW else r for r in ratings) / (3 * runs)

@@ -22,8 +22,6 @@ from dama.chat import ChatClient, ChatRequest, ChatSettings, ChatUsage
 from eval.core.judge import (
     CACHE,
     QUIRKS,
-    JudgedBenchmark,
-    JudgedQuestion,
     JudgedScore,
     JudgeRun,
     OfficialJudge,
@@ -36,7 +34,7 @@ from eval.core.judge import (
     verdict_of,
 )
 from eval.core.official import field_faults, official_prompt, read_json, refuse_faults
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 
 if TYPE_CHECKING:
     from llava.eval.generate import Request
@@ -60,7 +58,7 @@ _QUIRK_WARMER = 0.5
 _QUIRK_ENDING = "\nPredict the correctness of the answer (digit): "
 
 
-def load(folder: str | Path) -> JudgedBenchmark:
+def load(folder: str | Path) -> Benchmark:
     """Questions from folder/mmvet/mm-vet.json, pictures in folder/mmvet/images.
 
     The grader prompt: folder/prompts/mmvet_grader.txt, or a string in folder/mmvet/mm-vet_evaluator.py. Raises
@@ -82,19 +80,19 @@ def load(folder: str | Path) -> JudgedBenchmark:
     refuse_faults(path, faults)
     prompt = official_prompt([Path(folder) / "prompts/mmvet_grader.txt", home / "mm-vet_evaluator.py"], _PROMPT_SHA256)
     questions = (
-        JudgedQuestion(id_, row["imagename"], row["question"], row["answer"], tuple(row["capability"]))
+        Question(id_, row["imagename"], row["question"], row["answer"], tuple(row["capability"]))
         for id_, row in rows.items()
     )
-    return JudgedBenchmark(tuple(questions), prompt, home / "images")
+    return Benchmark(tuple(questions), prompt, home / "images")
 
 
-def requests(benchmark: JudgedBenchmark) -> list[Request]:
+def requests(benchmark: Benchmark) -> list[Request]:
     """What the model is asked: the raw question."""
     return benchmark.requests()
 
 
 def judge_requests(
-    benchmark: JudgedBenchmark, answers: Iterable[Answer], *, official_quirks: bool = False
+    benchmark: Benchmark, answers: Iterable[Answer], *, official_quirks: bool = False
 ) -> list[ChatRequest]:
     """What the grader is asked: the official table with one more row, whose last cell is left to it."""
     cell = str if official_quirks else _cell
@@ -115,7 +113,7 @@ def _cell(text: str) -> str:
 
 
 def judge(
-    benchmark: JudgedBenchmark,
+    benchmark: Benchmark,
     answers: Iterable[Answer],
     settings: ChatSettings,
     out: str | Path,
@@ -191,7 +189,7 @@ def read_grades(path: str | Path) -> JudgeRun:
 
 
 def score(
-    benchmark: JudgedBenchmark, answers: Iterable[Answer], run: JudgeRun, *, official_quirks: bool = False
+    benchmark: Benchmark, answers: Iterable[Answer], run: JudgeRun, *, official_quirks: bool = False
 ) -> JudgedScore:
     """METRICS: 100 x mean correctness, over all questions and over those that need each capability.
 
@@ -210,7 +208,7 @@ def score(
     )
 
 
-def _parts(question: JudgedQuestion, grades: Sequence[float]) -> Parts:
+def _parts(question: Question, grades: Sequence[float]) -> Parts:
     return {name: [100 * sum(grades) / len(grades), 1.0] for name in ("total", *question.kinds)}
 
 

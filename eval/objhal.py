@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from dama.chat import ChatRequest, ChatSettings
 from dama.console import say
 from dama.pairs import fault_list
-from eval.core.judge import QUIRKS, JudgedBenchmark, JudgedQuestion, JudgeRun, OfficialJudge, after_thoughts, ask_judge
+from eval.core.judge import QUIRKS, JudgeRun, OfficialJudge, after_thoughts, ask_judge
 from eval.core.nouns import FALLBACK, Tagger, rule_tagger, spacy_tagger
 from eval.core.objects import Mention, ObjectVocabulary
 from eval.core.official import REMEDY, official_prompt, read_json, read_records, refuse_faults
 from eval.core.ruled import aligned
 from eval.core.statistics import Interval, paired_difference, ratio_interval
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 
 if TYPE_CHECKING:
     from llava.eval.generate import Request
@@ -53,7 +53,7 @@ _IMAGE = "COCO_val2014_{:012d}.jpg"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjHal(JudgedBenchmark):
+class ObjHal(Benchmark):
     """ground_truth: image_id of a question -> the nodes in its picture, possibly none."""
 
     ground_truth: Mapping[str, frozenset[str]]
@@ -100,9 +100,9 @@ def _read_truth(path: Path, pictures: Iterable[int], vocabulary: ObjectVocabular
     return {picture: frozenset(rows[str(picture)]) for picture in pictures}
 
 
-def _question(row: Mapping[str, Any], truth: frozenset[str]) -> JudgedQuestion:
+def _question(row: Mapping[str, Any], truth: frozenset[str]) -> Question:
     listed = ", ".join(sorted(truth))
-    return JudgedQuestion(str(row["org_idx"]), _IMAGE.format(row["image_id"]), row["question"], listed)
+    return Question(str(row["org_idx"]), _IMAGE.format(row["image_id"]), row["question"], listed)
 
 
 def ground_truth_from_coco(
@@ -149,7 +149,7 @@ def _spoken(answer: Answer) -> str:
     return answer.text.replace("Assistant:", "").strip()
 
 
-def _filled(template: str, question: JudgedQuestion, answer: Answer) -> str:
+def _filled(template: str, question: Question, answer: Answer) -> str:
     """Both slots at once, so that braces in an answer are only braces."""
     slots = {"{question}": question.prompt, "{answer}": _spoken(answer)}
     return re.sub("|".join(map(re.escape, slots)), lambda slot: slots[slot[0]], template)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eval.core.judge import QUIRKS, JudgedBenchmark, JudgedQuestion
+from eval.core.judge import QUIRKS
 from eval.core.official import field_faults, refuse_faults
 from eval.core.ruled import Score, format_scores, mean, ratios, record, score_of
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 from llava.eval.eval_pope import OFFSETS, count, official_reading, read_answer, read_lines
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _FIELDS = {"question_id": (int,), "image": (str,), "text": (str,), "label": (str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pope(JudgedBenchmark):
+class Pope(Benchmark):
     """The questions of all splits; a question's `kinds` is its split, its `truth` yes or no. No judge is asked."""
 
     variant: Variant
@@ -55,7 +55,7 @@ def load(folder: str | Path, variant: Variant = "llava") -> Pope:
     return Pope(tuple(questions), "", Path(folder) / "coco/val2014", variant=variant)
 
 
-def _read_split(split: str, file: Path) -> list[JudgedQuestion]:
+def _read_split(split: str, file: Path) -> list[Question]:
     rows = read_lines(file)
     faults = [fault for i, row in enumerate(rows) for fault in field_faults(f"record {i}", row, _FIELDS)]
     refuse_faults(file, faults)
@@ -69,7 +69,7 @@ def _read_split(split: str, file: Path) -> list[JudgedQuestion]:
     ]
     refuse_faults(file, faults)
     return [
-        JudgedQuestion(
+        Question(
             id=str(OFFSETS[split] + row["question_id"]),
             image=row["image"],
             prompt=row["text"] + SUFFIX,

@@ -56,7 +56,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Home:
     files: tuple[File, ...]
     pictures: Pictures
 
@@ -160,7 +160,7 @@ def _files(folder: str, home: str, known: Mapping[str, tuple[int, str]]) -> tupl
 
 
 BENCHMARKS = {
-    "objhal": Benchmark(
+    "objhal": Home(
         (
             *_files(
                 "objhal",
@@ -190,7 +190,7 @@ BENCHMARKS = {
         ),
         Pictures("coco/val2014", _objhal_pictures, _COCO_HOME, _OBJHAL_PACKAGE, _objhal_package_pictures),
     ),
-    "amber": Benchmark(
+    "amber": Home(
         _files(
             "amber",
             _AMBER,
@@ -215,7 +215,7 @@ BENCHMARKS = {
             _AMBER_PACKAGE,
         ),
     ),
-    "mmhal": Benchmark(
+    "mmhal": Home(
         (
             File(
                 "mmhal/mmhal-bench_answer_template.json",
@@ -232,7 +232,7 @@ BENCHMARKS = {
             "from the data set Shikhar/MMHal-Bench on Hugging Face",
         ),
     ),
-    "llavabench": Benchmark(
+    "llavabench": Home(
         (
             *_files(
                 "llava_bench",
@@ -246,7 +246,7 @@ BENCHMARKS = {
         ),
         Pictures("llava_bench/images", _llava_bench_pictures, f"each from {_LLAVA_BENCH}/images/NAME"),
     ),
-    "mmvet": Benchmark(
+    "mmvet": Home(
         (
             File("mmvet/mm-vet.json", package=_MM_VET_PACKAGE, make=_mm_vet_questions),
             File("mmvet/mm-vet_evaluator.py", f"{_MM_VET}/mm-vet_evaluator.py", instead="prompts/mmvet_grader.txt"),
@@ -258,7 +258,7 @@ BENCHMARKS = {
             _MM_VET_PACKAGE,
         ),
     ),
-    "pope": Benchmark(
+    "pope": Home(
         _files(
             "pope",
             _POPE,

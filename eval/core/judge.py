@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from dama.chat import ChatClient, ChatReply, ChatRequest, ChatSettings, ChatUsage
 from dama.console import digest_of, write_atomic
 from dama.pairs import fault_list
-from eval.core.official import Fields, digest_of_text, field_faults, read_json
+from eval.core.official import Fields, field_faults, read_json
 from eval.core.statistics import Interval, ratio_interval
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Request
+    pass
 
 VERDICTS = "verdicts.jsonl"
 CACHE = "judge_cache.jsonl"  # every reply as it came; an interrupted run goes on from it
@@ -32,68 +32,6 @@ QUIRKS = "-official-quirks"  # ends the protocol's label where the original's ha
 Value = TypeVar("Value")
 Parts = dict[str, list[float]]
 """metric -> [numerator, denominator]"""
-
-
-# ------------------------------------------------------------------------------------------------------ questions
-
-
-@dataclass(frozen=True)
-class JudgedQuestion:
-    """What the model is asked and what the judge is told.
-
-    image: a file in the benchmark's image folder. truth: the reference answer. kinds: the classes that are averaged by
-    themselves. context: words for the picture, which the judge does not see.
-    """
-
-    id: str
-    image: str
-    prompt: str
-    truth: str
-    kinds: tuple[str, ...] = ()
-    context: str = ""
-
-    @property
-    def image_id(self) -> str:
-        return Path(self.image).stem
-
-
-@dataclass(frozen=True)
-class JudgedBenchmark:
-    """The questions, the official judge prompt word for word, and the folder of the pictures."""
-
-    questions: tuple[JudgedQuestion, ...]
-    judge_prompt: str
-    image_folder: Path = Path()
-
-    @property
-    def prompt_digest(self) -> str:
-        return digest_of_text(self.judge_prompt)[:16]
-
-    def requests(self) -> list[Request]:
-        """One for each question, for llava.eval.generate."""
-        from llava.eval.generate import Request
-
-        return [Request(q.id, q.prompt, q.image, q.image_id) for q in self.questions]
-
-    def answered(self, answers: Iterable[Answer]) -> list[tuple[JudgedQuestion, Answer]]:
-        """The questions that have an answer, with it; joined by id, never by position.
-
-        ValueError for an answer to no question here, to another wording of it, or for a second answer.
-        """
-        answers = list(answers)
-        prompts = {question.id: question.prompt for question in self.questions}
-        times = Counter(answer.id for answer in answers)
-        faults = [f"answer {id_!r}: {n} answers to one question" for id_, n in times.items() if n > 1]
-        for answer in answers:
-            asked = prompts.get(answer.id)
-            if asked is None:
-                faults.append(f"answer {answer.id!r}: no question has this id")
-            elif answer.prompt.split() != asked.split():
-                faults.append(f"answer {answer.id!r}: to {answer.prompt[:60]!r}, but the question is {asked[:60]!r}")
-        if faults:
-            raise ValueError(fault_list("answers", faults, "give the answers that were made for this benchmark"))
-        given = {answer.id: answer for answer in answers}
-        return [(question, given[question.id]) for question in self.questions if question.id in given]
 
 
 # ------------------------------------------------------------------------------------------------------- verdicts
@@ -201,6 +139,27 @@ def ask_judge(
     return result
 
 
+def judge_answers(
+    benchmark: Benchmark,
+    answers: Iterable[Answer],
+    settings: ChatSettings,
+    out: str | Path,
+    *,
+    judge_requests: Callable[[Benchmark, Iterable[Answer]], Sequence[ChatRequest]],
+    parse: Callable[[str], Any],
+    runs: int = 1,
+    tries: int = 1,
+    official_quirks: bool = False,
+) -> JudgeRun:
+    """Asks the judge, `runs` times, and writes out/verdicts.jsonl. Unreadable verdicts are asked for `tries` times.
+
+    `official_quirks` leaves it at the first reply, as the originals do.
+    """
+    asked = judge_requests(benchmark, answers)
+    tries = 1 if official_quirks else tries
+    return ask_judge(settings, asked, out, benchmark.prompt_digest, parse=parse, runs=runs, tries=tries)
+
+
 def verdict_of(request: ChatRequest, reply: ChatReply) -> Verdict:
     tokens = reply.prompt_tokens, reply.completion_tokens
     return Verdict(request.id, request.sample, _digest(request), reply.text, reply.error, reply.model, *tokens)
@@ -284,7 +243,7 @@ class JudgedScore:
 class _Judged(Generic[Value]):
     """An answer with its verdicts, and what was read in each; None where nothing could be."""
 
-    question: JudgedQuestion
+    question: Question
     answer: Answer
     verdicts: Sequence[Verdict]
     read: Sequence[Value | None]
@@ -299,13 +258,13 @@ class _Judged(Generic[Value]):
 
 def score_verdicts(
     protocol: str,
-    benchmark: JudgedBenchmark,
+    benchmark: Benchmark,
     answers: Iterable[Answer],
     run: JudgeRun,
     metrics: Sequence[str],
     *,
     parse: Callable[[str], Value | None],
-    parts: Callable[[JudgedQuestion, Sequence[Value]], Parts],
+    parts: Callable[[Question, Sequence[Value]], Parts],
     wrong: Callable[[Sequence[Value]], bool],
     otherwise: Value | None = None,
 ) -> JudgedScore:
@@ -337,8 +296,8 @@ def score_verdicts(
 
 
 def _joined(
-    benchmark: JudgedBenchmark, answers: Iterable[Answer], run: JudgeRun
-) -> list[tuple[JudgedQuestion, Answer, list[Verdict]]]:
+    benchmark: Benchmark, answers: Iterable[Answer], run: JudgeRun
+) -> list[tuple[Question, Answer, list[Verdict]]]:
     """Every answer with its question and its verdicts, by id. ValueError for either without the other, or twice."""
     given = benchmark.answered(answers)
     verdicts: dict[str, list[Verdict]] = {question.id: [] for question, _ in given}

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.core.judge import JudgedQuestion, Parts
+from eval.core.judge import Parts
 from eval.core.statistics import Interval, ratio_interval
-from eval.core.types import Answer
+from eval.core.types import Answer, Question
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Score:
 
 
 def record(
-    question: JudgedQuestion, answer: Answer, *, wrong: bool | None, parts: Parts, **extras: Any
+    question: Question, answer: Answer, *, wrong: bool | None, parts: Parts, **extras: Any
 ) -> dict[str, Any]:
     """An answer's record in results.json; `extras` replace or follow the fields that all benchmarks have."""
     return {
@@ -75,7 +75,7 @@ def score_of(
     protocol: str,
     metrics: Mapping[str, float | None],
     items: Sequence[dict[str, Any]],
-    questions: Iterable[JudgedQuestion],
+    questions: Iterable[Question],
 ) -> Score:
     """The score with its counts; `questions` are those that were to be answered."""
     answered = {item["id"] for item in items}

@@ -15,8 +15,6 @@ import pytest
 from dama.chat import ChatError, ChatRequest, ChatUsage
 from eval.core.judge import (
     VERDICTS,
-    JudgedBenchmark,
-    JudgedQuestion,
     JudgeRun,
     OfficialJudge,
     Verdict,
@@ -26,7 +24,7 @@ from eval.core.judge import (
     replay,
     score_verdicts,
 )
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 from tests.openai_server import VERSION, Call, ScriptedServer, completion, failure, malformed, rate_limited
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,20 +32,20 @@ JUDGE = OfficialJudge("gpt-0", temperature=0.0, max_tokens=8)
 COUNT = 24
 
 
-def benchmark_of(count: int = 3) -> JudgedBenchmark:
+def benchmark_of(count: int = 3) -> Benchmark:
     """Question i is "Which digit is i?", on picture i // 2; its kind is even or odd."""
     questions = (
-        JudgedQuestion(f"q{i}", f"{i // 2}.jpg", f"Which digit is {i}?", str(i), (("even", "odd")[i % 2],))
+        Question(f"q{i}", f"{i // 2}.jpg", f"Which digit is {i}?", str(i), (("even", "odd")[i % 2],))
         for i in range(count)
     )
-    return JudgedBenchmark(tuple(questions), "How right is it?")
+    return Benchmark(tuple(questions), "How right is it?")
 
 
-def answers_of(benchmark: JudgedBenchmark) -> list[Answer]:
+def answers_of(benchmark: Benchmark) -> list[Answer]:
     return [Answer(q.id, q.image_id, q.prompt, f"It is {q.truth}.") for q in benchmark.questions]
 
 
-def requests_of(benchmark: JudgedBenchmark, answers: list[Answer] | None = None) -> list[ChatRequest]:
+def requests_of(benchmark: Benchmark, answers: list[Answer] | None = None) -> list[ChatRequest]:
     answers = answers_of(benchmark) if answers is None else answers
     return [ChatRequest(a.id, ({"role": "user", "content": f"{a.id}: {a.text}"},)) for a in answers]
 
@@ -64,7 +62,7 @@ def run_of(*texts: str | None, runs: int = 1) -> JudgeRun:
     return JudgeRun("gpt-0", 0.0, "digest", tuple(verdicts))
 
 
-def score_of(run: JudgeRun, benchmark: JudgedBenchmark | None = None, *, otherwise: float | None = None, answers=None):
+def score_of(run: JudgeRun, benchmark: Benchmark | None = None, *, otherwise: float | None = None, answers=None):
     """The mean of the digits, in all and by kind."""
     benchmark = benchmark or benchmark_of()
     return score_verdicts(
@@ -222,7 +220,7 @@ def test_two_kills_change_nothing(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- replay
 
 
-def judged(folder) -> JudgedBenchmark:
+def judged(folder) -> Benchmark:
     benchmark = benchmark_of()
     with ScriptedServer(lambda call: call.text[1]) as base_url:
         ask_judge(settings_of(base_url), requests_of(benchmark), folder, "d", parse=number, runs=2)

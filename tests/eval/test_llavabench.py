@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 
 from eval import llavabench
-from eval.core.judge import JudgedBenchmark, JudgedQuestion, JudgeRun, Verdict, replay
+from eval.core.judge import JudgeRun, Verdict, replay
 from eval.core.store import read_answers
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 from tests.openai_server import ScriptedServer, failure
 
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 official = pytest.mark.skipif(not BENCH, reason="DAMA_BENCH_DATA not set")
 
 
-def benchmark_of(*kinds: str) -> JudgedBenchmark:
+def benchmark_of(*kinds: str) -> Benchmark:
     questions = (
-        JudgedQuestion(str(i), f"{i:03d}.jpg", f"What is {i}?", f"reference {i}", (kind,), f"context {i}")
+        Question(str(i), f"{i:03d}.jpg", f"What is {i}?", f"reference {i}", (kind,), f"context {i}")
         for i, kind in enumerate(kinds)
     )
-    return JudgedBenchmark(tuple(questions), "Give two scores.")
+    return Benchmark(tuple(questions), "Give two scores.")
 
 
 def answers_of(benchmark):
@@ -39,16 +39,16 @@ def score_of(benchmark, *texts, **others):
 # ------------------------------------------------------------------------------------------------- the real reviews
 
 
-def golden() -> tuple[JudgedBenchmark, list[Answer]]:
+def golden() -> tuple[Benchmark, list[Answer]]:
     """The questions as far as they are known (no pictures, contexts and references) and LLaVA-1.5-7B's answers."""
     home = Path(BENCH, "llava_bench")
     rows = [json.loads(line) for line in (home / "questions_recovered.jsonl").read_text().splitlines()]
     questions = (
-        JudgedQuestion(str(r["question_id"]), "", r["text"], "", (r["category"].removeprefix("llava_bench_"),))
+        Question(str(r["question_id"]), "", r["text"], "", (r["category"].removeprefix("llava_bench_"),))
         for r in rows
     )
     answers = read_answers(home / "golden/answers/llava-v1.5-7b.jsonl")
-    return JudgedBenchmark(tuple(questions), llavabench._rule(home / "rule.json")), answers
+    return Benchmark(tuple(questions), llavabench._rule(home / "rule.json")), answers
 
 
 def review(number: int) -> Path:
@@ -129,7 +129,7 @@ def test_the_official_layout(tmp_path):
     folder = folder_of(tmp_path)
     shutil.copy(Path(BENCH, "llava_bench/rule.json"), folder / "llava_bench")
     benchmark = llavabench.load(folder)
-    question = JudgedQuestion("1", "001.jpg", "What is 1?", "reference 1", ("detail",), "context 1\nmore")
+    question = Question("1", "001.jpg", "What is 1?", "reference 1", ("detail",), "context 1\nmore")
     assert benchmark.questions[1] == question
     assert benchmark.prompt_digest == "2ce22b562d600886"
     request = llavabench.requests(benchmark)[1]

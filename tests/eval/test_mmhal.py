@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from eval import mmhal
-from eval.core.judge import JudgedBenchmark, JudgedQuestion, JudgeRun, Verdict, replay
-from eval.core.types import Answer
+from eval.core.judge import JudgeRun, Verdict, replay
+from eval.core.types import Answer, Benchmark, Question
 from tests.openai_server import VERSION, ScriptedServer
 
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
@@ -18,12 +18,12 @@ official = pytest.mark.skipif(not BENCH, reason="DAMA_BENCH_DATA not set")
 TEMPLATE = "{}\nQ {}\nT {}\nA {}"
 
 
-def benchmark_of(*kinds: str) -> JudgedBenchmark:
+def benchmark_of(*kinds: str) -> Benchmark:
     questions = (
-        JudgedQuestion(f"im{i}", f"im{i}.jpg", f"How many on {i}?", f"There are {i}.", (kind,), "Cat, Dog")
+        Question(f"im{i}", f"im{i}.jpg", f"How many on {i}?", f"There are {i}.", (kind,), "Cat, Dog")
         for i, kind in enumerate(kinds)
     )
-    return JudgedBenchmark(tuple(questions), TEMPLATE)
+    return Benchmark(tuple(questions), TEMPLATE)
 
 
 def answers_of(benchmark):
@@ -106,7 +106,7 @@ def test_a_missing_field_and_missing_files(tmp_path):
 
 
 def test_a_prompt_without_its_slots_is_refused():
-    benchmark = JudgedBenchmark((), "Rate {}")
+    benchmark = Benchmark((), "Rate {}")
     with pytest.raises(ValueError, match="expected 4 slots, got 1"):
         mmhal.judge_requests(benchmark, [])
 

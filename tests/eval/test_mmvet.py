@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 
 from eval import mmvet
-from eval.core.judge import JudgedBenchmark, JudgedQuestion, JudgeRun, Verdict, replay
-from eval.core.types import Answer
+from eval.core.judge import JudgeRun, Verdict, replay
+from eval.core.types import Answer, Benchmark, Question
 from tests.openai_server import ScriptedServer
 
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 official = pytest.mark.skipif(not BENCH, reason="DAMA_BENCH_DATA not set")
 
 
-def benchmark_of(*kinds: str) -> JudgedBenchmark:
+def benchmark_of(*kinds: str) -> Benchmark:
     """One question for each, which names the capabilities that it needs."""
     questions = (
-        JudgedQuestion(f"v1_{i}", f"v1_{i}.png", f"What is {i}?", "-1<AND>-5", tuple(kind.split()))
+        Question(f"v1_{i}", f"v1_{i}.png", f"What is {i}?", "-1<AND>-5", tuple(kind.split()))
         for i, kind in enumerate(kinds)
     )
-    return JudgedBenchmark(tuple(questions), "Question | Truth | Prediction | Correctness\n--- | --- | --- | ---")
+    return Benchmark(tuple(questions), "Question | Truth | Prediction | Correctness\n--- | --- | --- | ---")
 
 
 def answers_of(benchmark, *texts):
@@ -45,15 +45,15 @@ def score_of(benchmark, *grades, **others):
 # -------------------------------------------------------------------------------------------------- the real grades
 
 
-def golden() -> tuple[JudgedBenchmark, list[Answer], JudgeRun]:
+def golden() -> tuple[Benchmark, list[Answer], JudgeRun]:
     """LLaVA-1.5-7B's answers and its three grades each; capabilities only where mm-vet.json is at hand."""
     home = Path(BENCH, "mmvet")
     if (home / "mm-vet.json").is_file():
         benchmark = mmvet.load(BENCH)
     else:
         rows = [json.loads(line) for line in (home / "llava-mm-vet.jsonl").read_text().splitlines()]
-        questions = (JudgedQuestion(f"v1_{r['question_id']}", r["image"], r["text"], "") for r in rows)
-        benchmark = JudgedBenchmark(tuple(questions), "")
+        questions = (Question(f"v1_{r['question_id']}", r["image"], r["text"], "") for r in rows)
+        benchmark = Benchmark(tuple(questions), "")
     prompts = {question.id: question.prompt for question in benchmark.questions}
     texts = json.loads((home / "golden/llava-v1.5-7b.json").read_text())
     answers = [Answer(id_, "", prompts[id_], text) for id_, text in texts.items()]
@@ -97,7 +97,7 @@ def test_the_official_prompt_and_layout(tmp_path):
     (tmp_path / "mmvet/mm-vet.json").write_text(json.dumps({"v1_0": row}))
     (tmp_path / "mmvet/mm-vet_evaluator.py").write_text(f"raise SystemExit\nprompt = {prompt + chr(10)!r}\n")
     benchmark = mmvet.load(tmp_path)
-    assert benchmark.questions == (JudgedQuestion("v1_0", "v1_0.png", "What is x?", "-1<AND>-5", ("ocr", "math")),)
+    assert benchmark.questions == (Question("v1_0", "v1_0.png", "What is x?", "-1<AND>-5", ("ocr", "math")),)
     (request,) = mmvet.judge_requests(benchmark, [Answer("v1_0", "", "What is x?", "x = 3")])
     assert request.messages == ({"role": "user", "content": f"{prompt}\nWhat is x? | -1 <AND> -5 | x = 3 | "},)
     assert mmvet.requests(benchmark)[0].image_id == "v1_0"

@@ -16,11 +16,11 @@ from PIL import Image
 
 from eval import amber, llavabench, mmhal, mmvet, objhal, pope
 from eval.compare import figure_of, read_all
-from eval.core.judge import JudgedBenchmark, JudgedQuestion, JudgeRun, Verdict
+from eval.core.judge import JudgeRun, Verdict
 from eval.core.nouns import rule_tagger
 from eval.core.ruled import cell
 from eval.core.store import Provenance, write_results
-from eval.core.types import Answer
+from eval.core.types import Answer, Benchmark, Question
 from eval.page import SIDE, is_of_kind, main, marked, read_pictures, state_of, tags_of, write_page
 from playground.tinycoco.vocabulary import SYNONYMS
 from tests.eval import tiny_bench
@@ -60,10 +60,10 @@ def judged(module: Any, kinds: Texts, verdicts: Texts) -> Callable[[Path, Texts]
     def scored(folder: Path, texts: Texts) -> Any:
         tiny_bench.paint(folder / "images", {f"{i}.jpg": scene for i, scene in enumerate(tiny_bench.scenes(4))})
         questions = tuple(
-            JudgedQuestion(str(i), f"{i}.jpg", f"What is in picture {i}?", f"Truth {i}.", (kind,), f"Context {i}.")
+            Question(str(i), f"{i}.jpg", f"What is in picture {i}?", f"Truth {i}.", (kind,), f"Context {i}.")
             for i, kind in enumerate(kinds)
         )
-        bench = JudgedBenchmark(questions, "prompt", folder / "images")
+        bench = Benchmark(questions, "prompt", folder / "images")
         given = tuple(Verdict(q.id, 0, "", text, None, "v1") for q, text in zip(questions, verdicts))
         score = module.score(bench, answers(questions, texts), JudgeRun("judge", 0.0, "digest", given))
         return score, score.items, score.metrics, score.counts, bench.image_folder
