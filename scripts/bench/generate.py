@@ -10,6 +10,7 @@ the logits of the first differing token are looked at: a gap below TIE is a tie 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from dama.console import say, write_json
 from llava.eval.generate import Answerer, Decoding, Request, by_length
 from llava.train.throughput import PairLength
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # playground is not installed
 from playground.tinycoco.captions import QUESTIONS
 from playground.tinycoco.scenes import draw, sample_scene
 
