@@ -317,9 +317,12 @@ def configs_of(model_args: Any, cache_dir: str | None = None) -> tuple[Any, Any]
 
 
 def look_at_model(plan: Plan) -> ModelShape | None:
+    from huggingface_hub import constants
+
     model_args, _, args = plan.arguments
     source = str(model_args.model_name_or_path)
-    if not Path(source).is_dir() and not hub_has(source):
+    there = Path(source).is_dir() or hub_has(source)
+    if not there:
         plan.faults.append(
             f"model: '{source}' is no folder, is not in the local cache, and the hub did not answer; set MODEL, or "
             "--model_name_or_path, to a LLaVA-v1.5 checkpoint folder"
@@ -327,6 +330,7 @@ def look_at_model(plan: Plan) -> ModelShape | None:
     if plan.clip and not has_clip_weights(*plan.clip):
         weights = ":".join(plan.clip)
         plan.faults.append(f"CLIP: the weights {weights} are not in the local cache, and the hub did not answer")
+    constants.HF_HUB_OFFLINE |= not there  # what is asked below would be asked five more times, with pauses
     try:
         shape = ModelShape.of(*configs_of(model_args, args.cache_dir))
     except (OSError, ValueError) as error:
