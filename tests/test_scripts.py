@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.train import doctor
+from llava.train import doctor, preflight
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN
 
@@ -70,13 +70,15 @@ def page(capsys, monkeypatch, script, *flags, gpus=0, memory=80 * GIB, **environ
     """The doctor's page on a machine of so many GPUs."""
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(doctor, "gpus", lambda: [("GPU", memory)] * gpus)
+    for module in (doctor, preflight):
+        monkeypatch.setattr(module, "gpus", lambda: [("GPU", memory)] * gpus)
     status = doctor.main(["--config-of", str(ROOT / "scripts" / script), *flags])
     return status, capsys.readouterr().out
 
 
 def test_everything_missing_is_said_at_once(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "host_memory", lambda: GIB)
+    for module in (doctor, preflight):
+        monkeypatch.setattr(module, "host_memory", lambda: GIB)
     usage = doctor.shutil.disk_usage(tmp_path)._replace(free=GIB)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
     places = {"DATA": "no.json", "IMAGES": "nowhere", "OUTPUT": tmp_path / "x"}

@@ -25,8 +25,8 @@ from llava.train.checkpoints import (
     provenance_of,
     safe_save_model_for_hf_trainer,
 )
-from llava.train.doctor import preflight
 from llava.train.llava_trainer import LLaVATrainer
+from llava.train.preflight import preflight
 from llava.train.preprocess import (
     preprocess,
     preprocess_llama_2,

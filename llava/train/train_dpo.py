@@ -18,7 +18,6 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.checkpoints import is_finished, provenance_of
-from llava.train.doctor import preflight
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
     DPODataset,
@@ -29,6 +28,7 @@ from llava.train.dpo_data import (
     read_checked_pairs,
 )
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
+from llava.train.preflight import preflight
 from llava.train.reference import reference_of_pairs
 from llava.train.setup_model import setup_model
 from llava.train.train import train_and_save

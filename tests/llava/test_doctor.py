@@ -12,19 +12,20 @@ import torch
 
 from dama.pairs import read_pairs
 from llava.train import doctor, train
+from llava.train import preflight as preflight_module
 from llava.train.arguments import parse_arguments
-from llava.train.doctor import (
+from llava.train.doctor import main
+from llava.train.memory import ModelShape, Parts, Training, Zero, estimate_step
+from llava.train.preflight import (
     checkpoint_bytes,
     checkpoints_at_a_time,
     configs_of,
     fit_micro_batch,
     lengths_of,
-    main,
     preflight,
     trial_save,
     use_layout,
 )
-from llava.train.memory import ModelShape, Parts, Training, Zero, estimate_step
 from llava.train.throughput import PairLength
 from tests.llava.test_dpo_golden import flags
 from tests.llava.test_memory import SHAPE
@@ -193,12 +194,12 @@ def test_auto_micro_batch_changes_the_layout_alone(in_golden, tmp_path, monkeypa
     assert (arguments[2].per_device_train_batch_size, arguments[2].gradient_accumulation_steps) == (8, 1)
     shape = ModelShape.of(*configs_of(arguments[0]))
     needed = estimate_step(arguments, shape, lengths_of(arguments, pairs, shape.patches)[0], 1, False, (2, 4)).peak
-    monkeypatch.setattr(doctor, "host_memory", lambda: needed)
+    monkeypatch.setattr(preflight_module, "host_memory", lambda: needed)
     arguments = parse_arguments(words)
     preflight(arguments, pairs)
     assert (arguments[2].per_device_train_batch_size, arguments[2].gradient_accumulation_steps) == (2, 4)
     assert "micro-batches of up to 2 fit" in capsys.readouterr().out
-    monkeypatch.setattr(doctor, "host_memory", lambda: 1000)
+    monkeypatch.setattr(preflight_module, "host_memory", lambda: 1000)
     with pytest.raises(ValueError, match="rank memory: 0.0 MiB on each, about"):
         preflight(parse_arguments(words), pairs)
 
