@@ -48,11 +48,6 @@ class Findings:
     def conditions(self) -> list[str]:
         return [c for c in CONDITIONS if (c, DPO) in self.curves and (c, DAMA) in self.curves]
 
-    @property
-    def middle_rate(self) -> float:
-        """The learning rate at which single constants are varied and mechanisms looked at."""
-        return RATE
-
     @cached_property
     def main(self) -> list[dict[str, Any]]:
         """DPO and DAMA under each condition: where they end, and DAMA's difference."""
@@ -101,15 +96,15 @@ class Findings:
         rows = []
         for method in methods:
             curve = self.curves["clean", method]
-            point = max((p for p in curve.points if p.rate == self.middle_rate), key=lambda p: p.step)
-            gap = analysis.mean_gap(curve, dpo, self.middle_rate)
+            point = max((p for p in curve.points if p.rate == RATE), key=lambda p: p.step)
+            gap = analysis.mean_gap(curve, dpo, RATE)
             rows.append({"method": method, **{m: point.of(m) for m in METRICS}, "mean": gap, "verdict": verdict(gap)})
         return rows
 
     # --- Mechanism ------------------------------------------------------------------------------------------------
 
     def probes(self, condition: str, method: str, figure: str) -> dict[str, dict[int, list[float]]]:
-        return analysis.by_third(self.study, condition, method, self.middle_rate, figure)
+        return analysis.by_third(self.study, condition, method, RATE, figure)
 
     @cached_property
     def thirds(self) -> list[dict[str, Any]]:
@@ -128,13 +123,13 @@ class Findings:
 
     @cached_property
     def weights(self) -> dict[str, dict[str, float]]:
-        return analysis.weights_of_thirds(self.study, "clean", DAMA, self.middle_rate, self.pool.thirds)
+        return analysis.weights_of_thirds(self.study, "clean", DAMA, RATE, self.pool.thirds)
 
     @cached_property
     def flips(self) -> list[dict[str, float]]:
         if "flipped" not in self.conditions:
             return []
-        return analysis.flips_dropped(self.study, DAMA, self.middle_rate)
+        return analysis.flips_dropped(self.study, DAMA, RATE)
 
     @cached_property
     def easy_over_hard(self) -> dict[str, list[float]]:
@@ -340,7 +335,7 @@ def render(findings: Findings, numbers: Mapping[str, Any]) -> str:
         pairs=list(_shown_pairs(findings.pool)),
         conditions=CONDITIONS,
         levels=LEVELS,
-        rate=findings.middle_rate,
+        rate=RATE,
         steps=findings.pool.scale.steps,
         start={metric: study.curve(*next(iter(findings.curves))).start.of(metric) for metric in METRICS},
         plots={title: svg_of(f"study-{n}", plot) for n, (title, plot) in enumerate(_plots(findings))},
@@ -358,7 +353,7 @@ def _plots(findings: Findings) -> Iterator[tuple[str, Callable[[Axes], None]]]:
     yield "Against DPO's trade-off", partial(draw_gaps, rows=gaps)
     tables = {method: findings.probes("clean", method, "margin") for method in (DPO, DAMA)}
     yield "Margins of held-out pairs, clean", partial(draw_thirds, tables=tables)
-    steps, alphas, bars = analysis.alpha_M(findings.study, "clean", DAMA, findings.middle_rate)
+    steps, alphas, bars = analysis.alpha_M(findings.study, "clean", DAMA, RATE)
     yield "The model-aware factor, clean", partial(draw_alpha_M, steps=steps, alphas=alphas, bars=bars)
 
 
