@@ -19,7 +19,7 @@ from eval.core.types import Answer
 from eval.objhal import METRICS, score_captions
 from playground.tinycoco import run
 from playground.tinycoco.preferences import scene_of
-from playground.tinycoco.study.data import Pool, Row, draw_ids, given_row, rows_of
+from playground.tinycoco.study.data import Pool, Row, given_row, rows_of
 from playground.tinycoco.study.grid import STEP_PAIRS, VERSION, Cell, Scale
 
 MAX_NEW_TOKENS = 96
@@ -62,15 +62,15 @@ class World:
 def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     """Trains, and writes out/NAME.json; what it needs on the way is removed. Returns the figures.
 
-    stops: step -> captions of "test" and "validation" scenes, "probes". pairs: the trainer's pair log.
+    stops: step -> captions of "test" scenes, "probes", at the end of "validation" scenes too, by which learning rates
+    are chosen. pairs: the trainer's pair log.
     """
     began = time.monotonic()
     work = out / "work" / cell.name
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     rows = rows_of(world.pool, cell)
-    write_json(work / "pairs.json", rows)
-    trainer, look = build_trainer(cell, world, work)
+    trainer, look = build_trainer(cell, world, rows, work)
     trainer.train()
     look.at(world.scale.steps)
     lines = (work / "trained" / "pair_log.jsonl").read_text().splitlines()
@@ -89,8 +89,9 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     return figures
 
 
-def build_trainer(cell: Cell, world: World, work: Path) -> tuple[Any, Look]:
+def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> tuple[Any, Look]:
     """The trainer as train_mem.py would build it, told to be looked at on its way."""
+    from llava.eval.generate import Answerer
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_data import hardness_of_pairs, join_pairs, read_checked_pairs
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
@@ -98,43 +99,41 @@ def build_trainer(cell: Cell, world: World, work: Path) -> tuple[Any, Look]:
     from llava.train.setup_model import setup_model
 
     arguments = parse_arguments(flags_of(cell, world, work), task="DPO")
-    pairs, _ = read_checked_pairs(arguments[1])
     model, tokenizer, processor = setup_model(arguments)
-    hardness = hardness_of_pairs(pairs, None, {}, needed=True)
-    reference = reference_of_pairs(pairs, arguments, {}, model, tokenizer)
-    data = join_pairs(pairs, hardness, reference, arguments, tokenizer, processor, model)
-    trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=data.train, delta_bar=data.delta_bar)
 
     def prepared(rows: Sequence[Row], name: str) -> Any:
-        """A data set of these rows, to be evaluated on."""
-        write_json(work / name, list(rows))
-        arguments[1].data_path = str(work / name)
-        probes, _ = read_checked_pairs(arguments[1])
-        given = hardness_of_pairs(probes, None, {}, needed=True)
-        logps = reference_of_pairs(probes, arguments, {}, model, tokenizer)
-        return join_pairs(probes, given, logps, arguments, tokenizer, processor, model).train
+        """What training would make of these rows."""
+        arguments[1].data_path = str(work / f"{name}.json")
+        write_json(arguments[1].data_path, list(rows))
+        pairs, _ = read_checked_pairs(arguments[1])
+        hardness = hardness_of_pairs(pairs, None, {}, needed=True)
+        reference = reference_of_pairs(pairs, arguments, {}, model, tokenizer)
+        return join_pairs(pairs, hardness, reference, arguments, tokenizer, processor, model)
 
-    pool, look = world.pool, Look(world)
-    trained = set(draw_ids(pool, cell.condition, cell.seed))
-    flipped = {str(row["idx"]) for row in rows_of(pool, cell) if row["flipped"]}
-    for third, ids in pool.thirds.items():
-        own = [id for id in ids if id in trained][: world.scale.probes]
-        rows = [given_row(pool, id, flipped=id in flipped) for id in own]
-        look.probes[f"trained_{third}"] = prepared(rows, f"trained_{third}.json")
-        rows = [given_row(pool, id) for id in pool.probes[third]]
-        look.probes[f"held_out_{third}"] = prepared(rows, f"held_out_{third}.json")
+    data = prepared(rows, "pairs")
+    trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=data.train, delta_bar=data.delta_bar)
     trainer.remove_callback(PrinterCallback)
-    look.trainer = trainer
-    look.answerer = live_answerer(model, tokenizer, processor)
+    probes = {name: prepared(rows, name).train for name, rows in probes_of(world.pool, rows).items()}
+    look = Look(world, trainer, Answerer.of(model, tokenizer, processor, conv_mode="v1"), probes)
     trainer.add_callback(look)
     return trainer, look
 
 
+def probes_of(pool: Pool, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Of each third by delta: the first of the cell's own rows, and the pairs that no cell is trained on."""
+    own = {str(row["idx"]): row for row in rows}
+    found = {}
+    for third, ids in pool.thirds.items():
+        found[f"trained_{third}"] = [own[id] for id in ids if id in own][: pool.scale.probes]
+        found[f"held_out_{third}"] = [given_row(pool, id) for id in pool.probes[third]]
+    return found
+
+
 def flags_of(cell: Cell, world: World, work: Path) -> list[str]:
-    """Of train_mem.py."""
+    """Of train_mem.py; `build_trainer` names the data that it has written."""
     chosen = {
         "--model_name_or_path": run.SFT, "--version": "v1", "--image_aspect_ratio": "pad", "--use_cpu": True,
-        "--data_path": work / "pairs.json", "--image_folder": world.images, "--output_dir": work / "trained",
+        "--data_path": run.PAIRS, "--image_folder": world.images, "--output_dir": work / "trained",
         "--learning_rate": cell.rate, "--lr_scheduler_type": "cosine", "--warmup_steps": 0.1,
         "--max_steps": world.scale.steps, "--per_device_train_batch_size": STEP_PAIRS, "--model_max_length": 512,
         "--per_device_eval_batch_size": 40, "--seed": cell.seed, "--data_seed": cell.seed, "--pair_log": True,
@@ -143,21 +142,11 @@ def flags_of(cell: Cell, world: World, work: Path) -> list[str]:
     return [str(word) for pair in chosen.items() for word in pair] + list(cell.flags)
 
 
-def live_answerer(model: Any, tokenizer: Any, processor: Any) -> Any:
-    from llava.eval.generate import Answerer
-
-    return Answerer.of(model, tokenizer, processor, conv_mode="v1")
-
-
 class Look(TrainerCallback):
-    """At each stop: captions of both sets of scenes, and reward gaps of pairs that were and were not trained on."""
+    """At each stop: captions of held-out scenes, and reward gaps of pairs that were and were not trained on."""
 
-    trainer: Any
-    answerer: Any
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.probes: dict[str, Any] = {}
+    def __init__(self, world: World, trainer: Any, answerer: Any, probes: dict[str, Any]) -> None:
+        self.world, self.trainer, self.answerer, self.probes = world, trainer, answerer, probes
         self.figures: dict[str, Any] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -168,19 +157,18 @@ class Look(TrainerCallback):
         """Once for each step: what a later call repeats is known already."""
         if str(step) in self.figures:
             return
-        model = self.trainer.model
-        model.eval()
-        probes = {name: self.trainer.evaluate(data, metric_key_prefix="p") for name, data in self.probes.items()}
-        self.figures[str(step)] = {
-            "test": captions(self.answerer, self.world.test),
-            "validation": captions(self.answerer, self.world.validation),
-            "probes": {
-                name: {"loss": found["p_loss"], "accuracy": found["p_rewards/accuracies"],
-                       "margin": found["p_rewards/margins"]}
-                for name, found in probes.items()
-            },
-        }  # fmt: skip
-        model.train()
+        self.trainer.model.eval()
+        figures = {"test": captions(self.answerer, self.world.test)}
+        if step == self.world.scale.steps:
+            figures["validation"] = captions(self.answerer, self.world.validation)
+        figures["probes"] = {name: self.reward_figures(data) for name, data in self.probes.items()}
+        self.figures[str(step)] = figures
+        self.trainer.model.train()
+
+    def reward_figures(self, pairs: Any) -> dict[str, float]:
+        found = self.trainer.evaluate(pairs, metric_key_prefix="p")
+        kept = {"loss": "p_loss", "accuracy": "p_rewards/accuracies", "margin": "p_rewards/margins"}
+        return {name: found[key] for name, key in kept.items()}
 
 
 def captions(answerer: Any, scenes: Scenes) -> dict[str, Any]:
