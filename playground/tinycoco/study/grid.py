@@ -23,7 +23,7 @@ class Scale(NamedTuple):
     validation: int = 150
 
 
-VERSION = 1  # of what a cell computes: raised with any change of it, so that no old result is taken for a new one
+VERSION = 2  # of what a cell computes: raised with any change of it, so that no old result is taken for a new one
 FULL = Scale()
 STEP_PAIRS = 16
 CELL_SECONDS = 65  # of one core, about
