@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     benchmarks.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: %(default)s)")
     benchmarks.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
     study = commands.add_parser("study", help="train DPO, DAMA and its parts on a grid, and write what holds as a page")
-    study.add_argument("--quick", action="store_true", help="DPO and DAMA, two conditions, two seeds: about 17 minutes")
+    study.add_argument("--quick", action="store_true", help="DPO and DAMA, two conditions, two seeds: about 15 minutes")
     study.add_argument("--out", type=Path, help="cells, kept (default: runs/study, or runs/study_quick)")
     study.add_argument("--docs", type=Path, help="for study.html and study.json (default: docs, or OUT when quick)")
     study.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="cells at a time (default: %(default)s)")
