@@ -174,6 +174,13 @@ def test_a_rate_that_a_seed_lacks_is_no_point() -> None:
     assert {p.rate for p in study.curve("clean", DPO).points} == {1e-5}
 
 
+def test_a_seed_that_failed_leaves_the_others_figures() -> None:
+    cells = [Cell("flipped", DAMA, 2e-5, 0), Cell("flipped", DPO, 2e-5, 1)]  # DAMA's second seed has no file
+    study = study_of({cell: run_of(cell, 5, 9.5) for cell in cells})
+    assert analysis.flips_dropped(study, DAMA, 2e-5) == [{"all": 0.125, "dropped": 0.5}] * 3
+    assert analysis.alpha_M(study, "flipped", DAMA, 2e-5)[0] == [1, 2, 3]
+
+
 def test_what_happened_to_the_pairs() -> None:
     """The filter keeps the first twelve of sixteen, so that of the four dropped ones two are the flipped ones."""
     cell = Cell("flipped", DAMA, 2e-5, 0)
@@ -194,7 +201,7 @@ def test_what_happened_to_the_pairs() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of two methods and two conditions, one rate, one seed, finished by two processes."""
     folder = tmp_path_factory.mktemp("study")
-    assert not runner.run_study(CELLS, folder, 2, SMALL)
+    assert not runner.run_study(CELLS, runner.prepare_world(folder, SMALL), folder, 2)
     return folder
 
 
@@ -220,10 +227,11 @@ def test_what_is_finished_is_kept_and_what_is_repeated_is_the_same(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
-    assert not runner.run_study(CELLS, folder, 2, SMALL)
+    world = runner.prepare_world(folder, SMALL)
+    assert not runner.run_study(CELLS, world, folder, 2)
     assert files == {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
     assert "4 cells declared, 4 finished" in capsys.readouterr().out
-    assert runner.run_again(CELLS, folder, 1, SMALL) == 0
+    assert runner.run_again(CELLS, world, folder, 1) == 0
     assert "the same to the last caption" in capsys.readouterr().out
 
 
@@ -239,16 +247,17 @@ def test_a_cell_that_fails_is_listed_and_the_others_go_on(folder: Path, tmp_path
 
     shutil.copytree(folder, tmp_path / "study")
     bad = Cell("clean", DPO, -1.0, 0)
-    assert runner.run_study([bad, *CELLS], tmp_path / "study", 1, SMALL)
+    world = runner.read_world(tmp_path / "study", SMALL)
+    assert runner.run_study([bad, *CELLS], world, tmp_path / "study", 1)
     assert list(json.loads((tmp_path / "study/failed.json").read_text())) == [bad.name]
 
 
 def test_the_page_holds_every_figure_and_nothing_from_outside(folder: Path, tmp_path: Path) -> None:
-    study, pool = Study.read(folder, CELLS), runner.read_world(folder, SMALL).pool
-    page, numbers = write_study(study, pool, CELLS, tmp_path)
+    findings = Findings(Study.read(folder, CELLS), runner.read_world(folder, SMALL).pool, CELLS)
+    page, numbers = write_study(findings, tmp_path)
     text, data = page.read_text(), json.loads(numbers.read_text())
     assert set(data["cells"]) == {cell.name for cell in CELLS} and not data["missing"] and not data["failed"]
-    for claim, found in Findings(study, pool, CELLS).sentences:
+    for claim, found in findings.sentences:
         assert claim in text and found.split("(")[0].strip()[:20] in text
     assert [row["condition"] for row in data["main"]] == ["clean", "flipped"]
     assert text.count("<svg") == 5 and "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text

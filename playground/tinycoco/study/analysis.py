@@ -128,19 +128,26 @@ class Study:
     def diverged(self) -> list[str]:
         return [cell.name for cell, figures in self.cells.items() if figures["diverged"]]
 
+    def runs(self, condition: str, method: str, rate: float) -> list[Mapping[str, Any]]:
+        """The finished ones, a seed each."""
+        cells = (Cell(condition, method, rate, seed) for seed in self.seeds)
+        return [self.cells[cell] for cell in cells if cell in self.cells]
+
     def methods(self, condition: str) -> list[str]:
         return list(dict.fromkeys(cell.method for cell in self.cells if cell.condition == condition))
 
     def curve(self, condition: str, method: str) -> Curve:
         """Of rates that every seed has finished."""
-        mine = [cell for cell in self.cells if (cell.condition, cell.method) == (condition, method)]
-        rates = [r for r in sorted({c.rate for c in mine}) if sum(c.rate == r for c in mine) == len(self.seeds)]
-        points = []
-        for rate in rates:
-            runs = [self.cells[Cell(condition, method, rate, seed)] for seed in self.seeds]
-            points += [self._point(rate, int(step), runs) for step in sorted(runs[0]["stops"], key=int)]
+        rates = sorted({c.rate for c in self.cells if (c.condition, c.method) == (condition, method)})
+        found = {rate: self.runs(condition, method, rate) for rate in rates}
+        whole = {rate: runs for rate, runs in found.items() if len(runs) == len(self.seeds)}
+        points = [
+            self._point(rate, int(step), runs)
+            for rate, runs in whole.items()
+            for step in sorted(runs[0]["stops"], key=int)
+        ]
         start = Point(0.0, 0, 0.0, self._values([self.sft["test"]] * len(self.seeds)))
-        return Curve(method, condition, start, points, self._choose_rate(condition, method, rates))
+        return Curve(method, condition, start, points, self._choose_rate(whole))
 
     def _point(self, rate: float, step: int, runs: Sequence[Mapping[str, Any]]) -> Point:
         work = float(np.mean([work_until(run["pairs"], step) for run in runs]))
@@ -155,17 +162,21 @@ class Study:
             rows.append(ratio(*sums))
         return np.stack(rows)
 
-    def _choose_rate(self, condition: str, method: str, rates: Sequence[float]) -> float | None:
+    def _choose_rate(self, runs_of: Mapping[float, Sequence[Mapping[str, Any]]]) -> float | None:
         """The rate of the lowest response-level on validation scenes that costs at most RECALL_COST of recall there;
         the smallest rate where all cost more."""
         floor = plain_ratio([self.sft["validation"]], "object_recall") - RECALL_COST
         found = {}
-        for rate in rates:
-            runs = [self.cells[Cell(condition, method, rate, seed)] for seed in self.seeds]
-            last = [run["stops"][max(run["stops"], key=int)]["validation"] for run in runs]
+        for rate, runs in runs_of.items():
+            last = [last_stop(run)["validation"] for run in runs]
             if plain_ratio(last, "object_recall") >= floor:
                 found[rate] = plain_ratio(last, "response_level")
-        return min(found, key=found.__getitem__) if found else min(rates, default=None)
+        return min(found, key=found.__getitem__) if found else min(runs_of, default=None)
+
+
+def last_stop(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell's file says of its end."""
+    return run["stops"][max(run["stops"], key=int)]
 
 
 def plain_ratio(scored: Sequence[Mapping[str, Any]], metric: str) -> float:
@@ -226,9 +237,8 @@ def verdict(gap: Interval) -> str:
 def by_third(study: Study, condition: str, method: str, rate: float, figure: str) -> dict[str, dict[int, list[float]]]:
     """probe set, for instance "held_out_easy" -> step -> the figure of each seed: "margin", "accuracy" or "loss"."""
     table: dict[str, dict[int, list[float]]] = {}
-    for seed in study.seeds:
-        run = study.cells.get(Cell(condition, method, rate, seed))
-        for step, stop in (run or {"stops": {}})["stops"].items():
+    for run in study.runs(condition, method, rate):
+        for step, stop in run["stops"].items():
             for name, values in stop["probes"].items():
                 table.setdefault(name, {}).setdefault(int(step), []).append(values[figure])
     return table
@@ -242,8 +252,8 @@ def weights_of_thirds(
     rows: dict[str, list[Mapping[str, Any]]] = {third: [] for third in thirds}
     first: dict[str, list[float]] = {third: [] for third in thirds}
     last: dict[str, list[float]] = {third: [] for third in thirds}
-    for seed in study.seeds:
-        pairs = study.cells[Cell(condition, method, rate, seed)]["pairs"]
+    for run in study.runs(condition, method, rate):
+        pairs = run["pairs"]
         ends = {pair["id"]: pair["R"] for pair in pairs}
         starts = {pair["id"]: pair["R"] for pair in reversed(pairs)}
         for pair in pairs:
@@ -266,8 +276,7 @@ def weights_of_thirds(
 def flips_dropped(study: Study, method: str, rate: float) -> list[dict[str, float]]:
     """Each third of the training, flipped condition: the share of flipped pairs among all, and among those dropped."""
     parts: list[dict[str, list[bool]]] = [{"all": [], "dropped": []} for _ in range(3)]
-    for seed in study.seeds:
-        run = study.cells[Cell("flipped", method, rate, seed)]
+    for run in study.runs("flipped", method, rate):
         flipped, steps = set(run["flipped"]), 1 + max(pair["step"] for pair in run["pairs"])
         for pair in run["pairs"]:
             part = parts[3 * pair["step"] // steps]
@@ -279,7 +288,7 @@ def flips_dropped(study: Study, method: str, rate: float) -> list[dict[str, floa
 
 def alpha_M(study: Study, condition: str, method: str, rate: float) -> tuple[list[int], list[float], list[float]]:
     """(step, mean alpha_M, mean R_bar) over seeds."""
-    logs = [study.cells[Cell(condition, method, rate, seed)]["log"] for seed in study.seeds]
+    logs = [run["log"] for run in study.runs(condition, method, rate)]
     steps = [row["step"] for row in logs[0]]
     alphas, bars = ([_mean(row[key] for row in rows) for rows in zip(*logs)] for key in ("dama/alpha_M", "dama/R_bar"))
     return steps, alphas, bars
@@ -291,5 +300,5 @@ def _mean(values: Any) -> float:
 
 
 def ablations(study: Study) -> list[str]:
-    """Methods of the clean condition, DPO first, in the order of the declaration."""
+    """Methods of the clean condition but DPO, in the order of the declaration."""
     return [method for method in METHODS if method in study.methods("clean") and method != DPO]

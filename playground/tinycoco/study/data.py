@@ -7,6 +7,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,18 @@ class Pool:
     def delta(self, id: str) -> float:
         return hardness_delta(*self.scores[id])
 
-    @property
+    @cached_property
     def by_delta(self) -> list[str]:
         """Ids, hardest first; the id settles ties."""
         return sorted(self.rows, key=lambda id: (self.delta(id), id))
 
-    @property
+    @cached_property
     def thirds(self) -> dict[str, list[str]]:
         ids = self.by_delta
         cuts = [round(k * len(ids) / 3) for k in range(4)]
         return {name: ids[cuts[k] : cuts[k + 1]] for k, name in enumerate(THIRDS)}
 
-    @property
+    @cached_property
     def probes(self) -> dict[str, list[str]]:
         """Held-out pairs of each third, the same in all cells."""
         rng = random.Random("study/probes")

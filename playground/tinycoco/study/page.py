@@ -238,7 +238,7 @@ VERDICTS = ("clearly better", "no clear difference", "clearly worse", "not compa
 
 
 def end_of_cell(run: Mapping[str, Any]) -> dict[str, Any]:
-    last = run["stops"][max(run["stops"], key=int)]["test"]
+    last = analysis.last_stop(run)["test"]
     return {metric: round(analysis.plain_ratio([last], metric), 2) for metric in METRICS} | {
         "seconds": round(run["seconds"])
     }
@@ -317,9 +317,8 @@ def draw_alpha_M(axes: Axes, steps: Sequence[int], alphas: Sequence[float], bars
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
-def write_study(study: Study, pool: Pool, declared: Sequence[Cell], out: Path) -> tuple[Path, Path]:
+def write_study(findings: Findings, out: Path) -> tuple[Path, Path]:
     """Writes out/study.html and out/study.json."""
-    findings = Findings(study, pool, declared)
     numbers = findings.numbers()
     write_json(out / NUMBERS, numbers)
     write_atomic(out / PAGE, render(findings, numbers))

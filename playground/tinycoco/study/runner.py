@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dama.console import say, write_json
 from playground.tinycoco import run
-from playground.tinycoco.study.analysis import Study
+from playground.tinycoco.study.analysis import Study, last_stop, plain_ratio
 from playground.tinycoco.study.cell import Scenes, World, run_cell, sft_captions
 from playground.tinycoco.study.data import read_pool
 from playground.tinycoco.study.grid import FULL, Cell, Scale, declare, hours_of
@@ -34,12 +34,13 @@ def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: in
         raise ValueError(f"--cores: expected 1 or more, got {cores}")
     cells = declare(quick)
     folder = out or Path("runs/study_quick" if quick else "runs/study")
+    world = prepare_world(folder)
     if again is not None:
-        return int(run_again(cells, folder, again) > 0)
-    failed = run_study(cells, folder, cores)
-    study, pool = Study.read(folder, cells), read_world(folder).pool
-    page, numbers = write_study(study, pool, cells, docs or (folder if quick else Path("docs")))
-    for claim, found in Findings(study, pool, cells).sentences:
+        return int(run_again(cells, world, folder, again) > 0)
+    failed = run_study(cells, world, folder, cores)
+    findings = Findings(Study.read(folder, cells), world.pool, cells)
+    page, numbers = write_study(findings, docs or (folder if quick else Path("docs")))
+    for claim, found in findings.sentences:
         say(f"{claim}: {found}")
     say(f"study: {page}, {numbers}")
     return int(failed)
@@ -71,13 +72,13 @@ def read_world(folder: Path, scale: Scale = FULL) -> World:
     return World(pool, folder / "test/images", Scenes(folder / "test"), Scenes(folder / "validation"))
 
 
-def run_study(cells: Sequence[Cell], folder: Path, cores: int, scale: Scale = FULL) -> bool:
+def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> bool:
     """Runs what is not finished yet: folder/cells/NAME.json of each, folder/failed.json of those that ended badly.
 
     Returns whether any did.
     """
     os.environ.update(ONE_THREAD)
-    world, out = prepare_world(folder, scale), folder / "cells"
+    out = folder / "cells"
     out.mkdir(parents=True, exist_ok=True)
     sft_captions(world, out)
     to_do = [cell for cell in cells if not is_finished(cell, world, out)]
@@ -125,22 +126,17 @@ def is_finished(cell: Cell, world: World, out: Path) -> bool:
 
 def line_of(figures: dict[str, Any]) -> str:
     """What a finished cell says: response-level and recall on the test scenes at its last stop."""
-    last = figures["stops"][max(figures["stops"], key=int)]["test"]
-    parts = {name: _ratio(items) for name, items in last.items()}
-    cell = Cell(**figures["cell"])
+    last, cell = last_stop(figures)["test"], Cell(**figures["cell"])
+    response, recall = (plain_ratio([last], metric) for metric in ("response_level", "object_recall"))
     return (
-        f"{cell.name:<44} response-level {parts['response_level']:5.1f}  recall {parts['object_recall']:5.1f}  "
+        f"{cell.name:<44} response-level {response:5.1f}  recall {recall:5.1f}  "
         f"{figures['seconds']:5.0f} s"
     )
 
 
-def _ratio(items: Sequence[Sequence[float]]) -> float:
-    return sum(top for top, _ in items) / max(1, sum(bottom for _, bottom in items))
-
-
-def run_again(cells: Sequence[Cell], folder: Path, count: int, scale: Scale = FULL) -> int:
+def run_again(cells: Sequence[Cell], world: World, folder: Path, count: int) -> int:
     """Repeats `count` cells drawn at random and compares; returns how many came out differently."""
-    world, out = prepare_world(folder, scale), folder / "cells"
+    out = folder / "cells"
     finished = [cell for cell in cells if is_finished(cell, world, out)]
     _quiet_worker()
     different = 0
