@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
+from tqdm import tqdm
+
 from dama.console import digest_of, digest_of_file, say, write_atomic, write_json
 
 MANIFEST = "manifest.json"
@@ -126,6 +128,15 @@ class Stage:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.chunks_done += 1
+
+    def fill(self, work: Callable[[int], Sequence[Record]], unit: str) -> None:
+        """Appends what `work` makes of each chunk that is still to do; the progress bar counts records in `unit`s."""
+        silent = self.complete
+        with tqdm(total=self.total, initial=self.records_done, desc=self.name, unit=unit, disable=silent) as bar:
+            for number in self.to_do:
+                records = work(number)
+                self.append(records)
+                bar.update(len(records))
 
     def records(self) -> list[Record]:
         """All records written so far, read back from the file."""

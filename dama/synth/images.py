@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from dama.console import write_atomic
 from dama.stage import Record, open_stage
@@ -123,12 +122,7 @@ def run_images(
                    "seed": seed, "batch_size": batch_size, "format": suffix}  # fmt: skip
     sizes = [len(chunk) * len(guidance) for chunk in chunks]
     with open_stage(folder, IMAGES, fingerprint, sizes, overwrite=overwrite) as stage:
-        with tqdm(
-            total=stage.total, initial=stage.records_done, desc=IMAGES, unit="picture", disable=stage.complete
-        ) as bar:
-            for number in stage.to_do:
-                stage.append(_draw_chunk(artist, chunks[number], folder, guidance, seed, suffix))
-                bar.update(len(chunks[number]) * len(guidance))
+        stage.fill(lambda number: _draw_chunk(artist, chunks[number], folder, guidance, seed, suffix), "picture")
         return stage.conclude(_summarise, {}) or {}
 
 

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dama.console import write_atomic, write_json
 from dama.pairs import IMAGE_TOKEN, resolve_image
 from dama.stage import Record, open_stage
@@ -61,12 +59,7 @@ def run_rank_responses(
     fingerprint = {"answers": manifest["digest"], "rewards": identity, "filters": given}
     sizes = [len(chunk) for chunk in chunks]
     with open_stage(step_folder(out, RANK_RESPONSES), RANK_RESPONSES, fingerprint, sizes, overwrite=overwrite) as stage:
-        with tqdm(
-            total=stage.total, initial=stage.records_done, desc=RANK_RESPONSES, unit="picture", disable=stage.complete
-        ) as bar:
-            for number in stage.to_do:
-                stage.append(_rank_chunk(rewards, chunks[number], folder, filters))
-                bar.update(len(chunks[number]))
+        stage.fill(lambda number: _rank_chunk(rewards, chunks[number], folder, filters), "picture")
         stage.conclude(_summarise, {"rewards": identity, "image_folder": str(folder)})
     return write_outputs(out)
 

@@ -11,8 +11,6 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from dama.stage import Record, open_stage
 from dama.synth.prompts import IMAGES, RANK_IMAGES, by_prompt, chunks_of, numbers, read_step, step_folder
 from dama.synth.rewards import Judged, Reward
@@ -143,12 +141,7 @@ def run_rank_images(
     fingerprint = {"images": manifest["digest"], "rewards": identity, "threshold": threshold}
     sizes = [len(chunk) for chunk in chunks]
     with open_stage(step_folder(out, RANK_IMAGES), RANK_IMAGES, fingerprint, sizes, overwrite=overwrite) as stage:
-        with tqdm(
-            total=stage.total, initial=stage.records_done, desc=RANK_IMAGES, unit="prompt", disable=stage.complete
-        ) as bar:
-            for number in stage.to_do:
-                stage.append(_rank_chunk(rewards, chunks[number], Path(out), threshold))
-                bar.update(len(chunks[number]))
+        stage.fill(lambda number: _rank_chunk(rewards, chunks[number], Path(out), threshold), "prompt")
         return stage.conclude(_summarise, {"rewards": identity}) or {}
 
 

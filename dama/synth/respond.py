@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from tqdm import tqdm
-
 from dama.chat import ChatClient, ChatRequest, ChatSettings, picture
 from dama.console import digest_of, say
 from dama.pairs import load_image, resolve_image
@@ -243,17 +241,16 @@ def run_respond(
         "batch_size": batch_size,
     }
     sizes = [len(batch) * sampling.samples for _, batch in chunks]
+
+    def answered(number: int) -> list[Record]:
+        responder, batch = chunks[number]
+        answers = responder.answer(batch, home, sampling, seed * SEEDS_A_RUN + number)
+        if (number + 1) % len(batches) == 0:
+            responder.release()
+        return _records(responder.name, batch, answers)
+
     with open_stage(step_folder(out, RESPOND), RESPOND, fingerprint, sizes, overwrite=overwrite) as stage:
-        with tqdm(
-            total=stage.total, initial=stage.records_done, desc=RESPOND, unit="answer", disable=stage.complete
-        ) as bar:
-            for number in stage.to_do:
-                responder, batch = chunks[number]
-                answers = responder.answer(batch, home, sampling, seed * SEEDS_A_RUN + number)
-                stage.append(_records(responder.name, batch, answers))
-                bar.update(len(batch) * sampling.samples)
-                if (number + 1) % len(batches) == 0:
-                    responder.release()
+        stage.fill(answered, "answer")
         return stage.conclude(_summarise, {"image_folder": str(home)}) or {}
 
 

@@ -40,6 +40,7 @@ from measure import (
     matmul_rate,
     random_pairs,
     random_pictures,
+    refuse_flags,
     time_of,
     write_checkpoint,
     write_pictures,
@@ -434,14 +435,10 @@ def parse_arguments() -> argparse.Namespace:
         args.pairs = 4 if args.shape == "7b" else 2
     if args.train is None:
         args.train = args.shape == "7b"
-    faults = [f"--{name}: expected 1 or more, got {n}" for name in ("pairs", "threads", "repeats", "steps")
-              if (n := getattr(args, name)) < 1]  # fmt: skip
-    if args.train and PAIRS_A_STEP % args.pairs:
+    faults = []
+    if args.train and (args.pairs < 1 or PAIRS_A_STEP % args.pairs):
         faults.append(f"--pairs {args.pairs}: expected a divisor of {PAIRS_A_STEP} with --train")
-    if args.shape == "7b" and not torch.cuda.is_available():
-        faults.append("--shape 7b: expected a GPU, found none")
-    if faults:
-        parser.error("; ".join(faults))
+    refuse_flags(parser, args, ("pairs", "threads", "repeats", "steps"), faults)
     return args
 
 

@@ -53,6 +53,15 @@ SHAPES = {
 }
 
 
+def refuse_flags(parser: Any, args: Any, counts: Sequence[str], faults: Sequence[str] = ()) -> None:
+    """Ends with all faults of the flags, these and those that every benchmark of training can have."""
+    wrong = [f"--{name}: expected 1 or more, got {n}" for name in counts if (n := getattr(args, name)) < 1]
+    if args.shape == "7b" and not torch.cuda.is_available():
+        faults = [*faults, "--shape 7b: expected a GPU, found none"]
+    if wrong or faults:
+        parser.error("; ".join([*wrong, *faults]))
+
+
 # --- Random checkpoints and pairs ------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from measure import (
     matmul_rate,
     random_pairs,
     random_pictures,
+    refuse_flags,
     time_of,
     write_checkpoint,
 )
@@ -169,12 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of both ways. Default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures: seconds, tokens, FLOP/s")
     args = parser.parse_args()
-    faults = [f"--{name}: expected 1 or more, got {n}" for name in ("pairs", "batch_size", "threads", "repeats")
-              if (n := getattr(args, name)) < 1]  # fmt: skip
-    if args.shape == "7b" and not torch.cuda.is_available():
-        faults.append("--shape 7b: expected a GPU, found none")
-    if faults:
-        parser.error("; ".join(faults))
+    refuse_flags(parser, args, ("pairs", "batch_size", "threads", "repeats"))
     return args
 
 
