@@ -62,7 +62,7 @@ class World:
 def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     """Trains, and writes out/NAME.json; what it needs on the way is removed. Returns the figures.
 
-    stops: step -> captions of "test" scenes, "probes", at the end of "validation" scenes too, by which learning rates
+    stops: step -> captions of "test" scenes and "probes"; at the end of "validation" scenes too, by which learning rates
     are chosen. pairs: the trainer's pair log.
     """
     began = time.monotonic()
@@ -136,14 +136,14 @@ def flags_of(cell: Cell, world: World, work: Path) -> list[str]:
         "--data_path": run.PAIRS, "--image_folder": world.images, "--output_dir": work / "trained",
         "--learning_rate": cell.rate, "--lr_scheduler_type": "cosine", "--warmup_steps": 0.1,
         "--max_steps": world.scale.steps, "--per_device_train_batch_size": STEP_PAIRS, "--model_max_length": 512,
-        "--per_device_eval_batch_size": 40, "--seed": cell.seed, "--data_seed": cell.seed, "--pair_log": True,
+        "--per_device_eval_batch_size": 48, "--seed": cell.seed, "--data_seed": cell.seed, "--pair_log": True,
         "--save_strategy": "no", "--logging_steps": 1, "--disable_tqdm": True, "--report_to": "none",
     }  # fmt: skip
     return [str(word) for pair in chosen.items() for word in pair] + list(cell.flags)
 
 
 class Look(TrainerCallback):
-    """At each stop: captions of held-out scenes, and reward gaps of pairs that were and were not trained on."""
+    """At each stop captions of held-out scenes and reward gaps of held-out pairs; at the end also of trained ones."""
 
     def __init__(self, world: World, trainer: Any, answerer: Any, probes: dict[str, Any]) -> None:
         self.world, self.trainer, self.answerer, self.probes = world, trainer, answerer, probes
@@ -158,10 +158,12 @@ class Look(TrainerCallback):
         if str(step) in self.figures:
             return
         self.trainer.model.eval()
+        ends = step == self.world.scale.steps
         figures = {"test": captions(self.answerer, self.world.test)}
-        if step == self.world.scale.steps:
+        if ends:
             figures["validation"] = captions(self.answerer, self.world.validation)
-        figures["probes"] = {name: self.reward_figures(data) for name, data in self.probes.items()}
+        probes = {name: data for name, data in self.probes.items() if ends or name.startswith("held_out")}
+        figures["probes"] = {name: self.reward_figures(data) for name, data in probes.items()}
         self.figures[str(step)] = figures
         self.trainer.model.train()
 

@@ -13,20 +13,20 @@ from typing import NamedTuple
 class Scale(NamedTuple):
     """How large cells are."""
 
-    steps: int = 90  # of 16 pairs: three times through 480
-    stops: tuple[int, ...] = (30, 60, 90)  # after which a cell is looked at
+    steps: int = 72  # of 16 pairs: three times through 384
+    stops: tuple[int, ...] = (36, 72)  # after which a cell is looked at
     pool: int = 1500  # of the shipped pairs, from which all others are drawn
-    pairs: int = 480  # of a condition
-    small: int = 120  # of the small one
-    probes: int = 60  # held-out pairs in each third by delta, and as many of a cell's own
+    pairs: int = 384  # of a condition
+    small: int = 96  # of the small one
+    probes: int = 48  # held-out pairs in each third by delta, and as many of a cell's own
     test: int = 300  # scenes
-    validation: int = 150
+    validation: int = 100
 
 
-VERSION = 2  # of what a cell computes: raised with any change of it, so that no old result is taken for a new one
+VERSION = 3  # of what a cell computes: raised with any change of it, so that no old result is taken for a new one
 FULL = Scale()
 STEP_PAIRS = 16
-CELL_SECONDS = 52  # of one core, about
+CELL_SECONDS = 46  # of one core, about
 RATES = (1e-5, 2e-5, 4e-5)
 RATE = 2e-5  # of the cells that vary something else
 SEEDS = (0, 1, 2, 3, 4)
@@ -65,11 +65,11 @@ HARDNESS: Mapping[str, tuple[str, str]] = {
     "DAMA, logit mean": ("logit", "mean"),
 }
 CONDITIONS: Mapping[str, str] = {
-    "clean": "480 pairs",
+    "clean": "384 pairs",
     "flipped": "the same, with chosen and rejected answer exchanged in 20 % of them",
-    "easy": "480 pairs, four in five from the half with the larger delta",
-    "hard": "480 pairs, four in five from the half with the smaller delta",
-    "small": "120 pairs, met four times as often",
+    "easy": "384 pairs, four in five from the half with the larger delta",
+    "hard": "384 pairs, four in five from the half with the smaller delta",
+    "small": "96 pairs, met four times as often",
 }
 
 
