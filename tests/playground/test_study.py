@@ -194,6 +194,44 @@ def test_what_happened_to_the_pairs() -> None:
     assert weights["easy"]["selected"] == pytest.approx(9 / 13)
 
 
+def test_pairs_in_parts_by_delta() -> None:
+    """Deltas 0 to 3 last met at R 1, 2, 3, 6, whose mean is 3: in two parts 0.5 and 1.5 times it."""
+    met = [{"id": f"p{n}", "delta": float(n), "alpha_D": 1.0 + n, "R": R} for n, R in enumerate([1.0, 2.0, 3.0, 6.0])]
+    earlier = [pair | {"R": 100.0} for pair in met]
+    cell = Cell("clean", DPO, 2e-5, 0)
+    study = study_of({cell: run_of(cell, 5, 9.5, pairs=[*earlier, *met])})
+    found = analysis.by_delta(study, "clean", DPO, 2e-5, parts=2)
+    for name, means in {"delta": [0.5, 2.5], "alpha_D": [1.5, 3.5], "R": [0.5, 1.5]}.items():
+        assert found[name] == pytest.approx(means)
+
+
+def statements_pool() -> Pool:
+    """Cosines nearly alike, one to three statements against one."""
+    pool = pool_of()
+    scores = {id: ([0.2 + 0.001 * (n % 2)] * (1 + n % 3), [0.2]) for n, id in enumerate(pool.rows)}
+    return replace(pool, scores=scores)
+
+
+def test_what_beats_both_is_named() -> None:
+    """A variation that invents half as much at the same recall, and one that invents as much."""
+    ends = {DPO: 6, DAMA: 6, "DAMA, mean": 2, "DAMA, logit": 6}
+    cells = {Cell("clean", method, 2e-5, seed): wrong for method, wrong in ends.items() for seed in (0, 1)}
+    study = study_of({cell: run_of(cell, wrong, 9.5) for cell, wrong in cells.items()})
+    findings = Findings(study, statements_pool(), [])
+    assert findings.better_than_both == ["DAMA, mean"]
+    told = dict(findings.sentences)
+    beats = told["A variant beats both"]
+    assert beats.startswith("Of 2 tried") and beats.endswith("than DPO and than DAMA: DAMA, mean.")
+    assert "DAMA, mean: clearly better, -40.0 [" in told["A delta free of length is better"]
+
+
+def test_a_sum_grows_with_statements() -> None:
+    """The sum's delta is nearly their number, which the mean does not see."""
+    study = study_of({CELLS[0]: run_of(CELLS[0], 6, 9.5)})
+    found = Findings(study, statements_pool(), []).statements
+    assert found["sum"] == pytest.approx(1, abs=0.01) and found["mean"] == pytest.approx(0, abs=0.01)
+
+
 # --- For real ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +298,7 @@ def test_the_page_holds_every_figure_and_nothing_from_outside(folder: Path, tmp_
     for claim, found in findings.sentences:
         assert claim in text and found.split("(")[0].strip()[:20] in text
     assert [row["condition"] for row in data["main"]] == ["clean", "flipped"]
-    assert text.count("<svg") == 5 and "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text
+    assert text.count("<svg") == 6 and "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text
     first = data["main"][0]["ends"][0]["response_level"][0]
     assert f"{first:.1f} [" in text
 

@@ -286,6 +286,20 @@ def flips_dropped(study: Study, method: str, rate: float) -> list[dict[str, floa
     return [{name: _mean(values) for name, values in part.items()} for part in parts]
 
 
+def by_delta(study: Study, condition: str, method: str, rate: float, parts: int = 10) -> dict[str, list[float]]:
+    """Equal parts of all trained pairs by delta, hardest first: means of "delta", "alpha_D" and "R" when last met.
+
+    R is divided by its mean over the pairs of its run, because a method that moves less has every R smaller.
+    """
+    found = []
+    for run in study.runs(condition, method, rate):
+        last = {pair["id"]: pair for pair in run["pairs"]}
+        mean = _mean(pair["R"] for pair in last.values())
+        found += [(pair["delta"], pair["alpha_D"], pair["R"] / mean) for pair in last.values()]
+    means = [part.mean(axis=0) for part in np.array_split(np.array(sorted(found)), parts)]
+    return {name: [float(mean[n]) for mean in means] for n, name in enumerate(("delta", "alpha_D", "R"))}
+
+
 def alpha_M(study: Study, condition: str, method: str, rate: float) -> tuple[list[int], list[float], list[float]]:
     """(step, mean alpha_M, mean R_bar) over seeds."""
     logs = [run["log"] for run in study.runs(condition, method, rate)]

@@ -62,8 +62,8 @@ class World:
 def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     """Trains, and writes out/NAME.json; what it needs on the way is removed. Returns the figures.
 
-    stops: step -> captions of "test" scenes and "probes"; at the end of "validation" scenes too, by which learning rates
-    are chosen. pairs: the trainer's pair log.
+    stops: step -> captions of "test" scenes and "probes"; at the end also captions of "validation" scenes, by which
+    learning rates are chosen. pairs: the trainer's pair log.
     """
     began = time.monotonic()
     work = out / "work" / cell.name

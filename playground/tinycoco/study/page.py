@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dama.console import write_atomic, write_json
+from dama.hardness.score import REDUCTIONS, hardness_delta
 from dama.report import SERIES, render_page, svg_of, url_of
 from eval.core.statistics import Interval
 from llava.train.checkpoints import repository_revision
@@ -81,25 +82,47 @@ class Findings:
 
     @cached_property
     def ablations(self) -> list[dict[str, Any]]:
-        """The other methods on clean pairs, against DPO."""
-        dpo = self.curves["clean", DPO]
-        methods = [m for m in analysis.ablations(self.study) if ("clean", m) in self.curves]
-        return [
-            self.end_of(self.curves["clean", m]) | self.compared(self.curves["clean", m], dpo) for m in methods
-        ]  # fmt: skip
+        """The other methods on clean pairs, against DPO and against DAMA."""
+        dpo, dama = (self.curves["clean", method] for method in (DPO, DAMA))
+        curves = [self.curves["clean", m] for m in analysis.ablations(self.study) if ("clean", m) in self.curves]
+        return [self.end_of(c) | self.compared(c, dpo) | {"less_dama": less(c, dama)} for c in curves]
 
     @cached_property
     def variations(self) -> list[dict[str, Any]]:
-        """One constant changed: against DPO's trade-off, beside unchanged DAMA at the same learning rate."""
-        dpo = self.curves["clean", DPO]
+        """One constant changed: against the trade-offs of DPO and of unchanged DAMA, at one learning rate."""
+        dpo, dama = (self.curves["clean", method] for method in (DPO, DAMA))
         methods = [DAMA, *(m for m in VARIATIONS if ("clean", m) in self.curves)]
         rows = []
         for method in methods:
             curve = self.curves["clean", method]
             point = max((p for p in curve.points if p.rate == RATE), key=lambda p: p.step)
             gap = analysis.mean_gap(curve, dpo, RATE)
-            rows.append({"method": method, **{m: point.of(m) for m in METRICS}, "mean": gap, "verdict": verdict(gap)})
+            rows.append(
+                {"method": method, **{m: point.of(m) for m in METRICS}, "mean": gap, "verdict": verdict(gap),
+                 "less_dama": less(curve, dama, RATE)}
+            )  # fmt: skip
         return rows
+
+    @cached_property
+    def statements(self) -> dict[str, float]:
+        """Correlation of delta with how many statements more the preferred answer makes, over the pool, by reduction.
+
+        The sum grows with them; the mean should not.
+        """
+        more = [len(chosen) - len(rejected) for chosen, rejected in self.pool.scores.values()]
+        return {
+            reduction: statistics.correlation(
+                more, [hardness_delta(*scores, reduction=reduction) for scores in self.pool.scores.values()]
+            )
+            for reduction in REDUCTIONS
+        }
+
+    @cached_property
+    def better_than_both(self) -> list[str]:
+        """What is clearly better than DPO and than DAMA on clean pairs."""
+        rows = [*self.ablations, *self.variations]
+        clear = "clearly better"
+        return [r["method"] for r in rows if r["method"] != DAMA and r["verdict"] == verdict(r["less_dama"]) == clear]
 
     # --- Mechanism ------------------------------------------------------------------------------------------------
 
@@ -200,7 +223,23 @@ class Findings:
                     f"of all pairs {there:.0f} % are.",
                 )
             )
+        lines.append(("A delta free of length is better", self._length_free()))
+        if tried := {row["method"] for row in (*self.ablations, *self.variations)} - {DAMA}:
+            better = ", ".join(self.better_than_both) or "none"
+            found = f"Of {len(tried)} tried on clean pairs, clearly better than DPO and than DAMA: {better}."
+            lines.append(("A variant beats both", found))
         return lines
+
+    def _length_free(self) -> str:
+        """Of delta as a mean over statements instead of a sum."""
+        with_sum, with_mean = (self.statements[reduction] for reduction in REDUCTIONS)
+        told = (
+            f"The sum over statements correlates with how many more of them the preferred answer makes by "
+            f"{with_sum:.2f}, the mean by {with_mean:.2f}"
+        )
+        gaps = {row["method"]: row["less_dama"] for row in self.variations}
+        found = [f"{name}: {in_words(gaps[name])}" for name in ("DAMA, mean", "DAMA, logit mean") if name in gaps]
+        return f"{told}. Against the sum, at the same recall, {'; '.join(found)}." if found else f"{told}."
 
     @staticmethod
     def _more(easy: Sequence[float], hard: Sequence[float]) -> str:
@@ -221,6 +260,7 @@ class Findings:
             "missing": [cell.name for cell in self.declared if cell not in self.study.cells],
             "failed": dict(self.study.failed),
             "diverged": self.study.diverged,
+            "better_than_both": self.better_than_both,
             "hours": sum(run["seconds"] for run in self.study.cells.values()) / 3600,
             "main": self.main,
             "ablations": self.ablations,
@@ -228,10 +268,17 @@ class Findings:
             "thirds": self.thirds,
             "easy_over_hard": self.easy_over_hard,
             "weights": self.weights,
+            "by_delta": {m: analysis.by_delta(self.study, "clean", m, RATE) for m in (DPO, DAMA)},
+            "statements": self.statements,
             "flips": self.flips,
             "findings": dict(self.sentences),
             "cells": {cell.name: end_of_cell(run) for cell, run in self.study.cells.items()},
         }
+
+
+def less(ours: Curve, theirs: Curve, rate: float | None = None) -> Interval:
+    """`analysis.mean_gap`; nothing where a curve is compared with itself."""
+    return Interval(None, None, None) if ours is theirs else analysis.mean_gap(ours, theirs, rate)
 
 
 VERDICTS = ("clearly better", "no clear difference", "clearly worse", "not comparable")
@@ -253,6 +300,11 @@ def over_seeds(values: Sequence[float], decimals: int, sign: str = "") -> str:
     """"2.1 (1.0 to 3.4 over seeds)"."""
     ends = [f"{value:{sign}.{decimals}f}" for value in (statistics.fmean(values), min(values), max(values))]
     return f"{ends[0]} ({ends[1]} to {ends[2]} over seeds)"
+
+
+def in_words(gap: Interval) -> str:
+    """"no clear difference, +0.4 [-1.7, +3.0] points"."""
+    return f"{verdict(gap)}, {_written(gap, sign=True)} points"
 
 
 # --- Plots ------------------------------------------------------------------------------------------------------------
@@ -308,6 +360,16 @@ def draw_thirds(axes: Axes, tables: Mapping[str, Mapping[str, Mapping[int, Seque
     axes.set_ylabel("reward margin, held out")
 
 
+def draw_by_delta(axes: Axes, tables: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """What pairs came to by their delta, in tenths of them: R over its mean by method, and DAMA's alpha_D."""
+    for color, (method, table) in zip(SERIES, tables.items()):
+        axes.plot(table["delta"], table["R"], color=color, marker="o", markersize=3, label=f"R over its mean, {method}")
+    axes.plot(tables[DAMA]["delta"], tables[DAMA]["alpha_D"], color=SERIES[4], label="alpha_D of DAMA")
+    axes.axhline(1, color=SERIES[4], linewidth=0.5)
+    axes.set_xlabel("delta, hard to easy")
+    axes.set_ylabel("times the mean")
+
+
 def draw_alpha_M(axes: Axes, steps: Sequence[int], alphas: Sequence[float], bars: Sequence[float]) -> None:
     axes.plot(steps, alphas, color=SERIES[0], linewidth=1.2, label="alpha_M")
     axes.plot(steps, bars, color=SERIES[1], linewidth=1.2, label="R_bar")
@@ -352,6 +414,8 @@ def _plots(findings: Findings) -> Iterator[tuple[str, Callable[[Axes], None]]]:
     yield "Against DPO's trade-off", partial(draw_gaps, rows=gaps)
     tables = {method: findings.probes("clean", method, "margin") for method in (DPO, DAMA)}
     yield "Margins of held-out pairs, clean", partial(draw_thirds, tables=tables)
+    pairs = {method: analysis.by_delta(findings.study, "clean", method, RATE) for method in (DPO, DAMA)}
+    yield "Reward gap and alpha_D of trained pairs, clean", partial(draw_by_delta, tables=pairs)
     steps, alphas, bars = analysis.alpha_M(findings.study, "clean", DAMA, RATE)
     yield "The model-aware factor, clean", partial(draw_alpha_M, steps=steps, alphas=alphas, bars=bars)
 
