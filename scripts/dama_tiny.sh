@@ -11,17 +11,7 @@ if [ "${1:-}" = --smoke ]; then
     shift
     run=${RUN:-runs/tiny_smoke} pairs=160 scenes=60 epochs=1
 fi
-bash scripts/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
-world=playground/tinycoco/weights
-
-stage() {
-    local name=$1 began=$SECONDS
-    shift
-    echo "== $name"
-    "$@"
-    echo "   $name: $((SECONDS - began)) s"
-}
+source scripts/tinycoco.sh
 
 train() { # train NAME STRATEGY LEARNING_RATE [FLAGS]
     local name=$1 strategy=$2 rate=$3
@@ -35,11 +25,6 @@ train() { # train NAME STRATEGY LEARNING_RATE [FLAGS]
         --num_train_epochs $epochs --per_device_train_batch_size 8 --model_max_length 512 \
         --eval_pairs 0.05 --eval_strategy epoch --save_strategy epoch --save_total_limit 1 \
         --metric_for_best_model eval_loss --logging_steps 5 --output_dir "$run/$name" "$@"
-}
-
-caption() { # caption NAME CHECKPOINT
-    python -m llava.eval.generate --model-path "$2" --question-file "$run/data/questions.jsonl" \
-        --image-folder "$run/data/images" --conv-mode v1 --max-new-tokens 96 --batch-size 32 --out "$run/captions/$1"
 }
 
 began=$SECONDS

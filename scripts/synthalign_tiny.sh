@@ -18,18 +18,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 run=${RUN:-$folder}
-bash scripts/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
+source scripts/tinycoco.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
-world=playground/tinycoco/weights
-
-stage() {
-    local name=$1 began=$SECONDS
-    shift
-    echo "== $name"
-    "$@"
-    echo "   $name: $((SECONDS - began)) s"
-}
 
 synth() { # synth STEP OUT [FLAGS]: `python -m dama synth` with the scene generator in place of diffusers
     local step=$1 out=$2
@@ -51,11 +41,6 @@ align() { # align FOLDER CHECKPOINT [FLAGS]: hardness, reference and DAMA on FOL
         --learning_rate "$rate" --lr_scheduler_type cosine --warmup_steps 0.1 --num_train_epochs $epochs \
         --per_device_train_batch_size 16 --model_max_length 512 --save_strategy epoch --save_total_limit 1 \
         --logging_steps 5 --report_to none --output_dir "$folder/dama" "$@"
-}
-
-caption() { # caption NAME CHECKPOINT
-    python -m llava.eval.generate --model-path "$2" --question-file "$run/data/questions.jsonl" \
-        --image-folder "$run/data/images" --conv-mode v1 --max-new-tokens 96 --batch-size 32 --out "$run/captions/$1"
 }
 
 # 100 steps: fewer than dama_tiny.sh takes, so three times its learning rate. The first choice, not tuned. 300 scenes,
