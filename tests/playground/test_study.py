@@ -117,9 +117,17 @@ def test_gaps_on_paper() -> None:
     assert analysis.mean_gap(ours, DPO_CURVE) == pytest.approx((-5, -5, -5))
     assert analysis.gap_at(ours, DPO_CURVE, 4.0) == pytest.approx((-5, -5, -5))
     assert analysis.gap_at(ours, DPO_CURVE, 7.0).value is None
-    # After as much work, 150, theirs is half-way from 37 to 17; ours has worked 300, more than theirs ever did.
-    assert analysis.at_equal_work(curve(DAMA, ours.points[0]), DPO_CURVE)[0] == pytest.approx(22 - 27)
-    assert analysis.at_equal_work(ours, DPO_CURVE)[0] == pytest.approx(9 - 17)
+
+
+def test_equal_work_ends_their_curve_where_ours_ends() -> None:
+    """After work 150 theirs is half-way from (95, 37) to (91, 17) and has never been at 92."""
+    cut = analysis.cut_at(DPO_CURVE, 150)
+    assert [(p.work, p.values[RECALL, 0], p.values[RESPONSE, 0]) for p in cut.points] == [(100, 95, 37), (150, 93, 27)]
+    assert analysis.at_equal_work(curve(DAMA, point(1e-5, 2, 94, 30, work=150)), DPO_CURVE)[0] == pytest.approx(30 - 32)
+    beyond = curve(DAMA, point(1e-5, 2, 92, 20, work=150))
+    assert analysis.mean_gap(beyond, DPO_CURVE)[0] == pytest.approx(20 - 22)
+    assert analysis.at_equal_work(beyond, DPO_CURVE)[0] is None
+    assert list(analysis.cut_at(DPO_CURVE, 300).points) == list(DPO_CURVE.points)  # ours worked more than theirs
 
 
 def test_verdicts_follow_the_interval() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -212,16 +212,23 @@ def mean_gap(ours: Curve, theirs: Curve, rate: float | None = None) -> Interval:
 
 
 def at_equal_work(ours: Curve, theirs: Curve) -> Interval:
-    """Response-level of our last stop at the chosen rate less theirs at its chosen rate and as much work as ours.
+    """`mean_gap` to their curve as it was when each learning rate had worked as much as ours in all."""
+    return mean_gap(ours, cut_at(theirs, max(point.work for point in ours.points)))
 
-    Between two stops linear in work; where ours worked more, theirs is taken at its end.
-    """
-    mine = ours.chosen
-    path = sorted((p for p in theirs.points if p.rate == theirs.chosen_rate), key=lambda point: point.step)
-    works = [0.0, *(point.work for point in path)]
-    values = np.stack([theirs.start.values[RESPONSE], *(point.values[RESPONSE] for point in path)])
-    there = np.array([np.interp(mine.work, works, column) for column in values.T])
-    return _interval(mine.values[RESPONSE] - there)
+
+def cut_at(curve: Curve, work: float) -> Curve:
+    """The stops of each learning rate until so much work; the last lies on the line between two stops."""
+    kept = []
+    for rate in sorted({point.rate for point in curve.points}):
+        before = curve.start
+        for point in sorted((p for p in curve.points if p.rate == rate), key=lambda p: p.work):
+            if point.work > work:
+                part = (work - before.work) / (point.work - before.work)
+                kept.append(replace(point, work=work, values=before.values + part * (point.values - before.values)))
+                break
+            kept.append(point)
+            before = point
+    return replace(curve, points=kept)
 
 
 def verdict(gap: Interval) -> str:

@@ -398,6 +398,7 @@ def render(findings: Findings, numbers: Mapping[str, Any]) -> str:
         levels=LEVELS,
         rate=RATE,
         steps=findings.pool.scale.steps,
+        probes=findings.pool.scale.probes,
         start={metric: study.curve(*next(iter(findings.curves))).start.of(metric) for metric in METRICS},
         plots={title: svg_of(f"study-{n}", plot) for n, (title, plot) in enumerate(_plots(findings))},
         cost=analysis.RECALL_COST,
