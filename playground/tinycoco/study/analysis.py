@@ -25,7 +25,7 @@ RESAMPLES = 2000
 METRICS = ("response_level", "mention_level", "object_recall", "mean_words")
 RESPONSE, RECALL = METRICS.index("response_level"), METRICS.index("object_recall")
 RECALL_COST = 5.0  # points of recall that a learning rate may cost on the validation scenes
-LEVELS = (3.0, 5.0, 8.0)  # points of recall below the SFT model's at which methods are compared
+LEVELS = (2.0, 4.0, 6.0)  # points of recall below the SFT model's at which methods are compared
 
 
 @dataclass(frozen=True)
@@ -199,16 +199,41 @@ def gap_at(ours: Curve, theirs: Curve, cost: float) -> Interval:
     return _interval(ours.at_recall(recall) - theirs.at_recall(recall))
 
 
-def mean_gap(ours: Curve, theirs: Curve, rate: float | None = None) -> Interval:
-    """The mean over our points (at one rate) of their response-level less the other curve's at the same recall.
+def mean_gap(ours: Curve, theirs: Curve) -> Interval:
+    """Response-level of ours less theirs at equal recall, averaged over the points of both.
 
-    Points that the other curve does not reach are left out, in each resample.
+    At each point of one the other is interpolated; points that it does not reach are left out, in each resample. Both
+    ways, because interpolating along a noisy convex curve overstates it, which would favour the side that is not.
     """
-    points = [point for point in ours.points if rate is None or point.rate == rate]
-    gaps = np.stack([point.values[RESPONSE] - theirs.at_recall(point.values[RECALL]) for point in points])
-    counted = np.maximum((~np.isnan(gaps)).sum(axis=0), 1)
-    means = np.where(np.isnan(gaps).all(axis=0), np.nan, np.nansum(gaps, axis=0) / counted)
-    return _interval(means)
+    return _interval(_mean_gaps(ours, theirs))
+
+
+def pooled_gap(curves: Sequence[tuple[Curve, Curve]]) -> Interval:
+    """`mean_gap` averaged over conditions, (ours, theirs) of each: what all of them say together."""
+    return _interval(np.mean([_mean_gaps(ours, theirs) for ours, theirs in curves], axis=0))
+
+
+def one_way_gap(ours: Sequence[Point], theirs: Curve, than: Sequence[Point] | None = None) -> Interval:
+    """Of a few points to a whole curve at their recall; with `than`, less the same of those points."""
+    gaps = _mean_over_points(_to_curve(ours, theirs))
+    return _interval(gaps if than is None else gaps - _mean_over_points(_to_curve(than, theirs)))
+
+
+def _mean_gaps(ours: Curve, theirs: Curve) -> Array:
+    """In every resample, [1 + RESAMPLES]."""
+    return _mean_over_points([*_to_curve(ours.points, theirs), *(-gap for gap in _to_curve(theirs.points, ours))])
+
+
+def _to_curve(points: Sequence[Point], curve: Curve) -> list[Array]:
+    """Response-level of each point less the curve's at its recall, NaN where that does not reach: [1 + RESAMPLES]."""
+    return [point.values[RESPONSE] - curve.at_recall(point.values[RECALL]) for point in points]
+
+
+def _mean_over_points(gaps: Sequence[Array]) -> Array:
+    """Of those that are defined; NaN in resamples where none is."""
+    stacked = np.stack(gaps)
+    defined = ~np.isnan(stacked)
+    return np.where(defined.any(axis=0), np.nansum(stacked, axis=0) / np.maximum(defined.sum(axis=0), 1), np.nan)
 
 
 def at_equal_work(ours: Curve, theirs: Curve) -> Interval:

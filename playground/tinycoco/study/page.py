@@ -16,7 +16,7 @@ from llava.train.checkpoints import repository_revision
 from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.scenes import draw
 from playground.tinycoco.study import analysis
-from playground.tinycoco.study.analysis import LEVELS, METRICS, RECALL, RESPONSE, Curve, Study, verdict
+from playground.tinycoco.study.analysis import LEVELS, METRICS, RECALL, RESPONSE, Curve, Point, Study, verdict
 from playground.tinycoco.study.data import THIRDS, Pool
 from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, RATE, VARIATIONS, Cell
 
@@ -54,6 +54,11 @@ class Findings:
         """DPO and DAMA under each condition: where they end, and DAMA's difference."""
         return [self._main_row(condition) for condition in self.conditions]
 
+    @cached_property
+    def pooled(self) -> Interval:
+        """DAMA's difference, averaged over the conditions."""
+        return analysis.pooled_gap([(self.curves[c, DAMA], self.curves[c, DPO]) for c in self.conditions])
+
     def _main_row(self, condition: str) -> dict[str, Any]:
         dpo, dama = (self.curves[condition, method] for method in (DPO, DAMA))
         return {
@@ -85,23 +90,25 @@ class Findings:
         """The other methods on clean pairs, against DPO and against DAMA."""
         dpo, dama = (self.curves["clean", method] for method in (DPO, DAMA))
         curves = [self.curves["clean", m] for m in analysis.ablations(self.study) if ("clean", m) in self.curves]
-        return [self.end_of(c) | self.compared(c, dpo) | {"less_dama": less(c, dama)} for c in curves]
+        return [self.end_of(c) | self.compared(c, dpo) | {"less_dama": analysis.mean_gap(c, dama)} for c in curves]
 
     @cached_property
     def variations(self) -> list[dict[str, Any]]:
-        """One constant changed: against the trade-offs of DPO and of unchanged DAMA, at one learning rate."""
-        dpo, dama = (self.curves["clean", method] for method in (DPO, DAMA))
-        methods = [DAMA, *(m for m in VARIATIONS if ("clean", m) in self.curves)]
+        """One constant changed: against DPO's trade-off at one learning rate, and less what unchanged DAMA is there."""
+        dpo = self.curves["clean", DPO]
+        points = {m: self._at_rate(m) for m in (DAMA, *VARIATIONS) if ("clean", m) in self.curves}
         rows = []
-        for method in methods:
-            curve = self.curves["clean", method]
-            point = max((p for p in curve.points if p.rate == RATE), key=lambda p: p.step)
-            gap = analysis.mean_gap(curve, dpo, RATE)
-            rows.append(
-                {"method": method, **{m: point.of(m) for m in METRICS}, "mean": gap, "verdict": verdict(gap),
-                 "less_dama": less(curve, dama, RATE)}
-            )  # fmt: skip
+        for method, ours in points.items():
+            gap = analysis.one_way_gap(ours, dpo)
+            end = {metric: ours[-1].of(metric) for metric in METRICS}
+            less_dama = analysis.one_way_gap(ours, dpo, than=points[DAMA])
+            rows.append({"method": method, **end, "mean": gap, "verdict": verdict(gap), "less_dama": less_dama})
         return rows
+
+    def _at_rate(self, method: str) -> list[Point]:
+        """Its stops on clean pairs at the learning rate of the variations."""
+        points = self.curves["clean", method].points
+        return sorted((point for point in points if point.rate == RATE), key=lambda point: point.step)
 
     @cached_property
     def statements(self) -> dict[str, float]:
@@ -189,14 +196,12 @@ class Findings:
     @cached_property
     def sentences(self) -> list[tuple[str, str]]:
         """(claim, what the figures say of it), in words that the intervals allow."""
-        verdicts = {kind: [row["condition"] for row in self.main if row["verdict"] == kind] for kind in VERDICTS}
-        told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in verdicts.items() if names)
         easy, hard = (self.overfit[DPO][third] for third in ("easy", "hard"))
         times = self.easy_over_hard
         narrower = sum(dama < dpo for dama, dpo in zip(times[DAMA], times[DPO]))
         seeds = len(self.study.seeds)
         lines = [
-            ("DAMA gives fewer inventions than DPO at the same recall", f"{told}."),
+            ("DAMA gives fewer inventions than DPO at the same recall", self._told_by_condition()),
             (
                 "Plain DPO overfits easy pairs",
                 f"Its accuracy on easy pairs that it was trained on is {over_seeds(easy, 1, '+')} points above that on "
@@ -229,6 +234,14 @@ class Findings:
             found = f"Of {len(tried)} tried on clean pairs, clearly better than DPO and than DAMA: {better}."
             lines.append(("A variant beats both", found))
         return lines
+
+    def _told_by_condition(self) -> str:
+        """Verdict and difference under each condition, and of all together."""
+        by_verdict: dict[str, list[str]] = {}
+        for row in self.main:
+            by_verdict.setdefault(row["verdict"], []).append(f"{row['condition']} {_written(row['mean'], sign=True)}")
+        told = "; ".join(f"{kind}: {', '.join(by_verdict[kind])}" for kind in VERDICTS if kind in by_verdict)
+        return f"{told}. All together {in_words(self.pooled)}."
 
     def _length_free(self) -> str:
         """Of delta as a mean over statements instead of a sum."""
@@ -263,6 +276,7 @@ class Findings:
             "better_than_both": self.better_than_both,
             "hours": sum(run["seconds"] for run in self.study.cells.values()) / 3600,
             "main": self.main,
+            "pooled": self.pooled,
             "ablations": self.ablations,
             "variations": self.variations,
             "thirds": self.thirds,
@@ -274,11 +288,6 @@ class Findings:
             "findings": dict(self.sentences),
             "cells": {cell.name: end_of_cell(run) for cell, run in self.study.cells.items()},
         }
-
-
-def less(ours: Curve, theirs: Curve, rate: float | None = None) -> Interval:
-    """`analysis.mean_gap`; nothing where a curve is compared with itself."""
-    return Interval(None, None, None) if ours is theirs else analysis.mean_gap(ours, theirs, rate)
 
 
 VERDICTS = ("clearly better", "no clear difference", "clearly worse", "not comparable")
@@ -303,8 +312,8 @@ def over_seeds(values: Sequence[float], decimals: int, sign: str = "") -> str:
 
 
 def in_words(gap: Interval) -> str:
-    """"no clear difference, +0.4 [-1.7, +3.0] points"."""
-    return f"{verdict(gap)}, {_written(gap, sign=True)} points"
+    """"+0.4 [-1.7, +3.0] points, no clear difference"."""
+    return f"{_written(gap, sign=True)} points, {verdict(gap)}"
 
 
 # --- Plots ------------------------------------------------------------------------------------------------------------
