@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import pytest
 
 from dama.pairs import read_pairs
 from playground.tinycoco.__main__ import main
-from playground.tinycoco.study import analysis, grid, runner
+from playground.tinycoco.study import analysis, grid, mechanism, runner
 from playground.tinycoco.study.analysis import RECALL, RESPONSE, Curve, Point, Study, verdict
+from playground.tinycoco.study.claims import claims_of, main_table
 from playground.tinycoco.study.data import THIRDS, Pool, draw_ids, given_row, rows_of
+from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, SEEDS, Cell, Scale, declare
-from playground.tinycoco.study.page import Findings, write_study
+from playground.tinycoco.study.page import write_study
 
 SMALL = Scale(steps=4, stops=(2, 4), pool=96, pairs=24, small=8, probes=4, test=6, validation=4)
 
@@ -120,9 +124,7 @@ def test_gaps_on_paper() -> None:
     assert analysis.mean_gap(ours, ours) == pytest.approx((0, 0, 0))
     assert analysis.gap_at(ours, DPO_CURVE, 4.0) == pytest.approx((-5, -5, -5))
     assert analysis.gap_at(ours, DPO_CURVE, 7.0).value is None
-    assert analysis.one_way_gap(ours.points, DPO_CURVE) == pytest.approx((-5, -5, -5))
-    than = [point(1e-5, 2, 92, 20)]  # where theirs has 22
-    assert analysis.one_way_gap(ours.points, DPO_CURVE, than) == pytest.approx((-3, -3, -3))
+    assert DPO_CURVE.response_at(4.0) == pytest.approx((27, 27, 27)) and DPO_CURVE.response_at(7.0).value is None
 
 
 def test_conditions_together_are_their_mean() -> None:
@@ -145,7 +147,7 @@ def test_noise_favours_neither_side() -> None:
 
     for _ in range(3):
         ours, theirs = seen([95, 93, 91, 89.5]), seen([94.5, 92.5, 91, 89])
-        one_way.append(np.nanmean(analysis._mean_over_points(analysis._to_curve(ours.points, theirs))))
+        one_way.append(np.nanmean(analysis._to_curve(ours.points, theirs)))
         both_ways.append(np.nanmean(analysis._mean_gaps(ours, theirs)))
     assert np.mean(one_way) < -0.5 and abs(np.mean(both_ways)) < 0.3
 
@@ -176,9 +178,10 @@ def run_of(cell: Cell, wrong: float, found: float, **changes: Any) -> dict[str, 
         "mean_words": [[20, 1]] * 10,
     }
     probe = {"loss": 0.6, "accuracy": 0.8, "margin": 0.1}
-    probes = {f"{kind}_{third}": probe for kind in ("trained", "held_out") for third in THIRDS}
+    probes = {f"held_out_{third}": probe for third in THIRDS}
     pairs = [
-        {"step": step, "id": f"p{n}", "R": float(step + n), "alpha_D": 1.0 + n, "beta": 0.1, "selected": n < 12}
+        {"step": step, "id": f"p{n}", "R": float(step + n), "delta": 0.1 * n, "alpha_D": 1.0 + n, "beta": 0.1}
+        | {"selected": n < 12}
         for step in range(3)
         for n in range(16)
     ]
@@ -188,9 +191,43 @@ def run_of(cell: Cell, wrong: float, found: float, **changes: Any) -> dict[str, 
             "diverged": False, "seconds": 1.0} | changes  # fmt: skip
 
 
-def study_of(runs: dict[Cell, dict[str, Any]]) -> Study:
+def study_of(runs: dict[Cell, dict[str, Any]], declared: Sequence[Cell] | None = None) -> Study:
     start = run_of(Cell("", "", 0, 0), wrong=9, found=9.6)["stops"]["3"]
-    return Study(runs, {"test": start["test"], "validation": start["validation"]})
+    sft = {"test": start["test"], "validation": start["validation"]}
+    return Study(runs, list(runs) if declared is None else declared, sft)
+
+
+def test_resamples_draw_the_same_scenes_and_seeds_for_all() -> None:
+    """Each resample's figure is what adding up its draws one by one gives; so is the spread that they ought to have."""
+    rng = np.random.default_rng(1)
+    cells = [Cell("clean", DPO, 2e-5, seed) for seed in range(3)]
+    runs = {cell: run_of(cell, 5, 9.5) for cell in cells}
+    wrong = rng.integers(0, 2, size=(3, 10))
+    for run, row in zip(runs.values(), wrong):
+        run["stops"]["3"]["test"] = run["stops"]["3"]["test"] | {"response_level": [[100 * int(w), 1] for w in row]}
+    study = study_of(runs)
+    found = study.curve("clean", DPO).points[0].values[RESPONSE]
+    for draw in (0, 1, 17):
+        top = bottom = 0.0
+        for seed in range(3):
+            for scene in range(10):
+                weight = study.draws.seeds[draw, seed] * study.draws.scenes[draw, scene]
+                top, bottom = top + weight * 100 * wrong[seed, scene], bottom + weight
+        assert found[draw] == pytest.approx(top / bottom)
+    by_seed = mechanism.over_seeds(study, [1.0, 2.0, 6.0])
+    assert by_seed[0] == 3 and np.std(by_seed[1:]) == pytest.approx(np.std([1, 2, 6], ddof=1) / np.sqrt(3), rel=0.05)
+
+
+def test_a_seed_that_lacks_a_cell_of_dpo_or_dama_is_left_out() -> None:
+    declared = [Cell("clean", method, 2e-5, seed) for seed in range(3) for method in (DPO, DAMA, "data-aware")]
+    missing = {Cell("clean", DAMA, 2e-5, 1), Cell("clean", "data-aware", 2e-5, 2)}
+    study = study_of({cell: run_of(cell, 5, 9.5) for cell in declared if cell not in missing}, declared)
+    assert study.seeds == [0, 2] and not study.curve("clean", "data-aware").points
+    findings = Findings(study, statements_pool())
+    assert [row["method"] for row in findings.ablations] == [DAMA] and claims_of(findings)
+    assert set(findings.numbers["missing"]) == {cell.name for cell in missing}
+    with pytest.raises(ValueError, match=r"expected a seed with every cell of DPO and DAMA, got none; 1 of 9"):
+        study_of({declared[0]: run_of(declared[0], 5, 9.5)}, declared).seeds  # noqa: B018
 
 
 def test_the_learning_rate_is_the_best_that_costs_little_recall() -> None:
@@ -212,24 +249,51 @@ def test_a_rate_that_a_seed_lacks_is_no_point() -> None:
     assert {p.rate for p in study.curve("clean", DPO).points} == {1e-5}
 
 
-def test_a_seed_that_failed_leaves_the_others_figures() -> None:
-    cells = [Cell("flipped", DAMA, 2e-5, 0), Cell("flipped", DPO, 2e-5, 1)]  # DAMA's second seed has no file
-    study = study_of({cell: run_of(cell, 5, 9.5) for cell in cells})
-    assert analysis.flips_dropped(study, DAMA, 2e-5) == [{"all": 0.125, "dropped": 0.5}] * 3
-    assert analysis.alpha_M(study, "flipped", DAMA, 2e-5)[0] == [1, 2, 3]
-
-
 def test_what_happened_to_the_pairs() -> None:
-    """The filter keeps the first twelve of sixteen, so that of the four dropped ones two are the flipped ones."""
+    """The filter keeps the first twelve of sixteen, so that of the two flipped ones both are dropped, of the others
+    two of fourteen."""
     cell = Cell("flipped", DAMA, 2e-5, 0)
     study = study_of({cell: run_of(cell, 5, 9.5)})
-    assert analysis.flips_dropped(study, DAMA, 2e-5) == [{"all": 0.125, "dropped": 0.5}] * 3
-    thirds = {"hard": ["p0", "p1"], "middle": ["p2"], "easy": [f"p{n}" for n in range(3, 16)]}
-    weights = analysis.weights_of_thirds(study, "flipped", DAMA, 2e-5, thirds)
+    for part in mechanism.drop_rates(study, DAMA, 2e-5):
+        assert (part["flipped"][0], part["right"][0]) == pytest.approx((100, 100 / 7))
+        assert part["difference"] == pytest.approx((600 / 7,) * 3)
+    weights = mechanism.weights_of_thirds(study, "flipped", DAMA, 2e-5, SIXTEEN)
     assert weights["hard"] == pytest.approx(
         {"alpha_D": 1.5, "beta": 0.1, "selected": 1.0, "R_first": 0.5, "R_last": 2.5}
     )
     assert weights["easy"]["selected"] == pytest.approx(9 / 13)
+    assert mechanism.alpha_M(study, "flipped", DAMA, 2e-5)[0] == [1, 2, 3]
+    assert mechanism.spread_of_alpha_D(study, "flipped", DAMA, 2e-5) == pytest.approx(np.std(range(16)))
+
+
+SIXTEEN = {"hard": ["p0", "p1"], "middle": ["p2"], "easy": [f"p{n}" for n in range(3, 16)]}
+"""Of the pairs of `run_of`."""
+
+
+def test_overfitting_is_of_the_same_third_and_knows_that_few_pairs_were_held_out() -> None:
+    """Last met at R = 2 and 3 the two hard pairs are right, of the held-out ones 80 %."""
+    cells = [Cell("clean", DPO, 2e-5, seed) for seed in (0, 1)]
+    study = study_of({cell: run_of(cell, 5, 9.5) for cell in cells})
+    seen = mechanism.trained(study, "clean", DPO, 2e-5, SIXTEEN)
+    assert seen["hard"] == {"margin": pytest.approx([0.25, 0.25]), "accuracy": [1, 1]}
+    found = mechanism.overfitting(study, "clean", DPO, 2e-5, SIXTEEN, probes=50)
+    assert found["hard"][0] == pytest.approx(20)
+    assert np.std(found["hard"][1:]) == pytest.approx(100 * np.sqrt(0.8 * 0.2 / 50), rel=0.1)
+
+
+def test_evenness_is_counted_where_both_margins_are_positive() -> None:
+    def with_margins(cell: Cell, easy: float, hard: float) -> dict[str, Any]:
+        run = run_of(cell, 5, 9.5)
+        for third, margin in (("easy", easy), ("hard", hard)):
+            run["stops"]["3"]["probes"][f"held_out_{third}"] = {"margin": margin, "accuracy": 0.8, "loss": 0.6}
+        return run
+
+    margins = {(DPO, 0): (0.4, 0.1), (DAMA, 0): (0.3, 0.1), (DPO, 1): (0.4, 0.1), (DAMA, 1): (0.4, -0.01),
+               (DPO, 2): (0.4, 0.2), (DAMA, 2): (0.4, 0.2)}  # fmt: skip
+    cells = {Cell("clean", method, 2e-5, seed): ends for (method, seed), ends in margins.items()}
+    study = study_of({cell: with_margins(cell, *ends) for cell, ends in cells.items()})
+    assert mechanism.easy_over_hard(study, "clean", DAMA, 2e-5) == pytest.approx({0: 3, 2: 2})
+    assert mechanism.more_even(study, "clean", DAMA) == (1, 2)
 
 
 def test_pairs_in_parts_by_delta() -> None:
@@ -238,7 +302,7 @@ def test_pairs_in_parts_by_delta() -> None:
     earlier = [pair | {"R": 100.0} for pair in met]
     cell = Cell("clean", DPO, 2e-5, 0)
     study = study_of({cell: run_of(cell, 5, 9.5, pairs=[*earlier, *met])})
-    found = analysis.by_delta(study, "clean", DPO, 2e-5, parts=2)
+    found = mechanism.by_delta(study, "clean", DPO, 2e-5, parts=2)
     for name, means in {"delta": [0.5, 2.5], "alpha_D": [1.5, 3.5], "R": [0.5, 1.5]}.items():
         assert found[name] == pytest.approx(means)
 
@@ -255,18 +319,18 @@ def test_what_beats_both_is_named() -> None:
     ends = {DPO: 6, DAMA: 6, "DAMA, mean": 2, "DAMA, logit": 6}
     cells = {Cell("clean", method, 2e-5, seed): wrong for method, wrong in ends.items() for seed in (0, 1)}
     study = study_of({cell: run_of(cell, wrong, 9.5) for cell, wrong in cells.items()})
-    findings = Findings(study, statements_pool(), [])
+    findings = Findings(study, statements_pool())
     assert findings.better_than_both == ["DAMA, mean"]
-    told = dict(findings.sentences)
+    told = claims_of(findings)
     beats = told["A variant beats both"]
-    assert beats.startswith("Of 2 tried") and beats.endswith("than DPO and than DAMA: DAMA, mean.")
+    assert beats.startswith("Of 2 tried") and beats.endswith("at the same recall: DAMA, mean.")
     assert "DAMA, mean: -40.0 [" in told["A delta free of length is better"]
 
 
 def test_a_sum_grows_with_statements() -> None:
     """The sum's delta is nearly their number, which the mean does not see."""
     study = study_of({CELLS[0]: run_of(CELLS[0], 6, 9.5)})
-    found = Findings(study, statements_pool(), []).statements
+    found = Findings(study, statements_pool()).statements
     assert found["sum"] == pytest.approx(1, abs=0.01) and found["mean"] == pytest.approx(0, abs=0.01)
 
 
@@ -285,13 +349,14 @@ CELLS = [Cell(condition, method, 2e-5, 0) for condition in ("clean", "flipped") 
 
 
 def test_cells_are_trainings_with_captions_and_probes(folder: Path) -> None:
-    study = Study.read(folder, CELLS)
+    study = Study.read(folder, CELLS, runner.read_world(folder, SMALL).fingerprint)
     for cell, run in study.cells.items():
         assert list(run["stops"]) == ["2", "4"] and len(run["pairs"]) == SMALL.steps * 16 - 16  # 16 + 8 pairs an epoch
+        assert [entry["step"] for entry in run["log"]] == [1, 2, 3, 4] and not run["diverged"]
         assert run["log"][0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
         stop = run["stops"]["4"]
         assert len(stop["test"]["response_level"]) == SMALL.test
-        assert set(stop["probes"]) == {f"{kind}_{third}" for kind in ("trained", "held_out") for third in THIRDS}
+        assert set(stop["probes"]) == {f"held_out_{third}" for third in THIRDS}
         assert len(run["flipped"]) == (5 if cell.condition == "flipped" else 0)
         assert all(pair["selected"] for pair in run["pairs"]) is (cell.method == DPO)
     margins = [run["stops"]["4"]["probes"]["held_out_easy"]["margin"] for run in study.cells.values()]
@@ -316,6 +381,8 @@ def test_another_scale_is_another_result(folder: Path) -> None:
     assert runner.is_finished(CELLS[0], world, folder / "cells")
     larger = replace(world, pool=replace(world.pool, scale=SMALL._replace(steps=5)))
     assert not runner.is_finished(CELLS[0], larger, folder / "cells")
+    with pytest.raises(FileNotFoundError, match="expected finished cells, found none; run the study first"):
+        Study.read(folder, CELLS, larger.fingerprint)
 
 
 def test_a_cell_that_fails_is_listed_and_the_others_go_on(folder: Path, tmp_path: Path) -> None:
@@ -324,17 +391,21 @@ def test_a_cell_that_fails_is_listed_and_the_others_go_on(folder: Path, tmp_path
     shutil.copytree(folder, tmp_path / "study")
     bad = Cell("clean", DPO, -1.0, 0)
     world = runner.read_world(tmp_path / "study", SMALL)
+    last = tmp_path / f"study/cells/{CELLS[-1].name}.json"
+    last.unlink()
     assert runner.run_study([bad, *CELLS], world, tmp_path / "study", 1)
-    assert list(json.loads((tmp_path / "study/failed.json").read_text())) == [bad.name]
+    assert list(json.loads((tmp_path / "study/failed.json").read_text())) == [bad.name] and last.is_file()
 
 
 def test_the_page_holds_every_figure_and_nothing_from_outside(folder: Path, tmp_path: Path) -> None:
-    findings = Findings(Study.read(folder, CELLS), runner.read_world(folder, SMALL).pool, CELLS)
+    world = runner.read_world(folder, SMALL)
+    findings = Findings(Study.read(folder, CELLS, world.fingerprint), world.pool)
     page, numbers = write_study(findings, tmp_path)
     text, data = page.read_text(), json.loads(numbers.read_text())
     assert set(data["cells"]) == {cell.name for cell in CELLS} and not data["missing"] and not data["failed"]
-    for claim, found in findings.sentences:
-        assert claim in text and found.split("(")[0].strip()[:20] in text
+    for claim, found in claims_of(findings).items():
+        assert escape(claim, quote=False) in text and found.replace("'", "&#39;") in text
+    assert data["claims"] == claims_of(findings) and main_table(data) == main_table(findings.numbers)
     assert [row["condition"] for row in data["main"]] == ["clean", "flipped"]
     assert text.count("<svg") == 6 and "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text
     first = data["main"][0]["ends"][0]["response_level"][0]
@@ -344,5 +415,3 @@ def test_the_page_holds_every_figure_and_nothing_from_outside(folder: Path, tmp_
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "--cores", "0", "--out", str(tmp_path)]) == 2
     assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="expected finished cells, found none; run the study first"):
-        Study.read(tmp_path, CELLS)

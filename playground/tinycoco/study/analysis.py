@@ -1,4 +1,4 @@
-"""From the cells' files to figures with intervals: trade-offs, matched recall, and what happened to the pairs.
+"""From the cells' files to figures with intervals: trade-offs, and differences at matched recall.
 
 Recall falls as hallucination falls, so methods are compared along that trade-off. A method's points are its stops at
 all its learning rates, each the mean over seeds. Intervals are 95 % bootstrap percentiles over scenes and seeds drawn
@@ -8,7 +8,7 @@ together, the same draw for every method, so that what is hard for all cancels i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,19 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.core.statistics import Interval, interval, ratio
-from playground.tinycoco.study.grid import DPO, METHODS, Cell
+from playground.tinycoco.study.grid import DAMA, DPO, METHODS, Cell
 
 Array = NDArray[np.float64]
 RESAMPLES = 2000
 METRICS = ("response_level", "mention_level", "object_recall", "mean_words")
 RESPONSE, RECALL = METRICS.index("response_level"), METRICS.index("object_recall")
 RECALL_COST = 5.0  # points of recall that a learning rate may cost on the validation scenes
-LEVELS = (2.0, 4.0, 6.0)  # points of recall below the SFT model's at which methods are compared
+LEVELS = (2.0, 3.0, 5.0)  # points of recall below the SFT model's at which methods are compared
+SHOWN_LEVEL = 3.0  # where one is enough
 
 
 @dataclass(frozen=True)
 class Draws:
-    """How often each scene and each seed is drawn in every resample; row 0 is the data as they are."""
+    """How much each scene and each seed counts in every resample; row 0 is the data as they are.
+
+    Of n, n - 1 are drawn and scaled up: resamples of few seeds vary as much as such means do (Rao and Wu 1988).
+    """
 
     scenes: Array  # [1 + RESAMPLES, scenes]
     seeds: Array  # [1 + RESAMPLES, seeds]
@@ -39,11 +43,13 @@ class Draws:
     def of(scenes: int, seeds: int, seed: int = 0) -> Draws:
         generator = np.random.default_rng(seed)
 
-        def times(count: int) -> Array:
-            drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-            return np.concatenate([np.ones((1, count)), drawn])
+        def weights(count: int) -> Array:
+            if count == 1:
+                return np.ones((1 + RESAMPLES, 1))
+            drawn = generator.multinomial(count - 1, np.full(count, 1 / count), size=RESAMPLES)
+            return np.concatenate([np.ones((1, count)), drawn * count / (count - 1)])
 
-        return Draws(times(scenes), times(seeds))
+        return Draws(weights(scenes), weights(seeds))
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Point:
     values: Array
 
     def of(self, metric: str) -> Interval:
-        return _interval(self.values[METRICS.index(metric)])
+        return interval_of(self.values[METRICS.index(metric)])
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,20 @@ class Curve:
         recall, NaN where the points do not reach that far."""
         points = (self.start, *self.points)
         recalls, responses = (np.stack([p.values[metric] for p in points], axis=1) for metric in (RECALL, RESPONSE))
-        return np.array([_interpolate(*row) for row in zip(recalls, responses, recall)])
+        order = np.argsort(recalls, axis=1, kind="stable")
+        x, y = (np.take_along_axis(values, order, axis=1) for values in (recalls, responses))
+        right = np.clip((x < recall[:, None]).sum(axis=1), 1, max(1, len(points) - 1))[:, None]
+        (x0, x1), (y0, y1) = ([np.take_along_axis(v, n, axis=1)[:, 0] for n in (right - 1, right)] for v in (x, y))
+        part = np.divide(recall - x0, x1 - x0, out=np.ones_like(x0), where=x1 > x0)
+        return np.where((x[:, 0] <= recall) & (recall <= x[:, -1]), y0 + part * (y1 - y0), np.nan)
+
+    def response_at(self, cost: float) -> Interval:
+        """Response-level where so many points of recall are lost."""
+        return interval_of(self.at_recall(self.start.values[RECALL] - cost))
+
+    def at_rate(self, rate: float) -> Curve:
+        """With the stops of one learning rate alone."""
+        return replace(self, points=[point for point in self.points if point.rate == rate])
 
     @property
     def chosen(self) -> Point:
@@ -82,12 +101,7 @@ class Curve:
         return max((p for p in self.points if p.rate == self.chosen_rate), key=lambda point: point.step)
 
 
-def _interpolate(recalls: Array, responses: Array, recall: float) -> float:
-    order = np.argsort(recalls)
-    return float(np.interp(recall, recalls[order], responses[order], left=np.nan, right=np.nan))
-
-
-def _interval(values: Array) -> Interval:
+def interval_of(values: Array) -> Interval:
     """Of row 0, with the percentiles of the others; undefined where a tenth of the resamples is."""
     if np.isnan(values[1:]).mean() > 0.1:
         return Interval(None, None, None)
@@ -99,30 +113,42 @@ def _interval(values: Array) -> Interval:
 
 @dataclass(frozen=True)
 class Study:
-    """Finished cells by condition and method, rate, seed; what the SFT model says; which cells failed."""
+    """Finished cells of those declared, what the SFT model says, which cells failed."""
 
     cells: Mapping[Cell, Mapping[str, Any]]
+    declared: Sequence[Cell]
     sft: Mapping[str, Any]
     failed: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def read(folder: Path, declared: Sequence[Cell]) -> Study:
-        """Cells of the declaration that have a file."""
-        found = {cell: folder / "cells" / f"{cell.name}.json" for cell in declared}
-        cells = {cell: json.loads(path.read_text()) for cell, path in found.items() if path.is_file()}
+    def read(folder: Path, declared: Sequence[Cell], fingerprint: Callable[[Cell], str]) -> Study:
+        """Of cells whose file has the fingerprint: what an earlier version left is not read."""
+        cells = {}
+        for cell in declared:
+            path = folder / "cells" / f"{cell.name}.json"
+            if path.is_file() and (figures := json.loads(path.read_text()))["fingerprint"] == fingerprint(cell):
+                cells[cell] = figures
         if not cells:
             raise FileNotFoundError(f"study {folder}: expected finished cells, found none; run the study first")
         failed = folder / "failed.json"
         sft = json.loads((folder / "cells/sft.json").read_text())
-        return Study(cells, sft, json.loads(failed.read_text()) if failed.is_file() else {})
+        return Study(cells, declared, sft, json.loads(failed.read_text()) if failed.is_file() else {})
 
     @cached_property
     def draws(self) -> Draws:
         return Draws.of(len(self.sft["test"]["response_level"]), len(self.seeds))
 
-    @property
+    @cached_property
     def seeds(self) -> list[int]:
-        return sorted({cell.seed for cell in self.cells})
+        """Those that have every declared cell of DPO and DAMA, which are compared seed by seed."""
+        lacking = {cell.seed for cell in self.declared if cell.method in (DPO, DAMA) and cell not in self.cells}
+        whole = sorted({cell.seed for cell in self.cells} - lacking)
+        if not whole:
+            raise ValueError(
+                f"study: expected a seed with every cell of {DPO} and {DAMA}, got none; {len(self.cells)} of "
+                f"{len(self.declared)} cells are finished, {len(self.failed)} failed: run it again"
+            )
+        return whole
 
     @property
     def diverged(self) -> list[str]:
@@ -130,8 +156,11 @@ class Study:
 
     def runs(self, condition: str, method: str, rate: float) -> list[Mapping[str, Any]]:
         """The finished ones, a seed each."""
-        cells = (Cell(condition, method, rate, seed) for seed in self.seeds)
-        return [self.cells[cell] for cell in cells if cell in self.cells]
+        return [self.cells[Cell(condition, method, rate, s)] for s in self.seeds_of(condition, method, rate)]
+
+    def seeds_of(self, condition: str, method: str, rate: float) -> list[int]:
+        """Of `runs`, in their order."""
+        return [seed for seed in self.seeds if Cell(condition, method, rate, seed) in self.cells]
 
     def methods(self, condition: str) -> list[str]:
         return list(dict.fromkeys(cell.method for cell in self.cells if cell.condition == condition))
@@ -196,7 +225,7 @@ def work_until(pairs: Sequence[Mapping[str, Any]], step: int) -> float:
 def gap_at(ours: Curve, theirs: Curve, cost: float) -> Interval:
     """Response-level of ours less theirs where both have lost `cost` points of recall; below 0 ours is better."""
     recall = ours.start.values[RECALL] - cost
-    return _interval(ours.at_recall(recall) - theirs.at_recall(recall))
+    return interval_of(ours.at_recall(recall) - theirs.at_recall(recall))
 
 
 def mean_gap(ours: Curve, theirs: Curve) -> Interval:
@@ -205,35 +234,24 @@ def mean_gap(ours: Curve, theirs: Curve) -> Interval:
     At each point of one the other is interpolated; points that it does not reach are left out, in each resample. Both
     ways, because interpolating along a noisy convex curve overstates it, which would favour the side that is not.
     """
-    return _interval(_mean_gaps(ours, theirs))
+    return interval_of(_mean_gaps(ours, theirs))
 
 
 def pooled_gap(curves: Sequence[tuple[Curve, Curve]]) -> Interval:
     """`mean_gap` averaged over conditions, (ours, theirs) of each: what all of them say together."""
-    return _interval(np.mean([_mean_gaps(ours, theirs) for ours, theirs in curves], axis=0))
-
-
-def one_way_gap(ours: Sequence[Point], theirs: Curve, than: Sequence[Point] | None = None) -> Interval:
-    """Of a few points to a whole curve at their recall; with `than`, less the same of those points."""
-    gaps = _mean_over_points(_to_curve(ours, theirs))
-    return _interval(gaps if than is None else gaps - _mean_over_points(_to_curve(than, theirs)))
+    return interval_of(np.mean([_mean_gaps(ours, theirs) for ours, theirs in curves], axis=0))
 
 
 def _mean_gaps(ours: Curve, theirs: Curve) -> Array:
-    """In every resample, [1 + RESAMPLES]."""
-    return _mean_over_points([*_to_curve(ours.points, theirs), *(-gap for gap in _to_curve(theirs.points, ours))])
+    """In every resample, [1 + RESAMPLES]; NaN where neither reaches a point of the other."""
+    gaps = np.stack([*_to_curve(ours.points, theirs), *(-gap for gap in _to_curve(theirs.points, ours))])
+    defined = ~np.isnan(gaps)
+    return np.where(defined.any(axis=0), np.nansum(gaps, axis=0) / np.maximum(defined.sum(axis=0), 1), np.nan)
 
 
 def _to_curve(points: Sequence[Point], curve: Curve) -> list[Array]:
     """Response-level of each point less the curve's at its recall, NaN where that does not reach: [1 + RESAMPLES]."""
     return [point.values[RESPONSE] - curve.at_recall(point.values[RECALL]) for point in points]
-
-
-def _mean_over_points(gaps: Sequence[Array]) -> Array:
-    """Of those that are defined; NaN in resamples where none is."""
-    stacked = np.stack(gaps)
-    defined = ~np.isnan(stacked)
-    return np.where(defined.any(axis=0), np.nansum(stacked, axis=0) / np.maximum(defined.sum(axis=0), 1), np.nan)
 
 
 def at_equal_work(ours: Curve, theirs: Curve) -> Interval:
@@ -261,88 +279,6 @@ def verdict(gap: Interval) -> str:
     if gap.low is None or gap.high is None:
         return "not comparable"
     return "clearly better" if gap.high < 0 else "clearly worse" if gap.low > 0 else "no clear difference"
-
-
-# --- What happened to the pairs ---------------------------------------------------------------------------------------
-
-
-def by_third(study: Study, condition: str, method: str, rate: float, figure: str) -> dict[str, dict[int, list[float]]]:
-    """probe set, for instance "held_out_easy" -> step -> the figure of each seed: "margin", "accuracy" or "loss"."""
-    table: dict[str, dict[int, list[float]]] = {}
-    for run in study.runs(condition, method, rate):
-        for step, stop in run["stops"].items():
-            for name, values in stop["probes"].items():
-                table.setdefault(name, {}).setdefault(int(step), []).append(values[figure])
-    return table
-
-
-def weights_of_thirds(
-    study: Study, condition: str, method: str, rate: float, thirds: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, float]]:
-    """third -> means over all its pairs' visits: alpha_D, beta, share selected, R when first and when last met."""
-    third_of = {id: third for third, ids in thirds.items() for id in ids}
-    rows: dict[str, list[Mapping[str, Any]]] = {third: [] for third in thirds}
-    first: dict[str, list[float]] = {third: [] for third in thirds}
-    last: dict[str, list[float]] = {third: [] for third in thirds}
-    for run in study.runs(condition, method, rate):
-        pairs = run["pairs"]
-        ends = {pair["id"]: pair["R"] for pair in pairs}
-        starts = {pair["id"]: pair["R"] for pair in reversed(pairs)}
-        for pair in pairs:
-            rows[third_of[pair["id"]]].append(pair)
-        for id, R in ends.items():
-            last[third_of[id]].append(R)
-            first[third_of[id]].append(starts[id])
-    return {
-        third: {
-            "alpha_D": _mean(row["alpha_D"] for row in rows[third]),
-            "beta": _mean(row["beta"] for row in rows[third]),
-            "selected": _mean(bool(row["selected"]) for row in rows[third]),
-            "R_first": _mean(first[third]),
-            "R_last": _mean(last[third]),
-        }
-        for third in thirds
-    }
-
-
-def flips_dropped(study: Study, method: str, rate: float) -> list[dict[str, float]]:
-    """Each third of the training, flipped condition: the share of flipped pairs among all, and among those dropped."""
-    parts: list[dict[str, list[bool]]] = [{"all": [], "dropped": []} for _ in range(3)]
-    for run in study.runs("flipped", method, rate):
-        flipped, steps = set(run["flipped"]), 1 + max(pair["step"] for pair in run["pairs"])
-        for pair in run["pairs"]:
-            part = parts[3 * pair["step"] // steps]
-            part["all"].append(pair["id"] in flipped)
-            if not pair["selected"]:
-                part["dropped"].append(pair["id"] in flipped)
-    return [{name: _mean(values) for name, values in part.items()} for part in parts]
-
-
-def by_delta(study: Study, condition: str, method: str, rate: float, parts: int = 10) -> dict[str, list[float]]:
-    """Equal parts of all trained pairs by delta, hardest first: means of "delta", "alpha_D" and "R" when last met.
-
-    R is divided by its mean over the pairs of its run, because a method that moves less has every R smaller.
-    """
-    found = []
-    for run in study.runs(condition, method, rate):
-        last = {pair["id"]: pair for pair in run["pairs"]}
-        mean = _mean(pair["R"] for pair in last.values())
-        found += [(pair["delta"], pair["alpha_D"], pair["R"] / mean) for pair in last.values()]
-    means = [part.mean(axis=0) for part in np.array_split(np.array(sorted(found)), parts)]
-    return {name: [float(mean[n]) for mean in means] for n, name in enumerate(("delta", "alpha_D", "R"))}
-
-
-def alpha_M(study: Study, condition: str, method: str, rate: float) -> tuple[list[int], list[float], list[float]]:
-    """(step, mean alpha_M, mean R_bar) over seeds."""
-    logs = [run["log"] for run in study.runs(condition, method, rate)]
-    steps = [row["step"] for row in logs[0]]
-    alphas, bars = ([_mean(row[key] for row in rows) for rows in zip(*logs)] for key in ("dama/alpha_M", "dama/R_bar"))
-    return steps, alphas, bars
-
-
-def _mean(values: Any) -> float:
-    found = list(values)
-    return float(np.mean(found)) if found else float("nan")
 
 
 def ablations(study: Study) -> list[str]:

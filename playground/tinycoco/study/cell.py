@@ -74,6 +74,7 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     trainer.train()
     look.at(world.scale.steps)
     lines = (work / "trained" / "pair_log.jsonl").read_text().splitlines()
+    probes = look.figures[str(world.scale.steps)]["probes"]
     figures = {
         "cell": vars(cell),
         "fingerprint": world.fingerprint(cell),
@@ -81,7 +82,7 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
         "stops": look.figures,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "pairs": [json.loads(line) for line in lines],
-        "diverged": any(not math.isfinite(entry.get("loss", 0.0)) for entry in trainer.state.log_history),
+        "diverged": not all(math.isfinite(figure) for probe in probes.values() for figure in probe.values()),
         "seconds": time.monotonic() - began,
     }
     write_json(out / f"{cell.name}.json", figures)
@@ -113,20 +114,11 @@ def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> 
     data = prepared(rows, "pairs")
     trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=data.train, delta_bar=data.delta_bar)
     trainer.remove_callback(PrinterCallback)
-    probes = {name: prepared(rows, name).train for name, rows in probes_of(world.pool, rows).items()}
+    held_out = {f"held_out_{third}": ids for third, ids in world.pool.probes.items()}
+    probes = {name: prepared([given_row(world.pool, id) for id in ids], name).train for name, ids in held_out.items()}
     look = Look(world, trainer, Answerer.of(model, tokenizer, processor, conv_mode="v1"), probes)
     trainer.add_callback(look)
     return trainer, look
-
-
-def probes_of(pool: Pool, rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Of each third by delta: the first of the cell's own rows, and the pairs that no cell is trained on."""
-    own = {str(row["idx"]): row for row in rows}
-    found = {}
-    for third, ids in pool.thirds.items():
-        found[f"trained_{third}"] = [own[id] for id in ids if id in own][: pool.scale.probes]
-        found[f"held_out_{third}"] = [given_row(pool, id) for id in pool.probes[third]]
-    return found
 
 
 def flags_of(cell: Cell, world: World, work: Path) -> list[str]:
@@ -143,7 +135,7 @@ def flags_of(cell: Cell, world: World, work: Path) -> list[str]:
 
 
 class Look(TrainerCallback):
-    """At each stop captions of held-out scenes and reward gaps of held-out pairs; at the end also of trained ones."""
+    """At each stop: captions of held-out scenes, and reward gaps of held-out pairs."""
 
     def __init__(self, world: World, trainer: Any, answerer: Any, probes: dict[str, Any]) -> None:
         self.world, self.trainer, self.answerer, self.probes = world, trainer, answerer, probes
@@ -151,19 +143,19 @@ class Look(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.world.scale.stops:
+            logged = control.should_log
             self.at(state.global_step)
+            control.should_log = logged  # which evaluating has taken back
 
     def at(self, step: int) -> None:
         """Once for each step: what a later call repeats is known already."""
         if str(step) in self.figures:
             return
         self.trainer.model.eval()
-        ends = step == self.world.scale.steps
         figures = {"test": captions(self.answerer, self.world.test)}
-        if ends:
+        if step == self.world.scale.steps:
             figures["validation"] = captions(self.answerer, self.world.validation)
-        probes = {name: data for name, data in self.probes.items() if ends or name.startswith("held_out")}
-        figures["probes"] = {name: self.reward_figures(data) for name, data in probes.items()}
+        figures["probes"] = {name: self.reward_figures(data) for name, data in self.probes.items()}
         self.figures[str(step)] = figures
         self.trainer.model.train()
 

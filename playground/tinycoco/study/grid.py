@@ -29,6 +29,7 @@ STEP_PAIRS = 16
 CELL_SECONDS = 46  # of one core, about
 RATES = (1e-5, 2e-5, 4e-5)
 RATE = 2e-5  # of the cells that vary something else
+BETA = 0.1  # train_mem.py's default, which all but some variations keep
 SEEDS = (0, 1, 2, 3, 4)
 
 DPO, DAMA = "DPO", "DAMA"

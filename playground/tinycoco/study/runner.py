@@ -21,9 +21,11 @@ from dama.console import say, write_json
 from playground.tinycoco import run
 from playground.tinycoco.study.analysis import Study, last_stop, plain_ratio
 from playground.tinycoco.study.cell import Scenes, World, run_cell, sft_captions
+from playground.tinycoco.study.claims import claims_of, main_table
 from playground.tinycoco.study.data import read_pool
+from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import FULL, Cell, Scale, declare, hours_of
-from playground.tinycoco.study.page import Findings, write_study
+from playground.tinycoco.study.page import write_study
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -38,11 +40,12 @@ def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: in
     if again is not None:
         return int(run_again(cells, world, folder, again) > 0)
     failed = run_study(cells, world, folder, cores)
-    findings = Findings(Study.read(folder, cells), world.pool, cells)
-    page, numbers = write_study(findings, docs or (folder if quick else Path("docs")))
-    for claim, found in findings.sentences:
+    findings = Findings(Study.read(folder, cells, world.fingerprint), world.pool)
+    page, file = write_study(findings, docs or (folder if quick else Path("docs")))
+    say(main_table(findings.numbers))
+    for claim, found in claims_of(findings).items():
         say(f"{claim}: {found}")
-    say(f"study: {page}, {numbers}")
+    say(f"study: {page}, {file}")
     return int(failed)
 
 
