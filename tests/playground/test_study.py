@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from dama.pairs import read_pairs
 from playground.tinycoco.__main__ import main
 from playground.tinycoco.study import analysis, grid, mechanism, runner
 from playground.tinycoco.study.analysis import RECALL, RESPONSE, Curve, Point, Study, verdict
-from playground.tinycoco.study.claims import claims_of, main_table
+from playground.tinycoco.study.claims import OPEN, borne_out, claims_of, summary
 from playground.tinycoco.study.data import THIRDS, Pool, draw_ids, given_row, rows_of
 from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, SEEDS, Cell, Scale, declare
 from playground.tinycoco.study.page import write_study
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = Scale(steps=4, stops=(2, 4), pool=96, pairs=24, small=8, probes=4, test=6, validation=4)
 
 
@@ -167,6 +167,13 @@ def test_verdicts_follow_the_interval() -> None:
     for (low, high), words in told.items():
         assert verdict(analysis.Interval((low + high) / 2, low, high)) == words
     assert verdict(analysis.Interval(None, None, None)) == "not comparable"
+
+
+def test_claims_are_borne_out_by_intervals_alone() -> None:
+    told = {(1, 3): "holds", (-3, -1): "the contrary holds", (-1, 3): "not shown either way", (0, 3): OPEN}
+    for (low, high), words in told.items():
+        assert borne_out(analysis.Interval((low + high) / 2, low, high)) == words
+    assert borne_out(analysis.Interval(None, None, None)) == OPEN
 
 
 def run_of(cell: Cell, wrong: float, found: float, **changes: Any) -> dict[str, Any]:
@@ -321,10 +328,11 @@ def test_what_beats_both_is_named() -> None:
     study = study_of({cell: run_of(cell, wrong, 9.5) for cell, wrong in cells.items()})
     findings = Findings(study, statements_pool())
     assert findings.better_than_both == ["DAMA, mean"]
-    told = claims_of(findings)
-    beats = told["A variant beats both"]
-    assert beats.startswith("Of 2 tried") and beats.endswith("at the same recall: DAMA, mean.")
-    assert "DAMA, mean: -40.0 [" in told["A delta free of length is better"]
+    told = {claim.claim: claim for claim in claims_of(findings)}
+    beats = told["Some variant beats both DPO and DAMA"]
+    assert beats[1:] == ("holds", "Of 2 tried on clean pairs, clearly better at the same recall: DAMA, mean.")
+    free = told["A delta free of length is better"]
+    assert free.verdict == "holds" and "DAMA, mean -40.0 [" in free.figures
 
 
 def test_a_sum_grows_with_statements() -> None:
@@ -400,12 +408,13 @@ def test_a_cell_that_fails_is_listed_and_the_others_go_on(folder: Path, tmp_path
 def test_the_page_holds_every_figure_and_nothing_from_outside(folder: Path, tmp_path: Path) -> None:
     world = runner.read_world(folder, SMALL)
     findings = Findings(Study.read(folder, CELLS, world.fingerprint), world.pool)
-    page, numbers = write_study(findings, tmp_path)
-    text, data = page.read_text(), json.loads(numbers.read_text())
+    numbers = write_study(findings, tmp_path)
+    text, data = (tmp_path / "study.html").read_text(), json.loads((tmp_path / "study.json").read_text())
     assert set(data["cells"]) == {cell.name for cell in CELLS} and not data["missing"] and not data["failed"]
-    for claim, found in claims_of(findings).items():
-        assert escape(claim, quote=False) in text and found.replace("'", "&#39;") in text
-    assert data["claims"] == claims_of(findings) and main_table(data) == main_table(findings.numbers)
+    for claim in claims_of(findings):
+        assert claim.verdict in text and claim.claim in text and claim.figures.replace("'", "&#39;") in text
+    assert data["claims"] == [claim._asdict() for claim in claims_of(findings)]
+    assert summary(data) == summary(numbers)
     assert [row["condition"] for row in data["main"]] == ["clean", "flipped"]
     assert text.count("<svg") == 6 and "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text
     first = data["main"][0]["ends"][0]["response_level"][0]
@@ -415,3 +424,13 @@ def test_the_page_holds_every_figure_and_nothing_from_outside(folder: Path, tmp_
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "--cores", "0", "--out", str(tmp_path)]) == 2
     assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_readme_quotes_the_committed_study() -> None:
+    """Of every declared cell; the page beside it says the same."""
+    page, text = (ROOT / "docs/study.html").read_text(), (ROOT / "docs/study.json").read_text()
+    data = json.loads(text)
+    assert summary(data) in (ROOT / "README.md").read_text()
+    assert set(data["cells"]) == {cell.name for cell in declare()} and not data["missing"] and not data["failed"]
+    for row in data["claims"]:
+        assert row["figures"].replace("'", "&#39;") in page

@@ -145,10 +145,24 @@ class Findings:
         return {name: interval_of(values) for name, values in found.items()}
 
     @cached_property
+    def underfit(self) -> Interval:
+        """DPO's accuracy on easy pairs that it was trained on less that on hard ones, points."""
+        seen = mechanism.trained(self.study, "clean", DPO, RATE, self.pool.thirds)
+        easy, hard = (seen[third]["accuracy"] for third in ("easy", "hard"))
+        return self._mean([100 * (e - h) for e, h in zip(easy, hard)])
+
+    @cached_property
     def easy_over_hard(self) -> dict[str, dict[int, float]]:
-        """Method -> seed -> held-out margin of easy over that of hard pairs: clean, at the rate of the variations."""
-        methods = [DPO, *analysis.ablations(self.study)]
-        return {method: mechanism.easy_over_hard(self.study, "clean", method, RATE) for method in methods}
+        """DPO and DAMA -> seed -> held-out margin of easy over hard pairs: clean, at the rate of the variations."""
+        return {method: mechanism.easy_over_hard(self.study, "clean", method, RATE) for method in (DPO, DAMA)}
+
+    @cached_property
+    def evened(self) -> Interval:
+        """That ratio with DPO less that with DAMA; undefined where a seed has none."""
+        dpo, dama = (self.easy_over_hard[method] for method in (DPO, DAMA))
+        if not set(self.study.seeds) == dpo.keys() == dama.keys():
+            return Interval(None, None, None)
+        return self._mean([dpo[seed] - dama[seed] for seed in self.study.seeds])
 
     @cached_property
     def more_even(self) -> dict[str, tuple[int, int]]:
@@ -188,6 +202,8 @@ class Findings:
             "variations": self.variations,
             "thirds": self.thirds,
             "overfit": self.overfit,
+            "underfit": self.underfit,
+            "evened": self.evened,
             "easy_over_hard": self.easy_over_hard,
             "more_even": self.more_even,
             "weights": self.weights,

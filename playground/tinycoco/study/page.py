@@ -71,7 +71,7 @@ def draw_gaps(axes: Axes, rows: Mapping[str, Interval]) -> None:
         axes.errorbar(float(gap.value or 0), place, xerr=_arms(gap), color=color, **_DOT)
     axes.set_yticks(range(len(shown)), list(reversed(shown)))
     axes.axvline(0, color=SERIES[4], linewidth=1)
-    axes.set_xlabel("response-level at equal recall, less DPO's (points)")
+    axes.set_xlabel("response-level at equal recall, minus DPO's (points)")
     axes.grid(axis="x")
 
 
@@ -105,12 +105,12 @@ def draw_alpha_M(axes: Axes, steps: Sequence[int], alphas: Sequence[float], bars
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
-def write_study(findings: Findings, out: Path) -> tuple[Path, Path]:
-    """Writes out/study.html and out/study.json."""
-    numbers = {"claims": claims_of(findings), **findings.numbers}
+def write_study(findings: Findings, out: Path) -> dict[str, Any]:
+    """Writes out/study.html and out/study.json; returns what the latter holds."""
+    numbers = {"claims": [claim._asdict() for claim in claims_of(findings)], **findings.numbers}
     write_json(out / NUMBERS, numbers)
     write_atomic(out / PAGE, render(findings, numbers))
-    return out / PAGE, out / NUMBERS
+    return numbers
 
 
 def render(findings: Findings, numbers: Mapping[str, Any]) -> str:

@@ -21,11 +21,11 @@ from dama.console import say, write_json
 from playground.tinycoco import run
 from playground.tinycoco.study.analysis import Study, last_stop, plain_ratio
 from playground.tinycoco.study.cell import Scenes, World, run_cell, sft_captions
-from playground.tinycoco.study.claims import claims_of, main_table
+from playground.tinycoco.study.claims import summary
 from playground.tinycoco.study.data import read_pool
 from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import FULL, Cell, Scale, declare, hours_of
-from playground.tinycoco.study.page import write_study
+from playground.tinycoco.study.page import NUMBERS, PAGE, write_study
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -41,11 +41,9 @@ def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: in
         return int(run_again(cells, world, folder, again) > 0)
     failed = run_study(cells, world, folder, cores)
     findings = Findings(Study.read(folder, cells, world.fingerprint), world.pool)
-    page, file = write_study(findings, docs or (folder if quick else Path("docs")))
-    say(main_table(findings.numbers))
-    for claim, found in claims_of(findings).items():
-        say(f"{claim}: {found}")
-    say(f"study: {page}, {file}")
+    docs = docs or (folder if quick else Path("docs"))
+    say(summary(write_study(findings, docs)))
+    say(f"study: {docs / PAGE}, {docs / NUMBERS}")
     return int(failed)
 
 
