@@ -25,7 +25,7 @@ RESAMPLES = 2000
 METRICS = ("response_level", "mention_level", "object_recall", "mean_words")
 RESPONSE, RECALL = METRICS.index("response_level"), METRICS.index("object_recall")
 RECALL_COST = 5.0  # points of recall that a learning rate may cost on the validation scenes
-LEVELS = (2.0, 3.0, 5.0)  # points of recall below the SFT model's at which methods are compared
+LEVELS = (2.0, 4.0)  # points of recall below the SFT model's at which methods are compared
 SHOWN_LEVEL = 3.0  # where one is enough
 
 

@@ -128,7 +128,7 @@ def _length_free(findings: Findings) -> Claim:
 
 
 def summary(numbers: Mapping[str, Any]) -> str:
-    """From what study.json holds: DPO and DAMA under each condition as aligned lines, below them claims and verdicts."""
+    """From what study.json holds: DPO and DAMA under each condition as aligned lines, then claims and verdicts."""
     at_level = f"at recall -{SHOWN_LEVEL:g}"
     lines = [["response-level %", "", f"DPO {at_level}", f"DAMA {at_level}", "DAMA minus DPO", ""]]
     for row in numbers["main"]:
