@@ -195,7 +195,7 @@ def run_of(cell: Cell, wrong: float, found: float, **changes: Any) -> dict[str, 
     stop = {"test": scored, "validation": scored, "probes": probes}
     log = [{"step": step + 1, "loss": 0.5, "dama/alpha_M": 1.0, "dama/R_bar": 0.1} for step in range(3)]
     return {"cell": vars(cell), "stops": {"3": stop}, "pairs": pairs, "log": log, "flipped": ["p14", "p15"],
-            "diverged": False, "seconds": 1.0} | changes  # fmt: skip
+            "seconds": 1.0} | changes  # fmt: skip
 
 
 def study_of(runs: dict[Cell, dict[str, Any]], declared: Sequence[Cell] | None = None) -> Study:
@@ -235,6 +235,15 @@ def test_a_seed_that_lacks_a_cell_of_dpo_or_dama_is_left_out() -> None:
     assert set(findings.numbers["missing"]) == {cell.name for cell in missing}
     with pytest.raises(ValueError, match=r"expected a seed with every cell of DPO and DAMA, got none; 1 of 9"):
         study_of({declared[0]: run_of(declared[0], 5, 9.5)}, declared).seeds  # noqa: B018
+
+
+def test_cells_that_diverged_are_named() -> None:
+    cells = [Cell("clean", DPO, 2e-5, seed) for seed in (0, 1)]
+    runs = {cell: run_of(cell, 5, 9.5) for cell in cells}
+    assert study_of(runs).diverged == []
+    probes = runs[cells[1]]["stops"]["3"]["probes"]
+    probes["held_out_hard"] = probes["held_out_hard"] | {"margin": float("nan")}
+    assert study_of(runs).diverged == [cells[1].name]
 
 
 def test_the_learning_rate_is_the_best_that_costs_little_recall() -> None:
@@ -360,7 +369,7 @@ def test_cells_are_trainings_with_captions_and_probes(folder: Path) -> None:
     study = Study.read(folder, CELLS, runner.read_world(folder, SMALL).fingerprint)
     for cell, run in study.cells.items():
         assert list(run["stops"]) == ["2", "4"] and len(run["pairs"]) == SMALL.steps * 16 - 16  # 16 + 8 pairs an epoch
-        assert [entry["step"] for entry in run["log"]] == [1, 2, 3, 4] and not run["diverged"]
+        assert [entry["step"] for entry in run["log"]] == [1, 2, 3, 4]
         assert run["log"][0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
         stop = run["stops"]["4"]
         assert len(stop["test"]["response_level"]) == SMALL.test

@@ -152,7 +152,9 @@ class Study:
 
     @property
     def diverged(self) -> list[str]:
-        return [cell.name for cell, figures in self.cells.items() if figures["diverged"]]
+        """Names of cells whose held-out pairs end with a loss or reward that is no number."""
+        ends = {cell.name: last_stop(run)["probes"].values() for cell, run in self.cells.items()}
+        return [name for name, probes in ends.items() if not np.isfinite([list(p.values()) for p in probes]).all()]
 
     def runs(self, condition: str, method: str, rate: float) -> list[Mapping[str, Any]]:
         """The finished ones, a seed each."""

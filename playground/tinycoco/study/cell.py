@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -74,7 +73,6 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     trainer.train()
     look.at(world.scale.steps)
     lines = (work / "trained" / "pair_log.jsonl").read_text().splitlines()
-    probes = look.figures[str(world.scale.steps)]["probes"]
     figures = {
         "cell": vars(cell),
         "fingerprint": world.fingerprint(cell),
@@ -82,7 +80,6 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
         "stops": look.figures,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "pairs": [json.loads(line) for line in lines],
-        "diverged": not all(math.isfinite(figure) for probe in probes.values() for figure in probe.values()),
         "seconds": time.monotonic() - began,
     }
     write_json(out / f"{cell.name}.json", figures)

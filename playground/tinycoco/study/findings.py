@@ -214,14 +214,6 @@ class Findings:
         }
 
 
-CLEARER = {
-    "clearly better": "it overfits hard pairs more",
-    "clearly worse": "it overfits easy pairs more",
-    "no clear difference": "no clear difference",
-}
-VERDICTS = ("clearly better", "no clear difference", "clearly worse", "not comparable")
-
-
 def end_of_cell(run: Mapping[str, Any]) -> dict[str, Any]:
     last = analysis.last_stop(run)["test"]
     return {metric: round(analysis.plain_ratio([last], metric), 2) for metric in METRICS} | {
