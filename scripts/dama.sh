@@ -5,6 +5,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if [ "${1:-}" = --help ]; then # the lines at the head of the script
+    sed -n '2,/^set /s/^# \{0,1\}//p' "scripts/$(basename "$0")"
+    exit
+fi
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then
     dry_run=true

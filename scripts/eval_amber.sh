@@ -5,7 +5,9 @@
 # 1,004 long and 14,216 short answers: about 1 hour on one 80 GB GPU (an estimate).
 # Expected for LLaVA-v1.5-7B (AMBER's README): CHAIR 7.8, Cover 51.0, Hal 36.4, Cog 4.2, accuracy 72.0, F1 74.7, and
 # score 83.5.
-# Its pictures come by hand, from the authors' Google Drive; similar words take `python -m eval.amber FOLDER` once.
+# Its pictures come by hand, from the authors' Google Drive. Words are found by nltk's tagger and compared by spaCy's
+# vectors, as the original does: once, in .venv, `python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng
+# wordnet`, `python -m spacy download en_core_web_lg`, `python -m eval.amber FOLDER`. Without, figures are labelled so.
 # Output: runs/eval/<checkpoint>/amber/. --help has all flags; DAMA_BENCH_DATA names a folder with the data.
 set -euo pipefail
 cd "$(dirname "$0")/.."

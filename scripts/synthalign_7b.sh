@@ -8,13 +8,14 @@
 # code is its own: a server of yours behind http:URL, see `python -m dama synth --help`; without one a CLIP ranks),
 # REWARD (ArmoRM's code comes with its weights and is run with --trust_remote_code; http-text:URL reaches a server),
 # STRATEGY (both: DAMA; none: the paper's plain DPO). Further flags go to train_mem.py.
-# Needs: pip install '.[synth,quant]', and SD3's licence accepted on its page.
+# Needs SD3's licence accepted on its page.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 dry_run=false rounds=0
 while [ $# -gt 0 ]; do
     case $1 in
+        --help) sed -n '2,/^set /s/^# \{0,1\}//p' scripts/synthalign_7b.sh && exit ;;
         --dry-run) dry_run=true && shift ;;
         --rounds) rounds=$2 && shift 2 ;;
         *) break ;;

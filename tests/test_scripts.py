@@ -134,3 +134,17 @@ def test_micro_batches_that_do_not_divide_the_step():
         done.returncode == 1
         and "4 pairs a step on each of 4 GPU(s) are no multiple of 3; set it to 1, 2, 4" in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["dama_7b.sh", "dama_13b.sh", "dama_7b_lora.sh", "dama_tiny.sh", "synthalign_tiny.sh", "synthalign_7b.sh",
+     "v1_5/pretrain.sh", "v1_5/finetune.sh", "v1_5/finetune_qlora.sh"],
+)  # fmt: skip
+def test_help_is_the_head_of_the_script_and_starts_nothing(script, tmp_path):
+    path = ROOT / "scripts" / script
+    head = path.read_text().split("\nset -euo")[0].splitlines()[1:]
+    command = ["bash", str(path), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
+    assert not done.stderr and not list(tmp_path.iterdir())

@@ -2,7 +2,8 @@
 # Hardness of the preference pairs over the GPUs of several machines: each task of the job takes its shard.
 #   DATA=pairs.jsonl IMAGES=images OUTPUT=runs/dama sbatch --ntasks 16 scripts/slurm/hardness.sh [FLAGS]
 # Further flags go to `python -m dama hardness`. Interrupted or requeued with as many tasks, it continues. The folders must
-# lie on a disk that all machines see. --dry-run first prints the commands.
+# lie on a disk that all machines see. Run scripts/setup.sh before. scripts/dama_7b.sh with the same DATA, IMAGES and OUTPUT
+# finds the stage complete and goes on. --dry-run first prints the commands.
 #SBATCH --job-name=dama-hardness
 #SBATCH --ntasks=4
 #SBATCH --gpus-per-task=1

@@ -2,7 +2,8 @@
 # Reference log-probs over the GPUs of several machines: each task of the job takes its shard, one model on each GPU.
 #   MODEL=liuhaotian/llava-v1.5-7b DATA=pairs.jsonl IMAGES=images OUTPUT=runs/dama sbatch --ntasks 16 scripts/slurm/reference.sh
 # Further flags go to `python -m dama reference`. Interrupted or requeued with as many tasks, it continues. The folders
-# must lie on a disk that all machines see. --dry-run first prints the commands.
+# must lie on a disk that all machines see. Run scripts/setup.sh before. scripts/dama_7b.sh with the same DATA, IMAGES and
+# OUTPUT finds the stage complete and goes on. --dry-run first prints the commands.
 #SBATCH --job-name=dama-reference
 #SBATCH --ntasks=4
 #SBATCH --gpus-per-task=1
@@ -31,7 +32,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 run srun --mpi=none --kill-on-bad-exit=1 python -m dama reference \
     --model_name_or_path "${MODEL:-liuhaotian/llava-v1.5-7b}" \
     --data "${DATA:-playground/data/pairs.jsonl}" --image_folder "${IMAGES:-playground/data/images}" \
-    --on_bad_image skip --on_long_pair skip --precision bf16 --model_max_length 2048 --batch_size 8 \
+    --on_bad_image skip --on_long_pair skip --precision bf16 --model_max_length 2048 --batch_size 4 \
     --workers "${SLURM_CPUS_PER_TASK:-8}" --out "$OUT" "$@"
 # The last task has merged the shards, unless the disk showed two that ended together each other's files too late.
 if ! grep -qs '"complete": true' "$OUT/manifest.json"; then run python -m dama merge "$OUT"; fi

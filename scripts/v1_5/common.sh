@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # The body of the LLaVA-v1.5 scripts beside it. They set STAGE and the flags that differ; from the environment come MODEL
-# (language model or checkpoint), VISION_TOWER, DATA, IMAGES, PROJECTOR, OUTPUT, GPUS, and --dry-run prints the command.
+# (language model or checkpoint), VISION_TOWER, DATA, IMAGES, PROJECTOR, OUTPUT, GPUS, BATCH
+# (on each GPU), LEARNING_RATE, ZERO (DeepSpeed's configuration), and --dry-run prints the command.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
+if [ "${1:-}" = --help ]; then # the lines at the head of the script
+    sed -n '2,/^set /s/^# \{0,1\}//p' "scripts/v1_5/$(basename "$0")"
+    exit
+fi
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then
     dry_run=true

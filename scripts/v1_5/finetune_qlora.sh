@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Visual instruction tuning with LoRA on a base quantised to 4 bits (needs the extra quant).
+# Visual instruction tuning with LoRA on a base quantised to 4 bits.
 # Global batch: 128 on 8 GPUs. See common.sh for what the environment sets; further flags go to train_mem.py.
 set -euo pipefail
 STAGE=finetune-qlora ZERO=${ZERO:-scripts/zero2.json} BATCH=${BATCH:-16} LEARNING_RATE=${LEARNING_RATE:-2e-4} SAVE_STEPS=50000
