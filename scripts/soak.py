@@ -427,7 +427,7 @@ def free_port() -> int:
 
 
 def remove_shared_memory(port: int) -> None:
-    """DeepSpeed on CPUs leaves 66 MB a rank behind, named by the port, whether a run was killed or not."""
+    """DeepSpeed on CPUs leaves 66 MB a rank behind, named by the port, where a run is killed before its first step."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
         buffer.unlink()
 

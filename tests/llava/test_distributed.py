@@ -28,7 +28,7 @@ def launch(words, zero=2):
     command = [str(binaries / "deepspeed"), "--quiet", "--num_gpus", "2", "--master_port", str(port)]
     command += [str(ROOT / "llava/train/train_mem.py"), "--deepspeed", str(ROOT / f"scripts/zero{zero}.json")]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
-    return subprocess.run(
+    done = subprocess.run(
         [*command, *words],
         cwd=GOLDEN,
         capture_output=True,
@@ -37,6 +37,8 @@ def launch(words, zero=2):
         timeout=300,
         env=os.environ | environment,
     )
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # nothing is left behind, whatever came of it
+    return done
 
 
 def training_log(folder):
