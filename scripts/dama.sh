@@ -3,12 +3,9 @@
 # rate. The paper's settings: 16 pairs a step over all GPUs, 12 of them selected, beta 0.1, 4 epochs, cosine with warm-up
 # 0.1, bf16, ZeRO-2.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
-if [ "${1:-}" = --help ]; then # the lines at the head of the script
-    sed -n '2,/^set /s/^# \{0,1\}//p' "scripts/$(basename "$0")"
-    exit
-fi
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then
     dry_run=true

@@ -4,6 +4,7 @@
 #   bash scripts/dama_tiny.sh --smoke    the same stages on less data: about 2 minutes
 # A second call skips what is finished. RUN names the output folder; further arguments go to both trainings.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
 run=${RUN:-runs/tiny} pairs=1500 scenes=300 epochs=3

@@ -10,12 +10,12 @@
 # STRATEGY (both: DAMA; none: the paper's plain DPO). Further flags go to train_mem.py.
 # Needs SD3's licence accepted on its page.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
 dry_run=false rounds=0
 while [ $# -gt 0 ]; do
     case $1 in
-        --help) sed -n '2,/^set /s/^# \{0,1\}//p' scripts/synthalign_7b.sh && exit ;;
         --dry-run) dry_run=true && shift ;;
         --rounds) rounds=$2 && shift 2 ;;
         *) break ;;

@@ -6,6 +6,7 @@
 #   bash scripts/synthalign_tiny.sh --smoke       the same stages on less data
 # A second call skips what is finished. RUN names the output folder; further arguments go to the trainings.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
 rounds=1 prompts=400 scenes=300 epochs=4

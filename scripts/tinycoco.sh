@@ -1,10 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by dama_tiny.sh and synthalign_tiny.sh once `run`, their output folder, is set: set-up, and what they share.
 set -euo pipefail
-if [ "${1:-}" = --help ]; then # the lines at the head of the script
-    sed -n '2,/^set /s/^# \{0,1\}//p' "scripts/$(basename "$0")"
-    exit
-fi
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 world=playground/tinycoco/weights

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dama.console import digest_of, digest_of_file, say, write_atomic, write_json
 from dama.hardness.score import load_hardness
 from dama.report import GalleryItem, Hardness, MarkedCaption, Metric, Report, write_report
@@ -59,10 +57,7 @@ def prepare(out: Path, pairs: int | None, scenes: int, split: str, source: Path 
     with open_stage(out, "scenes", fingerprint, [len(chunk) for chunk in chunks]) as stage:
         if stage.complete:
             return
-        with tqdm(total=len(everything), initial=stage.records_done, desc="scenes", unit="scene") as bar:
-            for chunk in chunks[stage.chunks_done :]:
-                stage.append([_draw_to(images, name) for name in chunk])
-                bar.update(len(chunk))
+        stage.fill(lambda number: [_draw_to(images, name) for name in chunks[number]], "scene")
         write_json(out / "pairs.json", rows)
         write_atomic(out / "questions.jsonl", "".join(_question(scene, i) for i, scene in enumerate(held_out)))
         stage.finish({"pairs": len(rows), "held_out_scenes": scenes})

@@ -3,12 +3,9 @@
 # (language model or checkpoint), VISION_TOWER, DATA, IMAGES, PROJECTOR, OUTPUT, GPUS, BATCH
 # (on each GPU), LEARNING_RATE, ZERO (DeepSpeed's configuration), and --dry-run prints the command.
 set -euo pipefail
+source "$(dirname "$0")/../help.sh"
 cd "$(dirname "$0")/../.."
 
-if [ "${1:-}" = --help ]; then # the lines at the head of the script
-    sed -n '2,/^set /s/^# \{0,1\}//p' "scripts/v1_5/$(basename "$0")"
-    exit
-fi
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then
     dry_run=true

@@ -292,7 +292,9 @@ def test_overfitting_is_of_the_same_third_and_knows_that_few_pairs_were_held_out
     study = study_of({cell: run_of(cell, 5, 9.5) for cell in cells})
     seen = mechanism.trained(study, "clean", DPO, 2e-5, SIXTEEN)
     assert seen["hard"] == {"margin": pytest.approx([0.25, 0.25]), "accuracy": [1, 1]}
-    found = mechanism.overfitting(study, "clean", DPO, 2e-5, SIXTEEN, probes=50)
+    accuracies = {third: figures["accuracy"] for third, figures in seen.items()}
+    unseen = mechanism.held_out_at_end(study, "clean", DPO, 2e-5, "accuracy")
+    found = mechanism.overfitting(study, accuracies, unseen, probes=50)
     assert found["hard"][0] == pytest.approx(20)
     assert np.std(found["hard"][1:]) == pytest.approx(100 * np.sqrt(0.8 * 0.2 / 50), rel=0.1)
 

@@ -123,11 +123,8 @@ class Study:
     @staticmethod
     def read(folder: Path, declared: Sequence[Cell], fingerprint: Callable[[Cell], str]) -> Study:
         """Of cells whose file has the fingerprint: what an earlier version left is not read."""
-        cells = {}
-        for cell in declared:
-            path = folder / "cells" / f"{cell.name}.json"
-            if path.is_file() and (figures := json.loads(path.read_text()))["fingerprint"] == fingerprint(cell):
-                cells[cell] = figures
+        read = ((cell, read_cell(folder / "cells", cell, fingerprint(cell))) for cell in declared)
+        cells = {cell: figures for cell, figures in read if figures is not None}
         if not cells:
             raise FileNotFoundError(f"study {folder}: expected finished cells, found none; run the study first")
         failed = folder / "failed.json"
@@ -203,6 +200,13 @@ class Study:
             if plain_ratio(last, "object_recall") >= floor:
                 found[rate] = plain_ratio(last, "response_level")
         return min(found, key=found.__getitem__) if found else min(runs_of, default=None)
+
+
+def read_cell(folder: Path, cell: Cell, fingerprint: str) -> dict[str, Any] | None:
+    """What folder/NAME.json holds; None where it is missing or of other inputs."""
+    path = folder / f"{cell.name}.json"
+    figures = json.loads(path.read_text()) if path.is_file() else {"fingerprint": None}
+    return figures if figures["fingerprint"] == fingerprint else None
 
 
 def last_stop(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Scenes:
 
     folder: Path
 
-    @property
+    @cached_property
     def requests(self) -> list[Any]:
         from llava.eval.generate import read_questions
 
@@ -52,10 +53,14 @@ class World:
     def scale(self) -> Scale:
         return self.pool.scale
 
+    @cached_property
+    def asked(self) -> list[list[str]]:
+        """Id and prompt of all scenes' questions."""
+        return [[request.id, request.prompt] for s in (self.test, self.validation) for request in s.requests]
+
     def fingerprint(self, cell: Cell) -> str:
         """Of everything that a cell's figures depend on."""
-        asked = [[request.id, request.prompt] for s in (self.test, self.validation) for request in s.requests]
-        return digest_of([VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), asked, list(self.scale)])
+        return digest_of([VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), self.asked, list(self.scale)])
 
 
 def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
@@ -184,7 +189,7 @@ def sft_captions(world: World, out: Path) -> dict[str, Any]:
     from llava.eval.generate import Answerer
 
     path = out / "sft.json"
-    asked = digest_of([VERSION, *([r.id, r.prompt] for s in (world.test, world.validation) for r in s.requests)])
+    asked = digest_of([VERSION, *world.asked])
     if path.is_file() and (found := json.loads(path.read_text()))["fingerprint"] == asked:
         return found
     answerer = Answerer(str(run.SFT), conv_mode="v1", device="cpu", dtype=torch.float32)

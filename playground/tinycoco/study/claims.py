@@ -40,11 +40,12 @@ def claims_of(findings: Findings) -> list[Claim]:
     return found
 
 
-def borne_out(difference: Interval) -> str:
-    """Of a claim that the difference is above 0."""
+def borne_out(difference: Interval, *, below: bool = False) -> str:
+    """Of a claim that the difference is above 0, or `below`."""
     if difference.low is None or difference.high is None:
         return OPEN
-    return HOLDS if difference.low > 0 else CONTRARY if difference.high < 0 else OPEN
+    above, under = (CONTRARY, HOLDS) if below else (HOLDS, CONTRARY)
+    return above if difference.low > 0 else under if difference.high < 0 else OPEN
 
 
 def _fewer_inventions(findings: Findings) -> Claim:
@@ -54,7 +55,7 @@ def _fewer_inventions(findings: Findings) -> Claim:
     told = "; ".join(f"{kind}: {', '.join(by_verdict[kind])}" for kind in VERDICTS if kind in by_verdict)
     return Claim(
         "DAMA gives fewer inventions than DPO at the same recall",
-        {"clearly better": HOLDS, "clearly worse": CONTRARY}.get(verdict(findings.pooled), OPEN),
+        borne_out(findings.pooled, below=True),
         f"Response-level minus DPO's, points: {told}; all together {written(findings.pooled, sign=True)}.",
     )
 
@@ -116,11 +117,10 @@ def _length_free(findings: Findings) -> Claim:
     found = "; ".join(f"{name} {written(gaps[name], sign=True)}" for name in pairs)
     spread = findings.spread_of_alpha_D
     spreads = "; ".join(f"{total} {spread(total):.3f}, {mean} {spread(mean):.3f}" for mean, total in pairs.items())
-    verdicts = {verdict(gaps[name]) for name in pairs}
-    only = verdicts.pop() if len(verdicts) == 1 else ""
+    verdicts = {borne_out(gaps[name], below=True) for name in pairs}
     return Claim(
         "A delta free of length is better",
-        {"clearly better": HOLDS, "clearly worse": CONTRARY}.get(only, OPEN),
+        verdicts.pop() if len(verdicts) == 1 else OPEN,
         f"The sum over statements correlates with how many more of them the preferred answer makes by {with_sum:.2f}, "
         f"the mean by {with_mean:.2f}. Response-level at the same recall minus DAMA's, points: {found}. Standard "
         f"deviation of alpha_D over pairs: {spreads}.",

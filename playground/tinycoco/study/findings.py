@@ -120,8 +120,7 @@ class Findings:
     def thirds(self) -> list[dict[str, Any]]:
         """Each third and method on clean pairs: margin and accuracy at the end, trained on and held out."""
         rows = []
-        for method in (DPO, DAMA):
-            seen = mechanism.trained(self.study, "clean", method, RATE, self.pool.thirds)
+        for method, seen in self._trained.items():
             for third in THIRDS:
                 row: dict[str, Any] = {"method": method, "third": third}
                 for figure, scale in (("margin", 1), ("accuracy", 100)):
@@ -130,6 +129,11 @@ class Findings:
                     row[f"held_out_{figure}"] = self._mean([scale * value for value in unseen])
                 rows.append(row)
         return rows
+
+    @cached_property
+    def _trained(self) -> dict[str, dict[str, dict[str, list[float]]]]:
+        """`mechanism.trained` of both methods on clean pairs."""
+        return {m: mechanism.trained(self.study, "clean", m, RATE, self.pool.thirds) for m in (DPO, DAMA)}
 
     def spread_of_alpha_D(self, method: str) -> float:
         return mechanism.spread_of_alpha_D(self.study, "clean", method, RATE)
@@ -140,15 +144,16 @@ class Findings:
     @cached_property
     def overfit(self) -> dict[str, Interval]:
         """DPO's accuracy on trained less on held-out pairs, points: by third, and "easy less hard"."""
-        found = mechanism.overfitting(self.study, "clean", DPO, RATE, self.pool.thirds, self.pool.scale.probes)
+        seen = {third: figures["accuracy"] for third, figures in self._trained[DPO].items()}
+        unseen = mechanism.held_out_at_end(self.study, "clean", DPO, RATE, "accuracy")
+        found = mechanism.overfitting(self.study, seen, unseen, self.pool.scale.probes)
         found["easy less hard"] = found["easy"] - found["hard"]
         return {name: interval_of(values) for name, values in found.items()}
 
     @cached_property
     def underfit(self) -> Interval:
         """DPO's accuracy on easy pairs that it was trained on less that on hard ones, points."""
-        seen = mechanism.trained(self.study, "clean", DPO, RATE, self.pool.thirds)
-        easy, hard = (seen[third]["accuracy"] for third in ("easy", "hard"))
+        easy, hard = (self._trained[DPO][third]["accuracy"] for third in ("easy", "hard"))
         return self._mean([100 * (e - h) for e, h in zip(easy, hard)])
 
     @cached_property

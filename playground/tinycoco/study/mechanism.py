@@ -20,6 +20,16 @@ Thirds = Mapping[str, Sequence[str]]
 """The ids of all pairs by third, as `Pool.thirds`."""
 
 
+def last_met(run: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Id -> the pair's last line in the pair log."""
+    return {pair["id"]: pair for pair in run["pairs"]}
+
+
+def by_id(thirds: Thirds) -> dict[str, str]:
+    """Id -> its third."""
+    return {id: third for third, ids in thirds.items() for id in ids}
+
+
 def over_seeds(study: Study, values: Sequence[float]) -> Array:
     """The mean of one figure by seed in every resample, [1 + RESAMPLES]."""
     return study.draws.seeds @ np.asarray(values, dtype=np.float64) / len(values)
@@ -48,12 +58,12 @@ def trained(
     study: Study, condition: str, method: str, rate: float, thirds: Thirds
 ) -> dict[str, dict[str, list[float]]]:
     """third -> "margin" and "accuracy", as the trainer's evaluation has them -> by seed."""
-    third_of = {id: third for third, ids in thirds.items() for id in ids}
+    third_of = by_id(thirds)
     table: dict[str, dict[str, list[float]]] = {third: {"margin": [], "accuracy": []} for third in thirds}
     for run in study.runs(condition, method, rate):
         gaps: dict[str, list[float]] = {third: [] for third in thirds}
-        for id, R in {pair["id"]: pair["R"] for pair in run["pairs"]}.items():
-            gaps[third_of[id]].append(R)
+        for id, pair in last_met(run).items():
+            gaps[third_of[id]].append(pair["R"])
         for third, found in gaps.items():
             table[third]["margin"].append(BETA * mean(found))
             table[third]["accuracy"].append(mean(R > 0 for R in found))
@@ -61,19 +71,17 @@ def trained(
 
 
 def overfitting(
-    study: Study, condition: str, method: str, rate: float, thirds: Thirds, probes: int
+    study: Study, seen: Mapping[str, Sequence[float]], unseen: Mapping[str, Sequence[float]], probes: int
 ) -> dict[str, Array]:
-    """third -> accuracy on trained less on held-out pairs, points, in every resample.
+    """third -> accuracy on trained less on held-out pairs, points, in every resample; both given by third and seed.
 
     Seeds do not show what the choice of the `probes` held-out pairs of a third adds, for it is the same in all: a
     binomial draw does.
     """
-    seen = trained(study, condition, method, rate, thirds)
-    unseen = held_out_at_end(study, condition, method, rate, "accuracy")
     generator = np.random.default_rng(0)
     found = {}
-    for third in thirds:
-        gaps = over_seeds(study, [100 * (a - b) for a, b in zip(seen[third]["accuracy"], unseen[third])])
+    for third in seen:
+        gaps = over_seeds(study, [100 * (a - b) for a, b in zip(seen[third], unseen[third])])
         share = mean(unseen[third])
         noise = 100 * (generator.binomial(probes, share, size=RESAMPLES) / probes - share)
         found[third] = gaps - np.concatenate([[0.0], noise])
@@ -108,18 +116,17 @@ def weights_of_thirds(
     study: Study, condition: str, method: str, rate: float, thirds: Thirds
 ) -> dict[str, dict[str, float]]:
     """third -> means over all its pairs' visits: alpha_D, beta, share selected, R when first and when last met."""
-    third_of = {id: third for third, ids in thirds.items() for id in ids}
+    third_of = by_id(thirds)
     rows: dict[str, list[Mapping[str, Any]]] = {third: [] for third in thirds}
     first: dict[str, list[float]] = {third: [] for third in thirds}
     last: dict[str, list[float]] = {third: [] for third in thirds}
     for run in study.runs(condition, method, rate):
         pairs = run["pairs"]
-        ends = {pair["id"]: pair["R"] for pair in pairs}
         starts = {pair["id"]: pair["R"] for pair in reversed(pairs)}
         for pair in pairs:
             rows[third_of[pair["id"]]].append(pair)
-        for id, R in ends.items():
-            last[third_of[id]].append(R)
+        for id, pair in last_met(run).items():
+            last[third_of[id]].append(pair["R"])
             first[third_of[id]].append(starts[id])
     return {
         third: {
@@ -145,9 +152,9 @@ def by_delta(study: Study, condition: str, method: str, rate: float, parts: int 
     """
     found = []
     for run in study.runs(condition, method, rate):
-        last = {pair["id"]: pair for pair in run["pairs"]}
-        whole = mean(pair["R"] for pair in last.values())
-        found += [(pair["delta"], pair["alpha_D"], pair["R"] / whole) for pair in last.values()]
+        pairs = last_met(run).values()
+        whole = mean(pair["R"] for pair in pairs)
+        found += [(pair["delta"], pair["alpha_D"], pair["R"] / whole) for pair in pairs]
     means = [part.mean(axis=0) for part in np.array_split(np.array(sorted(found)), parts)]
     return {name: [float(row[n]) for row in means] for n, name in enumerate(("delta", "alpha_D", "R"))}
 

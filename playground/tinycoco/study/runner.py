@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dama.console import say, write_json
 from playground.tinycoco import run
-from playground.tinycoco.study.analysis import Study, last_stop, plain_ratio
+from playground.tinycoco.study.analysis import Study, last_stop, plain_ratio, read_cell
 from playground.tinycoco.study.cell import Scenes, World, run_cell, sft_captions
 from playground.tinycoco.study.claims import summary
 from playground.tinycoco.study.data import read_pool
@@ -121,8 +121,7 @@ def _quiet_worker() -> None:
 
 
 def is_finished(cell: Cell, world: World, out: Path) -> bool:
-    path = out / f"{cell.name}.json"
-    return path.is_file() and json.loads(path.read_text())["fingerprint"] == world.fingerprint(cell)
+    return read_cell(out, cell, world.fingerprint(cell)) is not None
 
 
 def line_of(figures: dict[str, Any]) -> str:
