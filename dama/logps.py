@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,26 @@ class AnswerLogps(NamedTuple):
 
     logps: Tensor  # [B] float32, sum over the labelled tokens of log pi(token | everything before)
     tokens: Tensor  # [B] int64, how many tokens were summed
+
+
+@dataclass(frozen=True)
+class AnswerIndex:
+    """Which hidden states predict which answer tokens: computed from labels alone, so a data loader can do it.
+
+    Shapes: M supervised tokens in R rows of a batch whose hidden states are [B, T, D].
+    """
+
+    predictors: Tensor  # [M] positions in the hidden states, flattened to [B * T, D]
+    targets: Tensor  # [M] token ids
+    rows: Tensor  # [M] row that each token belongs to, 0 to R - 1
+    tokens: Tensor  # [R] supervised tokens of each row
+
+    @staticmethod
+    def of(labels: Tensor) -> AnswerIndex:
+        """Of labels [B, T], IGNORE_INDEX where nothing is predicted: position t - 1 predicts label t."""
+        rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        predictors = rows * labels.shape[1] + positions
+        return AnswerIndex(predictors, labels[rows, positions + 1], rows, rows.bincount(minlength=len(labels)))
 
 
 class TargetLogps(torch.autograd.Function):
@@ -71,17 +92,16 @@ def answer_logps(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Ten
         hidden: [B, T, D] final hidden states; position t-1 predicts label t.
         labels: [B, T], IGNORE_INDEX where nothing is predicted.
     """
-    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    values = token_logps(hidden[rows, positions], labels[rows, positions + 1], lm_head, chunk)
-    return sum_by_row(values, rows, len(labels))
+    return indexed_logps(hidden, AnswerIndex.of(labels), lm_head, chunk)
 
 
-def sum_by_row(values: Tensor, rows: Tensor, count: int) -> AnswerLogps:
-    """Sums of the [M] token log-probs by the row [M] that each belongs to, for rows 0 to count - 1."""
-    tokens = torch.zeros(count, dtype=torch.long, device=rows.device)
-    return AnswerLogps(
-        values.new_zeros(count).index_add(0, rows, values), tokens.index_add(0, rows, torch.ones_like(rows))
-    )
+def indexed_logps(
+    hidden: Tensor, index: AnswerIndex, lm_head: Callable[[Tensor], Tensor], chunk: int = 1024
+) -> AnswerLogps:
+    """Sums of token log-probs of each row of `index`, from hidden states [B, T, D]."""
+    predicting = hidden.flatten(0, 1).index_select(0, index.predictors)
+    values = token_logps(predicting, index.targets, lm_head, chunk)
+    return AnswerLogps(values.new_zeros(len(index.tokens)).index_add(0, index.rows, values), index.tokens)
 
 
 def get_batch_logps(

@@ -11,16 +11,15 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from dama.logps import IGNORE_INDEX
+from dama.logps import IGNORE_INDEX, AnswerIndex
 
 
 class PackedPair(NamedTuple):
@@ -32,10 +31,27 @@ class PackedPair(NamedTuple):
 
 
 @dataclass(frozen=True)
+class VarlenPlan:
+    """The sequences of a pack, [prefix | chosen] and [rejected] of each pair in turn, as varlen kernels want them."""
+
+    keys: Tensor  # [Tk] which position of the pack each key is
+    query_bounds: Tensor  # [2B + 1] int32, where each sequence's queries begin
+    key_bounds: Tensor  # [2B + 1] int32
+    longest_query: int
+    longest_key: int
+
+
+@dataclass(frozen=True)
 class PackLayout:
     """Where the parts of each pair lie in the packed row of T positions."""
 
     pairs: tuple[PackedPair, ...]
+    varlen: VarlenPlan
+
+    @staticmethod
+    def of(pairs: Sequence[PackedPair]) -> PackLayout:
+        """The layout of pairs that lie one after the other."""
+        return PackLayout(tuple(pairs), varlen_plan(pairs))
 
     @cached_property
     def starts(self) -> list[int]:
@@ -46,38 +62,56 @@ class PackLayout:
     def positions(self) -> int:
         return sum(sum(pair) for pair in self.pairs)
 
-    def position_ids(self, device: torch.device | None = None) -> Tensor:
+    def position_ids(self) -> Tensor:
         """[1, T]: both answers go on where their prefix ends."""
         parts = []
         for prefix, chosen, rejected in self.pairs:
             parts += [torch.arange(prefix + chosen), torch.arange(prefix, prefix + rejected)]
-        return torch.cat(parts)[None].to(device)
+        return torch.cat(parts)[None]
 
-    def predictors(self, device: torch.device | None = None) -> Tensor:
+    def predictors(self) -> Tensor:
         """[T] the position whose hidden state predicts each position's token; -1 for the first of a pair."""
         previous = torch.arange(self.positions) - 1
         for start, (prefix, chosen, _) in zip(self.starts, self.pairs):
             previous[start] = -1
             if start + prefix + chosen < self.positions:
                 previous[start + prefix + chosen] = start + prefix - 1
-        return previous.to(device)
+        return previous
 
-    def rows(self, device: torch.device | None = None) -> Tensor:
+    def rows(self) -> Tensor:
         """[T] the answer that each position belongs to: i for the chosen of pair i (and its prefix), B + i rejected."""
         count = len(self.pairs)
         owner = torch.tensor([n for i in range(count) for n in (i, count + i)])
         repeats = torch.tensor([n for prefix, chosen, rejected in self.pairs for n in (prefix + chosen, rejected)])
-        return owner.repeat_interleave(repeats).to(device)
+        return owner.repeat_interleave(repeats)
 
-    def answers(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(positions whose hidden states predict, targets, rows) of the M supervised tokens, each [M].
+    def answers(self, labels: Tensor) -> AnswerIndex:
+        """The supervised tokens of 2B answers, those of the chosen ones first.
 
         Args:
             labels: [T], IGNORE_INDEX where nothing is predicted.
         """
         supervised = (labels != IGNORE_INDEX).nonzero().flatten()
-        device = labels.device
-        return self.predictors(device)[supervised], labels[supervised], self.rows(device)[supervised]
+        rows = self.rows()[supervised]
+        tokens = rows.bincount(minlength=2 * len(self.pairs))
+        return AnswerIndex(self.predictors()[supervised], labels[supervised], rows, tokens)
+
+
+def varlen_plan(pairs: Sequence[PackedPair]) -> VarlenPlan:
+    """The sequences of pairs that lie one after the other."""
+    queries, keys, start = [], [], 0
+    for prefix, chosen, rejected in pairs:
+        second = start + prefix + chosen
+        queries += [prefix + chosen, rejected]
+        keys += [range(start, second), [*range(start, start + prefix), *range(second, second + rejected)]]
+        start = second + rejected
+    lengths = [len(positions) for positions in keys]
+
+    def bounds(lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+    gathered = torch.tensor([position for positions in keys for position in positions])
+    return VarlenPlan(gathered, bounds(queries), bounds(lengths), max(queries), max(lengths))
 
 
 def common_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:
@@ -89,21 +123,44 @@ def common_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 SDPA, TORCH_VARLEN, FLASH_VARLEN = "scaled_dot_product_attention", "torch varlen", "flash_attn varlen"
+WIDEST_HEAD = 256  # of the varlen kernels, whose head width is also a multiple of EVEN_HEAD
+EVEN_HEAD = 8
 
 # (query [Tq, heads, d], key, value [Tk, key heads, d], bounds of the queries' and of the keys' sequences, the longest
 # of each, scale) to [Tq, heads, d]; causal, aligned to the bottom right.
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
 
 
-def attention_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest attention for packed pairs there: the varlen kernels are for half precision on Ampere and later."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+@cache
+def attention_backend(device: torch.device, dtype: torch.dtype, width: int = EVEN_HEAD) -> str:
+    """The fastest attention for packed pairs there, with heads of this width.
+
+    The varlen kernels are for half precision on Ampere and later, and for heads of up to 256 channels.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or width > WIDEST_HEAD:
         return SDPA
     if torch.cuda.get_device_capability(device) < (8, 0):
         return SDPA
-    if importlib.util.find_spec("flash_attn"):
+    if flash_attn_problem() is None:
         return FLASH_VARLEN
     return TORCH_VARLEN if importlib.util.find_spec("torch.nn.attention.varlen") else SDPA
+
+
+@cache
+def flash_attn_problem() -> str | None:
+    """Why flash_attn's varlen kernel cannot be used; None where it can.
+
+    A package that is found may still lack the function (flash-attn 4 has another namespace) or fail to load (built for
+    another torch).
+    """
+    if not importlib.util.find_spec("flash_attn"):
+        return "not installed"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401 (whether it can be had is the question)
+    except (ImportError, OSError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return f"installed, but not usable: {lines[0]}"
+    return None
 
 
 def shared_prefix_attention(
@@ -126,7 +183,7 @@ def shared_prefix_attention(
         [1, heads, T, d].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    backend = backend or attention_backend(query.device, query.dtype)
+    backend = backend or attention_backend(query.device, query.dtype, query.shape[-1])
     if backend == SDPA:
         return sdpa_attention(query, key, value, layout, scale)
     return varlen_attention(query, key, value, layout, scale, varlen_kernel(backend))
@@ -144,47 +201,29 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout
         k, v = (torch.cat(pieces[3 * i : 3 * i + 2], dim=2) for pieces in (keys, values))
         outputs.append(scaled_dot_product_attention(queries[2 * i], k, v, is_causal=True, **options))
         k, v = (torch.cat(pieces[3 * i : 3 * i + 3 : 2], dim=2) for pieces in (keys, values))
-        triangle = causal_lower_right(pair.rejected, pair.prefix + pair.rejected)
+        triangle = q_sees_k(pair.rejected, pair.prefix, query.device)
         outputs.append(scaled_dot_product_attention(queries[2 * i + 1], k, v, attn_mask=triangle, **options))
     return torch.cat(outputs, dim=2)
+
+
+def q_sees_k(answer: int, prefix: int, device: torch.device) -> Tensor:
+    """[answer, prefix + answer] bool: each query of an answer sees the prefix, the answer before it, and itself."""
+    return torch.ones(answer, prefix + answer, dtype=torch.bool, device=device).tril(prefix)
 
 
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scale: float, kernel: VarlenKernel
 ) -> Tensor:
     """One call for all pairs: two sequences a pair, the queries as they lie, the keys of the prefix gathered twice."""
-    plan = varlen_plan(layout, query.device)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    plan, width = layout.varlen, query.shape[-1]
+    # Zeros that fill a head up to the kernel's width change no score and add nothing to the output.
+    query, key, value = (pad(t, (0, -width % EVEN_HEAD)) if width % EVEN_HEAD else t for t in (query, key, value))
+    # squeeze, not t[0]: the gradient of an index is a copy of the whole.
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     # Not k[keys]: its gradient sorts; at most two terms meet in this one's, so their order does not matter.
     k, v = (t.index_select(0, plan.keys) for t in (k, v))
     out = kernel(q, k, v, plan.query_bounds, plan.key_bounds, plan.longest_query, plan.longest_key, scale)
-    return out.transpose(0, 1)[None]
-
-
-class VarlenPlan(NamedTuple):
-    """The sequences of a pack, [prefix | chosen] and [rejected] of each pair in turn, as varlen kernels want them."""
-
-    keys: Tensor  # [Tk] which position of the pack each key is
-    query_bounds: Tensor  # [2B + 1] int32, where each sequence's queries begin
-    key_bounds: Tensor  # [2B + 1] int32
-    longest_query: int
-    longest_key: int
-
-
-@lru_cache(maxsize=4)  # a forward pass asks once in every layer
-def varlen_plan(layout: PackLayout, device: torch.device) -> VarlenPlan:
-    queries, keys = [], []
-    for start, (prefix, chosen, rejected) in zip(layout.starts, layout.pairs):
-        second = start + prefix + chosen
-        queries += [prefix + chosen, rejected]
-        keys += [[*range(start, second)], [*range(start, start + prefix), *range(second, second + rejected)]]
-
-    def bounds(lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-    lengths = [len(positions) for positions in keys]
-    gathered = torch.tensor([position for positions in keys for position in positions], device=device)
-    return VarlenPlan(gathered, bounds(queries), bounds(lengths), max(queries), max(lengths))
+    return out[..., :width].transpose(0, 1)[None]
 
 
 @cache
@@ -194,8 +233,9 @@ def varlen_kernel(backend: str) -> VarlenKernel:
         from flash_attn import flash_attn_varlen_func
 
         return lambda q, k, v, bq, bk, nq, nk, scale: flash_attn_varlen_func(
-            q, k, v, bq, bk, nq, nk, softmax_scale=scale, causal=True
-        )
+            q, k, v, bq, bk, nq, nk, softmax_scale=scale, causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
     from torch.nn.attention import varlen
 
     varlen_attn: Callable[..., Tensor] = varlen.varlen_attn  # type: ignore[assignment]  # a pair only where asked for

@@ -1,4 +1,4 @@
-"""The attention that training and the reference stage use: torch's own, and the shared prefix where a pack is given."""
+"""The attention of training and the reference stage: torch's own, and the shared prefix where a pack is given."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """[B, heads, T, d] to [B, T, heads, d]; with `pack` the row holds pairs, see dama.shared_prefix."""
     if pack is None:
+        if attention_mask is not None and attention_mask.numel() == 1:
+            attention_mask = None  # no_mask's: causal, and nothing else
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # Under autocast the rotary embedding leaves queries and keys in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -35,7 +37,11 @@ def attention(
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """transformers passes a four-dimensional mask on as it is: this one stands for "the pack says who sees whom"."""
+    """Stands for "the pack, or causality alone, says who sees whom".
+
+    transformers passes a four-dimensional mask on as it is, and does not search it for padding, for which the host
+    would wait.
+    """
     return torch.zeros(1, 1, 1, 1, device=device)
 
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, IGNORE_INDEX
+from dama.transfer import to_device
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
 from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.multimodal_encoder.builder import build_vision_tower, locate_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import assemble_crops, pad, splice, truncate, unpad_image
+from llava.model.splice import assemble_crops, assign_images, plan_splice, unpad_image
 
 
 class LlavaMetaModel:
@@ -120,6 +128,29 @@ def start_rows_as_mean(model: Any, added: int) -> None:
             table[-added:] = table[:-added].mean(dim=0, keepdim=True)
 
 
+def rows_on_cpu(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Ids and labels [B, T] as rows without padding, on the CPU; labels of IGNORE_INDEX where there are none."""
+    ids = input_ids.cpu()
+    targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels.cpu()
+    keep = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+    return [row[k] for row, k in zip(ids, keep)], [row[k] for row, k in zip(targets, keep)]
+
+
+def shown_images(rows: list[Tensor], available: int, image_index: Tensor | None) -> list[list[int]]:
+    """The images of each row, in the order of its placeholders.
+
+    Args:
+        available: number of images. image_index: [M] which of them each placeholder shows; None: in their order.
+    """
+    counts = [int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in rows]
+    if image_index is None:
+        return assign_images(counts, available)
+    index = image_index.tolist()
+    return [index[start : start + count] for start, count in zip([0, *accumulate(counts)], counts)]
+
+
 class LlavaMetaForCausalLM(ABC):
     """Mixin of the causal language model: images and token ids to input embeddings."""
 
@@ -176,25 +207,19 @@ class LlavaMetaForCausalLM(ABC):
             raise NotImplementedError("tune_mm_mlp_adapter together with mm_use_im_start_end: choose one of the two")
 
         features = self._image_features(images, image_sizes, images_encoded)
-        if image_index is not None:
-            features = [features[i] for i in image_index.tolist()]
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        targets = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
-        rows = splice(
-            [ids[k] for ids, k in zip(input_ids, keep)],
-            [target[k] for target, k in zip(targets, keep)],
-            features,
-            self.get_model().embed_tokens,
-        )
-        rows = truncate(rows, getattr(self.config, "tokenizer_model_max_length", None))
-        batch = pad(rows, padding_side or str(getattr(self.config, "tokenizer_padding_side", "right")))
+        side = padding_side or str(getattr(self.config, "tokenizer_padding_side", "right"))
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        rows = rows_on_cpu(input_ids, attention_mask, labels)
+        shown = shown_images(rows[0], len(features), image_index)
+        plan = plan_splice(*rows, shown, [len(image) for image in features], limit, side)
+        plan = to_device(plan, input_ids.device)
         return (
             None,
-            None if position_ids is None else batch.position_ids,
-            None if attention_mask is None else batch.mask.to(attention_mask.dtype),
+            None if position_ids is None else plan.position_ids,
+            None if attention_mask is None else plan.mask.to(attention_mask.dtype),
             past_key_values,
-            batch.embeds,
-            None if labels is None else batch.labels,
+            plan.embed(self.get_model().embed_tokens, features),
+            None if labels is None else plan.labels,
         )
 
     def _image_features(

@@ -1,4 +1,4 @@
-"""From token ids with image placeholders to embeddings: assign, splice, truncate, pad, as pure functions on tensors.
+"""From token ids with image placeholders to embeddings: a plan made on the CPU, and one gather on the device.
 
 Shapes: B rows, T token ids a row, T' positions after splicing, P positions an image, D embedding width.
 """
@@ -12,109 +12,184 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dama.logps import AnswerIndex
+from dama.shared_prefix import PackedPair, PackLayout
+from dama.transfer import to_device
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sequence after splicing: what the language model reads and what it is to predict."""
+@dataclass(frozen=True)
+class SplicePlan:
+    """Where every position of a batch comes from.
 
-    embeds: Tensor  # [T', D]
-    labels: Tensor  # [T'], IGNORE_INDEX where nothing is predicted
+    It follows from ids, labels and the images' lengths alone, so a data loader can make it, and the device then has
+    nothing to search for and the host nothing to wait for.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class PaddedBatch:
-    embeds: Tensor  # [B, T', D], zeros at padding
-    labels: Tensor  # [B, T'], IGNORE_INDEX at padding
+    text_ids: Tensor  # [N] ids of the batch's text tokens, row after row
+    source: Tensor  # [B, T'] row of [text (N) | image features (sum of P) | one of zeros] at each position
+    labels: Tensor  # [B, T'], IGNORE_INDEX where nothing is predicted
     mask: Tensor  # [B, T'] bool, True where a row has a position
     position_ids: Tensor  # [B, T'], 0 at padding
 
+    def embed(self, embed_tokens: Callable[[Tensor], Tensor], features: Sequence[Tensor]) -> Tensor:
+        """[B, T', D] input embeddings; zeros at padding.
 
-def assign_images(image_counts: Sequence[int], features: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Which features belong to which row, in order.
+        Args:
+            embed_tokens: [N] token ids to [N, D].
+            features: [P, D] of each image. Every one takes part, shown or not: under ZeRO-3 each rank must touch the
+                projector, also where its rows have only text.
+        """
+        text = embed_tokens(self.text_ids)
+        pieces = [text, *(image.to(text.device) for image in features), text.new_zeros(1, text.shape[-1])]
+        return torch.cat(pieces).index_select(0, self.source.flatten()).view(*self.source.shape, -1)
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """Everything that a forward pass in training needs to know about its batch's ids and labels."""
+
+    splice: SplicePlan
+    answers: AnswerIndex
+    pack: PackLayout | None = None  # of a row that holds pairs
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> ForwardPlan:
+        """The plan on a device, in one copy that the host does not wait for (`non_blocking` is implied)."""
+        return to_device(self, torch.device(device))
+
+    @staticmethod
+    def of_rows(
+        input_ids: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        images: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        max_length: int | None = None,
+    ) -> ForwardPlan:
+        """For rows padded at the right; arguments as of `plan_splice`."""
+        spliced = plan_splice(input_ids, labels, images, lengths, max_length)
+        return ForwardPlan(spliced, AnswerIndex.of(spliced.labels))
+
+    @staticmethod
+    def of_pairs(
+        input_ids: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        images: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        tails: Sequence[Sequence[int]],
+    ) -> ForwardPlan:
+        """For pairs [prefix | chosen | rejected], one after the other in a single row without padding.
+
+        Args:
+            tails: (chosen, rejected) token ids at the end of each row. Others: see `plan_splice`.
+        """
+        each = zip(input_ids, labels, images, strict=True)
+        rows = [plan_splice([ids], [targets], [shown], lengths) for ids, targets, shown in each]
+        sizes = [row.source.shape[1] for row in rows]
+        layout = PackLayout.of([PackedPair(size - c - r, c, r) for size, (c, r) in zip(sizes, tails)])
+        joined = concatenate(rows, sum(lengths))
+        spliced = SplicePlan(*joined, torch.ones(1, layout.positions, dtype=torch.bool), layout.position_ids())
+        return ForwardPlan(spliced, layout.answers(spliced.labels[0]), layout)
+
+
+def concatenate(rows: Sequence[SplicePlan], image_positions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(text_ids, source, labels) of single-row plans laid end to end: [N], [1, T'], [1, T'].
+
+    Args:
+        image_positions: rows of image features, which come behind the text of all rows.
+    """
+    total = sum(len(row.text_ids) for row in rows)
+    sources, before = [], 0
+    for row in rows:
+        own = len(row.text_ids)
+        # Text moves behind that of the rows before, image features behind the text of all rows.
+        sources.append(torch.where(row.source < own, row.source + before, row.source - own + total))
+        before += own
+    text_ids = torch.cat([row.text_ids for row in rows])
+    return text_ids, torch.cat(sources, dim=1), torch.cat([row.labels for row in rows], dim=1)
+
+
+def plan_splice(
+    input_ids: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    images: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    max_length: int | None = None,
+    side: str = "right",
+) -> SplicePlan:
+    """Replaces every image placeholder by its image's positions, cuts rows, pads them.
+
+    Args:
+        input_ids, labels: [T] a row, on the CPU, without padding.
+        images: the images that each row shows, as indices into `lengths`, in the order of its placeholders.
+        lengths: positions P of each image of the batch.
+        max_length: rows are cut to this many positions; None: no limit.
+        side: where padding goes, 'right' (training) or 'left' (generation).
+
+    Raises:
+        ValueError: a row has another number of placeholders than images.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"padding side: expected 'left' or 'right', got {side!r}")
+    is_image = [ids == IMAGE_TOKEN_INDEX for ids in input_ids]
+    text_ids = torch.cat([ids[~mask] for ids, mask in zip(input_ids, is_image)])
+    starts = torch.tensor([len(text_ids), *lengths]).cumsum(0).tolist()  # of each image, and of the row of zeros
+    sources, targets, text_start = [], [], 0
+    for row, (mask, row_labels, shown) in enumerate(zip(is_image, labels, images, strict=True)):
+        places = mask.nonzero().flatten().tolist()
+        if len(places) != len(shown):
+            raise ValueError(f"row {row} of the batch: {len(places)} image token(s) and {len(shown)} image(s)")
+        # The k-th placeholder, at p, stands before text token p - k of its row.
+        cuts = [place - k for k, place in enumerate(places)]
+        text = torch.arange(text_start, text_start + len(mask) - len(places)).tensor_split(cuts)
+        kept = row_labels[~mask].tensor_split(cuts)
+        ranges = [torch.arange(starts[image], starts[image] + lengths[image]) for image in shown]
+        blanks = [row_labels.new_full((lengths[image],), IGNORE_INDEX) for image in shown]
+        sources.append(interleave(text, ranges)[:max_length])
+        targets.append(interleave(kept, blanks)[:max_length])
+        text_start += len(mask) - len(places)
+
+    def padded(rows: list[Tensor], value: float) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+    return SplicePlan(
+        text_ids=text_ids,
+        source=padded(sources, starts[-1]),
+        labels=padded(targets, IGNORE_INDEX),
+        mask=padded([torch.ones(len(row), dtype=torch.bool) for row in sources], False),
+        position_ids=padded([torch.arange(len(row)) for row in sources], 0),
+    )
+
+
+def interleave(text: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    """text 0, image 0, text 1, image 1, ..., text n, joined."""
+    between = [piece for pair in zip(images, text[1:]) for piece in pair]
+    return torch.cat([text[0], *between])
+
+
+def assign_images(image_counts: Sequence[int], available: int) -> list[list[int]]:
+    """Which images each row shows, where only their order is known.
 
     Args:
         image_counts: image placeholders of each row.
-        features: one [P, D] for each placeholder; LLaVA's collator adds one, unused, for each row without an image.
+        available: number of images: one for each placeholder; LLaVA's collator adds one, unused, for each row without.
 
     Raises:
         ValueError: the number of images fits neither convention.
     """
     placeholders = sum(image_counts)
     with_dummies = placeholders + sum(count == 0 for count in image_counts)
-    if len(features) not in (placeholders, with_dummies):
+    if available not in (placeholders, with_dummies):
         raise ValueError(
             f"images: expected {placeholders} (one for each image token; rows hold {list(image_counts)}), got "
-            f"{len(features)}. Give as many images as there are '<image>' in the prompts, or {with_dummies} with an "
+            f"{available}. Give as many images as there are '<image>' in the prompts, or {with_dummies} with an "
             "unused one for every row without."
         )
-    has_dummies = len(features) == with_dummies
-    remaining = iter(features)
-    assigned = []
+    dummies = int(available == with_dummies)
+    assigned, start = [], 0
     for count in image_counts:
-        assigned.append([next(remaining) for _ in range(count)])
-        if count == 0 and has_dummies:
-            next(remaining)
+        assigned.append(list(range(start, start + count)))
+        start += count or dummies
     return assigned
-
-
-def splice(
-    input_ids: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    features: Sequence[Tensor],
-    embed: Callable[[Tensor], Tensor],
-) -> list[Row]:
-    """Replaces every image placeholder by its features; placeholders are never predicted.
-
-    Args:
-        input_ids, labels: [T] a row, without padding.
-        features: [P, D] an image, see `assign_images`.
-        embed: [M] token ids to [M, D]; called once for the whole batch.
-    """
-    is_image = [ids == IMAGE_TOKEN_INDEX for ids in input_ids]
-    assigned = assign_images([int(mask.sum()) for mask in is_image], features)
-    text_lengths = [int((~mask).sum()) for mask in is_image]
-    text = embed(torch.cat([ids[~mask] for ids, mask in zip(input_ids, is_image)])).split(text_lengths)
-    # Under ZeRO-3 a rank with only text must still touch the projector: an empty slice of a feature does.
-    touch = features[0][:0] if len(features) else text[0][:0]
-    return [_splice_row(*row, touch) for row in zip(text, labels, is_image, assigned)]
-
-
-def _splice_row(text: Tensor, labels: Tensor, is_image: Tensor, images: list[Tensor], touch: Tensor) -> Row:
-    places = is_image.nonzero().flatten().tolist()
-    # The k-th placeholder at position p of the ids stands before text position p - k.
-    text_pieces = text.tensor_split([place - k for k, place in enumerate(places)])
-    label_pieces = labels[~is_image].tensor_split([place - k for k, place in enumerate(places)])
-    embeds, targets = [text_pieces[0]], [label_pieces[0]]
-    for image, text_piece, label_piece in zip(images, text_pieces[1:], label_pieces[1:]):
-        image = image.to(text.device)
-        embeds += [image, text_piece]
-        targets += [labels.new_full((len(image),), IGNORE_INDEX), label_piece]
-    return Row(torch.cat([*embeds, touch.to(text.device)]), torch.cat(targets))
-
-
-def truncate(rows: Sequence[Row], max_length: int | None) -> list[Row]:
-    """Cuts every row to its first `max_length` positions (None: no limit)."""
-    return [Row(row.embeds[:max_length], row.labels[:max_length]) for row in rows]
-
-
-def pad(rows: Sequence[Row], side: str = "right") -> PaddedBatch:
-    """Rows of different lengths as one batch, padding at the 'right' (training) or 'left' (generation)."""
-    if side not in ("left", "right"):
-        raise ValueError(f"padding side: expected 'left' or 'right', got {side!r}")
-    lengths = [len(row.embeds) for row in rows]
-    device = rows[0].embeds.device
-
-    def batch(tensors: list[Tensor], value: float) -> Tensor:
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
-
-    return PaddedBatch(
-        embeds=batch([row.embeds for row in rows], 0.0),
-        labels=batch([row.labels for row in rows], IGNORE_INDEX),
-        mask=batch([torch.ones(n, dtype=torch.bool, device=device) for n in lengths], False),
-        position_ids=batch([torch.arange(n, device=device) for n in lengths], 0),
-    )
 
 
 # --- Pictures in crops (anyres) --------------------------------------------------------------------------------------

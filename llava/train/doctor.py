@@ -37,7 +37,7 @@ from llava.train.arguments import (
     translate_flags,
 )
 from llava.train.checkpoints import version_of
-from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset
+from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset, answer_logps_of
 from llava.train.memory import (
     FP32,
     ModelShape,
@@ -337,7 +337,7 @@ def first_batch(
     if args.task == "DPO":
         pairs = longest_items(items, arguments, tokenizer, patches)[:count]
         data = DPODataset(pairs, str(data_args.image_folder), processor, model.config)
-        return DataCollatorForDPODataset(tokenizer, data, args.shared_prefix)(pairs)
+        return DataCollatorForDPODataset(tokenizer, data, args.shared_prefix, patches)(pairs)
     template, rows = get_template(str(model_args.version)), longest_rows(items, patches)[:count]
     settings = supervised_settings(arguments, model, processor)
     module = make_supervised_data_module(tokenizer, settings, template=template, rows=rows)
@@ -346,15 +346,7 @@ def first_batch(
 
 def first_loss(model: Any, batch: dict[str, Tensor], args: Any) -> Tensor:
     """The DPO loss of a model that is its own reference: log 2, with the gradient of a first step."""
-    sums = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        labels=batch["targets"],
-        images=batch["images"].to(model.dtype),
-        image_index=batch["image_index"],
-        tails=batch.get("tails"),
-        logp_chunk=args.logp_chunk,
-    )
+    sums = answer_logps_of(model, batch, args.logp_chunk)
     chosen, rejected = sums.logps.chunk(2)
     R = reward_gap(chosen, rejected, chosen.detach(), rejected.detach())
     return preference_loss(R, args.dpo_beta).mean()

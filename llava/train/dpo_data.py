@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of
 from dama.hardness.score import load_hardness
+from dama.logps import AnswerLogps
 from dama.pairs import (
     PreferencePair,
     SkippedPair,
@@ -32,6 +33,7 @@ from dama.stage import differences
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Template, get_template
 from llava.mm_utils import process_images
+from llava.model.splice import ForwardPlan
 from llava.train.preprocess import EncodedTurns, encode_turns
 
 
@@ -99,11 +101,15 @@ class DataCollatorForDPODataset:
     """Pairs to one batch. An image that several pairs show is there once.
 
     With `shared_prefix` a pair is one row [prefix | chosen | rejected]; without, two: the chosen answers first.
+
+    Args:
+        image_tokens: positions of an image in the language model; with it a batch brings its ForwardPlan along.
     """
 
     tokenizer: PreTrainedTokenizerBase
     dataset: DPODataset
     shared_prefix: bool = False
+    image_tokens: int | None = None
 
     def __call__(self, instances: Sequence[PreparedPair]) -> dict[str, Tensor]:
         """Keys: those of `rows`, and images [U, 3, H, W]."""
@@ -114,17 +120,21 @@ class DataCollatorForDPODataset:
         """All but the pixels.
 
         Keys: input_ids, attention_mask, targets [R, T]; image_index [R], into `shown_images`; ref_chosen,
-        ref_rejected, delta [B]; with the shared prefix tails [B, 2]; R rows, B or 2B of them.
+        ref_rejected, delta [B]; with the shared prefix tails [B, 2]; R rows, B or 2B of them. With `image_tokens` also
+        plan, a ForwardPlan: all that the forward pass needs of the other keys.
         """
         images = shown_images(instances)
         index = [images.index(item.pair.image) for item in instances]
-        batch: dict[str, Tensor] = {}
+        batch: dict[str, Any] = {}
+        tails: tuple[tuple[int, int], ...] = ()
         if self.shared_prefix:
             rows, tails = zip(*(join_answers(item) for item in instances))
             batch["tails"] = torch.tensor(tails)
         else:
             rows = tuple([item.chosen for item in instances] + [item.rejected for item in instances])
             index = index * 2
+        if self.image_tokens is not None:
+            batch["plan"] = self._plan(rows, index, len(images), tails)
         input_ids = pad_sequence([row.input_ids for row in rows], True, self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(row.input_ids) for row in rows])
         return batch | {
@@ -137,6 +147,31 @@ class DataCollatorForDPODataset:
             "ref_rejected": torch.tensor([item.ref_rejected for item in instances], dtype=torch.float64),
             "delta": torch.tensor([item.delta for item in instances], dtype=torch.float64),
         }
+
+
+    def _plan(
+        self, rows: Sequence[EncodedTurns], index: list[int], images: int, tails: Sequence[tuple[int, int]]
+    ) -> ForwardPlan:
+        """Of rows that each show one of the batch's images."""
+        ids, labels = [row.input_ids for row in rows], [row.labels for row in rows]
+        shown, lengths = [[i] for i in index], [self.image_tokens or 0] * images
+        if tails:
+            return ForwardPlan.of_pairs(ids, labels, shown, lengths, tails)
+        return ForwardPlan.of_rows(ids, labels, shown, lengths)
+
+
+def answer_logps_of(model: Any, batch: dict[str, Any], logp_chunk: int) -> AnswerLogps:
+    """Log-probs of a batch's answers, 2B sums with those of the chosen answers first.
+
+    Args:
+        model: LlavaLlamaForCausalLM, wrapped or not.
+        batch: `plan`, and `images` [U, 3, H, W] or `features` [U, P, width] of the vision tower, on the model's device.
+        logp_chunk: answer positions whose logits exist at one time.
+    """
+    kind = "features" if "features" in batch else "images"
+    return model(
+        plan=batch["plan"], images=batch[kind], images_encoded=kind == "features", logp_chunk=logp_chunk
+    )
 
 
 def shown_images(items: Sequence[PreparedPair]) -> list[str]:

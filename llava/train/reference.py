@@ -30,6 +30,7 @@ from llava.train.dpo_data import (
     DPODataset,
     PairValues,
     PreparedPair,
+    answer_logps_of,
     data_fingerprint,
     encode_pairs,
     refuse_other_inputs,
@@ -79,7 +80,8 @@ def run_reference(
     sizes = [len(batch) for batch in batches]
     prepared = [item for batch in batches for item in batch]
     dataset = DPODataset(prepared, str(data_args.image_folder), image_processor, model.config)
-    collate = DataCollatorForDPODataset(tokenizer, dataset, args.shared_prefix)
+    image_tokens = model.get_vision_tower().tokens_per_image
+    collate = DataCollatorForDPODataset(tokenizer, dataset, args.shared_prefix, image_tokens)
 
     def logps_alone(item: PreparedPair) -> Record:
         return logps_of_batch(model, collate([item]), [item], args)[0]
@@ -162,15 +164,8 @@ def summarise(records: Sequence[Record], facts: Sequence[Record]) -> Record:
 @torch.no_grad()
 def logps_of_batch(model: Any, batch: dict[str, Any], items: Sequence[PreparedPair], args: Any) -> list[dict[str, Any]]:
     """One record a pair: id, chosen_logp, rejected_logp (nats, summed), chosen_tokens, rejected_tokens."""
-    sums = model(
-        input_ids=batch["input_ids"].to(args.device),
-        attention_mask=batch["attention_mask"].to(args.device),
-        labels=batch["targets"].to(args.device),
-        images=batch["images"].to(args.device, model.dtype),
-        image_index=batch["image_index"],
-        tails=batch.get("tails"),
-        logp_chunk=args.logp_chunk,
-    )
+    inputs = {"plan": batch["plan"].to(args.device), "images": batch["images"].to(args.device)}
+    sums = answer_logps_of(model, inputs, args.logp_chunk)
     chosen, rejected = sums.logps.tolist()[: len(items)], sums.logps.tolist()[len(items) :]
     n_chosen, n_rejected = sums.tokens.tolist()[: len(items)], sums.tokens.tolist()[len(items) :]
     return [

@@ -28,10 +28,8 @@ def setup_model(
     set_seed(args.seed)  # new adapters and projectors start alike in every run
     dtype = dtype or precision_of_weights(args)
     options = loading_options(args)
-    if args.task == "DPO" and args.shared_prefix:
-        options["attn_implementation"] = SHARED_PREFIX
-    elif attn_implementation:
-        options["attn_implementation"] = attn_implementation
+    shares_prefix = args.task == "DPO" and args.shared_prefix
+    options["attn_implementation"] = SHARED_PREFIX if shares_prefix else attn_implementation or SHARED_PREFIX
     model = load_llava(str(model_args.model_name_or_path), dtype=dtype, cache_dir=args.cache_dir, **options)
     model.config.use_cache = False
     if model_args.freeze_backbone:

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dama.pairs import fault_list, load_image, resolve_image
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import default_conversation
 from llava.mm_utils import process_images
+from llava.model.splice import ForwardPlan
 from llava.train.arguments import Arguments
 from llava.train.preprocess import preprocess, preprocess_multimodal
 
@@ -125,9 +126,15 @@ def _words(row: Row) -> int:
 
 @dataclass
 class DataCollatorForSupervisedDataset:
-    """Rows to one batch: right-padded, cut at the tokenizer's model_max_length."""
+    """Rows to one batch: right-padded, cut at the tokenizer's model_max_length.
+
+    Args:
+        image_tokens: positions of an image, or of one of its crops, in the language model; with it a batch brings its
+            ForwardPlan along.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    image_tokens: int | None = None
 
     def __call__(self, instances: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         limit = self.tokenizer.model_max_length
@@ -144,12 +151,23 @@ class DataCollatorForSupervisedDataset:
             images = [item["image"] for item in instances]
             same = all(image.shape == images[0].shape for image in images)
             batch["images"] = torch.stack(images) if same else images
+            if self.image_tokens is not None:
+                labels = [item["labels"][:limit] for item in instances]
+                batch["plan"] = self._plan(ids, labels, images)
         return batch
+
+    def _plan(self, ids: list[Tensor], labels: list[Tensor], images: list[Tensor]) -> ForwardPlan:
+        """Of rows that have one image each, which is not shown where a row is only text or cut before it."""
+        shown = [[i] * bool((row == IMAGE_TOKEN_INDEX).any()) for i, row in enumerate(ids)]
+        crops = [len(image) if image.ndim == 4 else 1 for image in images]
+        lengths = [count * (self.image_tokens or 0) for count in crops]
+        return ForwardPlan.of_rows(ids, labels, shown, lengths, self.tokenizer.model_max_length)
 
 
 def supervised_settings(arguments: Arguments, model: Any, image_processor: Any) -> SimpleNamespace:
     """The dataset's `data_args`: flags of the data, and how the model sees pictures."""
     model_args, data_args, _ = arguments
+    merge = getattr(model.config, "mm_patch_merge_type", None) or "flat"  # others make as many positions as they like
     return SimpleNamespace(
         data_path=data_args.data_path,
         image_folder=data_args.image_folder,
@@ -158,6 +176,7 @@ def supervised_settings(arguments: Arguments, model: Any, image_processor: Any) 
         image_aspect_ratio=model.config.image_aspect_ratio,
         image_grid_pinpoints=getattr(model.config, "image_grid_pinpoints", None),
         mm_use_im_start_end=model_args.mm_use_im_start_end,
+        image_tokens=model.get_vision_tower().tokens_per_image if merge == "flat" else None,
     )
 
 
@@ -168,5 +187,5 @@ def make_supervised_data_module(
     return {
         "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args, template=template, rows=rows),
         "eval_dataset": None,
-        "data_collator": DataCollatorForSupervisedDataset(tokenizer),
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer, getattr(data_args, "image_tokens", None)),
     }

@@ -135,9 +135,8 @@ def batch_of(settings: Settings, shared_prefix: bool) -> dict[str, Tensor]:
 
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
     dataset: Any = None  # pictures are not read from files here
-    batch = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix).rows(
-        random_pairs(settings.shape, settings.pairs)
-    )
+    collate = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix, settings.shape.patches)
+    batch = collate.rows(random_pairs(settings.shape, settings.pairs))
     batch["images"] = random_pictures(settings.shape, settings.pairs).to(settings.dtype)
     return {name: value.to(settings.device) for name, value in batch.items()}
 
@@ -168,15 +167,12 @@ def plain(settings: Settings) -> tuple[Any, Step]:
 
 def ours(settings: Settings) -> tuple[Any, Step]:
     from llava.model.attention import SHARED_PREFIX
+    from llava.train.dpo_data import answer_logps_of
 
     model, batch = llava(settings, SHARED_PREFIX), batch_of(settings, shared_prefix=True)
 
     def step() -> Tensor:
-        sums = model(
-            batch["input_ids"], batch["attention_mask"], labels=batch["targets"], images=batch["images"],
-            image_index=batch["image_index"], tails=batch["tails"], logp_chunk=1024,
-        )  # fmt: skip
-        return backward(sums.logps, batch)
+        return backward(answer_logps_of(model, batch, logp_chunk=1024).logps, batch)
 
     return model, step
 

@@ -91,7 +91,7 @@ def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_
     """
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
     dataset: Any = None  # pictures are not read from files here
-    collate = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix)
+    collate = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix, model.get_vision_tower().tokens_per_image)
     settings = SimpleNamespace(device=model.device, logp_chunk=1024, dpo_beta=0.1)
     batches = plan_batches(random_pairs(replace(shape, pair=case.length), case.pairs), args.batch_size)
     pictures = random_pictures(shape, args.batch_size)

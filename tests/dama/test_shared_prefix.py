@@ -15,7 +15,7 @@ from dama.shared_prefix import (
     varlen_plan,
 )
 
-LAYOUT = PackLayout((PackedPair(3, 2, 1), PackedPair(1, 1, 2)))
+LAYOUT = PackLayout.of([PackedPair(3, 2, 1), PackedPair(1, 1, 2)])
 
 
 def test_bookkeeping_on_paper():
@@ -25,9 +25,9 @@ def test_bookkeeping_on_paper():
     assert LAYOUT.predictors().tolist() == [-1, 0, 1, 2, 3, 2, -1, 6, 6, 8]
     assert LAYOUT.rows().tolist() == [0, 0, 0, 0, 0, 2, 1, 1, 3, 3]
     labels = torch.tensor([-100, -100, -100, 11, 12, 13, -100, 14, 15, 16])
-    predictors, targets, rows = LAYOUT.answers(labels)
-    assert predictors.tolist() == [2, 3, 2, 6, 6, 8] and targets.tolist() == [11, 12, 13, 14, 15, 16]
-    assert rows.tolist() == [0, 0, 2, 1, 3, 3]
+    answers = LAYOUT.answers(labels)
+    assert answers.predictors.tolist() == [2, 3, 2, 6, 6, 8] and answers.targets.tolist() == [11, 12, 13, 14, 15, 16]
+    assert answers.rows.tolist() == [0, 0, 2, 1, 3, 3] and answers.tokens.tolist() == [2, 1, 1, 2]
 
 
 def test_common_prefix_on_paper():
@@ -38,7 +38,7 @@ def test_common_prefix_on_paper():
 
 def test_varlen_sequences_on_paper():
     """LAYOUT's four sequences: queries 0..4 on keys 0..4, 5 on 0 1 2 5, 6 7 on 6 7, 8 9 on 6 8 9."""
-    plan = varlen_plan(LAYOUT, torch.device("cpu"))
+    plan = varlen_plan(LAYOUT.pairs)
     assert plan.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 6, 8, 9]
     assert plan.query_bounds.tolist() == [0, 5, 6, 8, 10] and plan.key_bounds.tolist() == [0, 5, 9, 11, 14]
     assert (plan.longest_query, plan.longest_key) == (5, 5)
@@ -52,7 +52,7 @@ def test_half_precision_on_a_recent_gpu_is_what_the_kernels_are_for():
 def random_pack(seed, heads, key_heads, width=8, longest=9, device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, longest, (4, 3), generator=generator).tolist()
-    layout = PackLayout(tuple(PackedPair(*size) for size in sizes))
+    layout = PackLayout.of([PackedPair(*size) for size in sizes])
     shapes = [(1, n, layout.positions, width) for n in (heads, key_heads, key_heads)]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     return layout, *tensors

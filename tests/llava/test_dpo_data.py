@@ -105,7 +105,7 @@ def test_reference_of_another_model_stops_the_first_step(in_golden, tmp_path):
         values[0] += 0.5
         row["logps"] = json.dumps(values)
     with pytest.raises(
-        ValueError, match=r"reference log-probs: expected the first step's \|R\| per answer token below"
+        ValueError, match=r"reference log-probs: expected the first step's \|R\| below 0.001 nats per square root"
     ):
         run(parse_arguments(flags(tmp_path, *write(tmp_path, rows))))
     more = write(tmp_path, rows) + ["--check_reference", "False", "--max_steps", "1", "--save_strategy", "no"]

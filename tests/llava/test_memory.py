@@ -173,7 +173,7 @@ def saved_by_layer(config, run, pairs):
     layer = (
         model.layers[0].to(torch.bfloat16 if run.weight == HALF else torch.float32).requires_grad_(run.method == "full")
     )
-    pack = PackLayout(tuple(PackedPair(pair.prefix, pair.chosen, pair.rejected) for pair in pairs))
+    pack = PackLayout.of([PackedPair(pair.prefix, pair.chosen, pair.rejected) for pair in pairs])
     x = torch.randn(1, pack.positions, config.hidden_size, dtype=next(layer.parameters()).dtype, requires_grad=True)
     cosines = model.rotary_emb(x, position_ids=pack.position_ids())
     kept = {}

@@ -120,10 +120,9 @@ def test_rows_share_one_encoding(model, batch):
 
 
 def test_assignment_on_paper():
-    """Rows with 1, 0, 2 placeholders: of features a b c d with a dummy for the second row, b is skipped."""
-    a, b, c, d = (torch.full((1, 1), float(i)) for i in range(4))
-    assert assign_images([1, 0, 2], [a, b, c, d]) == [[a], [], [c, d]]
-    assert assign_images([1, 0, 2], [a, b, c]) == [[a], [], [b, c]]
+    """Rows with 1, 0, 2 placeholders: of four images, one a dummy for the second row, the second is skipped."""
+    assert assign_images([1, 0, 2], 4) == [[0], [], [2, 3]]
+    assert assign_images([1, 0, 2], 3) == [[0], [], [1, 2]]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dama.logps import AnswerLogps, answer_logps, sum_by_row, token_logps
-from dama.shared_prefix import PackedPair, PackLayout
-from llava.model.attention import no_mask
-from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
-from llava.model.splice import splice
+from dama.logps import AnswerLogps, answer_logps, indexed_logps
+from llava.model.attention import SHARED_PREFIX, no_mask
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, rows_on_cpu, shown_images
+from llava.model.splice import ForwardPlan
 
 
 class LlavaConfig(LlamaConfig):
@@ -59,6 +58,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         images_encoded: bool = False,
         logp_chunk: int | None = None,
         tails: Tensor | None = None,
+        plan: ForwardPlan | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple | AnswerLogps:
@@ -72,15 +72,18 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             logp_chunk: positions whose logits (vocabulary-sized) exist at one time.
             tails: [B, 2] token ids at the end of each row that are the chosen and the rejected answer: the row is a
                 pair [prefix | chosen | rejected], see dama.shared_prefix.
+            plan: what ids, labels, `image_index` and `tails` amount to, which then are not looked at. A data loader
+                makes it (ForwardPlan.of_rows, of_pairs); without one the host waits for the device here.
             logits_to_keep: positions at the end, or their indices, that get logits; 0 for all. `generate` asks for one.
 
         Returns:
             transformers' output, or with `logp_chunk` an AnswerLogps with one sum for each row; with `tails` 2B
             sums, those of the chosen answers first.
         """
-        if tails is not None:
-            features = self._image_features(images, None, images_encoded)  # type: ignore[arg-type]
-            return self._pair_logps(input_ids, attention_mask, labels, features, image_index, tails, logp_chunk)
+        if plan is None and tails is not None:
+            plan = self.plan_of_pairs(input_ids, attention_mask, labels, images, image_index, tails)  # type: ignore[arg-type]
+        if plan is not None:
+            return self._planned_forward(plan, images, image_sizes, images_encoded, logp_chunk)
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
@@ -109,34 +112,33 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         kwargs["logits_to_keep"] = logits_to_keep
         return super().forward(**sequence, **kwargs)
 
-    def _pair_logps(
-        self, input_ids: Any, attention_mask: Any, labels: Any, features: list[Tensor], image_index: Any, tails: Tensor,
-        logp_chunk: int | None,
-    ) -> AnswerLogps:  # fmt: skip
-        """Log-probs of both answers of B pairs in one pass over their shared prefixes."""
-        if image_index is not None:
-            features = [features[i] for i in image_index.tolist()]
-        keep = attention_mask.bool()
-        rows = splice(
-            [ids[k] for ids, k in zip(input_ids, keep)],
-            [target[k] for target, k in zip(labels, keep)],
-            features,
-            self.get_model().embed_tokens,
-        )
-        pairs = [PackedPair(len(row.embeds) - c - r, c, r) for row, (c, r) in zip(rows, tails.tolist())]
-        layout = PackLayout(tuple(pairs))
-        embeds = torch.cat([row.embeds for row in rows])[None]
-        hidden = self.model(
-            inputs_embeds=embeds,
-            position_ids=layout.position_ids(embeds.device),
-            attention_mask=no_mask(embeds.device),
-            use_cache=False,
-            pack=layout,
-        ).last_hidden_state[0]
-        positions, targets, owners = layout.answers(torch.cat([row.labels for row in rows]))
-        chunk = self._chunk(logp_chunk or len(targets), targets)
-        values = token_logps(hidden[positions], targets, self.lm_head, chunk)
-        return sum_by_row(values, owners, 2 * len(pairs))
+    def plan_of_pairs(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, images: Tensor | list[Tensor],
+        image_index: Tensor | None, tails: Tensor,
+    ) -> ForwardPlan:  # fmt: skip
+        """The plan of a batch of pairs that comes without one, on the ids' device."""
+        rows = rows_on_cpu(input_ids, attention_mask, labels)
+        lengths = [self.get_model().vision_tower.tokens_per_image] * len(images)
+        shown = shown_images(rows[0], len(images), image_index)
+        return ForwardPlan.of_pairs(*rows, shown, lengths, tails.tolist()).to(input_ids.device)
+
+    def _planned_forward(
+        self, plan: ForwardPlan, images: Any, image_sizes: Any, images_encoded: bool, logp_chunk: int | None
+    ) -> CausalLMOutputWithPast | tuple | AnswerLogps:
+        """Training's forward pass: log-probs of the answers, or without `logp_chunk` all logits and their loss."""
+        features = self._image_features(images, image_sizes, images_encoded)
+        embeds = plan.splice.embed(self.get_model().embed_tokens, features)
+        sequence: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False}
+        # In rows padded at the right no token sees padding, so causality is all that our attention has to heed.
+        ours = self.config._attn_implementation == SHARED_PREFIX
+        sequence["attention_mask"] = no_mask(embeds.device) if ours else plan.splice.mask
+        if plan.pack is not None:
+            sequence |= {"position_ids": plan.splice.position_ids, "pack": plan.pack}
+        if logp_chunk is None:
+            return super().forward(**sequence, labels=plan.splice.labels)
+        hidden = self.model(**sequence).last_hidden_state
+        chunk = self._chunk(logp_chunk, plan.answers.targets)
+        return indexed_logps(hidden, plan.answers, self.lm_head, chunk)
 
     def _chunk(self, chunk: int, labels: Tensor) -> int:
         """Positions at a time; all of them under ZeRO-3, which gathers lm_head at each call on every rank alike."""
