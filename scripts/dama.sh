@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
+source scripts/gpus.sh
 
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then
@@ -15,7 +16,7 @@ MODEL=${MODEL:?set by the script that calls this one}
 DATA=${DATA:-playground/data/pairs.jsonl}
 IMAGES=${IMAGES:-playground/data/images}
 OUTPUT=${OUTPUT:-checkpoints/$NAME}
-GPUS=${GPUS:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}
+GPUS=${GPUS:-$(visible_gpus | wc -l)}
 MICRO_BATCH=${MICRO_BATCH:-$DEFAULT_MICRO_BATCH}
 ZERO=${ZERO:-scripts/zero2.json}
 CLIP=ViT-L-14-336-quickgelu
@@ -33,6 +34,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 # Everything that is missing is reported at once, before anything starts. It reads what a dry run prints.
 run python -m dama doctor --config-of "scripts/$(basename "$0")" "$@"
 if [ "$GPUS" -eq 0 ]; then GPUS=1; fi # only a dry run comes here without a GPU
+read -ra launch <<<"$(launch_on "$GPUS")"
 pairs_per_gpu=$((GPUS < pairs_per_step ? pairs_per_step / GPUS : 1))
 if [ "$MICRO_BATCH" -gt "$pairs_per_gpu" ]; then MICRO_BATCH=$pairs_per_gpu; fi
 
@@ -40,7 +42,7 @@ run python -m dama hardness --data "$DATA" --image_folder "$IMAGES" --on_bad_ima
     --clip "$CLIP" --pretrained openai --precision bf16 --batch_size 64 --out "$OUTPUT/hardness"
 run python -m dama reference --data "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
     --model_name_or_path "$MODEL" --precision bf16 --model_max_length 2048 --batch_size 4 --out "$OUTPUT/reference"
-run deepspeed --num_gpus "$GPUS" llava/train/train_mem.py --deepspeed "$ZERO" --task DPO \
+run deepspeed "${launch[@]}" llava/train/train_mem.py --deepspeed "$ZERO" --task DPO \
     --model_name_or_path "$MODEL" --version v1 --image_aspect_ratio pad \
     --data_path "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
     --hardness "$OUTPUT/hardness" --reference "$OUTPUT/reference" \
@@ -48,7 +50,7 @@ run deepspeed --num_gpus "$GPUS" llava/train/train_mem.py --deepspeed "$ZERO" --
     --num_train_epochs 4 --learning_rate "$LEARNING_RATE" --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0. \
     --per_device_train_batch_size "$MICRO_BATCH" \
     --gradient_accumulation_steps $((pairs_per_gpu / MICRO_BATCH)) \
-    --bf16 True --gradient_checkpointing True --model_max_length 2048 --dataloader_num_workers 4 \
+    --bf16 True --gradient_checkpointing True --auto_checkpointing True --model_max_length 2048 --dataloader_num_workers 4 \
     --eval_pairs 0.01 --eval_strategy epoch --save_strategy epoch --save_total_limit 1 \
     --metric_for_best_model eval_loss --logging_steps 5 --report_to tensorboard \
     "${EXTRA[@]}" --output_dir "$OUTPUT" "$@"

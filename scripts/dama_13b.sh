@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DAMA on LLaVA-v1.5-13B, all parameters. Hardware: 4 or 8 GPUs of 80 GB.
+# DAMA on LLaVA-v1.5-13B, all parameters. Hardware: 8 GPUs of 80 GB.
 # From the environment: MODEL, DATA (JSON or JSONL of pairs), IMAGES (their folder), OUTPUT, GPUS, MICRO_BATCH,
 # LEARNING_RATE, ZERO (DeepSpeed's configuration).
 # --dry-run first prints every command; further flags go to train_mem.py.

@@ -15,6 +15,7 @@ from dama.shared_prefix import PackLayout, shared_prefix_attention
 SHARED_PREFIX = "sdpa_shared_prefix"
 
 
+@torch.compiler.disable  # a layout is another in every batch; compiled layers break here
 def attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -29,6 +29,8 @@ TRAINER_STATE = "trainer_state.json"  # transformers', written after the seal
 NOT_RECORDED = re.compile(
     r"_token$|^local_rank$|_dir$|^disable_tqdm$|^accelerator_config$|^report_to$|^logging_|^log_|^dataloader_|^save_total"
     r"|^model_name_or_path$|^data_path$|^hardness$|^reference$|^image_folder$|^deepspeed$|^use_cpu$"
+    # How a step is computed, not what.
+    r"|^auto_checkpointing$|^gradient_checkpointing$|^check_memory$|^debug_sync$|^compile_layers$|^float32_logits$"
 )
 
 
@@ -169,6 +171,7 @@ def refuse_other_provenance(folder: Path, provenance: dict[str, Any]) -> None:
         return
     made = json.loads(path.read_text())
     fields = ("base", "data", "flags")
+    made["flags"] = {name: value for name, value in made["flags"].items() if not NOT_RECORDED.search(name)}
     current = json.loads(json.dumps({field: provenance.get(field) for field in fields}))
     changed = differences({field: made.get(field) for field in fields}, current)
     if changed:

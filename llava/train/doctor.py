@@ -49,7 +49,6 @@ from llava.train.memory import (
     weight_bytes,
 )
 from llava.train.preflight import (
-    RESERVE,
     Plan,
     backends,
     configs_of,
@@ -62,7 +61,9 @@ from llava.train.preflight import (
     look_at_disk,
     look_at_memory,
     memory_of_each,
+    reserved,
     size,
+    why_no_gpu,
 )
 from llava.train.sft_data import Row, make_supervised_data_module, read_rows, supervised_settings
 
@@ -91,12 +92,20 @@ def plan_of_script(script: str, more: Sequence[str]) -> Plan:
     start = next(i for i, word in enumerate(training) if word.endswith(COMMAND))
     stages = {words[3]: _values(words[4:]) for words in commands if words[:3] == ["python", "-m", "dama"]}
     written = [values["--out"] for values in stages.values() if "--out" in values]
-    plan = plan_of_flags(training[start + 1 :], int(_values(training[:start]).get("--num_gpus", 1)), written)
+    plan = plan_of_flags(training[start + 1 :], ranks_of(training[:start]), written)
     hardness = stages.get("hardness", {})
     if "--clip" in hardness and not Path(hardness["--clip"]).is_dir():
         plan.clip = hardness["--clip"], hardness.get("--pretrained", "openai")
     plan.faults += faults
     return plan
+
+
+def ranks_of(launcher: Sequence[str]) -> int:
+    """Processes that a deepspeed command starts on this machine."""
+    options = _values(launcher)
+    if "--include" in options:
+        return len(options["--include"].partition(":")[2].split(","))
+    return int(options.get("--num_gpus", 1))
 
 
 def text_of(script: Path) -> str:
@@ -128,7 +137,8 @@ def plan_of_flags(words: Sequence[str], ranks: int, written: Sequence[str] = ())
         at = words.index("--deepspeed")
         words = words[:at] + words[at + 2 :]
     if not torch.cuda.is_available():  # transformers would refuse bf16 before all else is said
-        words = [*words, "--use_cpu", "True"]
+        optimizer = ["--optim", "adamw_torch_fused"] * (cuda and "--optim" not in words)  # as on a GPU
+        words = [*words, *optimizer, "--use_cpu", "True"]
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog=COMMAND)
     arguments = parser.parse_args_into_dataclasses(words)
     later = tuple(f"--{name}:" for name, folder in vars(arguments[1]).items() if folder in written)
@@ -165,7 +175,7 @@ def look_at_machine(plan: Plan) -> None:
     names = [f"{name} ({size(memory)})" for name, memory in found]
     plan.note("machine", ", ".join([*names, f"{os.cpu_count()} cores", f"{size(host_memory())} of memory"]))
     if plan.cuda and not found:
-        plan.faults.append("GPU: none found; for a run without one see scripts/dama_tiny.sh")
+        plan.faults.append(f"GPU: {why_no_gpu()}")
     elif plan.cuda and plan.ranks > len(found):
         plan.faults.append(f"GPU: {plan.ranks} asked for, {len(found)} found; set GPUS")
     plan.note("backends", backends(plan))
@@ -299,7 +309,7 @@ def try_one_batch(plan: Plan, shape: ModelShape, items: Sequence[PreferencePair]
         return max(phases) - estimated.optimiser
 
     count = min(args.per_device_train_batch_size, len(lengths))
-    while count and needed_for(count) > memory_of_each(plan) - RESERVE:
+    while count and reserved(needed_for(count), plan.cuda, args.gradient_checkpointing) > memory_of_each(plan):
         count -= 1
     if not count:
         plan.note("one batch", f"left out: one of the {kind} needs {size(needed_for(1))}")

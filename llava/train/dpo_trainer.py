@@ -42,7 +42,7 @@ from llava.train.dpo_figures import (
     preference_metrics,
     weighting_metrics,
 )
-from llava.train.llava_trainer import LLaVATrainer
+from llava.train.llava_trainer import LLaVATrainer, watched
 from llava.train.steps import PICTURES_AT_ONCE, StepLoader, StepPlan, StepSampler, encode_pictures
 from llava.train.throughput import ModelSize, PairLength, Throughput, peak_flops, step_flops
 
@@ -264,7 +264,8 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> AnswerLogps:
-        return answer_logps_of(model, inputs, self.args.logp_chunk)
+        with watched(self.args.debug_sync):
+            return answer_logps_of(model, inputs, self.args.logp_chunk)
 
     def _reference_logps(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """From the data, or under LoRA from the base model, its adapters switched off."""

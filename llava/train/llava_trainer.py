@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,23 @@ def forget_shared_memory(folder: Path = Path("/dev/shm")) -> None:
         buffer.unlink()
 
 
+@contextmanager
+def watched(mode: str) -> Iterator[None]:
+    """A block in which the host must not wait for the GPU: --debug_sync says what happens where it does.
+
+    Args:
+        mode: 'off', 'warn', or 'error', which raises inside the block; everywhere else torch only warns.
+    """
+    if mode == "off" or not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("warn")
+
+
 class LLaVATrainer(Trainer):
     """transformers' Trainer with LLaVA's sampler, parameter groups and checkpoints."""
 
@@ -150,6 +168,11 @@ class LLaVATrainer(Trainer):
             lengths=(train_dataset or self.train_dataset).modality_lengths,
             group_by_modality=True,
         )
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loss, its forward pass watched for host-device synchronizations."""
+        with watched(self.args.debug_sync):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Groups by weight decay, and by learning rate where the projector has one of its own."""

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,6 +158,8 @@ class Training:
     lora_dropout: float = 0.0
     bits: int = 16
     accumulates: bool = False  # several micro-batches have a backward pass in one step
+    fused: bool = False  # AdamW in one kernel, without work of its own
+    float32_logits: bool = False  # of the log-probs, in half precision
 
     @staticmethod
     def of(arguments: Any, ranks: int, cuda: bool, accumulates: bool) -> Training:
@@ -184,6 +186,8 @@ class Training:
             lora_dropout=args.lora_dropout if args.lora_enable else 0.0,
             bits=args.bits,
             accumulates=accumulates,
+            fused=str(args.optim).endswith("fused"),
+            float32_logits=half and cuda and dpo and args.float32_logits,
         )
 
     @property
@@ -314,13 +318,12 @@ def attention_bytes(shape: ModelShape, run: Training, pairs: Sequence[PairLength
     """Saved by one layer's attention: queries, keys, values, output, and a logsumexp for each head and position.
 
     With the shared prefix its keys and values are there once for each answer; torch's attention, unlike varlen kernels,
-    also has a mask for the rejected answer and joins outputs. Padded rows have masks, and as many keys as queries.
+    also has a mask for the rejected answer and joins outputs. Padded rows need no mask: they are causal.
     """
     t, b = positions_of(run, pairs), run.factor
     queries, keys, sums = t * shape.queries * b, 2 * t * shape.keys * b, t * shape.heads * FP32
     if not run.shared_prefix:
-        rows = {pair.prefix + answer for pair in pairs for answer in (pair.chosen, pair.rejected)[: run.rows]}
-        return 4 * queries + sums + t * max(rows) * b if len(rows) > 1 else 2 * queries + keys + sums
+        return 2 * queries + keys + sums
     kernel = 2 * queries + keys + 2 * sum(pair.prefix for pair in pairs) * shape.keys * b + sums
     if run.varlen:
         return kernel
@@ -359,6 +362,8 @@ def logit_bytes(shape: ModelShape, run: Training, pairs: Sequence[PairLength]) -
     numbers = shape.vocabulary * min(predictions_of(run, pairs), run.logp_chunk or sys.maxsize)
     if run.logp_chunk is None:
         return FP32 * numbers, 2 * FP32 * numbers
+    if run.float32_logits:
+        return FP32 * numbers, FP32 * numbers
     return run.factor * numbers, FP32 * numbers * (2 if run.half else 1)
 
 
@@ -430,16 +435,19 @@ def estimate(shape: ModelShape, run: Training, pairs: Sequence[PairLength]) -> E
 
 
 def estimate_step(
-    arguments: Any, shape: ModelShape, pairs: Sequence[PairLength], ranks: int, cuda: bool, layout: tuple[int, int]
-) -> Estimate:
+    arguments: Any, shape: ModelShape, pairs: Sequence[PairLength], ranks: int, cuda: bool, layout: tuple[int, int],
+    **changes: Any,
+) -> Estimate:  # fmt: skip
     """Peak of a step as the flags describe it, if it meets the longest of these pairs (rows, in fine-tuning).
 
     Args:
         layout: per_device_train_batch_size and gradient_accumulation_steps, whatever the flags say.
+        changes: fields of `Training` that are to be other than the flags say.
     """
     load = Load.of(arguments[2], ranks, *layout)
     longest = sorted(pairs, key=lambda pair: pair.positions, reverse=True) * load.pairs
-    return estimate(shape, Training.of(arguments, ranks, cuda, load.several), longest[: load.pairs])
+    run = replace(Training.of(arguments, ranks, cuda, load.several), **changes)
+    return estimate(shape, run, longest[: load.pairs])
 
 
 def gradient_bytes(shape: ModelShape, run: Training) -> int:
@@ -484,16 +492,18 @@ def gradients_at(shape: ModelShape, run: Training, index: int) -> int:
 
 
 def optimiser_work(shape: ModelShape, run: Training) -> int:
-    """While AdamW steps: gradients, under DeepSpeed an fp32 copy of them, and square roots of second moments: of all
-    weights at a time on a GPU, on a CPU twice those of one weight, which is the whole share under DeepSpeed."""
+    """While AdamW steps: gradients, under DeepSpeed an fp32 copy of them, and beside it what is larger: the flat copy
+    that this one is made of, or square roots of second moments, of all weights at a time on a GPU (none with fused
+    AdamW), on a CPU twice those of one weight, which is the whole share under DeepSpeed."""
     if run.zero and run.zero.offload_optimizer:
         return 0
     mine = share(shape, run)
     flat = run.zero is not None and (run.half or run.stage > 0)
     if run.zero and run.stage == 3:
         mine = min(mine, run.zero.sub_group)
-    roots = mine if run.cuda else 2 * (mine if flat else shape.matrix)
-    return gradient_bytes(shape, run) + FP32 * (roots + mine * flat)
+    roots = 0 if run.fused else mine if run.cuda else 2 * (mine if flat else shape.matrix)
+    beside = max(FP32 * roots, mine * run.gradient * (flat and run.stage == 2))
+    return gradient_bytes(shape, run) + FP32 * mine * flat + beside
 
 
 # --- What one did need ------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ import copy
 import math
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,25 +22,29 @@ import torch
 
 from dama.console import say, write_json
 from dama.pairs import PreferencePair
-from dama.shared_prefix import attention_backend
+from dama.shared_prefix import TORCH_VARLEN, attention_backend, flash_attn_problem
 from llava.conversation import get_template
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
 from llava.train.dpo_data import PreparedPair, common_length, encode_pair
-from llava.train.memory import FP32, ModelShape, Training, estimate_step, trained_parameters
+from llava.train.memory import FP32, ModelShape, Training, Zero, estimate_step, trained_parameters
 from llava.train.preprocess import preprocess, preprocess_multimodal
 from llava.train.sft_data import Row
 from llava.train.throughput import PairLength
 
 GIB = 1 << 30
-RESERVE = int(1.5 * GIB)  # of a GPU: CUDA's context, the collectives' buffers, fragments
-TOLERANCE = 1.15  # a training whose estimate is this much above a GPU's memory is refused
+CONTEXT = int(1.5 * GIB)  # of a GPU: CUDA's context and the collectives' buffers
+# Share of the peak by which torch's allocator reserves more than tensors need, with and without gradient checkpointing,
+# as rehearsed for the 7B and 13B scripts (docs/hardware.md).
+FRAGMENTS = {True: 0.15, False: 0.33}
+ENOUGH = 4  # pairs in a micro-batch: more are hardly faster
 LONGEST = 64  # pairs whose lengths are looked at
 PROMPT = 64  # tokens of a template with a short question
 SHAPES = {  # of checkpoints that are named before they are downloaded
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
+OLDEST_DRIVER = {12: 525, 13: 580}  # of NVIDIA's, by CUDA's major version (CUDA toolkit release notes)
 CLIP_NAME = "openai/clip-vit-large-patch14-336"
 CLIP_SHAPE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -79,8 +84,10 @@ def backends(plan: Plan) -> str:
     args = plan.arguments[2]
     run = Training.of(plan.arguments, plan.ranks, plan.cuda, False)
     attention = attention_backend(plan.device, torch.bfloat16 if run.half else torch.float32)
+    problem = flash_attn_problem() or ""
+    unusable = f" (flash_attn {problem})" if attention == TORCH_VARLEN and problem.startswith("installed") else ""
     return ", ".join([
-        f"attention by {attention}{' with the prefix shared' * run.shared_prefix}",
+        f"attention by {attention}{unusable}{' with the prefix shared' * run.shared_prefix}",
         "nccl" if plan.cuda else "gloo",
         "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         f"DeepSpeed ZeRO-{run.stage}" if run.zero else "no DeepSpeed",
@@ -91,6 +98,37 @@ def gpus() -> list[tuple[str, int]]:
     """Name and bytes of memory of every GPU that this process can see."""
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [(gpu.name, gpu.total_memory) for gpu in found]
+
+
+def why_no_gpu() -> str:
+    """What keeps torch from the GPUs of this machine, and what helps; 'none found' where there are none."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA build; run scripts/setup.sh"
+    driver = driver_version()
+    if driver is None:
+        return "none found; for a run without one see scripts/dama_tiny.sh"
+    needed = OLDEST_DRIVER.get(int(torch.version.cuda.partition(".")[0]))
+    if needed and int(driver.partition(".")[0]) < needed:
+        return (
+            f"the NVIDIA driver is {driver}, torch {torch.__version__} for CUDA {torch.version.cuda} needs {needed} or "
+            "newer; update the driver, or set TORCH_INDEX_URL to PyTorch's wheels for an older CUDA (such as cu126, "
+            "for drivers from 525) and run scripts/setup.sh again"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"none visible with CUDA_VISIBLE_DEVICES={visible!r}; nvidia-smi finds driver {driver}"
+    return f"torch {torch.__version__} finds none, nvidia-smi finds driver {driver}; see `nvidia-smi` and `dmesg`"
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver, such as '580.65.06'; None where nvidia-smi finds no GPU."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    first = done.stdout.strip().splitlines()[:1]
+    return first[0].strip() if first and first[0].strip()[:1].isdigit() else None
 
 
 def host_memory() -> int:
@@ -239,20 +277,53 @@ def smallest_of_all_ranks(value: int, device: torch.device) -> int:
     return int(smallest)
 
 
+def reserved(peak: int, cuda: bool, checkpointing: bool) -> int:
+    """Bytes of a GPU that a step with this peak takes: fragments, CUDA's context and the collectives' come on top."""
+    return int(peak * (1 + FRAGMENTS[checkpointing])) + CONTEXT if cuda else peak
+
+
 def fit_micro_batch(
-    arguments: Arguments, shape: ModelShape, lengths: Sequence[PairLength], ranks: int, cuda: bool, memory: int
-) -> tuple[int, int] | None:
+    arguments: Arguments, shape: ModelShape, lengths: Sequence[PairLength], ranks: int, cuda: bool, memory: int,
+    **changes: Any,
+) -> tuple[int, int] | None:  # fmt: skip
     """(per_device_train_batch_size, gradient_accumulation_steps) of the largest micro-batch that fits into `memory`
-    bytes, with as many pairs in a step; None where not even single pairs fit."""
+    bytes, with as many pairs in a step; None where not even single pairs fit.
+
+    Args:
+        changes: fields of llava.train.memory.Training that are to be other than the flags say.
+    """
     args = arguments[2]
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    checkpointing = bool(changes.get("checkpointing", args.gradient_checkpointing))
     for micro_batch in range(pairs, 0, -1):
         layout = micro_batch, pairs // micro_batch
         if pairs % micro_batch:
             continue
-        if estimate_step(arguments, shape, lengths, ranks, cuda, layout).peak <= memory - RESERVE * cuda:
+        peak = estimate_step(arguments, shape, lengths, ranks, cuda, layout, **changes).peak
+        if reserved(peak, cuda, checkpointing) <= memory:
             return layout
     return None
+
+
+def settle_memory(plan: Plan, shape: ModelShape, lengths: Sequence[PairLength], memory: int) -> None:
+    """--auto_micro_batch and --auto_checkpointing: the fastest way of a step that fits into `memory` bytes.
+
+    Without gradient checkpointing where a micro-batch as large as with it fits, or one that is ENOUGH; else with it.
+    """
+    args = plan.arguments[2]
+
+    def fitting(checkpointing: bool) -> tuple[int, int] | None:
+        return fit_micro_batch(
+            plan.arguments, shape, lengths, plan.ranks, plan.cuda, memory, checkpointing=checkpointing
+        )
+
+    with_it, without = fitting(args.gradient_checkpointing), fitting(False)
+    if args.auto_checkpointing and args.gradient_checkpointing and without:
+        wanted = min((with_it or without)[0], ENOUGH) if args.auto_micro_batch else plan.layout[0]
+        if without[0] >= wanted:
+            args.gradient_checkpointing, with_it = False, without
+    if args.auto_micro_batch and with_it:
+        use_layout(args, with_it)
 
 
 def use_layout(args: Any, layout: tuple[int, int]) -> None:
@@ -268,12 +339,11 @@ def use_layout(args: Any, layout: tuple[int, int]) -> None:
 
 
 def look_at_memory(plan: Plan, shape: ModelShape, lengths: Sequence[PairLength], known: str) -> None:
-    """The estimate beside what there is; the micro-batch that fits, which --auto_micro_batch puts into the flags."""
+    """The estimate beside what there is; `settle_memory` chooses what the flags leave to it."""
     args = plan.arguments[2]
     there = smallest_of_all_ranks(memory_of_each(plan), plan.device)
+    settle_memory(plan, shape, lengths, there)
     fitting = fit_micro_batch(plan.arguments, shape, lengths, plan.ranks, plan.cuda, there)
-    if args.auto_micro_batch and fitting:
-        use_layout(args, fitting)
     micro_batch, accumulation = plan.layout
     longest = max(lengths, key=lambda pair: pair.positions)
     plan.note(
@@ -283,20 +353,54 @@ def look_at_memory(plan: Plan, shape: ModelShape, lengths: Sequence[PairLength],
         f"{' + '.join(str(length) for length in astuple(longest) if length)} positions ({known})",
     )
     needed = estimate_step(plan.arguments, shape, lengths, plan.ranks, plan.cuda, plan.layout)
+    taken = reserved(needed.peak, plan.cuda, args.gradient_checkpointing)
     unit = "GPU" if plan.cuda else "rank"
     fits = f"micro-batches of up to {fitting[0]} fit" if fitting else "not even micro-batches of 1 fit"
     plan.note(
         "memory",
-        f"about {size(needed.peak)} on each {unit}, most in the phase of the {needed.highest} (weights "
-        f"{size(needed.weights)}, optimiser {size(needed.optimiser)}, gradients {size(needed.gradients)}, activations "
-        f"{size(needed.activations)})" + (f", of {size(there)}: {fits}" if there else ""),
+        f"about {size(needed.peak)} on each {unit}{f', {size(taken)} reserved' * plan.cuda}, most in the phase of the "
+        f"{needed.highest} (weights {size(needed.weights)}, optimiser {size(needed.optimiser)}, gradients "
+        f"{size(needed.gradients)}, activations {size(needed.activations)}"
+        f"{', recomputed' * args.gradient_checkpointing})" + (f", of {size(there)}: {fits}" if there else ""),
     )
-    if there and (needed.peak > TOLERANCE * there or (args.auto_micro_batch and not fitting)):
-        smaller = f"--per_device_train_batch_size {fitting[0]}, " if fitting else ""
+    if there and taken > there and args.check_memory:
         plan.faults.append(
-            f"{unit} memory: {size(there)} on each, about {size(needed.peak)} needed on {plan.ranks} {unit}(s); use "
-            f"{smaller}--gradient_checkpointing True, more {unit}s, ZERO=scripts/zero3.json, or scripts/dama_7b_lora.sh"
+            f"{unit} memory: {size(there)} on each, about {size(taken)} needed on {plan.ranks} {unit}(s) "
+            f"({size(needed.peak)} of tensors); {'; or '.join(remedies(plan, shape, lengths, there))}; or "
+            "--check_memory False to try all the same"
         )
+
+
+def remedies(plan: Plan, shape: ModelShape, lengths: Sequence[PairLength], memory: int) -> list[str]:
+    """What would make a step fit into `memory` bytes, each by itself; found by the same estimate."""
+    args, found = plan.arguments[2], []
+
+    def fitting(ranks: int = plan.ranks, pairs: Sequence[PairLength] = lengths, **changes: Any) -> int | None:
+        layout = fit_micro_batch(plan.arguments, shape, pairs, ranks, plan.cuda, memory, **changes)
+        return layout[0] if layout else None
+
+    if micro := fitting():
+        found.append(f"--per_device_train_batch_size {micro}")
+    if not args.gradient_checkpointing and fitting(checkpointing=True):
+        found.append("--gradient_checkpointing True")
+    zero = Zero.read(args.deepspeed) if isinstance(args.deepspeed, str) else None
+    if zero and zero.stage < 3 and fitting(zero=replace(zero, stage=3)):
+        found.append("ZERO=scripts/zero3.json")
+    more = (plan.ranks * factor for factor in (2, 4, 8, 16))
+    if zero and (enough := next((ranks for ranks in more if fitting(ranks)), None)):
+        found.append(f"{enough} GPUs" if plan.cuda else f"{enough} ranks")
+    limits = range(args.model_max_length // 128 * 128, shape.patches + 2 * PROMPT, -128)
+    shorter = (limit for limit in limits if (kept := pairs_within(lengths, limit)) and fitting(pairs=kept))
+    if limit := next(shorter, None):
+        found.append(f"shorter answers (--model_max_length {limit}{' --on_long_pair skip' * (args.task == 'DPO')})")
+    if not args.lora_enable and fitting(method="lora", lora_rank=128, lora_dropout=0.05):
+        found.append("LoRA (scripts/dama_7b_lora.sh, or --lora_enable True)")
+    return found or ["a smaller model, or GPUs with more memory"]
+
+
+def pairs_within(lengths: Sequence[PairLength], limit: int) -> list[PairLength]:
+    """Those whose longer answer fits into `limit` positions with its prefix."""
+    return [pair for pair in lengths if pair.prefix + max(pair.chosen, pair.rejected) <= limit]
 
 
 # --- Disk -------------------------------------------------------------------------------------------------------------

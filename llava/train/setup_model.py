@@ -46,7 +46,25 @@ def setup_model(
     if args.lora_enable:  # before the tower is there, or its layers would get adapters too
         model = with_lora(model, args)
     setup_vision(llava, tokenizer, arguments, dtype)
+    llava.float32_logits = args.float32_logits
+    if args.compile_layers:
+        compile_layers(llava)
     return model, tokenizer, llava.get_model().load_vision_tower().image_processor
+
+
+def compile_layers(model: LlavaLlamaForCausalLM) -> None:
+    """Compiles every decoder layer by itself: one graph for all of them, whatever a batch's length.
+
+    Attention stays what it is (see llava.model.attention); norms, rotary embedding, activation and residual sums become
+    fused kernels.
+
+    Raises:
+        ValueError: under ZeRO-3, whose weights come and go by hooks inside a layer.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("--compile_layers True: not possible under ZeRO-3; use scripts/zero2.json, or leave it out")
+    for layer in model.get_model().layers:
+        layer.compile(dynamic=True)
 
 
 def join_ranks(args: Any) -> None:

@@ -2,18 +2,20 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from dama.cli import main
 from dama.stage import read_stage
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import DataCollatorForDPODataset
-from llava.train.reference import compare, digest_of_checkpoint, sample_of
+from llava.train.reference import TOLERANCE, compare, digest_of_checkpoint, sample_of
 from tests.conftest import GOLDEN
 from tests.llava.test_dpo_golden import DATASET, flags
 
@@ -201,16 +203,35 @@ def test_a_share_of_the_pairs_is_drawn_by_the_seed():
     assert sample_of(records, "42 0/1") == sample_of(records, "42 0/1") != sample_of(records, "42 0/2")
 
 
+def answer_records(*differences, tokens=25):
+    """Pairs whose chosen answers differ so, in nats, from the same pairs alone; rejected answers agree."""
+    alone = {"chosen_logp": -20.0, "rejected_logp": -30.0, "chosen_tokens": tokens, "rejected_tokens": tokens}
+    batched = [alone | {"id": str(i), "chosen_logp": -20.0 + by} for i, by in enumerate(differences)]
+    return batched, [alone | {"id": str(i)} for i in range(len(differences))]
+
+
 def test_differences_on_paper():
-    """An answer of 25 tokens may differ by 5 x 0.001 in fp32: 0.004 passes, 0.006 does not."""
-    record = {"id": "7", "chosen_logp": -20.0, "rejected_logp": -30.0, "chosen_tokens": 25, "rejected_tokens": 25}
-    assert compare([record], [record | {"rejected_logp": -30.004}], 1e-3) == {
-        "pairs": 1, "max_difference": pytest.approx(0.004),
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=r"pair 7, chosen answer of 25 tokens: -20.0000 .*-20.0060 alone.*0.0050"):
-        compare([record], [record | {"chosen_logp": -20.006}], 1e-3)
-    with pytest.raises(ValueError, match="pair 7, chosen"):
-        compare([record], [record | {"chosen_logp": float("nan")}], 1e-3)
+    """Answers of 25 tokens 0.004 nats apart: 0.004 / 5 = 0.0008 on one side, 0 on the other; root mean square
+    0.0008 / sqrt(2) = 0.00057, below 0.001. Each 0.008: 0.0011, above. One of ten 0.03 apart is an outlier: 0.006 is
+    above 4 x 0.001."""
+    found = compare(*answer_records(0.004, 0.004), 1e-3)
+    assert found == {"pairs": 2, "max_difference": pytest.approx(0.004), "drift": pytest.approx(0.0008 / 2**0.5)}
+    with pytest.raises(ValueError, match=r"4 answers: 0.0011 nats per square root of tokens apart .* at most 0.001"):
+        compare(*answer_records(0.008, -0.008), 1e-3)
+    with pytest.raises(ValueError, match=r"pair 3, chosen answer of 25 tokens: -19.9700 .*-20.0000 alone.*0.0200"):
+        compare(*answer_records(0, 0, 0, 0.03, 0, 0, 0, 0, 0, 0), 1e-3)
+    with pytest.raises(ValueError, match="pair 0, chosen"):
+        compare(*answer_records(float("nan")), 1e-3)
+
+
+def test_noise_of_half_precision_passes():
+    """22,000 pairs are sampled as 110, with 0.04 nats of noise on each of 100 tokens: a rule for every single answer,
+    0.1 nats x sqrt(tokens), refused most such stages; the root mean square of their noise is 0.04."""
+    generator = random.Random(0)
+    sums = [0.04 * 100**0.5 * generator.gauss(0, 1) for _ in range(110)]
+    assert compare(*answer_records(*sums, tokens=100), TOLERANCE[torch.bfloat16])["drift"] < 0.05
+    with pytest.raises(ValueError, match="computed again"):
+        compare(*answer_records(*(5 * value for value in sums), tokens=100), TOLERANCE[torch.bfloat16])
 
 
 def test_log_probs_that_depend_on_the_batch_stop_the_stage(world, capsys, monkeypatch):
@@ -219,11 +240,10 @@ def test_log_probs_that_depend_on_the_batch_stop_the_stage(world, capsys, monkey
 
     def first_image_for_all(self, instances):
         batch = original(self, instances)
-        batch["image_index"].zero_()
+        batch["images"] = batch["images"][:1].expand_as(batch["images"])
         return batch
 
     monkeypatch.setattr(DataCollatorForDPODataset, "__call__", first_image_for_all)
-    monkeypatch.setattr("llava.train.reference.VERIFIED_SHARE", 1.0)
     assert reference(world, "--batch_size", "8") == 1
     said = capsys.readouterr().err
     assert "reference: pairs computed again" in said and "alone; expected a difference of at most" in said

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dama.logps import AnswerLogps, answer_logps, indexed_logps
+from dama.logps import AnswerLogps, answer_logps, float32_head, indexed_logps
 from llava.model.attention import SHARED_PREFIX, no_mask
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, rows_on_cpu, shown_images
 from llava.model.splice import ForwardPlan
@@ -28,6 +28,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
     config_class = LlavaConfig
     # The tower has a home of its own (config.mm_vision_tower); old checkpoints repeat its weights.
     _keys_to_ignore_on_load_unexpected = [r"model\.vision_tower\."]
+    float32_logits = True  # in a ForwardPlan's log-probs, on GPUs in half precision
 
     def __init__(self, config: LlavaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)
@@ -138,7 +139,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             return super().forward(**sequence, labels=plan.splice.labels)
         hidden = self.model(**sequence).last_hidden_state
         chunk = self._chunk(logp_chunk, plan.answers.targets)
-        return indexed_logps(hidden, plan.answers, self.lm_head, chunk)
+        head = float32_head(self.lm_head) if self.float32_logits else self.lm_head
+        return indexed_logps(hidden, plan.answers, head, chunk)
 
     def _chunk(self, chunk: int, labels: Tensor) -> int:
         """Positions at a time; all of them under ZeRO-3, which gathers lm_head at each call on every rank alike."""
