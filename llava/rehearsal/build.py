@@ -65,8 +65,8 @@ def check_tools() -> None:
         raise RehearsalError(f"rehearsal: expected Linux, whose loader preloads libraries, got {sys.platform}")
     if not (torch_folder() / "lib" / "libtorch_cuda.so").exists():
         raise RehearsalError(
-            f"rehearsal: expected torch with CUDA, got a build without lib/libtorch_cuda.so in {torch_folder()}; install "
-            "a wheel with CUDA (it needs no GPU)"
+            f"rehearsal: expected torch with CUDA, no lib/libtorch_cuda.so in {torch_folder()}; install a wheel with "
+            "CUDA (it needs no GPU)"
         )
     for tool, package in (("cc", "a C compiler such as gcc"), ("nm", "binutils")):
         if not shutil.which(tool):

@@ -20,15 +20,17 @@ CHECKS = (
 
 
 @contextmanager
-def single_rank_world(world: int, *, numbers: bool = False) -> Iterator[None]:
-    """Make this process rank 0 of `world` ranks on torch's fake process group, inside the block.
+def single_rank_world(world: int, *, rank: int = 0, numbers: bool = False) -> Iterator[None]:
+    """Make this process one rank of `world` on torch's fake process group, inside the block.
 
     DeepSpeed partitions optimizer states, gradients and parameters over `world` ranks; what the others would send is
     never received. Without the gradients' real numbers DeepSpeed would find overflows and skip its optimizer step, so
     its checks are off, unless `numbers`: one rank on which every number is computed, `NullMode(everything=True)`.
+    DeepSpeed keeps the groups that it made: train with it in one block of a process only.
 
     Args:
         world: number of ranks.
+        rank: which of them this process is, and the index of its device.
         numbers: keep DeepSpeed's checks on.
 
     Raises:
@@ -38,15 +40,20 @@ def single_rank_world(world: int, *, numbers: bool = False) -> Iterator[None]:
         raise RuntimeError("single_rank_world: expected no process group, got one initialized before; leave it out")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "29999"}  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, ranks))
-        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-        stack.callback(dist.destroy_process_group)
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        stack.callback(leave)
         if not numbers:
             switch_checks_off(stack)
         yield
+
+
+def leave() -> None:
+    if dist.is_initialized():  # what runs inside may have left by itself
+        dist.destroy_process_group()
 
 
 def switch_checks_off(stack: ExitStack) -> None:

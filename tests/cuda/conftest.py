@@ -1,0 +1,54 @@
+"""Children on the null device: one for a test module, which then judges what the child wrote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from llava.rehearsal.build import unavailable
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_child(*words: str, gib: float = 8, devices: int = 1) -> str:
+    """Output of `python -m llava.rehearsal ...`; the test fails with its end where the child fails."""
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    start = [sys.executable, "-m", "llava.rehearsal", "--gib", str(gib), "--devices", str(devices)]
+    done = subprocess.run([*start, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{' '.join(words)} exits with {done.returncode}:\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def results_of(module: str, folder: Path, *, gib: float = 8, devices: int = 1) -> Any:
+    """What a module of this folder wrote as JSON: its command line is an output file."""
+    out = folder / "results.json"
+    run_child("-m", f"tests.cuda.{module}", str(out), gib=gib, devices=devices)
+    return json.loads(out.read_text())
+
+
+def outcomes_of(folder: Path, *words: str, gib: float = 8, devices: int = 1) -> dict[str, str]:
+    """Outcome of every test that pytest ran in a child: "passed", or how it failed and why, by name."""
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    file = folder / "outcomes.xml"
+    start = [sys.executable, "-m", "llava.rehearsal", "--gib", str(gib), "--devices", str(devices)]
+    # Short tracebacks: long ones print tensors after a test, when no mode computes what printing needs.
+    pytest_words = ["-m", "pytest", "-q", "--tb=short", f"--junitxml={file}", *words]
+    done = subprocess.run([*start, *pytest_words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert file.exists(), done.stdout[-4000:]
+    cases = ElementTree.parse(file).getroot().iter("testcase")
+    return {case.attrib["name"]: outcome(case) for case in cases}
+
+
+def outcome(case: ElementTree.Element) -> str:
+    told = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+    return "passed" if told is None else f"{told.tag}: {told.attrib.get('message', '')}"
