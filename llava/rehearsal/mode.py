@@ -11,12 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.attention import bias
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from llava.rehearsal.formulas import on_cpu
@@ -130,20 +128,10 @@ def counts() -> dict[str, int]:
 # --- Settings of torch -----------------------------------------------------------------------------------------------
 
 
-class HostBias(bias.CausalBias):
-    """A causal bias, which holds no numbers, made outside the mode: torch cannot give a tensor that a mode has seen the
-    class of a bias."""
-
-    def __new__(cls, *_: Any) -> HostBias:
-        with _disable_current_modes():
-            return super().__new__(cls)
-
-
 def settings(everything: bool) -> ExitStack:
     """What is switched off on the null device, until the stack is closed."""
     stack = ExitStack()
     stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-    stack.enter_context(patch.object(bias, "CausalBias", HostBias))
     cuda = torch.backends.cuda
     switches = [(cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp)]
     if everything:

@@ -49,6 +49,7 @@ from llava.train.memory import (
     weight_bytes,
 )
 from llava.train.preflight import (
+    GIB,
     Plan,
     backends,
     configs_of,
@@ -382,12 +383,34 @@ def examine(plan: Plan) -> None:
         try_one_batch(plan, shape, items)
 
 
+def rehearse(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Starts the rehearsal in a process of its own; its exit status, 1 where memory runs out."""
+    from llava.rehearsal.launch import GIB as CARD
+    from llava.rehearsal.launch import environment
+
+    plan = plan_of_script(args.config_of, flags) if args.config_of else plan_of_flags(flags, args.ranks)
+    smallest = min((memory for _, memory in gpus()), default=0) / GIB
+    words = ["--config-of", args.config_of, *flags] if args.config_of else flags
+    command = [sys.executable, "-m", "llava.rehearsal.training", str(plan.ranks), *words]
+    return subprocess.run(command, env=environment(args.gpu_memory or smallest or CARD), check=False).returncode
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("dama doctor", description=__doc__, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("--config-of", "--config_of", metavar="SCRIPT", help="script whose training is looked at")
     parser.add_argument("--ranks", type=int, default=1, help="processes, without a script. Default: %(default)s")
+    parser.add_argument(
+        "--rehearse", action="store_true",
+        help="run two steps of the training on a CUDA device without a GPU, and print the memory of each phase",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu_memory", "--gpu-memory", type=float, metavar="GIB",
+        help="with --rehearse: memory of a GPU in GiB (default: this machine's GPUs, else 79.25, a card of 80 GB)",
+    )  # fmt: skip
     args, flags = parser.parse_known_args(argv)
     try:
+        if args.rehearse:
+            return rehearse(args, flags)
         plan = plan_of_script(args.config_of, flags) if args.config_of else plan_of_flags(flags, args.ranks)
         examine(plan)
     except (ValueError, OSError) as error:

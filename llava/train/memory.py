@@ -186,7 +186,7 @@ class Training:
             lora_dropout=args.lora_dropout if args.lora_enable else 0.0,
             bits=args.bits,
             accumulates=accumulates,
-            fused=str(args.optim).endswith("fused"),
+            fused=str(getattr(args.optim, "value", args.optim)).endswith("fused"),
             float32_logits=half and cuda and dpo and args.float32_logits,
         )
 
