@@ -78,6 +78,8 @@ class NullMode(TorchDispatchMode):
         inputs = tensors_in((args, kwargs))
         if not any(t.is_cuda for t in inputs) and not on_cuda(kwargs.get("device")):
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            return self.decomposed(func, args, kwargs)
         for what in waits(func, args, kwargs):
             self.syncs[f"{what}  {where()}"] += 1
         if func.namespace == "c10d":
@@ -92,6 +94,14 @@ class NullMode(TorchDispatchMode):
         if self.computes(func, inputs, result):
             fill(result, compute(func, args, kwargs))
         return result
+
+    def decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator made of others, each of which comes to this mode. Elsewhere autograd takes them apart before."""
+        super().__enter__()
+        try:
+            return func.decompose(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def computes(self, func: Any, inputs: list[Tensor], result: Any) -> bool:
         if func.overloadpacket in ALLOCATIONS:

@@ -43,8 +43,8 @@ def outcomes_of(folder: Path, *words: str, gib: float = 8, devices: int = 1) -> 
     start = [sys.executable, "-m", "llava.rehearsal", "--gib", str(gib), "--devices", str(devices)]
     # Short tracebacks: long ones print tensors after a test, when no mode computes what printing needs.
     pytest_words = ["-m", "pytest", "-q", "--tb=short", f"--junitxml={file}", *words]
-    done = subprocess.run([*start, *pytest_words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert file.exists(), done.stdout[-4000:]
+    done = subprocess.run([*start, *pytest_words], cwd=ROOT, capture_output=True, text=True)
+    assert file.exists(), done.stdout[-4000:] + done.stderr[-4000:]
     cases = ElementTree.parse(file).getroot().iter("testcase")
     return {case.attrib["name"]: outcome(case) for case in cases}
 

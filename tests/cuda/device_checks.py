@@ -59,8 +59,9 @@ def test_kernels_and_products_are_counted_and_do_nothing_without_the_mode():
 
 
 def test_graphs_are_refused_instead_of_imagined():
-    with pytest.raises(RuntimeError, match="operation not supported by the null device"), torch.cuda.graph(
-        torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="operation not supported by the null device"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         torch.ones(1, device=CUDA)
 
@@ -111,6 +112,14 @@ def test_everything_gives_the_cpus_numbers_and_gradients(name):
             torch.testing.assert_close(gradient_of(program, there).cpu(), expected_gradient, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_inference_gives_the_cpus_numbers(name):
+    """There operators reach the mode whole that autograd takes apart elsewhere."""
+    program, x = PROGRAMS[name], torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    with NullMode(everything=True), torch.inference_mode():
+        torch.testing.assert_close(program(x.to(CUDA)).cpu(), program(x), atol=1e-6, rtol=1e-5)
+
+
 def gradient_of(program, x):
     leaf = x.detach().clone().requires_grad_()
     result = program(leaf)
@@ -159,9 +168,10 @@ WAITS = {
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("what", WAITS)
-def test_a_wait_is_recorded_with_its_line(what):
-    with NullMode() as mode:
+def test_a_wait_is_recorded_with_its_line(what, inference):
+    with NullMode() as mode, torch.inference_mode(inference):
         x = torch.ones(3, device=CUDA)
         WAITS[what](x)
     line = WAITS[what].__code__.co_firstlineno

@@ -53,8 +53,9 @@ def hardness(folder: Path, out: Path, device: str) -> Any:
 
 def generation(folder: Path, out: Path, device: str) -> Any:
     """Text of each answer; in the data type of the device."""
-    generate(["--model-path", "llava-v1.5-tiny", "--question-file", str(folder / "questions.jsonl"), "--image-folder",
-              "images", "--max-new-tokens", "6", "--batch-size", "2", "--out", str(out), "--device", device])  # fmt: skip
+    words = ["--model-path", "llava-v1.5-tiny", "--question-file", str(folder / "questions.jsonl"), "--image-folder",
+             "images", "--max-new-tokens", "6", "--batch-size", "2", "--out", str(out), "--device", device]  # fmt: skip
+    generate(words)
     return [json.loads(line)["text"] for line in (out / "answers.jsonl").read_text().splitlines()]
 
 
