@@ -26,7 +26,6 @@ def varlen_attention_backward(a: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor
     query, key, value, grad_out = (a[name] for name in ("query", "key", "value", "grad_out"))
     grads = tuple(torch.zeros(t.shape, dtype=torch.float32) for t in (query, key, value))
     for queries, keys in sequences(a):
-        # Autograd is off below the dispatcher, which is where a backward formula runs.
         q, g = query[queries].float(), grad_out[queries].float()
         k, v = repeated(key[keys], query), repeated(value[keys], query)
         p = masked_scores(q, k, a).softmax(-1)
