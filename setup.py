@@ -36,6 +36,7 @@ setup(
         "dama": ["*.html.jinja", "*.md.jinja"],
         "dama.prepare": ["*.json"],
         "eval": ["*.html.jinja", "*.json"],
+        "llava.rehearsal": ["*.c"],
     },
     install_requires=[
         "torch>=2.11",

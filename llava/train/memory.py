@@ -478,15 +478,16 @@ def gradients_before(shape: ModelShape, run: Training) -> int:
 def gradients_at(shape: ModelShape, run: Training, index: int) -> int:
     """Added when the backward pass has come down to decoder layer `index`, or to the output layer above the last.
 
-    They grow where each rank keeps them all. From ZeRO-2 on there are the rank's share and the weight's that is just
-    differentiated, in stage 3 a second time, cut up.
+    They grow where each rank keeps them all, and in stage 2 the rank's share of them. From ZeRO-2 on there are also those
+    of the weight that is just differentiated, in stage 3 a second time, cut up.
     """
     trained, layers = trained_parameters(shape, run), shape.layers
     newest = (trained.head if index == layers else shape.width * shape.intermediate) * run.gradient
     if run.stage == 3:
         return 2 * newest
     if run.stage == 2:
-        return newest + gradient_bytes(shape, run) + bucket_bytes(shape, run)
+        done = 1.0 if run.accumulates else (trained.head + trained.layer * (layers - index)) / trained.total(layers)
+        return newest + int(done * gradient_bytes(shape, run)) + bucket_bytes(shape, run)
     grown = (trained.head + trained.layer * (layers - index)) * run.gradient
     return bucket_bytes(shape, run) + (newest if run.accumulates else grown)
 

@@ -36,7 +36,7 @@ GIB = 1 << 30
 CONTEXT = int(1.5 * GIB)  # of a GPU: CUDA's context and the collectives' buffers
 # Share of the peak by which torch's allocator reserves more than tensors need, with and without gradient checkpointing,
 # as rehearsed for the 7B and 13B scripts (docs/hardware.md).
-FRAGMENTS = {True: 0.15, False: 0.33}
+FRAGMENTS = {True: 0.13, False: 0.27}
 ENOUGH = 4  # pairs in a micro-batch: more are hardly faster
 LONGEST = 64  # pairs whose lengths are looked at
 PROMPT = 64  # tokens of a template with a short question

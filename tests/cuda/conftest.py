@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,21 +17,30 @@ from llava.rehearsal.build import unavailable
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_child(*words: str, gib: float = 8, devices: int = 1) -> str:
-    """Output of `python -m llava.rehearsal ...`; the test fails with its end where the child fails."""
+def run_child(*words: str, gib: float = 8, devices: int = 1, settings: dict[str, str] | None = None) -> str:
+    """Output of `python -m llava.rehearsal ...`; the test fails with its end where the child fails.
+
+    Args:
+        settings: variables of the environment that the child has besides this process's.
+    """
     reason = unavailable()
     if reason is not None:
         pytest.skip(reason)
     start = [sys.executable, "-m", "llava.rehearsal", "--gib", str(gib), "--devices", str(devices)]
-    done = subprocess.run([*start, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [*start, *words], cwd=ROOT, env=os.environ | (settings or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(words)} exits with {done.returncode}:\n{done.stdout[-4000:]}"
     return done.stdout
 
 
-def results_of(module: str, folder: Path, *, gib: float = 8, devices: int = 1) -> Any:
-    """What a module of this folder wrote as JSON: its command line is an output file."""
+def results_of(
+    module: str, folder: Path, *words: str, gib: float = 8, devices: int = 1, settings: dict[str, str] | None = None
+) -> Any:
+    """What a module of this folder wrote as JSON: its command line is an output file, and `words`."""
     out = folder / "results.json"
-    run_child("-m", f"tests.cuda.{module}", str(out), gib=gib, devices=devices)
+    run_child("-m", f"tests.cuda.{module}", str(out), *words, gib=gib, devices=devices, settings=settings)
     return json.loads(out.read_text())
 
 

@@ -1,0 +1,43 @@
+"""python -m tests.cuda.steps OUT.json RANKS --config-of SCRIPT FLAGS, in a child: two steps of a script's training in the
+real engine, beside their estimate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from llava.rehearsal.engine import single_rank_world
+from llava.rehearsal.training import planned, rehearse
+from llava.train.memory import ModelShape, estimate_step
+from llava.train.preflight import configs_of, reserved
+
+
+def main(out: str, ranks: str, *words: str) -> None:
+    with single_rank_world(int(ranks)):
+        plan, lengths = planned(list(words), int(ranks))
+        found = rehearse(plan, lengths)
+    args = plan.arguments[2]
+    shape = ModelShape.of(*configs_of(plan.arguments[0]))
+    peak = estimate_step(plan.arguments, shape, lengths, plan.ranks, True, plan.layout).peak
+    facts = {
+        "levels": [asdict(level) for level in found.levels],
+        "waits": found.waits,
+        "ran_out_in": found.ran_out_in,
+        "peak": found.peak,
+        "reserved": found.reserved,
+        "estimate": peak,
+        "estimated_reserve": reserved(peak, True, args.gradient_checkpointing),
+        "memory": torch.cuda.get_device_properties(0).total_memory,
+        "layout": plan.layout,
+        "checkpointing": args.gradient_checkpointing,
+        "faults": [fault for fault in plan.faults if "memory: " in fault],
+    }
+    Path(out).write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
