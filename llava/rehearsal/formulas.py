@@ -77,10 +77,17 @@ def log_sigmoid_backward(a: dict[str, Any]) -> Tensor:
     return a["grad_output"] * torch.sigmoid(-a["self"])
 
 
+def product(a: dict[str, Any]) -> Tensor:
+    """A matrix product, whose result has another data type than its factors on CUDA only."""
+    dtype = a.get("out_dtype", a["self"].dtype)
+    return torch.mm(a["self"].to(dtype), a["mat2"].to(dtype))
+
+
 FORMULAS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "torch_attn::_varlen_attn": varlen_attention,
     "torch_attn::_varlen_attn_backward": varlen_attention_backward,
     "aten::log_sigmoid_backward": log_sigmoid_backward,
+    "aten::mm": product,
 }
 
 

@@ -478,8 +478,8 @@ def gradients_before(shape: ModelShape, run: Training) -> int:
 def gradients_at(shape: ModelShape, run: Training, index: int) -> int:
     """Added when the backward pass has come down to decoder layer `index`, or to the output layer above the last.
 
-    They grow where each rank keeps them all, and in stage 2 the rank's share of them. From ZeRO-2 on there are also those
-    of the weight that is just differentiated, in stage 3 a second time, cut up.
+    They grow where each rank keeps them all, and in stage 2 the rank's share of them. From ZeRO-2 on there are also
+    those of the weight that is just differentiated, in stage 3 a second time, cut up.
     """
     trained, layers = trained_parameters(shape, run), shape.layers
     newest = (trained.head if index == layers else shape.width * shape.intermediate) * run.gradient

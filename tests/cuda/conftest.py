@@ -17,15 +17,20 @@ from llava.rehearsal.build import unavailable
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def skip_unless_possible() -> None:
+    """Skips the test where no rehearsal is possible, with the reason."""
+    reason = unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+
+
 def run_child(*words: str, gib: float = 8, devices: int = 1, settings: dict[str, str] | None = None) -> str:
     """Output of `python -m llava.rehearsal ...`; the test fails with its end where the child fails.
 
     Args:
         settings: variables of the environment that the child has besides this process's.
     """
-    reason = unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    skip_unless_possible()
     start = [sys.executable, "-m", "llava.rehearsal", "--gib", str(gib), "--devices", str(devices)]
     done = subprocess.run(
         [*start, *words], cwd=ROOT, env=os.environ | (settings or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -46,9 +51,7 @@ def results_of(
 
 def outcomes_of(folder: Path, *words: str, gib: float = 8, devices: int = 1) -> dict[str, str]:
     """Outcome of every test that pytest ran in a child: "passed", or how it failed and why, by name."""
-    reason = unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    skip_unless_possible()
     file = folder / "outcomes.xml"
     start = [sys.executable, "-m", "llava.rehearsal", "--gib", str(gib), "--devices", str(devices)]
     # Short tracebacks: long ones print tensors after a test, when no mode computes what printing needs.

@@ -1,5 +1,5 @@
-"""python -m tests.cuda.steps OUT.json RANKS --config-of SCRIPT FLAGS, in a child: two steps of a script's training in the
-real engine, beside their estimate."""
+"""python -m tests.cuda.steps OUT.json RANKS --config-of SCRIPT FLAGS, in a child: two steps of a script's training in
+the real engine, beside their estimate."""
 
 from __future__ import annotations
 

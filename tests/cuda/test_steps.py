@@ -35,9 +35,9 @@ def rehearsed(tmp_path_factory):
         script, gpus, gib, *_ = CASES[case]
         own = folder / script / str(gpus)
         own.mkdir(parents=True)
-        settings = {"GPUS": gpus, "DATA": folder / "pairs.json", "IMAGES": folder, "OUTPUT": own / "out"}
+        places = {"DATA": str(folder / "pairs.json"), "IMAGES": str(folder), "OUTPUT": str(own / "out")}
         words = [str(gpus), "--config-of", os.path.join("scripts", script)]
-        return results_of("steps", own, *words, gib=gib, settings={name: str(value) for name, value in settings.items()})
+        return results_of("steps", own, *words, gib=gib, settings=places | {"GPUS": str(gpus)})
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(CASES, pool.map(run, CASES)))

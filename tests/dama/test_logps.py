@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dama.logps import IGNORE_INDEX, TargetLogps, answer_logps, token_logps
+from dama.logps import IGNORE_INDEX, Float32Product, TargetLogps, answer_logps, float32_head, token_logps
 
 
 def test_on_paper() -> None:
@@ -53,3 +53,26 @@ def test_rows_without_labels_sum_to_zero() -> None:
     labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 1], [IGNORE_INDEX] * 3])
     logps, tokens = answer_logps(torch.zeros(2, 3, 4), labels, lambda hidden: hidden)
     assert logps.tolist() == pytest.approx([-math.log(4), 0.0]) and tokens.tolist() == [1, 0]
+
+
+def test_float32_logits_are_nearer_to_the_truth() -> None:
+    """bfloat16 keeps 8 bits of a logit; the product's float32 sums keep them all. Gradients are a linear layer's."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((40, 64), (500, 64)))
+    targets = torch.randint(500, (40,), generator=generator)
+    exact = (x.double() @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    results = {}
+    for name, product in (("half", lambda h, w: h @ w.T), ("float32", Float32Product.apply)):
+        h, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps = TargetLogps.apply(product(h, w), targets)
+        logps.sum().backward()
+        results[name] = (logps.detach().double() - exact).abs().mean().item(), h.grad, w.grad
+    assert results["float32"][0] < 1e-5 < 0.01 < results["half"][0]
+    for ours, theirs in zip(results["float32"][1:], results["half"][1:]):
+        assert (ours.float() - theirs.float()).norm() < 0.02 * theirs.float().norm()
+
+
+def test_heads_that_keep_their_own_product() -> None:
+    """On a CPU the layer itself is called; tests/cuda has the others: a bias, float32, weights spread by ZeRO-3."""
+    layer = torch.nn.Linear(4, 6, bias=False, dtype=torch.bfloat16)
+    assert float32_head(layer) is layer
