@@ -7,7 +7,6 @@ no split at all, the rules split this answer instead, and the reason is kept.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dama.chat import ChatClient, ChatRequest, ChatSettings
-from dama.console import digest_of
+from dama.console import digest_of, regular_file
 from dama.hardness.clip import PRECISIONS, weights_digest
 from dama.hardness.split import BULLET, Split, as_statement, split_statements
 
@@ -120,13 +119,14 @@ class _Batches:
         if path.exists():
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last line
-            os.truncate(path, len(whole))
+            with open(path, "rb+", opener=regular_file) as file:
+                file.truncate(len(whole))
             self.replies = {row["key"]: row["replies"] for row in map(json.loads, whole.splitlines())}
 
     def add(self, key: str, replies: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "replies": replies}, ensure_ascii=False) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=regular_file) as file:
             file.write(line.encode("utf-8"))
         self.replies[key] = replies
 

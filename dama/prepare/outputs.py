@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import digest_of_file, write_atomic, write_json
+from dama.console import digest_of_file, open_fresh, write_atomic, write_json
 from dama.pairs import PairsError, fault_list
 from dama.prepare.card import Tally, markdown
 from dama.prepare.images import ImageStore
@@ -74,7 +74,7 @@ class LinesFile:
     def __init__(self, path: Path) -> None:
         self.path, self.partial = path, path.with_name(f".{path.name}.partial")
         self.digest = hashlib.sha256()
-        self._file: BinaryIO = open(self.partial, "wb")  # noqa: SIM115 (closed by finish)
+        self._file: BinaryIO = open_fresh(self.partial)  # closed by finish
 
     def write(self, record: Record) -> None:
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
