@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dama.console import digest_of
+from dama.images import ImageFault, open_image
 
 IMAGE_TOKEN = "<image>"
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: above it a small file can fill the memory
@@ -32,10 +33,6 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError,
 
 class PairsError(ValueError):
     """Faults of a file of pairs, all in one message."""
-
-
-class ImageFault(ValueError):
-    """An image that cannot be used, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,14 +343,14 @@ def resolve_image(folder: str | Path, relative: str) -> Path:
 
 def load_image(path: str | Path) -> Image.Image:
     """The image as RGB. EXIF rotation is not applied and transparency is dropped: LLaVA's models saw images so."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return as_rgb(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Eight bits a channel. 16-bit grey is scaled, where Pillow would clip it to white; 32 bits are refused."""
     if image.mode in ("I", "F"):
-        raise ValueError(f"the image has 32 bits a pixel (mode {image.mode}), expected 8 or 16 a channel")
+        raise ImageFault(f"the image has 32 bits a pixel (mode {image.mode}), expected 8 or 16 a channel")
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
@@ -367,13 +364,13 @@ class ImageFacts(NamedTuple):
     format: str
 
 
-def probe_image(source: Path | BinaryIO, formats: tuple[str, ...] | None = None) -> ImageFacts:
+def probe_image(source: Path | BinaryIO) -> ImageFacts:
     """Decodes all of the image, a JPEG at an eighth of its size: that is quick, and sees a truncated one.
 
-    `formats` are Pillow's names of those that are taken, by default all. Raises ValueError saying what is wrong.
+    Raises ImageFault saying what is wrong, in words that do not depend on the path or on Pillow's version.
     """
     try:
-        with Image.open(source, formats=formats) as image:
+        with open_image(source) as image:
             facts = ImageFacts(image.width, image.height, image.format or "")
             if facts.width * facts.height > MAX_PIXELS:
                 size = f"{facts.width} x {facts.height} pixels, more than {MAX_PIXELS}"
@@ -382,8 +379,14 @@ def probe_image(source: Path | BinaryIO, formats: tuple[str, ...] | None = None)
             as_rgb(image)
     except ImageFault:
         raise
+    except BOMB as error:
+        size = f"more than {2 * MAX_PIXELS} pixels"
+        raise ImageFault(f"image is unreadable (DecompressionBombError: {size}, a decompression bomb?)") from error
+    except PermissionError as error:
+        raise ImageFault("image is unreadable (permission denied)") from error
     except UNREADABLE as error:
-        raise ImageFault(f"image is unreadable ({type(error).__name__}: {error})") from error
+        kind = type(error).__name__  # without its message, which may hold a path or a memory address
+        raise ImageFault(f"image is unreadable ({kind}: image file is truncated or damaged)") from error
     return facts
 
 

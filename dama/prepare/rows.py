@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import digest_of
-from dama.pairs import ImageFault, PreferencePair, id_of_row, named_fields, pair_from_row, text_faults
+from dama.images import ImageFault
+from dama.pairs import PreferencePair, id_of_row, named_fields, pair_from_row, text_faults
 from dama.prepare.card import NOT_STATED
 from dama.prepare.contamination import Benchmarks, contamination
 from dama.prepare.images import ImageStore, RowImage, image_bytes, image_of_row, sha256
