@@ -36,10 +36,15 @@ HELP = "check, filter and split a preference data set, its pictures taken out"
 DESCRIPTION = f"""\
 From a preference data set as people have it to one that is checked, counted and ready to train on.
 
-SRC are files, folders or globs of Parquet, JSON, JSON lines or CSV, or hf://owner/name[@revision][/files]. Known by
-their fields are RLAIF-V (question, chosen, rejected, image with the picture inside, origin_split), TRL (prompt, chosen,
-rejected, images; texts or lists of messages) and PDS-DPO (conversations, rejected_conversations). For any other table
-name its columns with --column NAME=COLUMN, NAME one of
+SRC are files, folders or globs of Parquet, JSON, JSON lines or CSV, or hf://owner/name[@revision][/files]. Layouts that
+are known by their fields:
+    RLAIF-V        question, chosen, rejected, image (a path, or the image itself), origin_split
+    RLHF-V         text (JSON of question, chosen and rejected), image
+    TRL            prompt, chosen, rejected, images; texts or lists of messages
+    ms-swift       messages (or query, response), rejected_response or rejected_messages, images
+    LLaMA-Factory  conversations, chosen and rejected (a message each), images
+    PDS-DPO        conversations, rejected_conversations
+For any other table name its columns with --column NAME=COLUMN, NAME one of
     {", ".join(TARGETS)}.
 
 A row is left out, counted and listed when it cannot be read, when its texts make no preference, when its picture is

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dama.console import write_atomic
 from dama.images import ImageFault
 from dama.pairs import probe_image, resolve_image
+from dama.styles import NamedRow
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 """Endings of stored images, by Pillow's name of each accepted format."""
@@ -49,7 +50,8 @@ def image_of_row(row: dict[str, Any]) -> RowImage:
     wrong = next((value for value in names if not isinstance(value, str)), None)
     if wrong is not None or not isinstance(data, bytes | None):
         got = type(wrong if wrong is not None else data).__name__
-        raise ValueError(f"field image: expected a path, bytes, or both as {{bytes, path}}, got {got}")
+        field = row.name("image") if isinstance(row, NamedRow) else "image"
+        raise ValueError(f"field {field}: expected a path, bytes, or both as {{bytes, path}}, got {got}")
     return RowImage(data, tuple(dict.fromkeys(names)))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dama.console import say
 from dama.pairs import PairsError, fault_list, read_rows
+from dama.styles import FIELDS, NamedRow
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch, Schema
@@ -36,11 +37,16 @@ TARGETS = {
 """What --column can name -> the field that it becomes."""
 SAME_MEANING = {"question": ("prompt",), "image": ("image_path", "images"), "idx": ("id",)}
 """Fields that a column given for the first must not compete with."""
-PARQUET_FIELDS = (
-    *("question", "chosen", "rejected", "image", "image_path", "idx", "id", "origin_dataset", "origin_split"),
-    *("prompt", "images", "conversations", "rejected_conversations", "logps", "chosen_logits", "rejected_logits"),
-    *("generator", "kind"),
+ANSWER_LAYOUTS = (
+    {"chosen", "rejected"},
+    {"conversations", "rejected_conversations"},
+    {"messages", "rejected_response"},
+    {"messages", "rejected_messages"},
+    {"response", "rejected_response"},
+    {"text"},
 )
+"""Columns of which one set must be there; dama.styles says whose they are."""
+QUESTION_FIELDS = {"question", "prompt", "query", "conversations", "messages", "text"}
 BATCH_ROWS = 32  # rows of Parquet decoded at a time: a few MB of pictures, and bounded where answers are of 10 MB
 
 Row = dict[str, Any]
@@ -176,12 +182,14 @@ def renamed(row: Any, columns: Mapping[str, str]) -> Any:
     """The row with --column applied; anything but a record stays as it is. Raises ValueError for an absent column."""
     if not columns or not isinstance(row, dict):
         return row
+    found = sorted(str(name) for name, value in row.items() if value is not None)
     missing = [column for column in columns.values() if column and column not in row]
     if missing:
         raise ValueError(f"no field {', '.join(missing)} (--column); it has {', '.join(sorted(map(str, row)))}")
     replaced = {name for field in columns for name in (field, *SAME_MEANING.get(field, ()))}
     kept = {name: value for name, value in row.items() if name not in replaced}
-    return kept | {field: row[column] for field, column in columns.items() if column}
+    given = {field: column for field, column in columns.items() if column}
+    return NamedRow(kept | {field: row[column] for field, column in given.items()}, given, found)
 
 
 # ---------------------------------------------------------------------------------------------------------- counting
@@ -226,9 +234,9 @@ def _check_schema(file: SourceFile, schema: Schema, columns: Mapping[str, str]) 
     names = set(schema.names)
     faults = [f"no column {column!r} (--column)" for column in columns.values() if column and column not in names]
     have = names | set(columns)
-    if not {"conversations", "rejected_conversations"} <= have:
+    if not any(layout <= have for layout in ANSWER_LAYOUTS):
         faults += [f"no column {name!r}" for name in ("chosen", "rejected") if name not in have]
-    if not have & {"question", "prompt", "conversations"} and not _holds_messages(schema, "chosen"):
+    if not have & QUESTION_FIELDS and not _holds_messages(schema, "chosen"):
         faults.append("no column 'question' or 'prompt'")
     if not have & {"image", "images", "image_path"}:
         faults.append("no column 'image', 'images' or 'image_path'")
@@ -264,7 +272,7 @@ def read_fields(file: SourceFile, columns: Mapping[str, str], fields: Sequence[s
 
 
 def _rows_of(
-    file: SourceFile, columns: Mapping[str, str], start: int, fields: Sequence[str] = PARQUET_FIELDS
+    file: SourceFile, columns: Mapping[str, str], start: int, fields: Sequence[str] = FIELDS
 ) -> Iterator[tuple[str, Any]]:
     if file.path.suffix.lower() == ".parquet":
         rows = _rows_of_parquet(file, [*fields, *columns.values()], start)
@@ -303,7 +311,7 @@ def _next_cells(reader: Iterator[list[str]]) -> list[str] | csv.Error | None:
 
 def _row_of_cells(header: Sequence[str], cells: list[str] | csv.Error) -> Row | ValueError:
     if isinstance(cells, csv.Error):
-        return ValueError(f"not CSV ({cells})")
+        return ValueError("not CSV (a cell too long, or a stray quote, line end or zero byte)")
     if len(cells) != len(header):
         return ValueError(f"expected {len(header)} cells as in the first line, got {len(cells)}")
     if any("\udc80" <= character <= "\udcff" for cell in cells if not cell.isascii() for character in cell):
