@@ -18,6 +18,7 @@ import torch
 from dama.chat import ChatClient, ChatRequest, ChatSettings
 from dama.console import digest_of, regular_file
 from dama.hardness.clip import PRECISIONS, weights_digest
+from dama.hardness.markers import numbered_markers
 from dama.hardness.split import BULLET, Split, as_statement, split_statements
 
 PROMPT = """\
@@ -136,7 +137,7 @@ class _Batches:
 
 def read_statements(reply: str) -> list[str]:
     """The lines of a reply as statements, without list marks and without an announcement such as "Here they are:"."""
-    lines = [BULLET.sub("", line).strip() for line in reply.splitlines()]
+    lines = [BULLET.sub("", line).strip() for line in numbered_markers(reply).splitlines()]
     lines = [line for line in lines if re.search(r"\w", line)]
     if lines and lines[0].endswith(":"):
         del lines[0]
