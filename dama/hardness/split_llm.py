@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from dama.console import digest_of, regular_file
 from dama.hardness.clip import PRECISIONS, weights_digest
 from dama.hardness.markers import numbered_markers
 from dama.hardness.split import BULLET, Split, as_statement, split_statements
+from dama.remote_code import remote_code_refused
 
 PROMPT = """\
 Split the text at the end into statements, one on each line.
@@ -70,16 +72,14 @@ def local_splitter(folder: str | Path, cache: str | Path, device: str = "cpu", p
 
     Raises ValueError for a model without a chat template.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    from transformers import pipeline
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+    with remote_code_refused(f"--splitter_model {folder}", "take a model of a kind that transformers has"):
+        tokenizer, model = _load_chat_model(folder, precision)
     if not tokenizer.chat_template:
         remedy = "take a chat (instruct) model"
         raise ValueError(f"--splitter_model {folder}: its tokenizer has no chat template\nRemedy: {remedy}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=PRECISIONS[precision], use_safetensors=True, local_files_only=True
-    )  # fmt: skip
     chat = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
     identity = {"llm": Path(folder).name, "prompt": digest_of(PROMPT), "precision": precision}
     identity |= {"weights": weights_digest(model)}
@@ -105,6 +105,16 @@ def local_splitter(folder: str | Path, cache: str | Path, device: str = "cpu", p
         return [replies[answer] for answer in answers]
 
     return LlmSplitter(ask, identity)
+
+
+def _load_chat_model(folder: str | Path, precision: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **own)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(
+        folder, dtype=PRECISIONS[precision], use_safetensors=True, **own
+    )
 
 
 def _message(answer: str) -> dict[str, str]:

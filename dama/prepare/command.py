@@ -29,6 +29,7 @@ from dama.prepare.sources import (
     read_chunks,
     read_fields,
 )
+from dama.remote_code import remote_code_refused
 from dama.stage import MANIFEST, Stage, open_stage
 
 NAME = "prepare"
@@ -111,6 +112,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer", metavar="NAME|DIR", help="counts lengths in its tokens. Default: lengths are counted in words"
     )
+    group.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code that comes with --tokenizer; it may do anything"
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -162,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     files = find_inputs(args.src, out)
     sizes = count_rows(files, columns)
-    lengths = load_lengths(args.tokenizer)
+    lengths = load_lengths(args.tokenizer, args.trust_remote_code)
     benchmarks = evaluation_images()
     generators = matched_generators(args.generator, files, columns)
     rules = Rules(generators, benchmarks, args.keep_contaminated)
@@ -238,17 +242,19 @@ def find_inputs(sources: Sequence[str], out: Path) -> list[SourceFile]:
     return files
 
 
-def load_lengths(tokenizer: str | None) -> Lengths:
+def load_lengths(tokenizer: str | None, trust_remote_code: bool = False) -> Lengths:
     """Counts the tokenizer's tokens, or words where none is given."""
     if tokenizer is None:
         return Lengths(lambda texts: [len(text.split()) for text in texts], "words (no --tokenizer was given)", "")
     from transformers import AutoTokenizer
 
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        remedy = "give a folder with tokenizer.json or tokenizer.model, or a hub name"
-        raise PrepareError(f"--tokenizer {tokenizer}: {str(error).strip()}\nRemedy: {remedy}") from error
+    trust = "give a tokenizer that needs none, or --trust_remote_code once you have read its code"
+    with remote_code_refused(f"--tokenizer {tokenizer}", trust):
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            remedy = "give a folder with tokenizer.json or tokenizer.model, or a hub name"
+            raise PrepareError(f"--tokenizer {tokenizer}: {str(error).strip()}\nRemedy: {remedy}") from error
 
     def count(texts: Sequence[str]) -> list[int]:
         ids = loaded(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
