@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import sys
 from collections import Counter
@@ -301,7 +302,7 @@ def probe_image(source: Path | BinaryIO) -> ImageFacts:
 
 def _image_fault(path: Path) -> str | None:
     """Why the image cannot be used, or None."""
-    if not path.exists():
+    if not os.path.exists(path):  # a name too long is no error here, as it is for Path.exists
         return "image is missing"
     if not path.is_file():
         return "image is a folder"

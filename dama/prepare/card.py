@@ -117,6 +117,7 @@ def markdown(card: Record) -> str:
         f"{counts['left_out']:,} left out. Checksum of all files: `{card['checksum']}` (SHA-256 of SHA256SUMS).",
         "## Made from",
         _table(("file", "rows", "bytes", "SHA-256, first 16 digits"), map(dict.values, card["files"])),
+        *([_table(("file left aside", "why"), card["left_aside"].items())] if card.get("left_aside") else []),
         "\n".join(["| setting | value |", "|---|---|", *settings]),
         "## Left out",
         _counted("reason", card["left_out"]) if card["left_out"] else "Nothing.",

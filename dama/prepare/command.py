@@ -20,8 +20,11 @@ from dama.prepare.images import ImageStore
 from dama.prepare.outputs import IMAGES, OUTPUTS, Split, check_outputs, read_card, write_outputs
 from dama.prepare.rows import CountTokens, Record, Rules, add_lengths, folded, generator_of, record_of
 from dama.prepare.sources import (
+    ALL_SPLITS,
     BATCH_ROWS,
+    SPLITS,
     TARGETS,
+    LeftAside,
     SourceFile,
     count_rows,
     find_files,
@@ -94,6 +97,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="keep pairs whose answers this model wrote, by the name in origin_split; case, dashes, underscores and "
         "spaces do not matter; may be given several times. Default: all",
     )
+    group.add_argument(
+        "--split",
+        choices=(*SPLITS, ALL_SPLITS),
+        help="files to read, where the names in a folder, a glob or a hub set tell splits apart as in "
+        "test-00000.parquet; the data card lists the others. Default: train, and files that are given by themselves",
+    )
     group.add_argument("--keep_contaminated", action="store_true", help="keep rows that show an evaluation image")
     group.add_argument(
         "--image_folder",
@@ -164,14 +173,15 @@ def run(args: argparse.Namespace) -> None:
     """Checks everything that can be seen at once, then goes through the rows and says what came out."""
     columns = checked_flags(args)
     out = Path(args.out)
-    files = find_inputs(args.src, out)
+    left_aside: LeftAside = {}
+    files = find_inputs(args.src, out, args.split, left_aside)
     sizes = count_rows(files, columns)
     lengths = load_lengths(args.tokenizer, args.trust_remote_code)
     benchmarks = evaluation_images()
     generators = matched_generators(args.generator, files, columns)
     rules = Rules(generators, benchmarks, args.keep_contaminated)
     inputs = with_digests(files, sizes, args.image_folder)
-    facts = {
+    facts: Record = {
         "files": [source.facts for source in inputs],
         "settings": {
             "columns": columns,
@@ -183,6 +193,10 @@ def run(args: argparse.Namespace) -> None:
             "lengths": lengths.unit,
         },
     }
+    if args.split is not None:
+        facts["settings"]["split"] = args.split
+    if left_aside:
+        facts["left_aside"] = left_aside
     evaluation = digest_of({name: sorted(ids) for name, ids in benchmarks.items()})
     fingerprint = {**facts, "tokenizer": lengths.digest, "evaluation_images": evaluation}
     chunks = [size for source in inputs for size in source.chunks]
@@ -233,9 +247,11 @@ def _out_faults(out: Path, overwrite: bool) -> list[str]:
     return [f"--out {out}: holds {', '.join(foreign)}, not made by this command\nRemedy: give another folder"]
 
 
-def find_inputs(sources: Sequence[str], out: Path) -> list[SourceFile]:
+def find_inputs(
+    sources: Sequence[str], out: Path, split: str | None = None, left_aside: LeftAside | None = None
+) -> list[SourceFile]:
     """All files of rows but those that this command wrote before, where --out lies inside a source's folder."""
-    found = find_files(sources)
+    found = find_files(sources, split, left_aside)
     files = [file for file in found if not file.path.resolve().is_relative_to(out.resolve())]
     if not files:
         raise PrepareError(f"{', '.join(sources)}: all tables in it are in --out {out}\nRemedy: give another --out")
