@@ -251,7 +251,12 @@ def find_inputs(
     sources: Sequence[str], out: Path, split: str | None = None, left_aside: LeftAside | None = None
 ) -> list[SourceFile]:
     """All files of rows but those that this command wrote before, where --out lies inside a source's folder."""
-    found = find_files(sources, split, left_aside)
+    aside: LeftAside = {}
+    found = find_files(sources, split, aside)
+    if left_aside is not None:
+        inside = {name for name in aside if any((Path(source) / name).resolve().is_relative_to(out.resolve())
+                                                for source in sources)}  # fmt: skip
+        left_aside |= {name: why for name, why in aside.items() if name not in inside}
     files = [file for file in found if not file.path.resolve().is_relative_to(out.resolve())]
     if not files:
         raise PrepareError(f"{', '.join(sources)}: all tables in it are in --out {out}\nRemedy: give another --out")

@@ -148,8 +148,8 @@ def _local_files(source: str, split: str | None, aside: LeftAside) -> list[Path]
     path = Path(source)
     if path.is_dir():
         inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        tables = _first_kind(inside, source, aside)
-        return _of_split({file.relative_to(path).as_posix(): file for file in tables}, split, source, aside)
+        named = {file.relative_to(path).as_posix(): file for file in _first_kind(inside, source)}
+        return _of_split(named, split, source, aside)
     paths = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source, recursive=True))]
     if not paths:
         raise SourceError(f"{source}: no such file or folder\nRemedy: give Parquet, JSON, JSON lines, CSV, or hf://...")
@@ -167,14 +167,13 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _first_kind(files: Sequence[Path], source: str, left_aside: LeftAside) -> list[Path]:
+def _first_kind(files: Sequence[Path], source: str) -> list[Path]:
     for endings in KINDS:
         chosen = [file for file in files if file.suffix.lower() in endings]
         if chosen:
             aside = [file.name for file in files if file.suffix.lower() in ENDINGS and file not in chosen]
             if aside:
                 say(f"{source}: its {len(chosen)} {chosen[0].suffix} files are read, left aside: {', '.join(aside)}")
-                left_aside |= dict.fromkeys(aside, f"{chosen[0].suffix} files are read")
             return chosen
     raise SourceError(f"{source}: none of its {len(files)} files is a table\nRemedy: expected {', '.join(ENDINGS)}")
 
