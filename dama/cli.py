@@ -461,7 +461,7 @@ def add_hardness_show(commands: Any) -> None:
     )
     parser.set_defaults(run=hardness_show)
     parser.add_argument("folder", metavar="DIR", help="the --out of `python -m dama hardness`")
-    parser.add_argument("--image_folder", metavar="DIR", help="where the images lie now. Default: as they did then")
+    parser.add_argument("--image_folder", metavar="DIR", help="folder of the images, needed where they are not in DIR")
     parser.add_argument("--out", metavar="DIR", help="folder for the page and the picture. Default: DIR")
     parser.add_argument("--pairs", type=int, default=6, metavar="N", help="pairs in each group. Default: %(default)s")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
+import stat
 import sys
-import tempfile
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def say(message: str = "") -> None:
@@ -20,21 +22,56 @@ def say(message: str = "") -> None:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a run after a crash, sees the old content or the new and never a part."""
+    """Writes a file so that a reader, or a run after a crash, sees the old content or the new and never a part.
+
+    The file gets the rights that the umask leaves. A symbolic link at `path` is replaced, not followed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with open(temporary, "xb") as file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+class UnsafeFileError(ValueError):
+    """A file that this program appends to is a symbolic link or no regular file."""
+
+
+def regular_file(path: str, flags: int) -> int:
+    """An `opener` for `open`: never follows a symbolic link in the file's own name, and takes regular files only.
+
+    A folder of results may come from somebody else, with a link in it to a file of the user's. Links among the parent
+    folders are followed. Raises UnsafeFileError.
+    """
+    try:
+        # O_NONBLOCK because opening a pipe would otherwise wait for its other end.
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise _unsafe(path, "a symbolic link" if error.errno == errno.ELOOP else "not a regular file") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _unsafe(path, "not a regular file")
+    return handle
+
+
+def _unsafe(path: str, what: str) -> UnsafeFileError:
+    return UnsafeFileError(f"{path}: expected a regular file to append to, got {what}\nRemedy: remove it")
+
+
+def open_fresh(path: str | Path) -> BinaryIO:
+    """Opens a new, empty file for writing; a file or a symbolic link of that name is removed first, never followed."""
+    Path(path).unlink(missing_ok=True)
+    return open(path, "xb")
 
 
 def write_json(path: str | Path, value: Any) -> None:

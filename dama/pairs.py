@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from dama.console import digest_of
+from dama.images import ImageFault, open_image
+from dama.styles import NamedRow, has_half_character, json_field, named_fields, text_of
+from dama.texts import IMAGE_TOKEN, visible_text, without_image_token
 
-IMAGE_TOKEN = "<image>"
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: above it a small file can fill the memory
 SHOWN_FAULTS = 20
-ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names of the two sides, and TRL's
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TOO_DEEP = "its values are nested too deep"
 FILE_REMEDY = "correct or remove these rows"
 BOMB = Image.DecompressionBombError
 # What Pillow raises for damaged files; SyntaxError is its way of saying "broken PNG".
@@ -32,10 +35,6 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError,
 
 class PairsError(ValueError):
     """Faults of a file of pairs, all in one message."""
-
-
-class ImageFault(ValueError):
-    """An image that cannot be used, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +107,8 @@ def parse_pairs(path: str | Path) -> tuple[list[PreferencePair], list[str]]:
             pairs.append(pair_from_row(row))
         except ValueError as fault:
             faults.append(f"{place}: {fault}")
+        except RecursionError:
+            faults.append(f"{place}: {TOO_DEEP}")
     if not pairs and not faults:
         raise PairsError(f"{path}: no pairs in it\nRemedy: expected a JSON list of records or one record a line")
     return pairs, faults
@@ -155,89 +156,61 @@ def _row_of_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return ValueError(f"byte {error.start} is not UTF-8")
     except json.JSONDecodeError as error:
-        return ValueError(f"not JSON, perhaps torn ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON of a preference pair ({error})")
+        return ValueError(f"not JSON, perhaps torn (at column {error.colno})")
+    except (ValueError, RecursionError):
+        return ValueError("not JSON of a preference pair (a number too long, or brackets too deep)")
 
 
 def pair_from_row(row: Any) -> PreferencePair:
-    """The pair that one record holds, whatever its style. Raises ValueError naming the field that is bad."""
+    """The pair that one record holds, whatever its layout. Raises ValueError naming the field that is bad."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a record with named fields, got {type(row).__name__}")
-    row = named_fields(row)
-    image, chosen, rejected = _text(row, "image_path", "image"), _text(row, "chosen"), _text(row, "rejected")
-    question = _without_image_token(_text(row, "question"))
+    return pair_of_fields(named_fields(row))
+
+
+def pair_of_fields(row: NamedRow) -> PreferencePair:
+    """The pair of a row whose fields are named already. Raises ValueError naming the file's field that is bad."""
+    image, chosen, rejected = text_of(row, "image_path", "image"), text_of(row, "chosen"), text_of(row, "rejected")
+    question = without_image_token(text_of(row, "question"))
     return PreferencePair(
         id=id_of_row(row) or digest_of([image, question, chosen, rejected]),
         image=image,
         question=question,
         chosen=chosen,
         rejected=rejected,
-        kind=_text(row, "kind") if row.get("kind") is not None else _kind_of_split(row.get("origin_split")),
-        source=_text(row, "origin_dataset") if row.get("origin_dataset") is not None else "",
+        kind=text_of(row, "kind") if row.get("kind") is not None else _kind_of_split(row.get("origin_split")),
+        source=text_of(row, "origin_dataset") if row.get("origin_dataset") is not None else "",
         reference=_reference(row.get("logps")),
         clip_scores=_clip_scores(row),
     )
 
 
-def _text(row: dict[str, Any], *names: str) -> str:
-    """The first of these fields that the row has, as valid Unicode text."""
-    name = next((name for name in names if row.get(name) is not None), None)
-    if name is None:
-        raise ValueError(f"no field {' or '.join(names)}; it has {', '.join(sorted(row)) or 'none'}")
-    value = row[name]
-    if not isinstance(value, str):
-        raise ValueError(f"field {name}: expected text, got {type(value).__name__}")
-    if not value.isascii() and _has_half_character(value):
-        raise ValueError(f"field {name}: half of a surrogate pair, which is no character")
-    return value
-
-
 def id_of_row(row: dict[str, Any]) -> str | None:
     """The row's own id as text, None where it has none. Raises ValueError where it is no id."""
-    value = next((row[name] for name in ("idx", "id") if row.get(name) is not None), None)
-    if value is None:
+    name = next((name for name in ("idx", "id") if row.get(name) is not None), None)
+    if name is None:
         return None
+    value, field = row[name], row.name(name) if isinstance(row, NamedRow) else name
     if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).strip():
-        raise ValueError(f"field idx: expected an integer or text, got {value!r}")
-    if not str(value).isascii() and _has_half_character(str(value)):
-        raise ValueError("field idx: half of a surrogate pair, which is no character")
+        raise ValueError(f"field {field}: expected an integer or text, got {repr(value)[:60]}")
+    if not str(value).isascii() and has_half_character(str(value)):
+        raise ValueError(f"field {field}: half of a surrogate pair, which is no character")
     return str(value)
-
-
-def _has_half_character(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _without_image_token(question: str) -> str:
-    """Takes one image placeholder, with the line break that parts it from the text, off either end."""
-    if question.startswith(IMAGE_TOKEN):
-        return question[len(IMAGE_TOKEN) :].lstrip("\n")
-    if question.endswith(IMAGE_TOKEN):
-        return question[: -len(IMAGE_TOKEN)].rstrip("\n")
-    return question
 
 
 def _kind_of_split(origin_split: Any) -> str:
     """RLAIF-V keeps the question's type inside a JSON text; any other origin_split names no kind."""
     try:
-        fields = json.loads(origin_split) if isinstance(origin_split, str) else origin_split
-    except json.JSONDecodeError:
+        fields = json_field("origin_split", origin_split)
+    except ValueError:
         return ""
     kind = fields.get("type") if isinstance(fields, dict) else None
     return kind if isinstance(kind, str) else ""
 
 
-def _json_field(name: str, value: Any) -> Any:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"field {name}: not JSON ({error.msg} at column {error.colno})") from error
-
-
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
     numeric = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-    if not numeric or not all(map(math.isfinite, values)):
+    if not numeric or not all(-sys.float_info.max <= value <= sys.float_info.max for value in values):
         raise ValueError(f"field {name}: expected a list of finite numbers, got {str(values)[:60]}")
     return tuple(float(value) for value in values)
 
@@ -246,7 +219,7 @@ def _reference(value: Any) -> ReferenceLogps | None:
     """Released layout: win sum, win average, win per token, then the same of rej; bare or under `logps`."""
     if value is None:
         return None
-    fields = _json_field("logps", value)
+    fields = json_field("logps", value)
     fields = fields.get("logps") if isinstance(fields, dict) else fields
     if not isinstance(fields, list) or len(fields) != 6:
         found = f"{len(fields)} of them" if isinstance(fields, list) else type(fields).__name__
@@ -258,74 +231,8 @@ def _clip_scores(row: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, .
     names = ("chosen_logits", "rejected_logits")
     if all(row.get(name) is None for name in names):
         return None
-    chosen, rejected = (_numbers(name, _json_field(name, row.get(name))) for name in names)
+    chosen, rejected = (_numbers(name, json_field(name, row.get(name))) for name in names)
     return chosen, rejected
-
-
-# ----------------------------------------------------------------------------------------------------------- styles
-
-
-def named_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """The row under RLAIF-V's names, with plain texts.
-
-    Known by their fields: TRL's prompt, chosen, rejected, images, each text or a list of messages, the prompt inside
-    the two conversations too; PDS-DPO's conversations and rejected_conversations. Raises ValueError where such a
-    conversation is not one question with one answer.
-    """
-    row = dict(row)
-    if row.get("chosen") is None and row.get("rejected_conversations") is not None:
-        row["chosen"], row["rejected"] = row.pop("conversations", None), row.pop("rejected_conversations")
-    prompt = row.pop("prompt", None)
-    if row.get("question") is None:
-        row["question"] = prompt
-    if any(isinstance(row.get(name), list) for name in ("question", "chosen", "rejected")):
-        row |= _plain_texts(row)
-    images = row.pop("images", None)
-    if images is not None and all(row.get(name) is None for name in ("image", "image_path")):
-        if not isinstance(images, list) or len(images) != 1:
-            found = str(len(images)) if isinstance(images, list) else type(images).__name__
-            raise ValueError(f"field images: expected a list of one picture, got {found}")
-        row["image"] = images[0]
-    return {name: value for name, value in row.items() if value is not None}
-
-
-def _plain_texts(row: dict[str, Any]) -> dict[str, str]:
-    """question, chosen and rejected of a conversation that is told twice and ends in two ways."""
-    (question, chosen), (other, rejected) = (_one_turn(row, name) for name in ("chosen", "rejected"))
-    if question != other:
-        raise ValueError("fields chosen and rejected: their conversations ask different questions")
-    return {"question": question, "chosen": chosen, "rejected": rejected}
-
-
-def _one_turn(row: dict[str, Any], answer: str) -> tuple[str, str]:
-    turns = _turns("question", row.get("question"), "user") + _turns(answer, row.get(answer), "assistant")
-    roles = [role for role, _ in turns]
-    if roles != ["user", "assistant"]:
-        got = ", ".join(roles) or "nothing"
-        raise ValueError(f"field {answer}: expected one question and one answer (user, assistant), got {got}")
-    return _without_image_token(turns[0][1].strip()).strip(), turns[1][1]
-
-
-def _turns(name: str, value: Any, role: str) -> list[tuple[str, str]]:
-    """(role, text) of every message; a plain text is one message of the given role."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [(role, _text({name: value}, name))]
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f"field {name}: expected text or a list of messages, got {str(value)[:60]}")
-    return [_message(name, message) for message in value]
-
-
-def _message(name: str, message: dict[str, Any]) -> tuple[str, str]:
-    """Role and text of {role, content} or {from, value}; a content of parts gives the text of its text parts."""
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        content = "".join(_text(part, "text") for part in content if part.get("type") == "text")
-    if not isinstance(content, str):
-        raise ValueError(f"field {name}: a message without text ({str(message)[:60]})")
-    return ROLES.get(str(role), str(role)), _text({name: content}, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -346,14 +253,14 @@ def resolve_image(folder: str | Path, relative: str) -> Path:
 
 def load_image(path: str | Path) -> Image.Image:
     """The image as RGB. EXIF rotation is not applied and transparency is dropped: LLaVA's models saw images so."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return as_rgb(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Eight bits a channel. 16-bit grey is scaled, where Pillow would clip it to white; 32 bits are refused."""
     if image.mode in ("I", "F"):
-        raise ValueError(f"the image has 32 bits a pixel (mode {image.mode}), expected 8 or 16 a channel")
+        raise ImageFault(f"the image has 32 bits a pixel (mode {image.mode}), expected 8 or 16 a channel")
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
@@ -367,13 +274,13 @@ class ImageFacts(NamedTuple):
     format: str
 
 
-def probe_image(source: Path | BinaryIO, formats: tuple[str, ...] | None = None) -> ImageFacts:
+def probe_image(source: Path | BinaryIO) -> ImageFacts:
     """Decodes all of the image, a JPEG at an eighth of its size: that is quick, and sees a truncated one.
 
-    `formats` are Pillow's names of those that are taken, by default all. Raises ValueError saying what is wrong.
+    Raises ImageFault saying what is wrong, in words that do not depend on the path or on Pillow's version.
     """
     try:
-        with Image.open(source, formats=formats) as image:
+        with open_image(source) as image:
             facts = ImageFacts(image.width, image.height, image.format or "")
             if facts.width * facts.height > MAX_PIXELS:
                 size = f"{facts.width} x {facts.height} pixels, more than {MAX_PIXELS}"
@@ -382,14 +289,20 @@ def probe_image(source: Path | BinaryIO, formats: tuple[str, ...] | None = None)
             as_rgb(image)
     except ImageFault:
         raise
+    except BOMB as error:
+        size = f"more than {2 * MAX_PIXELS} pixels"
+        raise ImageFault(f"image is unreadable (DecompressionBombError: {size}, a decompression bomb?)") from error
+    except PermissionError as error:
+        raise ImageFault("image is unreadable (permission denied)") from error
     except UNREADABLE as error:
-        raise ImageFault(f"image is unreadable ({type(error).__name__}: {error})") from error
+        kind = type(error).__name__  # without its message, which may hold a path or a memory address
+        raise ImageFault(f"image is unreadable ({kind}: image file is truncated or damaged)") from error
     return facts
 
 
 def _image_fault(path: Path) -> str | None:
     """Why the image cannot be used, or None."""
-    if not path.exists():
+    if not os.path.exists(path):  # a name too long is no error here, as it is for Path.exists
         return "image is missing"
     if not path.is_file():
         return "image is a folder"
@@ -473,14 +386,16 @@ def _duplicate_faults(pairs: Sequence[PreferencePair]) -> list[str]:
 
 
 def text_faults(pair: PreferencePair) -> Iterator[str]:
-    """Why its texts make no preference pair: empty, equal, or with a placeholder inside."""
+    """Why its texts make no preference pair: empty or equal to a reader's eye, or with a placeholder inside."""
     answers = {"chosen": pair.chosen, "rejected": pair.rejected}
-    empty = [name for name, answer in answers.items() if not answer.strip()]
-    for name in empty:
-        yield f"the {name} answer is empty"
-    if not empty and pair.chosen.strip() == pair.rejected.strip():
-        yield "chosen and rejected answer are equal, so there is no preference to learn"
-    if not pair.question.strip():
+    seen = {name: visible_text(answer) for name, answer in answers.items()}
+    for name, answer in answers.items():
+        if not seen[name]:
+            yield f"the {name} answer is empty" + (", it has invisible characters only" if answer.strip() else "")
+    if seen["chosen"] and seen["chosen"] == seen["rejected"]:
+        differ = "" if pair.chosen.strip() == pair.rejected.strip() else " but for what cannot be seen"
+        yield f"chosen and rejected answer are equal{differ}, so there is no preference to learn"
+    if not visible_text(pair.question):
         yield "the question is empty"
     for name, text in {"question": pair.question, **answers}.items():
         if IMAGE_TOKEN in text:

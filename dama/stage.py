@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import digest_of, digest_of_file, say, write_atomic, write_json
+from dama.console import digest_of, digest_of_file, regular_file, say, write_atomic, write_json
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder, inside a stage's, that holds those of its shards
@@ -123,11 +123,23 @@ class Stage:
         if len(records) != expected:
             got = f"chunk {self.chunks_done} has {len(records)} records"
             raise StageError(f"{self.name}: {got}, planned were {expected}")
-        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        lines = [self._line(record) for record in records]
         self._file.write("".join(lines).encode("utf-8"))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.chunks_done += 1
+
+    def _line(self, record: Record) -> str:
+        """The record as a line of JSON. Raises StageError naming the record and its fields that are NaN or infinite."""
+        try:
+            return _json_text(record) + "\n"
+        except ValueError as error:
+            fields = ", ".join(name for name, value in record.items() if not _is_finite(value))
+            names = (f"{key} {record[key]}" for key in ("id", "question_id", "place") if key in record)
+            which = next(names, "a record")
+            problem = f"expected finite numbers, got NaN or an infinite number in {fields}"
+            remedy = "check the model's weights and precision; what is written stays, and the same command continues"
+            raise StageError(f"{self.name}: {which}: {problem}\nRemedy: {remedy}") from error
 
     def fill(self, work: Callable[[int], Sequence[Record]], unit: str) -> None:
         """Appends what `work` makes of each chunk that is still to do; the progress bar counts records in `unit`s."""
@@ -203,7 +215,7 @@ class Stage:
 
     def _hold(self) -> None:
         """Opens the records for appending and locks them, so that a second process is told instead of let in."""
-        file = open(self.records_path, "ab")  # noqa: SIM115 (held until close)
+        file = open(self.records_path, "ab", opener=regular_file)  # noqa: SIM115 (held until close)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -212,9 +224,12 @@ class Stage:
             raise StageError(f"{self.name}: another process writes {self.records_path}\nRemedy: {remedy}") from error
         self._file = file
 
+    def _truncate(self, size: int) -> None:
+        assert self._file is not None
+        self._file.truncate(size)
+
     def _recover(self) -> None:
         """Keeps the whole chunks that are readable; a torn line and its unfinished chunk are cut off and done again."""
-        assert self._file is not None
         ends = _line_ends(self.records_path)
         if len(ends) > self.total:
             raise _damaged(self.records_path, f"{len(ends)} records, planned were {self.total}")
@@ -223,7 +238,7 @@ class Stage:
         kept = boundaries[self.chunks_done]
         self._records_before = kept
         size, kept_bytes = self.records_path.stat().st_size, ends[kept - 1] if kept else 0
-        self._file.truncate(kept_bytes)
+        self._truncate(kept_bytes)
         if size:
             cut = f", {size - kept_bytes} bytes of an interrupted chunk cut off" if size > kept_bytes else ""
             say(f"{self.name}: continues at record {kept} of {self.total} in {self.folder}{cut}")
@@ -261,7 +276,7 @@ def open_stage(
     stage._hold()
     if old is None:
         # Records first: with the new manifest beside old records, a kill between the two would continue them.
-        os.truncate(stage.records_path, 0)
+        stage._truncate(0)
         write_json(stage.folder / MANIFEST, _manifest(stage, complete=False))
     stage._recover()
     return stage
@@ -476,6 +491,18 @@ def _line_ends(path: Path) -> list[int]:
             end += len(line)
             ends.append(end)
     return ends
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        _json_text(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_json(line: bytes) -> bool:

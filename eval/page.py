@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic
+from dama.images import open_image
 from dama.pairs import UNREADABLE, as_rgb, resolve_image
 from dama.report import cut_at_spans
 from eval.compare import (
@@ -127,7 +127,7 @@ def read_pictures(names: Sequence[str], folder: str | Path) -> tuple[dict[str, P
 
 def shrunk(path: Path) -> Picture:
     """A JPEG of at most SIDE pixels a side, not turned by its EXIF data: so the model saw it."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
         small = as_rgb(image)
     small.thumbnail((SIDE, SIDE))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from dama.images import open_image
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 Size = tuple[int, int]  # width, height in pixels, as in PIL
@@ -22,7 +23,7 @@ Item = TypeVar("Item")
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    return Image.open(BytesIO(base64.b64decode(image)))
+    return open_image(BytesIO(base64.b64decode(image)))
 
 
 def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:

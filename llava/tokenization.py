@@ -14,6 +14,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from dama.console import write_json
+from dama.remote_code import remote_code_refused
 
 SPACE = "\u2581"  # sentencepiece's visible space
 
@@ -107,8 +108,11 @@ def load_tokenizer(
     options: dict[str, Any] = {"padding_side": padding_side}
     if model_max_length is not None:
         options["model_max_length"] = model_max_length
-    loader = LlamaTokenizer if is_llama_sentencepiece(folder) else AutoTokenizer
-    tokenizer = loader.from_pretrained(str(folder), **options)
+    loader = LlamaTokenizer
+    if not is_llama_sentencepiece(folder):
+        loader, options = AutoTokenizer, options | {"trust_remote_code": False}
+    with remote_code_refused(f"tokenizer of '{folder}'", "give a checkpoint whose tokenizer needs no code of its own"):
+        tokenizer = loader.from_pretrained(str(folder), **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

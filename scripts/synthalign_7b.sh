@@ -3,20 +3,22 @@
 # SD3-medium draws 4 candidates a prompt, ImageReward keeps one, three LLaVA-1.6 answer, ArmoRM ranks; LoRA r 128,
 # learning rate 1e-5, 2 epochs. Hardware: one GPU of 80 GB; for 9,000 prompts about two days, most of it for pictures.
 #   --dry-run      print every command
+#   --trust_remote_code  run the code that comes with REWARD, which may do anything; ArmoRM, the default, needs it
 #   --rounds N     N more rounds (RLAIF-V's way): the policy itself answers, 8 samples; default 0, the paper's one round
 # From the environment: PROMPTS, QUESTIONS (files of lines, one each), MODEL, OUTPUT, GPUS, IMAGE_REWARD (ImageReward's
 # code is its own: a server of yours behind http:URL, see `python -m dama synth --help`; without one a CLIP ranks),
-# REWARD (ArmoRM's code comes with its weights and is run with --trust_remote_code; http-text:URL reaches a server),
+# REWARD (ArmoRM's code comes with its weights; http-text:URL reaches a server),
 # STRATEGY (both: DAMA; none: the paper's plain DPO). Further flags go to train_mem.py.
 # Needs SD3's licence accepted on its page.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
-dry_run=false rounds=0
+dry_run=false rounds=0 trust=()
 while [ $# -gt 0 ]; do
     case $1 in
         --dry-run) dry_run=true && shift ;;
+        --trust_remote_code) trust=(--trust_remote_code) && shift ;;
         --rounds) rounds=$2 && shift 2 ;;
         *) break ;;
     esac
@@ -29,8 +31,11 @@ GPUS=${GPUS:-1}
 IMAGE_REWARD=${IMAGE_REWARD:-clip:ViT-L-14-336-quickgelu}
 REWARD=${REWARD:-text:RLHFlow/ArmoRM-Llama3-8B-v0.1}
 STRATEGY=${STRATEGY:-both}
-trust=()
-if [[ $REWARD == text:*ArmoRM* ]]; then trust=(--trust_remote_code); fi
+if ! $dry_run && [ "$REWARD" = text:RLHFlow/ArmoRM-Llama3-8B-v0.1 ] && [ ${#trust[@]} -eq 0 ]; then
+    echo "synthalign_7b.sh: error: REWARD $REWARD runs code that comes with its weights, expected --trust_remote_code" >&2
+    echo "Remedy: read that code and give the flag, or give another REWARD" >&2
+    exit 1
+fi
 
 run() {
     printf '+'

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from dama.console import digest_of
 from dama.pairs import load_image
+from dama.remote_code import remote_code_refused
 
 DEFAULT_MODEL = "ViT-L-14-336-quickgelu"  # the vision tower of LLaVA-1.5; the paper scores with the same CLIP
 DEFAULT_PRETRAINED = "openai"
@@ -217,10 +218,15 @@ def load_clip(model: str, pretrained: str | None, device: str | torch.device, pr
     faults = clip_faults(model, pretrained)
     if faults:
         raise ClipError("\n".join(faults))
+    with remote_code_refused(f"CLIP {model}", "give a CLIP whose tokenizer and text tower need no code of their own"):
+        return _load_clip(model, pretrained, torch.device(device), precision)
+
+
+def _load_clip(model: str, pretrained: str | None, device: torch.device, precision: str) -> ClipScorer:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    device, folder = torch.device(device), Path(model).is_dir()
+    folder = Path(model).is_dir()
     name = f"local-dir:{model}" if folder else model
     tag = None if folder or model.startswith(HUB) else pretrained or DEFAULT_PRETRAINED
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

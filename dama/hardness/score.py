@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dama.console import digest_of
 from dama.hardness import split
-from dama.hardness.clip import ClipScorer, TextTokens, fetch_later
+from dama.hardness.clip import ClipError, ClipScorer, TextTokens, fetch_later
 from dama.pairs import (
     PairsError,
     PreferencePair,
@@ -150,7 +150,8 @@ def hardness_fingerprint(
     if scorer is None:
         return common | {"scores": "given"}
     images = digest_of(image_digests(pairs, image_folder, workers))
-    split_by = split.VERSION if splitter is None else {"rules": split.VERSION} | splitter.identity
+    rules = split.version_for({answer for pair in pairs for answer in (pair.chosen, pair.rejected)})
+    split_by = rules if splitter is None else {"rules": rules} | splitter.identity
     return common | {"images": images, "clip": scorer.identity, "splitter": split_by, "scale": scale}
 
 
@@ -359,9 +360,23 @@ def _queue_scores(
     def records() -> list[Record]:
         scores = iter(fetch())
         take = [[[round(next(scores), 8) for _ in parts.statements] for parts in both] for both in splits]
+        for pair, both, of_pair in zip(chunk, splits, take):
+            _require_finite(pair, both, of_pair)
         return [_record(pair, both, of_pair, reduction) for pair, both, of_pair in zip(chunk, splits, take)]
 
     return records
+
+
+def _require_finite(pair: PreferencePair, splits: Sequence[split.Split], scores: Sequence[Sequence[float]]) -> None:
+    """Raises ClipError, naming the pair and its image, where CLIP gives NaN or an infinite score."""
+    scored = [item for parts, of_side in zip(splits, scores) for item in zip(parts.statements, of_side)]
+    wrong = [(statement, score) for statement, score in scored if not math.isfinite(score)]
+    if not wrong:
+        return
+    first = f"{wrong[0][1]} for {wrong[0][0][:80]!r}"
+    got = f"expected finite scores, got {len(wrong)} of {len(scored)} that are not, the first {first}"
+    remedy = "--precision fp32, another --clip, or leave the pair out; chunks that are scored are kept"
+    raise ClipError(f"pair {pair.id} (image {pair.image}): {got}\nRemedy: {remedy}")
 
 
 def _record(

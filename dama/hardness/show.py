@@ -19,7 +19,7 @@ from dama.console import write_atomic
 from dama.hardness.score import REDUCTIONS, SIDES, STAGE, correlation, hardness_delta, length_differences, spread
 from dama.pairs import load_image, resolve_image
 from dama.report import Hardness, draw_hardness, draw_points, plot_style, render_page, svg_of, url_of
-from dama.stage import Record, StageError, read_stage
+from dama.stage import MANIFEST, Record, StageError, read_stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,14 +54,16 @@ def write_hardness_page(
 ) -> tuple[Path, Path]:
     """Writes out/hardness.html and out/hardness.png of the stage in `folder`, `count` pairs in each group.
 
-    Raises StageError where the stage is not complete or the pictures are not where they were; then give `image_folder`.
+    Images are read from `image_folder`, or from the folder that the manifest names where that is inside `folder`: a
+    manifest of somebody else could name any other. Raises StageError where the stage is not complete or the images are
+    not there.
     """
     manifest, records = read_stage(folder, STAGE)
     if missing := sorted({"image", "source", "kind", "chosen_words", "rejected_words"}.difference(*records[:1])):
         remedy = "an earlier version wrote it: run `python -m dama hardness` with --overwrite"
         raise StageError(f"{folder}: its records have no {', '.join(missing)}\nRemedy: {remedy}")
     groups = pick_groups(records, count)
-    pictures = _load_pictures(groups, image_folder or manifest["summary"]["image_folder"])
+    pictures = _load_pictures(groups, image_folder or _own_image_folder(Path(folder), manifest))
     page, picture = Path(out) / "hardness.html", Path(out) / "hardness.png"
     write_atomic(page, render(manifest, records, groups, pictures))
     write_atomic(picture, draw_sheet(manifest, records, groups, pictures))
@@ -79,6 +81,16 @@ def pick_groups(records: Sequence[Record], count: int) -> list[Group]:
         Group("Negative pairs", "Smallest δ: CLIP prefers the rejected answer.", negative[:count]),
     ]
     return [group for group in groups if group.records]
+
+
+def _own_image_folder(folder: Path, manifest: Record) -> Path:
+    """The image folder that the manifest names. Raises StageError where it is outside the stage's own folder."""
+    named = manifest["summary"].get("image_folder")
+    remedy = "give the folder that holds the images as --image_folder"
+    if not isinstance(named, str) or not Path(named).resolve().is_relative_to(folder.resolve()):
+        got = f"{named!r}, which is not inside {folder}"
+        raise StageError(f"{folder / MANIFEST}: image_folder is {got}, so it is not read unasked\nRemedy: {remedy}")
+    return Path(named)
 
 
 def _load_pictures(groups: Sequence[Group], image_folder: str | Path) -> dict[str, Image.Image]:

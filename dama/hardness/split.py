@@ -7,10 +7,14 @@ does not split: a statement that is too long costs little, one torn from its sub
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-VERSION = "rules-2"  # part of the stage's fingerprint: raise it with any change of what split_statements returns
+from dama.hardness.markers import numbered_markers
+
+VERSION = "rules-3"  # part of the stage's fingerprint: raise it with any change of what split_statements returns
+BEFORE_MARKERS = "rules-2"  # the version that did not know numbered_markers, and splits other answers alike
+
 
 class Split(NamedTuple):
     """An answer's statements; `fallback` says why they come from the rules where something else was asked first."""
@@ -208,9 +212,18 @@ def split_statements(answer: str) -> list[str]:
     Each begins with a capital and ends with a mark, so that equal statements are equal texts. Never empty for an
     answer that has a character other than white space.
     """
-    pieces = (piece for line in _lines(answer) for sentence in _sentences(line) for piece in _clauses(sentence))
+    lines = _lines(numbered_markers(answer))
+    pieces = (piece for line in lines for sentence in _sentences(line) for piece in _clauses(sentence))
     statements = [as_statement(piece) for piece in pieces if re.search(r"\w", piece)]
     return statements or ([answer.strip()] if answer.strip() else [])
+
+
+def version_for(answers: Iterable[str]) -> str:
+    """The oldest version of the rules that gives the same statements of all these answers.
+
+    So that scores of answers without the lists that VERSION added stay valid.
+    """
+    return VERSION if any(numbered_markers(answer) != answer for answer in answers) else BEFORE_MARKERS
 
 
 def as_statement(piece: str) -> str:

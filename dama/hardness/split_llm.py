@@ -7,19 +7,21 @@ no split at all, the rules split this answer instead, and the reason is kept.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dama.chat import ChatClient, ChatRequest, ChatSettings
-from dama.console import digest_of
+from dama.console import digest_of, regular_file
 from dama.hardness.clip import PRECISIONS, weights_digest
+from dama.hardness.markers import numbered_markers
 from dama.hardness.split import BULLET, Split, as_statement, split_statements
+from dama.remote_code import remote_code_refused
 
 PROMPT = """\
 Split the text at the end into statements, one on each line.
@@ -70,16 +72,14 @@ def local_splitter(folder: str | Path, cache: str | Path, device: str = "cpu", p
 
     Raises ValueError for a model without a chat template.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+    from transformers import pipeline
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+    with remote_code_refused(f"--splitter_model {folder}", "take a model of a kind that transformers has"):
+        tokenizer, model = _load_chat_model(folder, precision)
     if not tokenizer.chat_template:
         remedy = "take a chat (instruct) model"
         raise ValueError(f"--splitter_model {folder}: its tokenizer has no chat template\nRemedy: {remedy}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=PRECISIONS[precision], use_safetensors=True, local_files_only=True
-    )  # fmt: skip
     chat = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
     identity = {"llm": Path(folder).name, "prompt": digest_of(PROMPT), "precision": precision}
     identity |= {"weights": weights_digest(model)}
@@ -107,6 +107,16 @@ def local_splitter(folder: str | Path, cache: str | Path, device: str = "cpu", p
     return LlmSplitter(ask, identity)
 
 
+def _load_chat_model(folder: str | Path, precision: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **own)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(
+        folder, dtype=PRECISIONS[precision], use_safetensors=True, **own
+    )
+
+
 def _message(answer: str) -> dict[str, str]:
     return {"role": "user", "content": PROMPT + answer}
 
@@ -120,13 +130,14 @@ class _Batches:
         if path.exists():
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last line
-            os.truncate(path, len(whole))
+            with open(path, "rb+", opener=regular_file) as file:
+                file.truncate(len(whole))
             self.replies = {row["key"]: row["replies"] for row in map(json.loads, whole.splitlines())}
 
     def add(self, key: str, replies: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "replies": replies}, ensure_ascii=False) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=regular_file) as file:
             file.write(line.encode("utf-8"))
         self.replies[key] = replies
 
@@ -136,7 +147,7 @@ class _Batches:
 
 def read_statements(reply: str) -> list[str]:
     """The lines of a reply as statements, without list marks and without an announcement such as "Here they are:"."""
-    lines = [BULLET.sub("", line).strip() for line in reply.splitlines()]
+    lines = [BULLET.sub("", line).strip() for line in numbered_markers(reply).splitlines()]
     lines = [line for line in lines if re.search(r"\w", line)]
     if lines and lines[0].endswith(":"):
         del lines[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +13,11 @@ import numpy as np
 Record = dict[str, Any]
 TEXTS = ("question", "chosen", "rejected")
 NOT_STATED = "(not stated)"
+MAX_CELL = 300  # characters of a text from the data in a table of the page
+# What GitHub's Markdown makes a link of without brackets, up to the character that is replaced by its number.
+_LINKED = [re.compile(pattern, re.IGNORECASE) for pattern in (
+    r"(?:https?|ftp|mailto|xmpp):", r"\bwww\.", r"[\w.+-]@(?=[\w-]+\.\w)",
+)]  # fmt: skip
 
 
 class Tally:
@@ -110,6 +117,7 @@ def markdown(card: Record) -> str:
         f"{counts['left_out']:,} left out. Checksum of all files: `{card['checksum']}` (SHA-256 of SHA256SUMS).",
         "## Made from",
         _table(("file", "rows", "bytes", "SHA-256, first 16 digits"), map(dict.values, card["files"])),
+        *([_table(("file left aside", "why"), card["left_aside"].items())] if card.get("left_aside") else []),
         "\n".join(["| setting | value |", "|---|---|", *settings]),
         "## Left out",
         _counted("reason", card["left_out"]) if card["left_out"] else "Nothing.",
@@ -137,8 +145,19 @@ def _cell(value: Any) -> str:
         return ", ".join(f"{_cell(name)} {_cell(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(_cell, value)) or "none"
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Text from the data as Markdown shows it letter by letter: no HTML, no links or images, no cells of its own."""
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
+    text = text if len(text) <= MAX_CELL else text[:MAX_CELL] + " ..."
+    text = re.sub(r"[\\`*\[\]|~]", r"\\\g<0>", html.escape(text, quote=False))
+    for pattern in _LINKED:
+        text = pattern.sub(lambda found: found[0][:-1] + f"&#{ord(found[0][-1])};", text)
+    return text
 
 
 def _table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -20,8 +20,11 @@ from dama.prepare.images import ImageStore
 from dama.prepare.outputs import IMAGES, OUTPUTS, Split, check_outputs, read_card, write_outputs
 from dama.prepare.rows import CountTokens, Record, Rules, add_lengths, folded, generator_of, record_of
 from dama.prepare.sources import (
+    ALL_SPLITS,
     BATCH_ROWS,
+    SPLITS,
     TARGETS,
+    LeftAside,
     SourceFile,
     count_rows,
     find_files,
@@ -29,6 +32,7 @@ from dama.prepare.sources import (
     read_chunks,
     read_fields,
 )
+from dama.remote_code import remote_code_refused
 from dama.stage import MANIFEST, Stage, open_stage
 
 NAME = "prepare"
@@ -36,10 +40,15 @@ HELP = "check, filter and split a preference data set, its pictures taken out"
 DESCRIPTION = f"""\
 From a preference data set as people have it to one that is checked, counted and ready to train on.
 
-SRC are files, folders or globs of Parquet, JSON, JSON lines or CSV, or hf://owner/name[@revision][/files]. Known by
-their fields are RLAIF-V (question, chosen, rejected, image with the picture inside, origin_split), TRL (prompt, chosen,
-rejected, images; texts or lists of messages) and PDS-DPO (conversations, rejected_conversations). For any other table
-name its columns with --column NAME=COLUMN, NAME one of
+SRC are files, folders or globs of Parquet, JSON, JSON lines or CSV, or hf://owner/name[@revision][/files]. Layouts that
+are known by their fields:
+    RLAIF-V        question, chosen, rejected, image (a path, or the image itself), origin_split
+    RLHF-V         text (JSON of question, chosen and rejected), image
+    TRL            prompt, chosen, rejected, images; texts or lists of messages
+    ms-swift       messages (or query, response), rejected_response or rejected_messages, images
+    LLaMA-Factory  conversations, chosen and rejected (a message each), images
+    PDS-DPO        conversations, rejected_conversations
+For any other table name its columns with --column NAME=COLUMN, NAME one of
     {", ".join(TARGETS)}.
 
 A row is left out, counted and listed when it cannot be read, when its texts make no preference, when its picture is
@@ -88,6 +97,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="keep pairs whose answers this model wrote, by the name in origin_split; case, dashes, underscores and "
         "spaces do not matter; may be given several times. Default: all",
     )
+    group.add_argument(
+        "--split",
+        choices=(*SPLITS, ALL_SPLITS),
+        help="files to read, where the names in a folder, a glob or a hub set tell splits apart as in "
+        "test-00000.parquet; the data card lists the others. Default: train, and files that are given by themselves",
+    )
     group.add_argument("--keep_contaminated", action="store_true", help="keep rows that show an evaluation image")
     group.add_argument(
         "--image_folder",
@@ -105,6 +120,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice. Default: %(default)s")
     group.add_argument(
         "--tokenizer", metavar="NAME|DIR", help="counts lengths in its tokens. Default: lengths are counted in words"
+    )
+    group.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code that comes with --tokenizer; it may do anything"
     )
     parser.add_argument(
         "--workers",
@@ -155,14 +173,15 @@ def run(args: argparse.Namespace) -> None:
     """Checks everything that can be seen at once, then goes through the rows and says what came out."""
     columns = checked_flags(args)
     out = Path(args.out)
-    files = find_inputs(args.src, out)
+    left_aside: LeftAside = {}
+    files = find_inputs(args.src, out, args.split, left_aside)
     sizes = count_rows(files, columns)
-    lengths = load_lengths(args.tokenizer)
+    lengths = load_lengths(args.tokenizer, args.trust_remote_code)
     benchmarks = evaluation_images()
     generators = matched_generators(args.generator, files, columns)
     rules = Rules(generators, benchmarks, args.keep_contaminated)
     inputs = with_digests(files, sizes, args.image_folder)
-    facts = {
+    facts: Record = {
         "files": [source.facts for source in inputs],
         "settings": {
             "columns": columns,
@@ -174,6 +193,10 @@ def run(args: argparse.Namespace) -> None:
             "lengths": lengths.unit,
         },
     }
+    if args.split is not None:
+        facts["settings"]["split"] = args.split
+    if left_aside:
+        facts["left_aside"] = left_aside
     evaluation = digest_of({name: sorted(ids) for name, ids in benchmarks.items()})
     fingerprint = {**facts, "tokenizer": lengths.digest, "evaluation_images": evaluation}
     chunks = [size for source in inputs for size in source.chunks]
@@ -224,26 +247,35 @@ def _out_faults(out: Path, overwrite: bool) -> list[str]:
     return [f"--out {out}: holds {', '.join(foreign)}, not made by this command\nRemedy: give another folder"]
 
 
-def find_inputs(sources: Sequence[str], out: Path) -> list[SourceFile]:
+def find_inputs(
+    sources: Sequence[str], out: Path, split: str | None = None, left_aside: LeftAside | None = None
+) -> list[SourceFile]:
     """All files of rows but those that this command wrote before, where --out lies inside a source's folder."""
-    found = find_files(sources)
+    aside: LeftAside = {}
+    found = find_files(sources, split, aside)
+    if left_aside is not None:
+        inside = {name for name in aside if any((Path(source) / name).resolve().is_relative_to(out.resolve())
+                                                for source in sources)}  # fmt: skip
+        left_aside |= {name: why for name, why in aside.items() if name not in inside}
     files = [file for file in found if not file.path.resolve().is_relative_to(out.resolve())]
     if not files:
         raise PrepareError(f"{', '.join(sources)}: all tables in it are in --out {out}\nRemedy: give another --out")
     return files
 
 
-def load_lengths(tokenizer: str | None) -> Lengths:
+def load_lengths(tokenizer: str | None, trust_remote_code: bool = False) -> Lengths:
     """Counts the tokenizer's tokens, or words where none is given."""
     if tokenizer is None:
         return Lengths(lambda texts: [len(text.split()) for text in texts], "words (no --tokenizer was given)", "")
     from transformers import AutoTokenizer
 
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        remedy = "give a folder with tokenizer.json or tokenizer.model, or a hub name"
-        raise PrepareError(f"--tokenizer {tokenizer}: {str(error).strip()}\nRemedy: {remedy}") from error
+    trust = "give a tokenizer that needs none, or --trust_remote_code once you have read its code"
+    with remote_code_refused(f"--tokenizer {tokenizer}", trust):
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            remedy = "give a folder with tokenizer.json or tokenizer.model, or a hub name"
+            raise PrepareError(f"--tokenizer {tokenizer}: {str(error).strip()}\nRemedy: {remedy}") from error
 
     def count(texts: Sequence[str]) -> list[int]:
         ids = loaded(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []

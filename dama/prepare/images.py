@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import re
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dama.console import write_atomic
-from dama.pairs import ImageFault, probe_image, resolve_image
+from dama.images import ImageFault
+from dama.pairs import probe_image, resolve_image
+from dama.styles import NamedRow
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-"""Formats that are taken, by Pillow's names. Some others run foreign programs (EPS) or have no size of their own."""
+"""Endings of stored images, by Pillow's name of each accepted format."""
 MPO = "MPO"  # what Pillow calls a JPEG with further ones behind it, as some cameras write
 MAX_BYTES = 64 << 20  # of one image file
 OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.[a-z]+(?:\..+)?")  # a stored picture, or what a kill left of one
@@ -47,7 +50,8 @@ def image_of_row(row: dict[str, Any]) -> RowImage:
     wrong = next((value for value in names if not isinstance(value, str)), None)
     if wrong is not None or not isinstance(data, bytes | None):
         got = type(wrong if wrong is not None else data).__name__
-        raise ValueError(f"field image: expected a path, bytes, or both as {{bytes, path}}, got {got}")
+        field = row.name("image") if isinstance(row, NamedRow) else "image"
+        raise ValueError(f"field {field}: expected a path, bytes, or both as {{bytes, path}}, got {got}")
     return RowImage(data, tuple(dict.fromkeys(names)))
 
 
@@ -69,8 +73,18 @@ def image_bytes(image: RowImage, folder: Path) -> bytes:
         return path.read_bytes()
     except ImageFault:
         raise
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError, OSError: a loop of links, a name too long
-        raise ImageFault(str(error)[:300]) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ImageFault(_path_fault(error, name)) from error
+
+
+def _path_fault(error: Exception, name: str) -> str:
+    """Why a path cannot be read, without absolute paths: the list of rows left out must not depend on the folder."""
+    if isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.ELOOP):
+        return f"image path is a loop of symbolic links: {name}"
+    if isinstance(error, OSError):
+        known = {errno.ENAMETOOLONG: "image path is too long", errno.EACCES: "image cannot be read (permission denied)"}
+        return f"{known.get(error.errno or 0, 'image cannot be read')}: {name}"
+    return re.sub(r" \(it leads to .*\)$", "", str(error), flags=re.DOTALL)
 
 
 class ImageStore:
@@ -97,7 +111,7 @@ class ImageStore:
             raise ImageFault("image is empty (0 bytes)")
         if len(data) > MAX_BYTES:
             raise ImageFault(f"image has {len(data)} bytes, more than {MAX_BYTES}")
-        facts = probe_image(io.BytesIO(data), tuple(ENDINGS))
+        facts = probe_image(io.BytesIO(data))
         ending = ENDINGS["JPEG" if facts.format == MPO else facts.format]
         name = f"{digest[:2]}/{digest}.{ending}"
         path = self.folder / name

@@ -12,8 +12,8 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import digest_of_file, write_atomic, write_json
-from dama.pairs import PairsError, fault_list
+from dama.console import digest_of_file, open_fresh, write_atomic, write_json
+from dama.pairs import PairsError
 from dama.prepare.card import Tally, markdown
 from dama.prepare.images import ImageStore
 from dama.prepare.rows import REPEATED_ID, REPEATED_PAIR, Record, pair_key
@@ -22,6 +22,7 @@ from dama.stage import Stage
 IMAGES, PAIRS, HELD_OUT, DROPPED, SUMS = "images", "pairs.jsonl", "held_out.jsonl", "dropped.jsonl", "SHA256SUMS"
 CARD_JSON, CARD_PAGE = "data_card.json", "data_card.md"
 OUTPUTS = (PAIRS, HELD_OUT, DROPPED, CARD_JSON, CARD_PAGE, SUMS)
+SHOWN_ROWS = 10  # in the error where none is left
 OF_THE_CARD = ("place", "size", "lengths", "contaminated")  # fields of a record that training has no use for
 
 
@@ -74,7 +75,7 @@ class LinesFile:
     def __init__(self, path: Path) -> None:
         self.path, self.partial = path, path.with_name(f".{path.name}.partial")
         self.digest = hashlib.sha256()
-        self._file: BinaryIO = open(self.partial, "wb")  # noqa: SIM115 (closed by finish)
+        self._file: BinaryIO = open_fresh(self.partial)  # closed by finish
 
     def write(self, record: Record) -> None:
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
@@ -101,7 +102,9 @@ def write_outputs(stage: Stage, store: ImageStore, split: Split, facts: Record) 
     if not tally.pairs_of[False]:
         (out / PAIRS).unlink()
         remedy = f"correct the rows, or --image_folder, --column, --hold_out; all rows are in {out / DROPPED}"
-        raise PairsError(fault_list("no pair is left to train on", _reasons(out, tally), remedy))
+        counts = f"{tally.rows} rows, {tally.left_out.total()} left out, {tally.pairs_of[True]} held out"
+        lines = [f"  {line}" for line in _reasons(out, tally)]
+        raise PairsError("\n".join([f"no pair is left to train on: {counts}", *lines, f"Remedy: {remedy}"]))
     store.remove_unused(frozenset(images))
     lines = [f"{digest}  {name}\n" for name, digest in sums.items()]
     lines += [f"{Path(name).stem}  {IMAGES}/{name}\n" for name in sorted(images)]
@@ -132,9 +135,10 @@ def _write_lines(stage: Stage, held_out: frozenset[str]) -> tuple[Tally, dict[st
 def _reasons(out: Path, tally: Tally) -> list[str]:
     counted = [f"{count} x {reason}" for reason, count in tally.left_out.most_common()]
     with open(out / DROPPED, encoding="utf-8") as file:
-        first = [json.loads(line) for line in islice(file, 10)]
-    held_out = [f"{tally.pairs_of[True]} x held out"] if tally.pairs_of[True] else []
-    return [*held_out, *counted, *(f"{record['place']}: {record['detail']}" for record in first)]
+        first = [json.loads(line) for line in islice(file, SHOWN_ROWS)]
+    more = tally.left_out.total() - len(first)
+    rest = [f"... and {more} more rows"] if more else []
+    return [*counted, *(f"{record['place']}: {record['detail']}" for record in first), *rest]
 
 
 def read_card(out: Path) -> Record:

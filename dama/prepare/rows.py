@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import digest_of
-from dama.pairs import ImageFault, PreferencePair, id_of_row, named_fields, pair_from_row, text_faults
+from dama.images import ImageFault
+from dama.pairs import TOO_DEEP, PreferencePair, id_of_row, pair_of_fields, text_faults
 from dama.prepare.card import NOT_STATED
 from dama.prepare.contamination import Benchmarks, contamination
 from dama.prepare.images import ImageStore, RowImage, image_bytes, image_of_row, sha256
+from dama.styles import NamedRow, named_fields
+from dama.texts import visible_text
 
 MAX_CHARACTERS = 100_000  # of a question or an answer; a preference pair's have some hundred words
 MAX_DETAIL = 300  # characters of a row that are repeated in a message
@@ -74,12 +77,15 @@ def record_of(place: str, row: Any, rules: Rules, image_folder: Path, store: Ima
         return {"place": clean(place), **_pair_record(row, rules, image_folder, store)}
     except LeftOut as fault:
         return {"place": clean(place), **_identity(row), "reason": fault.reason, "detail": clean(str(fault))}
+    except RecursionError:
+        return {"place": clean(place), **_identity(row), "reason": UNREADABLE, "detail": TOO_DEEP}
 
 
 def _identity(row: Any) -> Record:
     """Id and picture of a row that is left out, as far as it has them."""
     identity: Record = {}
-    with suppress(ValueError, AttributeError):  # no record at all, or of other types: the reason says so
+    # No record at all, of other types, or nested too deep: the reason says so.
+    with suppress(ValueError, AttributeError, RecursionError):
         identity["idx"] = clean(id_of_row(row) or "")
         identity["image"] = clean(" ".join(image_of_row(row).names))
     return {name: text for name, text in identity.items() if text}
@@ -123,7 +129,7 @@ def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) 
     }
 
 
-def _readable(row: Any) -> tuple[Record, RowImage, str]:
+def _readable(row: Any) -> tuple[NamedRow, RowImage, str]:
     """The row under our names, its picture and its generator."""
     try:
         if isinstance(row, ValueError):
@@ -136,10 +142,10 @@ def _readable(row: Any) -> tuple[Record, RowImage, str]:
         raise LeftOut(UNREADABLE, str(fault)) from fault
 
 
-def _checked_pair(row: Record, digest: str) -> PreferencePair:
+def _checked_pair(row: NamedRow, digest: str) -> PreferencePair:
     """The pair with its picture's digest for a name, so that an absent id is the digest of pair and picture."""
     try:
-        pair = pair_from_row({**row, "image_path": digest})
+        pair = pair_of_fields(row.replaced(image_path=digest))
     except ValueError as fault:
         raise LeftOut(UNREADABLE, str(fault)) from fault
     texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "id": pair.id}
@@ -165,5 +171,5 @@ def add_lengths(records: Sequence[Record], count: CountTokens) -> None:
 
 
 def pair_key(record: Record) -> str:
-    """The same for rows of the same picture, question and answers."""
-    return digest_of([record["image"], *(record[name].strip() for name in ("question", "chosen", "rejected"))])
+    """The same for rows of the same picture whose question and answers look the same."""
+    return digest_of([record["image"], *(visible_text(record[name]) for name in ("question", "chosen", "rejected"))])

@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dama.console import say
 from dama.pairs import PairsError, fault_list, read_rows
+from dama.styles import FIELDS, NamedRow
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch, Schema
@@ -36,14 +37,29 @@ TARGETS = {
 """What --column can name -> the field that it becomes."""
 SAME_MEANING = {"question": ("prompt",), "image": ("image_path", "images"), "idx": ("id",)}
 """Fields that a column given for the first must not compete with."""
-PARQUET_FIELDS = (
-    *("question", "chosen", "rejected", "image", "image_path", "idx", "id", "origin_dataset", "origin_split"),
-    *("prompt", "images", "conversations", "rejected_conversations", "logps", "chosen_logits", "rejected_logits"),
-    *("generator", "kind"),
+ANSWER_LAYOUTS = (
+    {"chosen", "rejected"},
+    {"conversations", "rejected_conversations"},
+    {"messages", "rejected_response"},
+    {"messages", "rejected_messages"},
+    {"response", "rejected_response"},
+    {"text"},
 )
+"""Columns of which one set must be there; dama.styles says whose they are."""
+QUESTION_FIELDS = {"question", "prompt", "query", "conversations", "messages", "text"}
 BATCH_ROWS = 32  # rows of Parquet decoded at a time: a few MB of pictures, and bounded where answers are of 10 MB
 
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> the words in a file's or folder's name that stand for it, as on the hub."""
+ALL_SPLITS = "all"
+
 Row = dict[str, Any]
+LeftAside = dict[str, str]
+"""File that is not read -> why."""
 
 
 class SourceError(ValueError):
@@ -63,21 +79,26 @@ class SourceFile(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------- finding
 
 
-def find_files(sources: Sequence[str]) -> list[SourceFile]:
+def find_files(
+    sources: Sequence[str], split: str | None = None, left_aside: LeftAside | None = None
+) -> list[SourceFile]:
     """The files of rows that folders, globs, files and hf://owner/name[@revision][/glob] lead to:
     local sources as they are given, then the hub's, the files of each in order of name.
 
-    Raises SourceError naming every source that leads to none.
+    Of a folder, a glob or a hub set whose names tell splits apart only `split` is read, by default train; a file that
+    is named by itself is read whatever its split, unless `split` is given. Files that are not read are added to
+    `left_aside`. Raises SourceError naming every source that leads to no file.
     """
+    aside: LeftAside = {} if left_aside is None else left_aside
     local: list[Path] = []
     remote: list[SourceFile] = []
     faults = []
     for source in sources:
         try:
             if source.startswith("hf:"):
-                remote += _hub_files(source)
+                remote += _hub_files(source, split, aside)
             else:
-                local += _local_files(source)
+                local += _local_files(source, split, aside)
         except SourceError as error:
             faults.append(str(error))
     if faults:
@@ -95,18 +116,50 @@ def _named(paths: Sequence[Path]) -> list[SourceFile]:
     return [SourceFile(path, os.fsencode(name).decode("utf-8", "backslashreplace")) for path, name in zip(paths, names)]
 
 
-def _local_files(source: str) -> list[Path]:
+def split_of(name: str) -> str | None:
+    """The split that a path names in its file or, from the innermost out, in a folder: data/train-00000.parquet."""
+    for part in reversed(PurePosixPath(name).with_suffix("").parts):
+        for word in re.findall("[a-z]+", part.lower()):
+            found = next((split for split, words in SPLITS.items() if word in words), None)
+            if found is not None:
+                return found
+    return None
+
+
+def _of_split(named: Mapping[str, Any], split: str | None, source: str, aside: LeftAside) -> list[Any]:
+    """The values whose names are of the split; one without a split in its name counts as train."""
+    splits = {name: split_of(name) for name in named}
+    wanted = split or "train"
+    if split == ALL_SPLITS or (split is None and not any(splits.values())):
+        return list(named.values())
+    kept = [name for name, of_file in splits.items() if (of_file or "train") == wanted]
+    if not kept:
+        there = ", ".join(sorted({of_file or "train" for of_file in splits.values()}))
+        remedy = f"--split with one of these, or --split {ALL_SPLITS}"
+        raise SourceError(f"{source}: no file of the split {wanted}, only of {there}\nRemedy: {remedy}")
+    others = {name: f"split {splits[name] or 'train'}" for name in named if name not in kept}
+    aside |= others
+    if others:
+        say(f"{source}: {len(kept)} files of the split {wanted} are read, left aside: {', '.join(others)} (--split)")
+    return [named[name] for name in kept]
+
+
+def _local_files(source: str, split: str | None, aside: LeftAside) -> list[Path]:
     path = Path(source)
     if path.is_dir():
         inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        return _first_kind(inside, source)
+        named = {file.relative_to(path).as_posix(): file for file in _first_kind(inside, source)}
+        return _of_split(named, split, source, aside)
     paths = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source, recursive=True))]
     if not paths:
         raise SourceError(f"{source}: no such file or folder\nRemedy: give Parquet, JSON, JSON lines, CSV, or hf://...")
     wrong = [str(file) for file in paths if not _is_table(file)]
     if wrong:
         raise SourceError(fault_list(source, wrong, f"expected files that end in {', '.join(ENDINGS)}"))
-    return paths
+    if path.is_file() and split is None:
+        return paths
+    base = os.path.commonpath([file.absolute().parent for file in paths])
+    return _of_split({file.absolute().relative_to(base).as_posix(): file for file in paths}, split, source, aside)
 
 
 def _hidden(path: Path) -> bool:
@@ -125,7 +178,7 @@ def _first_kind(files: Sequence[Path], source: str) -> list[Path]:
     raise SourceError(f"{source}: none of its {len(files)} files is a table\nRemedy: expected {', '.join(ENDINGS)}")
 
 
-def _hub_files(source: str) -> list[SourceFile]:
+def _hub_files(source: str, split: str | None, aside: LeftAside) -> list[SourceFile]:
     """Downloads a hub data set's tables at one revision; names carry the commit, so that the data card can."""
     match = HUB.fullmatch(source)
     if match is None:
@@ -141,13 +194,15 @@ def _hub_files(source: str) -> list[SourceFile]:
             remedy = "check name and revision; `hf auth login` where it is gated; or download it and give the folder"
             raise SourceError(f"{source}: {str(error).strip()}\nRemedy: {remedy}") from error
         inside = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*")) if _is_table(file)}
-        files = [
-            SourceFile(file, f"hf://{name}@{root.name}/{place}")
+        files = {
+            place: SourceFile(file, f"hf://{name}@{root.name}/{place}")
             for place, file in inside.items()
             if any(fnmatch(place, pattern) for pattern in patterns)
-        ]
+        }
+        if files and split is None and list(files) == [match["inside"]]:
+            return list(files.values())  # named by itself
         if files:
-            return files
+            return _of_split(files, split, source, aside)
     expected = f"no table matches {' or '.join(pattern for patterns in wanted for pattern in patterns)}"
     raise SourceError(f"{source}: {expected}\nRemedy: give a pattern as in hf://owner/name/data/*.parquet")
 
@@ -176,12 +231,14 @@ def renamed(row: Any, columns: Mapping[str, str]) -> Any:
     """The row with --column applied; anything but a record stays as it is. Raises ValueError for an absent column."""
     if not columns or not isinstance(row, dict):
         return row
+    found = sorted(str(name) for name, value in row.items() if value is not None)
     missing = [column for column in columns.values() if column and column not in row]
     if missing:
         raise ValueError(f"no field {', '.join(missing)} (--column); it has {', '.join(sorted(map(str, row)))}")
     replaced = {name for field in columns for name in (field, *SAME_MEANING.get(field, ()))}
     kept = {name: value for name, value in row.items() if name not in replaced}
-    return kept | {field: row[column] for field, column in columns.items() if column}
+    given = {field: column for field, column in columns.items() if column}
+    return NamedRow(kept | {field: row[column] for field, column in given.items()}, given, found)
 
 
 # ---------------------------------------------------------------------------------------------------------- counting
@@ -226,9 +283,9 @@ def _check_schema(file: SourceFile, schema: Schema, columns: Mapping[str, str]) 
     names = set(schema.names)
     faults = [f"no column {column!r} (--column)" for column in columns.values() if column and column not in names]
     have = names | set(columns)
-    if not {"conversations", "rejected_conversations"} <= have:
+    if not any(layout <= have for layout in ANSWER_LAYOUTS):
         faults += [f"no column {name!r}" for name in ("chosen", "rejected") if name not in have]
-    if not have & {"question", "prompt", "conversations"} and not _holds_messages(schema, "chosen"):
+    if not have & QUESTION_FIELDS and not _holds_messages(schema, "chosen"):
         faults.append("no column 'question' or 'prompt'")
     if not have & {"image", "images", "image_path"}:
         faults.append("no column 'image', 'images' or 'image_path'")
@@ -264,7 +321,7 @@ def read_fields(file: SourceFile, columns: Mapping[str, str], fields: Sequence[s
 
 
 def _rows_of(
-    file: SourceFile, columns: Mapping[str, str], start: int, fields: Sequence[str] = PARQUET_FIELDS
+    file: SourceFile, columns: Mapping[str, str], start: int, fields: Sequence[str] = FIELDS
 ) -> Iterator[tuple[str, Any]]:
     if file.path.suffix.lower() == ".parquet":
         rows = _rows_of_parquet(file, [*fields, *columns.values()], start)
@@ -303,7 +360,7 @@ def _next_cells(reader: Iterator[list[str]]) -> list[str] | csv.Error | None:
 
 def _row_of_cells(header: Sequence[str], cells: list[str] | csv.Error) -> Row | ValueError:
     if isinstance(cells, csv.Error):
-        return ValueError(f"not CSV ({cells})")
+        return ValueError("not CSV (a cell too long, or a stray quote, line end or zero byte)")
     if len(cells) != len(header):
         return ValueError(f"expected {len(header)} cells as in the first line, got {len(cells)}")
     if any("\udc80" <= character <= "\udcff" for cell in cells if not cell.isascii() for character in cell):

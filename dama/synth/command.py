@@ -89,7 +89,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
-        help="run the code that text rewards bring along (ArmoRM's, for one). It may do anything: know whose it is",
+        help="run the code that comes with rewards and responders (ArmoRM needs it). It may do anything: read it first",
     )
     _add_picture_flags(parser.add_argument_group("pictures"))
     _add_answer_flags(parser.add_argument_group("answers"))
@@ -339,7 +339,8 @@ def open_reward(args: argparse.Namespace, word: str, step: str, device: str) -> 
     if kind == "text":
         return rewards.TextReward(what, device=device, trust_remote_code=args.trust_remote_code)
     if kind == "image-text":
-        return rewards.ImageTextReward(what, device=device, reduction=args.reduction)
+        trust = args.trust_remote_code
+        return rewards.ImageTextReward(what, device=device, reduction=args.reduction, trust_remote_code=trust)
     if kind == "judge":
         settings = ChatSettings(args.base_url, what, max_tokens=rewards.JUDGE_TOKENS, concurrency=args.concurrency)
         return rewards.JudgeReward(settings, step_folder(args.out, step) / "replies.jsonl")
@@ -355,6 +356,7 @@ def open_responder(args: argparse.Namespace, word: str, open_checkpoint: OpenChe
     if kind == "llava":
         return open_checkpoint(what, device)
     if kind == "hf":
-        return HfResponder(what, device=device, load_4bit=args.load_4bit)
+        trust = args.trust_remote_code
+        return HfResponder(what, device=device, load_4bit=args.load_4bit, trust_remote_code=trust)
     cache = step_folder(args.out, RESPOND) / "replies.jsonl"
     return ServedResponder(what, args.base_url, cache, concurrency=args.concurrency)

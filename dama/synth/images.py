@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dama.console import write_atomic
+from dama.remote_code import remote_code_refused
 from dama.stage import Record, open_stage
 from dama.synth.prompts import IMAGES, Prompt, checkpoint_identity, chunks_of, prompts_digest, step_folder
 
@@ -66,7 +67,8 @@ class DiffusersPainter:
         from diffusers import DiffusionPipeline
 
         dtype = torch.float16 if self.device.startswith("cuda") else torch.float32
-        pipeline = DiffusionPipeline.from_pretrained(self.name, dtype=dtype, use_safetensors=True)
+        with remote_code_refused(f"text-to-image {self.name}", "give a pipeline that needs no code of its own"):
+            pipeline = DiffusionPipeline.from_pretrained(self.name, dtype=dtype, use_safetensors=True)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 

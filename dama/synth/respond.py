@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from dama.chat import ChatClient, ChatRequest, ChatSettings, picture
 from dama.console import digest_of, say
 from dama.pairs import load_image, resolve_image
+from dama.remote_code import remote_code_refused
 from dama.stage import Record, open_stage
 from dama.synth.prompts import (
     RANK_IMAGES,
@@ -63,10 +64,14 @@ class HfResponder:
 
     Args:
         load_4bit: quantise the weights to 4 bits by bitsandbytes, as PDS-DPO does.
+        trust_remote_code: run the code that comes with the checkpoint, which may do anything.
     """
 
-    def __init__(self, name: str, *, device: str = "cpu", load_4bit: bool = False) -> None:
+    def __init__(
+        self, name: str, *, device: str = "cpu", load_4bit: bool = False, trust_remote_code: bool = False
+    ) -> None:
         self.name, self.checkpoint, self.device, self.load_4bit = Path(name).name, name, device, load_4bit
+        self.trust_remote_code = trust_remote_code
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -74,11 +79,14 @@ class HfResponder:
         from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
         dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        options: dict[str, Any] = {"dtype": dtype}
+        trust = {"trust_remote_code": self.trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype, **trust}
         if self.load_4bit:
             options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
-        model = AutoModelForImageTextToText.from_pretrained(self.checkpoint, **options)
-        processor = AutoProcessor.from_pretrained(self.checkpoint)
+        remedy = "give another model, or --trust_remote_code once you have read its code"
+        with remote_code_refused(f"responder {self.checkpoint}", remedy):
+            model = AutoModelForImageTextToText.from_pretrained(self.checkpoint, **options)
+            processor = AutoProcessor.from_pretrained(self.checkpoint, **trust)
         processor.tokenizer.padding_side = "left"
         return processor, (model if self.load_4bit else model.to(self.device)).eval()
 

@@ -20,11 +20,13 @@ from dama.console import digest_of
 from dama.hardness import split
 from dama.hardness.clip import ClipScorer, load_clip
 from dama.pairs import load_image
+from dama.remote_code import remote_code_refused
 from dama.stage import Record
 from dama.synth.prompts import checkpoint_identity
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {"mean": statistics.fmean, "min": min}
 JUDGE_TOKENS = 8
+TRUST = "give another model, or --trust_remote_code once you have read its code"
 JUDGE_PROMPT = """\
 Below is a picture, what was asked about it, and an answer. Grade the answer from 0 to 100: 100 where everything it says
 can be seen in the picture and it answers what was asked, 0 where nothing does. Each thing it names that is not to be
@@ -88,8 +90,10 @@ class TextReward:
 
         trust = {"trust_remote_code": self.trust_remote_code}
         dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        model = AutoModelForSequenceClassification.from_pretrained(self.checkpoint, dtype=dtype, **trust)
-        return AutoTokenizer.from_pretrained(self.checkpoint, **trust), model.to(self.device).eval()
+        with remote_code_refused(f"reward {self.checkpoint}", TRUST):
+            model = AutoModelForSequenceClassification.from_pretrained(self.checkpoint, dtype=dtype, **trust)
+            tokenizer = AutoTokenizer.from_pretrained(self.checkpoint, **trust)
+        return tokenizer, model.to(self.device).eval()
 
     def identity(self) -> Record:
         return checkpoint_identity(self.checkpoint) | {"kind": "text"}
@@ -167,21 +171,29 @@ def _statements(text: str, count: Callable[[str], int], limit: int) -> list[str]
 
 
 class ImageTextReward:
-    """A Hugging Face model that gives `logits_per_image` for a picture and texts: CLIP, SigLIP, PickScore."""
+    """A Hugging Face model that gives `logits_per_image` for a picture and texts: CLIP, SigLIP, PickScore.
+
+    Args:
+        trust_remote_code: run the code that comes with the checkpoint, which may do anything.
+    """
 
     sees_image = True
 
-    def __init__(self, name: str, *, device: str = "cpu", reduction: str = "mean") -> None:
+    def __init__(
+        self, name: str, *, device: str = "cpu", reduction: str = "mean", trust_remote_code: bool = False
+    ) -> None:
         self.name, self.checkpoint, self.device = f"image-text:{Path(name).name}", name, device
-        self.reduction = reduction
+        self.reduction, self.trust_remote_code = reduction, trust_remote_code
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoProcessor
 
-        return AutoProcessor.from_pretrained(self.checkpoint), AutoModel.from_pretrained(self.checkpoint).to(
-            self.device
-        ).eval()
+        trust = {"trust_remote_code": self.trust_remote_code}
+        with remote_code_refused(f"reward {self.checkpoint}", TRUST):
+            processor = AutoProcessor.from_pretrained(self.checkpoint, **trust)
+            model = AutoModel.from_pretrained(self.checkpoint, **trust)
+        return processor, model.to(self.device).eval()
 
     def identity(self) -> Record:
         return checkpoint_identity(self.checkpoint) | {"kind": "image-text", "reduction": self.reduction}

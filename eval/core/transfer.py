@@ -15,6 +15,8 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from dama.console import regular_file, write_atomic
+
 ATTEMPTS = 3  # in a row that bring no byte
 TIMEOUT = 30.0  # seconds without a byte
 PAUSE = 0.25  # seconds after an attempt, doubled with each
@@ -56,6 +58,8 @@ def download(
     if not url.startswith(("http://", "https://")):
         raise TransferError(f"no http or https address: {url!r}")
     part = target.with_name(target.name + ".part")
+    if part.is_symlink():  # not ours: what it leads to must be neither continued nor overwritten
+        _forget(part)
     revision = _until_whole(url, part, sha256 is not None, report)
     found = digest(part)
     try:
@@ -115,7 +119,7 @@ def _continue(url: str, part: Path, pinned: bool, report: Report) -> str:
             part.parent.mkdir(parents=True, exist_ok=True)
             _remember_validator(validator, reply.headers)
         left = reply.length
-        with open(part, "ab" if held else "wb") as file:
+        with open(part, "ab" if held else "wb", opener=regular_file) as file:
             report(0, left)
             while block := reply.read(_BLOCK):
                 file.write(block)
@@ -139,7 +143,7 @@ def _remember_validator(path: Path, headers: Any) -> None:
     value = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
     path.unlink(missing_ok=True)
     if value:
-        path.write_text(value)
+        write_atomic(path, value)
 
 
 def _forget(part: Path) -> None:

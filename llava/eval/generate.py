@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from dama.console import digest_of, digest_of_file, report_error, say
+from dama.images import open_image
 from dama.pairs import UNREADABLE, fault_list, load_image, resolve_image
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
@@ -262,7 +262,7 @@ class ServedAnswerer:
         content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
         if request.image is not None:
             path = resolve_image(image_folder, request.image)
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 kind = str(image.format).lower()
             content.insert(0, picture(path.read_bytes(), "jpeg" if kind == "mpo" else kind))
         return ChatRequest(f"{request.id}#{sample}", ({"role": "user", "content": content},), sample)
@@ -381,7 +381,7 @@ def check_requests(requests: Sequence[Request], image_folder: str | Path) -> dic
     for name in dict.fromkeys(request.image for request in requests if request.image is not None):
         try:
             path = resolve_image(image_folder, name)
-            with Image.open(path) as picture:
+            with open_image(path) as picture:
                 picture.verify()
             digests[name] = digest_of_file(path)
         except UNREADABLE as error:

@@ -27,6 +27,7 @@ from transformers import AutoImageProcessor, CLIPVisionConfig, GenerationConfig,
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dama.console import say, write_json
+from dama.remote_code import remote_code_refused
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -203,7 +204,8 @@ def collapsed(names: Any) -> str:
 
 def hf_image_processor(folder: str | Path) -> tuple[bool, CLIPImageProcessorPil]:
     """(whether it pads to a square, the same processor without padding as LLaVA uses it)."""
-    fields = AutoImageProcessor.from_pretrained(folder, backend="pil").to_dict()
+    with remote_code_refused(f"checkpoint '{folder}'", "give a checkpoint whose image processor needs no code"):
+        fields = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False).to_dict()
     pads = bool(fields.pop("do_pad", False))
     return pads, CLIPImageProcessorPil.from_dict({k: v for k, v in fields.items() if not k.endswith("_type")})
 
@@ -545,7 +547,7 @@ def hf_logits(folder: Path, backend: str, device: str) -> Tensor:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map={"": device})
-    processor = AutoProcessor.from_pretrained(folder, backend=backend)
+    processor = AutoProcessor.from_pretrained(folder, backend=backend, trust_remote_code=False)
     start_end = DEFAULT_IM_START_TOKEN in processor.tokenizer.get_vocab()
     prompt = sample_prompt(argparse.Namespace(mm_use_im_start_end=start_end))
     inputs = processor(images=sample_picture(), text=prompt, return_tensors="pt").to(device, model.dtype)

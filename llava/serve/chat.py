@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from dama.images import FORMATS, ImageFault, open_image
 from dama.pairs import MAX_PIXELS, UNREADABLE, as_rgb
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, encode_base64, get_template
@@ -39,7 +40,6 @@ DEFAULT_CONV_MODE = "llava_v1"
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 20 * 2**20  # of a download or an upload
 MAX_SECONDS = 30.0  # of a download
@@ -57,14 +57,14 @@ def read_image(data: bytes, name: str) -> Image.Image:
         ValueError: not an image, damaged, 32 bits a pixel and channel, or too large in area, side or ratio of sides.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(io.BytesIO(data)) as image:
             _check_size(image.size, name)
             if image.mode in ("I", "F"):
                 raise ImageRefused(f"{name}: 32 bits a pixel and channel (mode {image.mode}), expected 8 or 16")
             return as_rgb(image)
     except ImageRefused:
         raise
-    except Image.UnidentifiedImageError as error:
+    except ImageFault as error:
         raise ValueError(f"{name}: not a picture that can be read; expected {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller") from error

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from dama.console import write_atomic
+from dama.console import regular_file, write_atomic
 from dama.losses import reward_gap
 from dama.weighting import Weights
 from llava.train.throughput import Throughput
@@ -133,5 +133,5 @@ class PairLog:
         }  # fmt: skip
         values = zip(*(column.tolist() for column in columns.values()))
         rows = ({"step": step, "id": id} | dict(zip(columns, row)) for id, row in zip(ids, values, strict=True))
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=regular_file) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dama.cli import histogram, main, pick_device
 from dama.hardness import score
@@ -265,3 +267,35 @@ def test_wrong_choices_of_a_splitter_are_named(world: Path, capsys: pytest.Captu
     ):
         assert main(flags(world, *words)) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("scale", ["cosine", "logit"])
+def test_scores_that_are_not_finite_name_the_pair_and_the_image(
+    value: str, scale: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One token has a broken embedding, and only the last pair has that token."""
+    write_rows(world, [row | {"rejected": "A zebra."} if row["idx"] == 2 else row for row in read_rows_of(world)])
+    spoil(world / "clip", "token_embedding.weight", SimpleTokenizer().encode("zebra")[0], float(value))
+    assert main(flags(world, "--scale", scale)) == 1
+    error = capsys.readouterr().err
+    assert "dama hardness: error: pair 2 (image 2.png): expected finite scores, got 1 of 2 that are not" in error
+    assert "the first nan for 'A zebra.'\nRemedy: --precision fp32" in error and "Traceback" not in error
+    assert "JSON compliant" not in error
+
+
+def test_a_broken_vision_tower_is_told_at_the_first_pair(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(world / "clip", "visual.proj", slice(None), float("nan"))
+    assert main(flags(world)) == 1
+    assert "pair 0 (image 0.png): expected finite scores, got 2 of 2 that are not" in capsys.readouterr().err
+
+
+def read_rows_of(world: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+
+
+def spoil(clip: Path, name: str, index: Any, value: float) -> None:
+    """Sets some weights of a CLIP in a folder to a value that is no number."""
+    weights = load_file(clip / "open_clip_model.safetensors")
+    weights[name][index] = value
+    save_file(weights, clip / "open_clip_model.safetensors")

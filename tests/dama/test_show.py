@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_rare_sources_are_put_together() -> None:
 
 def test_the_page_holds_everything_and_nothing_from_outside(tmp_path: Path) -> None:
     folder = write_stage(tmp_path)
-    page, picture = write_hardness_page(folder, tmp_path / "out", count=2)
+    page, picture = write_hardness_page(folder, tmp_path / "out", tmp_path / "images", count=2)
     text = page.read_text()
     reader = Reader(text)
     assert reader.scripts == 0 and "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
@@ -120,7 +121,8 @@ def test_the_page_holds_everything_and_nothing_from_outside(tmp_path: Path) -> N
 
 def test_the_picture_shows_the_pairs_pictures_and_is_the_same_every_time(tmp_path: Path) -> None:
     folder = write_stage(tmp_path)
-    first, second = (write_hardness_page(folder, tmp_path / name)[1].read_bytes() for name in ("a", "b"))
+    sheets = [write_hardness_page(folder, tmp_path / name, tmp_path / "images")[1] for name in ("a", "b")]
+    first, second = (sheet.read_bytes() for sheet in sheets)
     assert first == second
     colors = {pixel for _, pixel in Image.open(io.BytesIO(first)).convert("RGB").getcolors(1 << 24)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255)} <= colors
@@ -137,7 +139,8 @@ def test_other_scripts_and_given_scores_are_drawn(tmp_path: Path) -> None:
         record(0, [0.3], [0.1], chosen_statements=[], rejected_statements=[]),
         record(1, [0.1], [0.3], chosen_statements=["图中有一只猫。"], fallbacks={"chosen": "added words"}),
     ]
-    page, _ = write_hardness_page(write_stage(tmp_path, rows, skipped=[{"id": "9", "reason": "x"}]), tmp_path / "out")
+    folder = write_stage(tmp_path, rows, skipped=[{"id": "9", "reason": "x"}])
+    page, _ = write_hardness_page(folder, tmp_path / "out", tmp_path / "images")
     text = Reader(page.read_text()).text
     assert "图中有一只猫。" in text and "chosen split by rules (added words)" in text
     assert "1 pairs were left out" in text and "of 4: added words 1" in text
@@ -145,22 +148,59 @@ def test_other_scripts_and_given_scores_are_drawn(tmp_path: Path) -> None:
 
 def test_many_pairs_make_no_huge_page(tmp_path: Path) -> None:
     rows = [record(n, [0.001 * n] * (1 + n % 5), [0.2] * (1 + n % 3)) for n in range(4000)]
-    page, _ = write_hardness_page(write_stage(tmp_path, rows), tmp_path / "out", count=1)
+    page, _ = write_hardness_page(write_stage(tmp_path, rows), tmp_path / "out", tmp_path / "images", 1)
     assert page.stat().st_size < 1_000_000
 
 
 def test_the_command_by_both_names_and_its_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_stage(tmp_path)
-    assert main(["hardness", "show", str(folder)]) == 0
+    assert main(["hardness", "show", str(folder), "--image_folder", str(tmp_path / "images")]) == 0
     assert f"written to {folder / 'hardness.html'} and {folder / 'hardness.png'}" in capsys.readouterr().out
     assert main(["hardness_show", str(folder), "--out", str(tmp_path / "out"), "--pairs", "0"]) == 1
     assert "--pairs 0: expected 1 or more" in capsys.readouterr().err
     (tmp_path / "images").rename(tmp_path / "moved")
-    assert main(["hardness", "show", str(folder)]) == 1
+    assert main(["hardness", "show", str(folder), "--image_folder", str(tmp_path / "images")]) == 1
     assert "give the folder that holds the pictures now as --image_folder" in capsys.readouterr().err
     assert main(["hardness", "show", str(folder), "--image-folder", str(tmp_path / "moved")]) == 0
     with pytest.raises(StageError, match="no manifest.json"):
         write_hardness_page(tmp_path, tmp_path)
+
+
+def test_images_inside_the_stages_own_folder_need_no_flag(tmp_path: Path) -> None:
+    folder = write_stage(tmp_path)
+    assert write_hardness_page(tmp_path / "hardness", tmp_path / "a", tmp_path / "images")
+    (tmp_path / "images").rename(folder / "images")
+    rewrite_summary(folder, image_folder=str(folder / "images"))
+    page, _ = write_hardness_page(folder, tmp_path / "b", count=2)
+    assert len(Reader(page.read_text()).pictures) == 5
+
+
+@pytest.mark.parametrize("named", ["images", "..", "/", "hardness/../images", "link", None, 5, ["images"]])
+def test_a_manifest_of_somebody_else_shows_no_other_folders_images(named: Any, tmp_path: Path) -> None:
+    """Where the stage lies, beside it, at the root, and behind a link inside it."""
+    folder = write_stage(tmp_path)
+    (folder / "link").symlink_to(tmp_path / "images")
+    if isinstance(named, str):
+        named = str((folder if named == "link" else tmp_path) / named)
+    rewrite_summary(folder, image_folder=named)
+    with pytest.raises(StageError, match="image_folder is .*\nRemedy: give the folder .* --image_folder"):
+        write_hardness_page(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("image", ["../secret.png", "/etc/hosts", "link.png"])
+def test_records_of_somebody_else_lead_out_of_no_folder(image: str, tmp_path: Path) -> None:
+    folder = write_stage(tmp_path, [record(0, [0.3], [0.1], image=image)])
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "images/link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match="image path .* (leaves the image folder|is absolute)"):
+        write_hardness_page(folder, tmp_path / "out", tmp_path / "images")
+
+
+def rewrite_summary(folder: Path, **facts: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["summary"] |= facts
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_records_of_an_earlier_version_are_refused(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
     with open_stage(tmp_path, "toy", INPUTS, [2]) as stage:
         with pytest.raises(StageError, match="chunk 0 has 1 records, planned were 2"):
             stage.append([{"id": "0"}])
-        with pytest.raises(ValueError, match="not JSON compliant"):
+        with pytest.raises(ValueError, match="toy: a record: expected finite numbers, got NaN .* in v\nRemedy"):
             stage.append([{"v": float("nan")}, {}])
         with pytest.raises(StageError, match="finished after 0 of 1 chunks"):
             stage.finish({})

@@ -33,7 +33,7 @@ def synth_flags(commands):
 
 
 def test_the_papers_models():
-    images, rank_images, respond, rank_responses, report = steps = synth_flags(dry_run())
+    images, rank_images, respond, rank_responses, report = steps = synth_flags(dry_run("--trust_remote_code"))
     assert [args.step for args in steps] == ["images", "rank-images", "respond", "rank-responses", "report"]
     for args in steps[:4]:
         assert command.flag_faults(args, [args.step]) == []
@@ -45,7 +45,22 @@ def test_the_papers_models():
     assert rank_responses.margin == 0 and report.hardness == "runs/x/round-1/hardness"
 
 
-def test_code_of_others_runs_only_where_the_reward_needs_it():
+@pytest.mark.parametrize("reward", ["text:RLHFlow/ArmoRM-Llama3-8B-v0.1", "text:evil/MyArmoRM", "text:./ArmoRM"])
+def test_no_name_of_a_reward_lets_code_run(reward):
+    assert not any("--trust_remote_code" in words for words in dry_run(REWARD=reward))
+    asked = [words for words in dry_run("--trust_remote_code", REWARD=reward) if "--trust_remote_code" in words]
+    assert asked and all("rank-responses" in words for words in asked)
+
+
+def test_the_default_reward_is_refused_before_any_work_where_its_code_may_not_run(tmp_path):
+    environment = os.environ | {"OUTPUT": str(tmp_path / "out")}
+    line = ["bash", str(ROOT / "scripts/synthalign_7b.sh")]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert "expected --trust_remote_code\nRemedy: read that code" in done.stderr
+
+
+def test_code_of_others_runs_only_where_the_flag_says_so():
     served = synth_flags(dry_run(REWARD="http-text:http://127.0.0.1:9/score", IMAGE_REWARD="http:http://127.0.0.1:8/"))
     assert not served[3].trust_remote_code and served[1].image_reward == ["http:http://127.0.0.1:8/"]
     assert command.flag_faults(served[1], ["rank-images"]) == command.flag_faults(served[3], ["rank-responses"]) == []
