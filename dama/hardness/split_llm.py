@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dama.chat import ChatClient, ChatRequest, ChatSettings
+from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts
 from dama.console import digest_of
 from dama.hardness.clip import PRECISIONS, weights_digest
 from dama.hardness.split import BULLET, Split, as_statement, split_statements
@@ -58,7 +58,9 @@ def server_splitter(settings: ChatSettings, cache: str | Path) -> LlmSplitter:
 
     def ask(answers: Sequence[str]) -> list[str | None]:
         requests = [ChatRequest(digest_of(answer), (_message(answer),)) for answer in answers]
-        replies = client.ask(requests, accept=lambda text: bool(read_statements(text)), tries=2, desc="splitting")
+        replies = client.ask(
+            requests, accept=lambda text: bool(read_statements(text)), tries=2, desc="splitting", needed=False
+        )
         return [replies[request.id].text for request in requests]
 
     return LlmSplitter(ask, {"llm": settings.model, "prompt": digest_of(PROMPT)})
@@ -135,8 +137,8 @@ class _Batches:
 
 
 def read_statements(reply: str) -> list[str]:
-    """The lines of a reply as statements, without list marks and without an announcement such as "Here they are:"."""
-    lines = [BULLET.sub("", line).strip() for line in reply.splitlines()]
+    """The lines of a reply as statements: no thoughts, no list marks, no announcement such as "Here they are:"."""
+    lines = [BULLET.sub("", line).strip() for line in after_thoughts(reply).splitlines()]
     lines = [line for line in lines if re.search(r"\w", line)]
     if lines and lines[0].endswith(":"):
         del lines[0]
