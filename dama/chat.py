@@ -194,7 +194,8 @@ class ChatClient:
         A text that `accept` turns down is asked for anew, up to `tries` times in all; if none is accepted the last one
         is returned. Requests of equal content are asked once. A request that fails for good is a reply with an error.
         Requests go one by one until the server has answered this client once. Raises ChatError where before that one
-        fails in a way in which all others would; and, if replies are `needed`, where several fail, or all.
+        fails in a way in which all others would; and, if replies are `needed` and the cache has none, where several
+        fail, or all.
         """
         repeated = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
         if repeated:
@@ -293,11 +294,6 @@ class ChatClient:
                 for task in tasks:
                     task.cancel()
 
-    @property
-    def _is_answered(self) -> bool:
-        """Whether the server has ever answered, in this run or in one whose replies the cache holds."""
-        return self.usage.asked + self.usage.cached > 0
-
     async def _scout(
         self,
         groups: Sequence[_Group],
@@ -311,14 +307,14 @@ class ChatClient:
         """
         asked: list[tuple[_Group, ChatReply]] = []
         failures = 0
-        while len(asked) < len(groups) and not self._is_answered:
+        while len(asked) < len(groups) and not self.usage.asked:
             group = groups[len(asked)]
             reply, error = await settle(group)
             asked.append((group, reply))
             if error is None:
                 break
             failures += not is_of_one_request(error)
-            none = needed and (failures == _SCOUTS or len(asked) == len(groups))
+            none = needed and not self.usage.cached and (failures == _SCOUTS or len(asked) == len(groups))
             if reason := hopeless(error) or (NOTHING if none else None):
                 raise ChatError(self._unusable(reason, error)) from error
             if failures == _SCOUTS:

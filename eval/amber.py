@@ -30,7 +30,7 @@ from eval.core.nouns import FALLBACK, Tagger, nltk_tagger, rule_tagger
 from eval.core.official import field_faults, read_json, read_records, refuse_faults
 from eval.core.ruled import Score, format_scores, ratios, record, score_of
 from eval.core.types import Answer, Benchmark, Question
-from llava.eval.eval_pope import Reply, count
+from llava.eval.eval_pope import Reply, count, is_undecided
 
 if TYPE_CHECKING:
     from llava.eval.generate import Request
@@ -374,9 +374,11 @@ def _described(
 
 
 def read_answer(text: str) -> Reply | None:
-    """The yes or no that the answer begins with, in any case; None where it begins otherwise."""
+    """The yes or no that the answer begins with, in any case; None where it begins otherwise, also with "No idea"."""
     found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
-    return None if found is None else "yes" if found[1].lower() == "yes" else "no"
+    if found is None or is_undecided(text.strip().split(".")[0].lower()):
+        return None
+    return "yes" if found[1].lower() == "yes" else "no"
 
 
 def official_reading(text: str) -> Reply | None:
