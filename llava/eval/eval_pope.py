@@ -36,7 +36,7 @@ _KNOWING = (
 )
 _UNKNOWN = re.compile(
     rf"\b(?:can't|cannot|can\s+not|couldn't|could\s+not|won't|will\s+not|wouldn't|would\s+not|"
-    rf"(?:not|n't)\s+(?:be\s+)?able|unable|(?:not|n't)\s+possible|impossible|n't\s+think\s+\w+\s+(?:can|could)){_ADVERBS}\s+{_KNOWING}"
+    rf"(?:not|\w+n't)\s+(?:be\s+)?able|unable|(?:not|\w+n't)\s+possible|impossible|\w+n't\s+think\s+\w+\s+(?:can|could)){_ADVERBS}\s+{_KNOWING}"
     rf"|\b(?:not|\w+n't){_ADVERBS}\s+(?:sure|certain|clear|enough|sufficient|confident|positive|obvious|known|knowable|specified|"
     r"stated|determinable|determined|discernible|possible\s+to|able\s+to\s+(?:tell|say|see\s+(?:the|this|any)\s+image))\b"
     rf"|\b(?:don't|do\s+not|doesn't|does\s+not|didn't|did\s+not){_ADVERBS}\s+"
