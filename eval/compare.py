@@ -25,6 +25,7 @@ from eval.core.judge import QUIRKS
 from eval.core.official import Fields, field_faults
 from eval.core.ruled import aligned, cell, ratios
 from eval.core.statistics import Array, Interval, interval, ratio, resample
+from eval.core.store import not_finite
 
 TITLES = {
     "objhal": "Object HalBench",
@@ -136,7 +137,7 @@ _PROVENANCE: Fields = {
     "counts": (dict,),
     "judge": (dict, NoneType),
 }
-_JUDGE: Fields = {"name": (str,), "version": (str,), "prompt_digest": (str,), "temperature": (int, float)}
+_JUDGE: Fields = {"name": (str,), "version": (str,), "prompt_digest": (str,), "temperature": (int, float, NoneType)}
 _ITEM: Fields = {
     "id": (str,),
     "image_id": (str,),
@@ -173,8 +174,10 @@ def _read(path: Path) -> dict[str, Any]:
     remedy = "give a results.json that eval.evaluate wrote, or write it anew"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error})\nRemedy: {remedy}") from error
+    if places := list(not_finite(content)):  # Python reads them, browsers and other programs do not
+        raise ValueError(fault_list(f"{path}: not JSON compliant", places, remedy))
     if faults := _content_faults(content):
         raise ValueError(fault_list(str(path), faults, remedy))
     return content
@@ -265,11 +268,16 @@ def _pairing_faults(first: Results, other: Results) -> Iterator[str]:
             shown = ", ".join(alone[:5]) + ", ..." * (len(alone) > 5)
             yield f"items: {len(alone)} of {len(run.items)} are in {run.name} but not in {lacking.name}: {shown}"
     for field in ("image_id", "prompt", "truth"):
-        shared = [id_ for id_ in first.items if id_ in other.items]
+        shared = [id_ for id_ in first.items if id_ in other.items and not _lacks_truth(first, other, id_, field)]
         unlike = [id_ for id_ in shared if first.items[id_][field] != other.items[id_][field]]
         if unlike:
             pair = " and ".join(repr(run.items[unlike[0]][field])[:60] for run in (first, other))
             yield f"items: {len(unlike)} of {len(shared)} have another {field}, e.g. {unlike[0]}: {pair}"
+
+
+def _lacks_truth(first: Results, other: Results, id_: str, field: str) -> bool:
+    """A missing answer is never scored, so its record has the question's truth as text, whatever the benchmark."""
+    return field == "truth" and any("missing" in run.items[id_] for run in (first, other))
 
 
 # -------------------------------------------------------------------------------------------------------- comparing
@@ -406,7 +414,9 @@ def made_by(run: Results) -> str:
     if run.judge is None:
         return f"protocol {run.protocol}"
     version = run.judge["version"] or "version not named"
-    return f"protocol {run.protocol}, judge {run.judge['name']} ({version}) at temperature {run.judge['temperature']}"
+    warmth = run.judge["temperature"]
+    temperature = "its own temperature" if warmth is None else f"temperature {warmth}"
+    return f"protocol {run.protocol}, judge {run.judge['name']} ({version}) at {temperature}"
 
 
 def _difference_table(comparison: Comparison, number: int) -> str:

@@ -15,6 +15,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ BENCHMARKS = ("objhal", "amber", *JUDGED, "pope")
 PARTED = ("amber", "pope")  # --limit takes the first questions of each part
 TEMPLATE = "vicuna_v1"
 TRIES = 3  # for a verdict that can be read
+_LONGEST_NAME = 255  # bytes of a file's name on most systems
 
 
 class EvaluateError(ValueError):
@@ -139,7 +141,20 @@ def answer(
         ensure_answers(responder, requests, bench.image_folder, folder, decoding, args)
         manifests[part] = read_stage(folder, STAGE)[0]
         answers += read_answers(folder / f"{STAGE}.jsonl")
+    say_missing(task, answers)
     return answers, manifests
+
+
+def say_missing(task: Task, answers: Sequence[Answer]) -> None:
+    """Logs how many answers a server did not give, by reason. Raises EvaluateError where it gave none."""
+    reasons = Counter(answer.missing for answer in answers if answer.missing)
+    if not reasons:
+        return
+    listed = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common(5))
+    message = f"{task.name}: no answer to {reasons.total()} of {len(answers)} questions ({listed})"
+    if reasons.total() == len(answers):
+        raise EvaluateError(f"{message}\nRemedy: correct what the server names, e.g. by a larger --max-new-tokens")
+    say(f"{message}; counted as missing, in no metric")
 
 
 def overridden(published: Decoding, args: argparse.Namespace) -> Decoding:
@@ -164,6 +179,7 @@ def score(
         metrics, counts, items = result.metrics_record(), result.counts(), [item.record() for item in result.items]
     else:
         metrics, counts, items = result.metrics, result.counts, result.items
+    items = [*items, *bench.missing_records(answers)]
     settings = {part: _decoding_of(manifest) for part, manifest in manifests.items()}
     fingerprint = next(iter(manifests.values()))["fingerprint"]
     provenance = Provenance(
@@ -190,6 +206,7 @@ def verdicts(task: Task, bench: Any, answers: list[Answer], out: Path, args: arg
     if not args.judge_base_url:
         return replay(out, module.judge_requests(bench, answers, **quirks))
     settings = module.JUDGE.settings(args.judge_base_url, args.judge_model, concurrency=args.judge_concurrency)
+    settings = settings.without(args.judge_omit)
     repeats = {"runs": args.judge_runs} if task.name in JUDGED else {}
     tries = getattr(module, "TRIES", TRIES)
     run = module.judge(bench, answers, settings, out, tries=tries, **repeats, **quirks)
@@ -283,6 +300,10 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
         help="verdicts on each answer, for mmhal, llavabench and mmvet, whose paper takes 5 (default: 1)",
     )  # fmt: skip
     group.add_argument(
+        "--judge-omit", nargs="+", default=(), choices=("max_tokens", "temperature"), metavar="SETTING",
+        help="settings that the judge refuses, to be left to it: max_tokens, temperature",
+    )  # fmt: skip
+    group.add_argument(
         "--judge-prices", type=float, nargs=2, metavar=("PROMPT", "COMPLETION"),
         help="of a million tokens each, to have the cost said",
     )  # fmt: skip
@@ -313,6 +334,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         faults.append(f"--mode {args.mode}: expected {' or '.join(known) or 'none'} for {args.benchmark}")
     for task in tasks_of(args):
         faults += _task_faults(task, args)
+    faults += [f"checkpoint {path!r}: {fault}" for path in checkpoints(args) if (fault := _name_fault(path))]
     if faults:
         raise EvaluateError(fault_list("evaluate", faults, "see python -m eval.evaluate --help"))
     if args.processes is None:
@@ -354,6 +376,14 @@ def checkpoints(args: argparse.Namespace) -> list[str]:
 
 def responder_at(path: str, args: argparse.Namespace) -> Responder:
     return responder_of(argparse.Namespace(**(vars(args) | {"model_path": path})))
+
+
+def _name_fault(path: str) -> str:
+    """Why the checkpoint's name cannot name the folder of its results, or ""."""
+    name = get_model_name_from_path(path)
+    if name.strip(". ") == "" or any(part in name for part in ("/", "\\")) or not name.isprintable():
+        return f"expected a name that can be that of a folder below --out, got {name!r}"
+    return "" if len(name.encode()) <= _LONGEST_NAME else f"expected a name of {_LONGEST_NAME} bytes or fewer"
 
 
 def check_checkpoints(args: argparse.Namespace) -> None:

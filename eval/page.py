@@ -194,6 +194,8 @@ def marked(record: Mapping[str, Any]) -> list[tuple[str, str | None]]:
 
 def _facts(record: Mapping[str, Any]) -> Iterable[str]:
     """What the scorer found in an answer, in words."""
+    if record.get("missing"):
+        yield f"no answer: {record['missing']}"
     if record["spans"]:
         yield f"{len(record['spans'])} hallucinated"
     if record.get("missed"):
