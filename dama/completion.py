@@ -241,7 +241,7 @@ def remedy_of(reason: str, base_url: str, error: Exception) -> str:
     if reason == SETTING:
         named = _SETTING_NAME.search(f"{getattr(error, 'param', None) or ''} {error}")
         name = named[0].replace("max_completion_tokens", "max_tokens") if named else SETTINGS[0]
-        return f"leave it out: --judge-omit {name} for a judge, --omit {name} for a model that answers"
+        return f"leave it to the server: --judge-omit {name} for a judge of eval.evaluate, --omit {name} elsewhere"
     return _REMEDIES[reason]
 
 

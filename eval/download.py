@@ -111,7 +111,7 @@ class _Run:
                 self._make(file, file.package)
 
     def _have(self, file: File) -> bool:
-        """Whether it is there. Another digest than the published or the recorded one is a fault; so is another content."""
+        """Whether it is there. A digest neither published nor recorded is a fault, and so is another file's content."""
         if file.instead and (self.folder / file.instead).is_file():
             return True
         path = self.folder / file.path
