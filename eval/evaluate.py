@@ -371,7 +371,7 @@ def _task_faults(task: Task, args: argparse.Namespace) -> list[str]:
 
 
 def checkpoints(args: argparse.Namespace) -> list[str]:
-    return [path for path in (args.checkpoint, args.compare) if path]
+    return [path for path in (args.checkpoint, args.compare) if path is not None]
 
 
 def responder_at(path: str, args: argparse.Namespace) -> Responder:
