@@ -56,7 +56,7 @@ class ChatSettings:
 
     temperature, max_tokens (of the reply), top_p, seed: sampling, part of the cache key; None leaves it to the server.
     concurrency: requests under way at once. timeout: seconds that the server may be silent; an attempt may take twice
-    that in all. retries: attempts after the first.
+    that in all. retries: attempts after the first. give_up: whether it is an error that no request is answered.
     """
 
     base_url: str
@@ -68,6 +68,7 @@ class ChatSettings:
     concurrency: int = 8
     timeout: float = 60.0
     retries: int = 6
+    give_up: bool = False
 
     def __post_init__(self) -> None:
         faults = []
@@ -187,15 +188,14 @@ class ChatClient:
         tries: int = 1,
         desc: str = "chat",
         on_reply: Callable[[ChatReply], None] | None = None,
-        needed: bool = True,
     ) -> dict[str, ChatReply]:
         """id -> reply, in the order of the requests; on_reply sees each as it comes.
 
         A text that `accept` turns down is asked for anew, up to `tries` times in all; if none is accepted the last one
         is returned. Requests of equal content are asked once. A request that fails for good is a reply with an error.
         Requests go one by one until the server has answered this client once. Raises ChatError where before that one
-        fails in a way in which all others would; and, if replies are `needed` and the cache has none, where several
-        fail, or all.
+        fails in a way in which all others would; and, with `give_up` and nothing in the cache, where several fail, or
+        all.
         """
         repeated = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
         if repeated:
@@ -219,7 +219,7 @@ class ChatClient:
                 else:
                     open_groups.append((group, number))
             if open_groups:
-                asyncio.run(self._ask_server(open_groups, accept, tries, keep, needed))
+                asyncio.run(self._ask_server(open_groups, accept, tries, keep))
         return {request.id: replies[request.id] for request in requests}
 
     def _by_content(self, requests: Sequence[ChatRequest]) -> list[list[ChatRequest]]:
@@ -263,7 +263,6 @@ class ChatClient:
         accept: Accept,
         tries: int,
         keep: Callable[[Sequence[ChatRequest], ChatReply], None],
-        needed: bool,
     ) -> None:
         import openai
 
@@ -286,7 +285,7 @@ class ChatClient:
                 async with room:
                     keep(group[0], (await settle(group))[0])
 
-            rest = await self._scout(groups, settle, keep, needed)
+            rest = await self._scout(groups, settle, keep)
             tasks = [asyncio.create_task(one(group)) for group in rest]
             try:
                 await asyncio.gather(*tasks)
@@ -299,7 +298,6 @@ class ChatClient:
         groups: Sequence[_Group],
         settle: Callable[[_Group], Awaitable[tuple[ChatReply, Exception | None]]],
         keep: Callable[[Sequence[ChatRequest], ChatReply], None],
-        needed: bool,
     ) -> Sequence[_Group]:
         """Asks one by one until the server answers, and returns the groups that are left.
 
@@ -314,7 +312,8 @@ class ChatClient:
             if error is None:
                 break
             failures += not is_of_one_request(error)
-            none = needed and not self.usage.cached and (failures == _SCOUTS or len(asked) == len(groups))
+            tried = failures == _SCOUTS or len(asked) == len(groups)
+            none = tried and self.settings.give_up and not self.usage.cached
             if reason := hopeless(error) or (NOTHING if none else None):
                 raise ChatError(self._unusable(reason, error)) from error
             if failures == _SCOUTS:

@@ -205,8 +205,9 @@ def verdicts(task: Task, bench: Any, answers: list[Answer], out: Path, args: arg
     module, quirks = task.module, {"official_quirks": args.official_quirks}
     if not args.judge_base_url:
         return replay(out, module.judge_requests(bench, answers, **quirks))
-    settings = module.JUDGE.settings(args.judge_base_url, args.judge_model, concurrency=args.judge_concurrency)
-    settings = settings.without(args.judge_omit)
+    settings = module.JUDGE.settings(
+        args.judge_base_url, args.judge_model, concurrency=args.judge_concurrency, give_up=True
+    ).without(args.judge_omit)
     repeats = {"runs": args.judge_runs} if task.name in JUDGED else {}
     tries = getattr(module, "TRIES", TRIES)
     run = module.judge(bench, answers, settings, out, tries=tries, **repeats, **quirks)

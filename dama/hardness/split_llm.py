@@ -58,9 +58,7 @@ def server_splitter(settings: ChatSettings, cache: str | Path) -> LlmSplitter:
 
     def ask(answers: Sequence[str]) -> list[str | None]:
         requests = [ChatRequest(digest_of(answer), (_message(answer),)) for answer in answers]
-        replies = client.ask(
-            requests, accept=lambda text: bool(read_statements(text)), tries=2, desc="splitting", needed=False
-        )
+        replies = client.ask(requests, accept=lambda text: bool(read_statements(text)), tries=2, desc="splitting")
         return [replies[request.id].text for request in requests]
 
     return LlmSplitter(ask, {"llm": settings.model, "prompt": digest_of(PROMPT)})

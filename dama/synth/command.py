@@ -347,8 +347,9 @@ def open_reward(args: argparse.Namespace, word: str, step: str, device: str) -> 
     if kind == "image-text":
         return rewards.ImageTextReward(what, device=device, reduction=args.reduction)
     if kind == "judge":
-        settings = ChatSettings(args.base_url, what, max_tokens=rewards.JUDGE_TOKENS, concurrency=args.concurrency)
-        settings = settings.without(args.omit)
+        settings = ChatSettings(
+            args.base_url, what, max_tokens=rewards.JUDGE_TOKENS, concurrency=args.concurrency, give_up=True
+        ).without(args.omit)
         return rewards.JudgeReward(settings, step_folder(args.out, step) / "replies.jsonl")
     if kind in ("http", "http-text"):
         return rewards.EndpointReward(what, sees_image=kind == "http")

@@ -149,6 +149,7 @@ class ServedResponder:
             seed=seed,
             concurrency=self.concurrency,
             timeout=600.0,
+            give_up=not self._answered,
         ).without(self.omit)
         asked = [
             ChatRequest(f"{question.id}#{sample}", (self._turn(question, images),), sample)
@@ -156,7 +157,7 @@ class ServedResponder:
             for sample in range(sampling.samples)
         ]
         client = ChatClient(settings, self.cache)
-        replies = client.ask(asked, desc=self.name, needed=not self._answered).values()
+        replies = client.ask(asked, desc=self.name).values()
         self._answered = True
         missing = [f"{reply.id}: {reply.missing}" for reply in replies if reply.missing]
         if missing:

@@ -287,6 +287,7 @@ class ServedAnswerer:
             seed=decoding.seed,
             concurrency=self.concurrency,
             timeout=self.timeout,
+            give_up=True,
         ).without(self.omit)
 
     @staticmethod

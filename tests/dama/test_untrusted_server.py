@@ -25,7 +25,8 @@ def ask_of(*questions):
 
 
 def client_of(base_url, cache=None, **settings):
-    return ChatClient(ChatSettings(base_url, "judge", **({"retries": 1, "timeout": 5.0} | settings)), cache)
+    settings = {"retries": 1, "timeout": 5.0, "give_up": True} | settings
+    return ChatClient(ChatSettings(base_url, "judge", **settings), cache)
 
 
 def body(message, *, finish="stop", usage=None, **others):
@@ -223,11 +224,11 @@ def test_prompts_that_are_too_long_are_faults_of_their_own():
     assert "context length" in replies["q0"].error
 
 
-def test_where_replies_are_not_needed_all_failures_are_counted(monkeypatch):
+def test_without_giving_up_all_failures_are_counted(monkeypatch):
     monkeypatch.setattr("dama.chat._LONGEST_PAUSE", 0.01)
     with ScriptedServer(lambda call: failure(500, "out of order")) as url:
-        client = client_of(url)
-        replies = client.ask(ask_of(*"abcdefgh"), needed=False)
+        client = client_of(url, give_up=False)
+        replies = client.ask(ask_of(*"abcdefgh"))
     assert len(replies) == client.usage.failed == 8
 
 
@@ -358,7 +359,7 @@ def test_a_reply_has_a_longest_time(head):
     """A byte now and then keeps any limit on silence from firing; the attempt ends all the same."""
     with Dripping(head) as url:
         started = time.monotonic()
-        with pytest.raises(ChatError, match="no complete reply within 1 seconds|ProtocolError"):
+        with pytest.raises(ChatError, match="no complete reply within 1 seconds"):
             client_of(url, retries=0, timeout=0.5).ask(ask_of("a"))
     assert time.monotonic() - started < 6
 
