@@ -34,7 +34,8 @@ DEFAULT_FOLDER = Path("playground/data/eval")
 RECORD = "downloads.json"
 AT_ONCE = 8  # downloads
 LARGEST_PICTURE = 1 << 26  # bytes
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by a file that is not as it should be
+# Raised by a file that is not as it should be.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 REMEDY = (
     "Remedy: run `python -m eval.download` where the homes can be reached (it continues what was interrupted), put the "
     "files in their places by hand (`--list` names every one), or name a folder that has them as DAMA_BENCH_DATA"

@@ -98,10 +98,12 @@ class _Limits:
 
     def __init__(self, largest: int, held: int) -> None:
         self.largest, self._held, self._started = largest, held, time.monotonic()
+        self.exceeded = False
 
     def check(self, size: int) -> None:
         """Raises RefusedError. size: bytes that are there now."""
         if size > self.largest:
+            self.exceeded = True
             raise RefusedError(f"expected at most {self.largest} bytes, got more")
         seconds = time.monotonic() - self._started
         if seconds > PATIENCE and max(0, size - self._held) < LEAST_PACE * (seconds - PATIENCE):
@@ -118,7 +120,7 @@ def _until_whole(url: str, part: Path, pinned: bool, largest: int, report: Repor
             limits.check(min(before, largest))
             return _continue(url, part, pinned, limits, report)
         except RefusedError as error:
-            if _size(part) > largest:
+            if limits.exceeded:  # what came is no part of the file
                 _forget(part)
             raise error
         except HTTPError as error:

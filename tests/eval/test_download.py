@@ -248,24 +248,35 @@ LLAVA_BENCH = {
 LOGIN = b"<!doctype html><title>Log in</title>"
 
 
-@pytest.mark.parametrize("wrong", [LOGIN, b'{"error": "log in first"}', b"", b"Access denied", b"[1, 2]", b"\xff\xfe", b"[" * 9999])
+def faults_of(name, folder, **others):
+    """What a fetch complains of; "" where it does not."""
+    try:
+        fetch([name], folder, **others)
+    except DownloadError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "wrong", [LOGIN, b'{"error": "log in first"}', b"", b"Access denied", b"[1, 2]", b"\xff\xfe", b"[" * 9999]
+)
 @pytest.mark.parametrize("path", ["llava_bench/questions.jsonl", "mmvet/mm-vet.zip", "mmvet/mm-vet_evaluator.py"])
 def test_another_content_never_becomes_the_reference(tmp_path, path, wrong, capsys):
     """It is neither kept nor recorded; and the right file, which comes later or by hand, is taken."""
     name = {"llava_bench": "llavabench"}.get(path.split("/")[0], "mmvet")
     right = LLAVA_BENCH | {"mmvet/mm-vet.zip": mm_vet({"v1_0.jpg": jpeg()}), "mmvet/mm-vet_evaluator.py": b"pass"}
-    with FileServer(right | {path: wrong}) as url, pytest.raises(DownloadError, match=f"(?s){path}: .*expected"):
-        fetch([name], tmp_path, mirror=url)
+    with FileServer(right | {path: wrong}) as url:
+        assert re.search(rf"{path}[^\n]*\((expected|'utf-8' codec)", faults_of(name, tmp_path, mirror=url))
     record = tmp_path / "downloads.json"
     assert not (tmp_path / path).exists() and (not record.exists() or path not in json.loads(record.read_text()))
     (tmp_path / path).parent.mkdir(exist_ok=True)
     (tmp_path / path).write_bytes(wrong)  # saved by a browser
-    with pytest.raises(DownloadError, match=f"{path}: its content is that of another file: .*; delete it to have it"):
-        fetch([name], tmp_path, offline=True)
-    (tmp_path / path).write_bytes(right[path])
-    with pytest.raises(DownloadError) as error:
-        fetch([name], tmp_path, offline=True)
-    assert f"{path}: its content" not in str(error.value)
+    (tmp_path / "mmvet/mm-vet.json").unlink(missing_ok=True)
+    with FileServer({}) as url:
+        said = faults_of(name, tmp_path, mirror=url)
+        assert f"{path}: its content is that of another file" in said and "; delete it to have it" in said
+        (tmp_path / path).write_bytes(right[path])
+        assert "its content" not in faults_of(name, tmp_path, mirror=url)
 
 
 def test_a_wrong_record_is_replaced_as_the_message_says(tmp_path, capsys):
@@ -320,7 +331,7 @@ def test_a_file_of_known_size_ends_there(tmp_path):
     server = FileServer({"a": CONTENT * 100})
     with server as url, pytest.raises(TransferError, match="expected at most 10240 bytes, got more"):
         download(f"{url}/a", tmp_path / "a", sha256(CONTENT).hexdigest(), size=len(CONTENT))
-    assert left_in(tmp_path) == [] or (tmp_path / "a.part").stat().st_size <= len(CONTENT)
+    assert left_in(tmp_path) == []
     assert len(server.seen) == 1
 
 
@@ -370,7 +381,7 @@ OK = b"HTTP/1.1 200 OK\r\n\r\n"
         (OK, b"x" * 65536, 0, "expected at most 1000000 bytes"),
         (OK, b"x", 0.02, "slower than 1000 bytes a second"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n", b"x", 0.02, "slower than 1000 bytes a second"),
-        (b"HTTP/1.1 200 OK\r\nX-Padding: ", b"x", 0.02, "slower than|RemoteDisconnected|closed|BadStatusLine|IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nX-Padding: ", b"x", 0.02, "slower than|RemoteDisconnected|closed|BadStatusLine"),
         (b"", b"x", 0.02, "slower than|RemoteDisconnected|closed|BadStatusLine|LineTooLong"),
     ],
 )
@@ -389,10 +400,9 @@ def test_a_download_has_a_largest_size_and_a_least_pace(tmp_path, monkeypatch, h
 def test_a_byte_for_each_connection_is_too_slow(tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "PATIENCE", 0.3)
     server = FileServer({"a": CONTENT}, cut={"a": list(range(1, 10_000))})
+    monkeypatch.setattr(transfer, "PAUSE", 0.02)
     with server as url, pytest.raises(TransferError, match="slower than"):
-        for _ in range(1):
-            monkeypatch.setattr(transfer, "PAUSE", 0.02)
-            download(f"{url}/a", tmp_path / "a", sha256(CONTENT).hexdigest())
+        download(f"{url}/a", tmp_path / "a", sha256(CONTENT).hexdigest())
 
 
 def test_unknown_benchmarks(capsys):
