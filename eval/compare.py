@@ -2,7 +2,8 @@
 
     python -m eval.compare BASE/results.json ALIGNED/results.json [MORE/results.json ...] [--names A B ...] [--json]
 
-Every later result is compared with the first on the same items; all of them meet the same pictures in each resample.
+The first is the base: differences are every later result minus the first, on the same items; all of them meet the same
+pictures in each resample.
 Results that were not made alike (benchmark, protocol, judge, items) are refused, naming every difference.
 """
 
@@ -241,7 +242,7 @@ def refuse_different(runs: Sequence[Results]) -> None:
     faults += [fault for other in others for fault in _pairing_faults(first, other)]
     if faults:
         remedy = (
-            f"score both in one way, as `python -m eval.evaluate {first.benchmark} CHECKPOINT --compare OTHER` does; "
+            f"score both in one way, as `python -m eval.evaluate {first.benchmark} CHECKPOINT --compare BASE` does; "
             "figures of other protocols, judges or questions are not comparable"
         )
         raise ValueError(fault_list("not comparable", faults, remedy))
@@ -450,6 +451,7 @@ def notes_on(comparison: Comparison) -> list[str]:
     runs, first = comparison.runs, comparison.runs[0]
     notes = ["Intervals: 95 %, bootstrap over pictures, each figure by itself."]
     if len(runs) > 1:
+        notes.append(f"Differences: each minus the base, {first.name}.")
         notes.append("Of 20 figures without any true difference, about one shows a clear one by chance.")
     if comparison.pictures < FEW_PICTURES:
         notes.append(f"Pictures: only {comparison.pictures}, too few for intervals to be relied on.")

@@ -1,7 +1,7 @@
 """One command for every benchmark: fetch what is missing, generate, score, print a table, write results.json.
 
     python -m eval.evaluate objhal CHECKPOINT
-    python -m eval.evaluate mmhal CHECKPOINT --compare OTHER --judge-base-url http://127.0.0.1:8000/v1 --judge-model M
+    python -m eval.evaluate mmhal CHECKPOINT --compare BASE --judge-base-url http://127.0.0.1:8000/v1 --judge-model M
     python -m eval.evaluate all CHECKPOINT
 
 Everything goes to OUT/<checkpoint's name>/<benchmark>/: answers/ (a resumable stage), a judge's verdicts.jsonl,
@@ -238,7 +238,7 @@ def say_results(task: Task, bench: Any, outcomes: Mapping[str, Outcome]) -> None
     names, paths = list(outcomes), [outcome.path for outcome in outcomes.values()]
     home = paths[0].parent
     lines = [task.module.format_table({name: outcome.score for name, outcome in outcomes.items()})]
-    if len(outcomes) > 1:  # OTHER is what the checkpoint is measured against
+    if len(outcomes) > 1:  # the base comes second here, and first in a comparison
         lines.append(compare(paths[::-1], names[::-1]).text)
     say("\n\n".join(lines))
     write_atomic(home / "table.txt", "\n\n".join(lines) + "\n")
@@ -255,7 +255,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("benchmark", choices=(*BENCHMARKS, "all"))
     parser.add_argument("checkpoint", help="folder or hub name; with --backend openai the name that the server lists")
-    parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint: both in the table, with differences")
+    parser.add_argument(
+        "--compare", metavar="BASE",
+        help="the baseline, answered and scored as well; differences are CHECKPOINT minus BASE",
+    )  # fmt: skip
     parser.add_argument("--out", default="runs/eval", metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--mode",

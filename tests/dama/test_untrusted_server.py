@@ -12,10 +12,13 @@ import zlib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dama import bounded_http
 from dama.chat import ChatClient, ChatError, ChatRequest, ChatSettings, after_thoughts
+from dama.console import write_atomic
 from dama.redact import HIDDEN, redacted
+from dama.synth.respond import NO_ANSWER, Question, Sampling, ServedResponder, _records
 from dama.synth.rewards import EndpointReward, Judged, read_grade
 from tests.openai_server import Scripted, ScriptedServer, completion, failure
 
@@ -475,3 +478,45 @@ def test_the_servers_address_is_shown_without_credentials():
     with pytest.raises(ValueError) as failed:
         reward.score([Judged(Path("none.png"), "", "text")])
     assert "pass-word-42" not in f"{failed.value} {reward.name} {reward.identity()}"
+
+
+# -------------------------------------------------------------------------------------------------- answers for pairs
+
+
+def test_answers_for_pairs_have_no_thoughts_and_missing_ones_are_faults(tmp_path, capsys):
+    """A served model that thinks, thinks only, refuses, sends chunks and half a surrogate pair."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    replies = iter(
+        [
+            says("<think>no</think> A cup. "),
+            says("<think>A cup", finish="length"),
+            body({"content": None, "refusal": "No."}),
+            says([{"type": "text", "text": "A red cup."}]),
+            Scripted(200, says("A XX cup.").body.replace(b"XX", b"\\ud83d")),
+        ]
+    )
+    questions = [Question(f"q{i}", "a.png", f"What is it, {i}?") for i in range(5)]
+    with ScriptedServer(lambda call: next(replies)) as url:
+        served = ServedResponder("m", url, tmp_path / "replies.jsonl", concurrency=1)
+        answers = served.answer(questions, tmp_path, Sampling(), 0)
+    assert answers == [["A cup."], [""], [""], ["A red cup."], ["A \N{REPLACEMENT CHARACTER} cup."]]
+    said = capsys.readouterr().out
+    assert "2 of 5 requests without answer, e.g. q1#0: thoughts without an answer, finish reason length" in said
+    kept = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["finish"] for row in kept] == ["stop", "length", "refusal: No.", "stop", "stop"]
+    records = _records("local", questions, [["<think>no</think> A cup."], ["<think>A"], ["a"], [""], ["b"]])
+    assert [record["text"] for record in records] == ["A cup.", "", "a", "", "b"]  # local models think as well
+    assert [record["fault"] for record in records] == ["", NO_ANSWER, "", NO_ANSWER, ""]
+
+
+def test_files_with_replies_have_the_rights_of_new_files(tmp_path):
+    for umask, rights in ((0o077, 0o600), (0o022, 0o644), (0o027, 0o640)):
+        old = os.umask(umask)
+        try:
+            write_atomic(tmp_path / "verdicts.jsonl", "{}\n")
+            with ScriptedServer(lambda call: "fine") as url:
+                client_of(url, tmp_path / f"cache{umask}").ask(ask_of("a"))
+        finally:
+            os.umask(old)
+        for name in ("verdicts.jsonl", f"cache{umask}"):
+            assert (tmp_path / name).stat().st_mode & 0o777 == rights

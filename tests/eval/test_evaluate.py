@@ -294,6 +294,7 @@ def test_two_checkpoints(command, tmp_path, capsys):
     assert command("objhal", "--compare", str(other)) == 0
     said = capsys.readouterr().out
     assert "other and llava have the same weights." in said and "mention-level" in said
+    assert "llava - other" in said and "Differences: each minus the base, other." in said
     assert (tmp_path / "out/other/objhal/results.json").exists()
     page = (tmp_path / "out/llava/objhal/page.html").read_text()
     assert page.count("data:image") == 6
