@@ -242,6 +242,8 @@ def test_a_served_model_that_thinks_refuses_and_breaks_off(command, tmp_path, ca
     assert content["metrics"]["mean_words"] == 3.0
     rows = [json.loads(line) for line in (home / "answers/answers.jsonl").read_text().splitlines()]
     assert sorted(row["finish_reason"] for row in rows)[:2] == ["content_filter", "length"]
+    page = (home / "page.html").read_text()
+    assert page.count('"state": "missing"') == 4 and "No answer" in page and '"state": "unparsed"' not in page
     said = capsys.readouterr().out
     assert "objhal: no answer to 4 of 6 questions" in said and "1: refusal: I can't help." in said
     assert "no answer: refusal" in (home / "page.html").read_text().replace("\\u0027", "'")
