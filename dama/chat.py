@@ -1,6 +1,7 @@
 """Asking an OpenAI-compatible server: concurrent, retried, cached by content.
 
-The key is read from OPENAI_API_KEY and never written; a server that wants none is asked without one.
+The key is read from OPENAI_API_KEY and never written; a server that wants none is asked without one. The server is not
+trusted: replies are bounded in bytes and time, stay on its host, and lose credentials and what no file can hold.
 """
 
 from __future__ import annotations
@@ -8,27 +9,45 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from dama.completion import (
+    NOTHING,
+    SETTINGS,
+    Completion,
+    hopeless,
+    is_of_one_request,
+    pause_before_retry,
+    read_completion,
+    remedy_of,
+    unreadable,
+    well_formed,
+)
 from dama.console import digest_of, regular_file, say
+from dama.redact import redacted, secrets_of_url
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-_LONGEST_PAUSE = 8.0  # seconds between two attempts after an answer that was no answer
+_LONGEST_PAUSE = 8.0  # seconds between two attempts where the server names none
+_SCOUTS = 3  # requests that may fail, one after the other, before the server has answered any
 _SEEDS_A_SAMPLE = 1000  # room for the tries of one sample before the next sample's seeds begin
 
 Accept = Callable[[str], bool]
+_Group = tuple[Sequence["ChatRequest"], int]
+"""Requests of equal content, and the try to go on with."""
 
 
 class ChatError(RuntimeError):
-    """The server cannot be used at all: not there, key refused, model or address unknown to it."""
+    """The server cannot be used at all: not there, key or setting refused, address unknown, no request answered."""
 
 
 @dataclass(frozen=True)
@@ -36,32 +55,55 @@ class ChatSettings:
     """Whom to ask and how. base_url ends in the API's version, e.g. http://127.0.0.1:8000/v1.
 
     temperature, max_tokens (of the reply), top_p, seed: sampling, part of the cache key; None leaves it to the server.
-    concurrency: requests under way at once. timeout: seconds an attempt. retries: attempts after the first.
+    concurrency: requests under way at once. timeout: seconds that the server may be silent; an attempt may take twice
+    that in all. retries: attempts after the first. give_up: whether it is an error that no request is answered.
     """
 
     base_url: str
     model: str
-    temperature: float = 0.0
-    max_tokens: int = 512
+    temperature: float | None = 0.0
+    max_tokens: int | None = 512
     top_p: float | None = None
     seed: int | None = None
     concurrency: int = 8
     timeout: float = 60.0
     retries: int = 6
+    give_up: bool = False
 
     def __post_init__(self) -> None:
         faults = []
-        if not self.base_url.startswith(("http://", "https://")):
-            faults.append(f"base_url: expected http://HOST/v1 or https://HOST/v1, got {self.base_url!r}")
+        if not _is_address(self.base_url):
+            faults.append(f"base_url: expected http://HOST/v1 or https://HOST/v1, got {self.shown_url!r}")
         if not self.model:
             faults.append("model: expected the name that the server gives it, got an empty one")
         for name, least in (("temperature", 0), ("max_tokens", 1), ("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 faults.append(f"{name}: expected {least} or more, got {getattr(self, name)}")
         if self.timeout <= 0:
             faults.append(f"timeout: expected more than 0 seconds, got {self.timeout}")
         if faults:
             raise ValueError("chat settings: " + "; ".join(faults))
+
+    @property
+    def shown_url(self) -> str:
+        """The base URL without its credentials."""
+        return redacted(self.base_url)
+
+    def without(self, names: Collection[str]) -> ChatSettings:
+        """These settings, of which some, named as in `dama.completion.SETTINGS`, are left to the server."""
+        unknown = [name for name in names if name not in SETTINGS]
+        if unknown:
+            raise ValueError(f"chat settings: expected some of {', '.join(SETTINGS)}, got {', '.join(unknown)}")
+        left_out: dict[str, Any] = dict.fromkeys(names)
+        return replace(self, **left_out)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an unfinished [::1
+        return False
 
 
 @dataclass(frozen=True)
@@ -78,7 +120,10 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """What came back: text, or error where nothing usable did. `model` is the version that the server names."""
+    """What came back: text, or error where nothing usable did. `model` is the version that the server names.
+
+    finish: why the text ends, in the server's words, such as "stop" and "length". An empty text is no answer.
+    """
 
     id: str
     text: str | None
@@ -87,6 +132,24 @@ class ChatReply:
     prompt_tokens: int
     completion_tokens: int
     cached: bool
+    finish: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The text without a reasoning model's thoughts, stripped; "" where there is none."""
+        return after_thoughts(self.text or "")
+
+    @property
+    def missing(self) -> str:
+        """Why there is no answer, or ""."""
+        if self.answer:
+            return ""
+        if self.text is None:
+            return self.error or "no reply"
+        if self.finish.startswith("refusal"):
+            return self.finish
+        why = "thoughts without an answer" if self.text.strip() else "empty reply"
+        return f"{why}, finish reason {self.finish or 'not named'}"
 
 
 @dataclass
@@ -107,16 +170,6 @@ class ChatUsage:
     cached_completion_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A reply as the cache keeps it."""
-
-    text: str
-    model: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
 class ChatClient:
     """Asks one model with one setting. cache: a JSONL file that is only appended to; None remembers in memory."""
 
@@ -125,6 +178,7 @@ class ChatClient:
         self.usage = ChatUsage()
         self._path = None if cache is None else Path(cache)
         self._entries = _read_cache(self._path) if self._path is not None else {}
+        self._secrets = secrets_of_url(settings.base_url) | {os.environ.get("OPENAI_API_KEY", "")}
 
     def ask(
         self,
@@ -139,7 +193,9 @@ class ChatClient:
 
         A text that `accept` turns down is asked for anew, up to `tries` times in all; if none is accepted the last one
         is returned. Requests of equal content are asked once. A request that fails for good is a reply with an error.
-        Raises ChatError where the very first request finds no server, or is told that key or model are refused.
+        Requests go one by one until the server has answered this client once. Raises ChatError where before that one
+        fails in a way in which all others would; and, with `give_up` and nothing in the cache, where several fail, or
+        all.
         """
         repeated = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
         if repeated:
@@ -175,18 +231,15 @@ class ChatClient:
     def _sampling(self, request: ChatRequest, number: int) -> dict[str, Any]:
         """What the server is told beside the messages; `number` counts the tries from 0."""
         settings = self.settings
-        chosen: dict[str, Any] = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
-        if settings.top_p is not None:
-            chosen["top_p"] = settings.top_p
-        if settings.seed is not None:
-            chosen["seed"] = settings.seed + _SEEDS_A_SAMPLE * request.sample + number
-        return chosen
+        seed = None if settings.seed is None else settings.seed + _SEEDS_A_SAMPLE * request.sample + number
+        chosen = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, "top_p": settings.top_p}
+        return {name: value for name, value in (chosen | {"seed": seed}).items() if value is not None}
 
     def _key(self, request: ChatRequest, number: int) -> str:
         question = {"model": self.settings.model, "messages": list(request.messages), "sample": request.sample}
         return digest_of(question | {"sampling": self._sampling(request, number), "try": number})
 
-    def _recall(self, request: ChatRequest, accept: Accept, tries: int) -> tuple[_Entry | None, int]:
+    def _recall(self, request: ChatRequest, accept: Accept, tries: int) -> tuple[Completion | None, int]:
         """The reply that the cache settles the request with, or None and the try to go on with."""
         entry = None
         for number in range(tries):
@@ -198,7 +251,7 @@ class ChatClient:
             self.usage.rejected += 1
         return entry, tries
 
-    def _from_cache(self, entry: _Entry) -> ChatReply:
+    def _from_cache(self, entry: Completion) -> ChatReply:
         self.usage.cached += 1
         self.usage.cached_prompt_tokens += entry.prompt_tokens
         self.usage.cached_completion_tokens += entry.completion_tokens
@@ -206,12 +259,14 @@ class ChatClient:
 
     async def _ask_server(
         self,
-        groups: Sequence[tuple[Sequence[ChatRequest], int]],
+        groups: Sequence[_Group],
         accept: Accept,
         tries: int,
         keep: Callable[[Sequence[ChatRequest], ChatReply], None],
     ) -> None:
         import openai
+
+        from dama.bounded_http import BoundedClient
 
         settings = self.settings
         room = asyncio.Semaphore(settings.concurrency)
@@ -219,60 +274,112 @@ class ChatClient:
             base_url=settings.base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=settings.timeout,
-            max_retries=settings.retries,
+            max_retries=0,  # `_once` repeats, and knows what is worth it
+            http_client=BoundedClient(settings.timeout),  # type: ignore[arg-type]  # of httpx, which it takes as well
         ) as server:
 
-            async def one(group: Sequence[ChatRequest], number: int, *, first: bool = False) -> None:
-                async with room:
-                    keep(group, await self._settle(server, group[0], number, accept, tries, first))
+            async def settle(group: _Group) -> tuple[ChatReply, Exception | None]:
+                return await self._settle(server, group[0][0], group[1], accept, tries)
 
-            # One goes ahead: where there is no server, or the key is refused, the others need not find out too.
-            await one(*groups[0], first=True)
-            tasks = [asyncio.create_task(one(group, number)) for group, number in groups[1:]]
+            async def one(group: _Group) -> None:
+                async with room:
+                    keep(group[0], (await settle(group))[0])
+
+            rest = await self._scout(groups, settle, keep)
+            tasks = [asyncio.create_task(one(group)) for group in rest]
             try:
                 await asyncio.gather(*tasks)
             finally:  # where the caller's on_reply raises, the others stop before their connections close
                 for task in tasks:
                     task.cancel()
 
+    async def _scout(
+        self,
+        groups: Sequence[_Group],
+        settle: Callable[[_Group], Awaitable[tuple[ChatReply, Exception | None]]],
+        keep: Callable[[Sequence[ChatRequest], ChatReply], None],
+    ) -> Sequence[_Group]:
+        """Asks one by one until the server answers, and returns the groups that are left.
+
+        Where the server, the key or the address is wrong, the others need not find out too. Raises ChatError.
+        """
+        asked: list[tuple[_Group, ChatReply]] = []
+        failures = 0
+        while len(asked) < len(groups) and not self.usage.asked:
+            group = groups[len(asked)]
+            reply, error = await settle(group)
+            asked.append((group, reply))
+            if error is None:
+                break
+            failures += not is_of_one_request(error)
+            tried = failures == _SCOUTS or len(asked) == len(groups)
+            none = tried and self.settings.give_up and not self.usage.cached
+            if reason := hopeless(error) or (NOTHING if none else None):
+                raise ChatError(self._unusable(reason, error)) from error
+            if failures == _SCOUTS:
+                break
+        for group, reply in asked:
+            keep(group[0], reply)
+        return groups[len(asked) :]
+
     async def _settle(
-        self, server: AsyncOpenAI, request: ChatRequest, start: int, accept: Accept, tries: int, first: bool
-    ) -> ChatReply:
-        """Tries `start`, `start` + 1 ... until one is accepted; a failure ends it."""
+        self, server: AsyncOpenAI, request: ChatRequest, start: int, accept: Accept, tries: int
+    ) -> tuple[ChatReply, Exception | None]:
+        """Tries `start`, `start` + 1 ... until one is accepted; a failure ends it, and is returned beside the reply."""
         import openai
 
         for number in range(start, tries):
             try:
                 entry = await self._once(server, request, number)
             except (openai.APIError, ValueError) as error:
-                if first and number == start and (reason := _hopeless(error)):
-                    raise ChatError(self._unusable(reason, error)) from error
                 self.usage.failed += 1
-                return ChatReply(request.id, None, _describe(error), "", 0, 0, cached=False)
+                return self._failed(request, error), error
             self._remember(request, number, entry)
             if accept(entry.text):
                 break
             self.usage.rejected += 1
-        return _reply(entry, cached=False)
+        return _reply(entry, cached=False), None
 
-    async def _once(self, server: AsyncOpenAI, request: ChatRequest, number: int) -> _Entry:
-        """One try's reply. Errors of transport and status the library repeats; answers it cannot read we repeat."""
+    async def _once(self, server: AsyncOpenAI, request: ChatRequest, number: int) -> Completion:
+        """One try's reply, asked for again where the failure may pass."""
+        import openai
+
         failures = 0
         while True:
             try:
-                completion = await server.chat.completions.create(
-                    model=self.settings.model,
-                    messages=list(request.messages),  # type: ignore[arg-type]
-                    **self._sampling(request, number),
-                )
-                return _entry(completion)
-            except ValueError:
-                if failures == self.settings.retries:
+                return self._clean(await self._attempt(server, request, number))
+            except (openai.APIError, ValueError) as error:
+                pause = pause_before_retry(error, failures, _LONGEST_PAUSE)
+                if pause is None or failures == self.settings.retries:
                     raise
-            await asyncio.sleep(min(_LONGEST_PAUSE, 0.25 * 2**failures))
+            await asyncio.sleep(pause)
             failures += 1
 
-    def _remember(self, request: ChatRequest, number: int, entry: _Entry) -> None:
+    async def _attempt(self, server: AsyncOpenAI, request: ChatRequest, number: int) -> Completion:
+        try:
+            completion = await server.chat.completions.create(
+                model=self.settings.model,
+                messages=list(request.messages),  # type: ignore[arg-type]
+                **self._sampling(request, number),
+            )
+        except (ValueError, RecursionError) as error:
+            raise unreadable(error) from error
+        return read_completion(completion)
+
+    def _clean(self, entry: Completion) -> Completion:
+        """Without the credentials that the server was sent and may echo."""
+        text, model = (redacted(part, self._secrets, known_only=True) for part in (entry.text, entry.model))
+        return replace(entry, text=text, model=model, finish=redacted(entry.finish, self._secrets))
+
+    def _failed(self, request: ChatRequest, error: Exception) -> ChatReply:
+        return ChatReply(request.id, None, self._describe(error), "", 0, 0, cached=False)
+
+    def _describe(self, error: Exception) -> str:
+        """One line: kind, message, and what the connection library said below it; no credentials."""
+        cause = f" ({error.__cause__})" if str(error.__cause__ or "") else ""
+        return " ".join(redacted(well_formed(f"{type(error).__name__}: {error}{cause}"), self._secrets).split())[:500]
+
+    def _remember(self, request: ChatRequest, number: int, entry: Completion) -> None:
         self.usage.asked += 1
         self.usage.prompt_tokens += entry.prompt_tokens
         self.usage.completion_tokens += entry.completion_tokens
@@ -283,57 +390,43 @@ class ChatClient:
             _append(self._path, line)
 
     def _unusable(self, reason: str, error: Exception) -> str:
-        where = f"{self.settings.base_url}, model {self.settings.model}"
-        return f"chat: {reason} ({where}): {_describe(error)}\nRemedy: {_REMEDIES[reason]}"
+        where = f"{self.settings.shown_url}, model {self.settings.model}"
+        remedy = remedy_of(reason, self.settings.shown_url, error)
+        return f"chat: {reason} ({where}): {self._describe(error)}\nRemedy: {remedy}"
 
 
-_REMEDIES = {
-    "no server answers": "start the server, or correct the base URL (it ends in /v1 for most servers)",
-    "the key is refused": "set OPENAI_API_KEY to a key of this server",
-    "the server knows no such model or address": "give the model's name as the server lists it under /models",
-}
+def _reply(entry: Completion, *, cached: bool) -> ChatReply:
+    tokens = entry.prompt_tokens, entry.completion_tokens
+    return ChatReply("", entry.text, None, entry.model, *tokens, cached, entry.finish)
 
 
-def _hopeless(error: Exception) -> str | None:
-    """Why no other request would fare better, or None where this one alone may be at fault."""
-    import openai
-
-    if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-        return "the key is refused"
-    if isinstance(error, openai.NotFoundError):
-        return "the server knows no such model or address"
-    late = isinstance(error, openai.APITimeoutError) and "Connect" not in type(error.__cause__).__name__
-    return "no server answers" if isinstance(error, openai.APIConnectionError) and not late else None
+_TAG = re.compile(
+    r"<(?P<slash>/?)(?:seed:)?(?:think|thinking|thoughts?|reasoning)\s*>|\[(?P<square>/?)THINK\]|◁(?P<arrow>/?)think▷",
+    re.IGNORECASE,
+)
+_CHANNEL = "<|channel|>"
 
 
-def _entry(completion: Any) -> _Entry:
-    """Reads a completion, whose fields the server may have left out; no text at all counts as an empty one.
+def after_thoughts(text: str) -> str:
+    """What a reasoning model says in the end, without the thoughts that some servers send along.
 
-    Raises ValueError for what is no completion.
+    Thoughts end with the last closing tag; the opening one may be missing, since some templates end with it. "" where
+    the thoughts are not closed.
     """
-    try:
-        text = completion.choices[0].message.content or ""
-    except (AttributeError, TypeError, IndexError) as error:
-        got = str(completion)[:200]
-        raise ValueError(f"expected a chat completion with choices[0].message, got {got!r}") from error
-    if not isinstance(text, str):
-        raise ValueError(f"expected text in choices[0].message.content, got {type(text).__name__}")
-    usage = getattr(completion, "usage", None)
-    tokens = [getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens")]
-    return _Entry(text, str(getattr(completion, "model", None) or ""), *tokens)
+    if _CHANNEL in text:  # <|channel|>analysis<|message|>...<|end|>...<|channel|>final<|message|>...
+        _, found, text = text.rpartition(f"{_CHANNEL}final<|message|>")
+        return text.partition("<|")[0].strip() if found else ""
+    tags = list(_TAG.finditer(text))
+    closing = [tag for tag in tags if tag["slash"] or tag["square"] or tag["arrow"]]
+    rest = text[closing[-1].end() :] if closing else text
+    unclosed = _TAG.match(rest.lstrip())
+    return "" if unclosed else rest.strip()
 
 
-def _reply(entry: _Entry, *, cached: bool) -> ChatReply:
-    return ChatReply("", entry.text, None, entry.model, entry.prompt_tokens, entry.completion_tokens, cached)
+_KEPT = ("text", "model", "prompt_tokens", "completion_tokens")
 
 
-def _describe(error: Exception) -> str:
-    """One line: kind, message, and what the connection library said below it."""
-    cause = f" ({error.__cause__})" if str(error.__cause__ or "") else ""
-    return " ".join(f"{type(error).__name__}: {error}{cause}".split())[:500]
-
-
-def _read_cache(path: Path) -> dict[str, _Entry]:
+def _read_cache(path: Path) -> dict[str, Completion]:
     """key -> reply; lines torn by a kill are counted, said and asked for again."""
     if not path.exists():
         return {}
@@ -343,7 +436,7 @@ def _read_cache(path: Path) -> dict[str, _Entry]:
             try:
                 row = json.loads(line)
                 key = row.pop("key")
-                entries[key] = _Entry(*(row[name] for name in ("text", "model", "prompt_tokens", "completion_tokens")))
+                entries[key] = Completion(**{name: row[name] for name in _KEPT}, finish=row.get("finish", ""))
             except (ValueError, TypeError, KeyError, AttributeError):
                 torn += bool(line.strip())
     if torn:

@@ -304,6 +304,10 @@ def add_hardness(commands: Any) -> None:
         "--request_timeout", type=float, default=60.0, metavar="SECONDS",
         help="llm: what the server may take for an attempt, of which there are up to 7. Default: 60",
     )  # fmt: skip
+    group.add_argument(
+        "--omit", nargs="+", default=(), choices=("max_tokens", "temperature"), metavar="SETTING",
+        help="llm: settings that the server refuses, to be left to it: max_tokens, temperature",
+    )  # fmt: skip
     group = parser.add_argument_group("speed")
     group.add_argument("--batch_size", type=int, default=32, metavar="N", help="images at a time. Default: %(default)s")
     group.add_argument(
@@ -364,7 +368,7 @@ def _chat_settings(args: argparse.Namespace) -> Any:
     from dama.hardness.split_llm import REPLY_TOKENS
 
     limits = {"concurrency": args.concurrency, "timeout": args.request_timeout}
-    return ChatSettings(args.base_url, args.judge_model, max_tokens=REPLY_TOKENS, **limits)
+    return ChatSettings(args.base_url, args.judge_model, max_tokens=REPLY_TOKENS, **limits).without(args.omit)
 
 
 def splitter_faults(args: argparse.Namespace) -> list[str]:

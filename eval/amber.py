@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dama.console import digest_of, report_error, say, write_json
 from eval.core.judge import QUIRKS, Parts
-from eval.core.nouns import FALLBACK, Tagger, nltk_tagger, rule_tagger
+from eval.core.nouns import FALLBACK, UNLOADABLE, Tagger, nltk_tagger, rule_tagger
 from eval.core.official import field_faults, read_json, read_records, refuse_faults
 from eval.core.ruled import Score, format_scores, ratios, record, score_of
 from eval.core.types import Answer, Benchmark, Question
-from llava.eval.eval_pope import Reply, count
+from llava.eval.eval_pope import Reply, count, is_undecided
 
 if TYPE_CHECKING:
     from llava.eval.generate import Request
@@ -201,10 +201,10 @@ def _similar_pairs(words: Sequence[str], model: str) -> tuple[list[list[str]], s
         import spacy
 
         pipeline = spacy.load(model)
-    except (ImportError, OSError) as error:
+        vectors = np.array([pipeline(word).vector for word in words])  # [W, D]
+    except UNLOADABLE as error:
         remedy = f"pip install spacy, then python -m spacy download {model}"
         raise ValueError(f"similar words: spaCy's {model} cannot be loaded ({error})\nRemedy: {remedy}") from error
-    vectors = np.array([pipeline(word).vector for word in words])  # [W, D]
     if not vectors.any():
         raise ValueError(
             f"similar words: {model} has no word vectors\nRemedy: use {OFFICIAL_MODEL}, the scorer's model"
@@ -374,9 +374,11 @@ def _described(
 
 
 def read_answer(text: str) -> Reply | None:
-    """The yes or no that the answer begins with, in any case; None where it begins otherwise."""
+    """The yes or no that the answer begins with, in any case; None where it begins otherwise, also with "No idea"."""
     found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
-    return None if found is None else "yes" if found[1].lower() == "yes" else "no"
+    if found is None or is_undecided(text.strip().split(".")[0].lower()):
+        return None
+    return "yes" if found[1].lower() == "yes" else "no"
 
 
 def official_reading(text: str) -> Reply | None:

@@ -2,7 +2,8 @@
 
     python -m eval.compare BASE/results.json ALIGNED/results.json [MORE/results.json ...] [--names A B ...] [--json]
 
-Every later result is compared with the first on the same items; all of them meet the same pictures in each resample.
+The first is the base: differences are every later result minus the first, on the same items; all of them meet the same
+pictures in each resample.
 Results that were not made alike (benchmark, protocol, judge, items) are refused, naming every difference.
 """
 
@@ -25,6 +26,7 @@ from eval.core.judge import QUIRKS
 from eval.core.official import Fields, field_faults
 from eval.core.ruled import aligned, cell, ratios
 from eval.core.statistics import Array, Interval, interval, ratio, resample
+from eval.core.store import not_finite
 
 TITLES = {
     "objhal": "Object HalBench",
@@ -136,7 +138,7 @@ _PROVENANCE: Fields = {
     "counts": (dict,),
     "judge": (dict, NoneType),
 }
-_JUDGE: Fields = {"name": (str,), "version": (str,), "prompt_digest": (str,), "temperature": (int, float)}
+_JUDGE: Fields = {"name": (str,), "version": (str,), "prompt_digest": (str,), "temperature": (int, float, NoneType)}
 _ITEM: Fields = {
     "id": (str,),
     "image_id": (str,),
@@ -173,8 +175,10 @@ def _read(path: Path) -> dict[str, Any]:
     remedy = "give a results.json that eval.evaluate wrote, or write it anew"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error})\nRemedy: {remedy}") from error
+    if places := list(not_finite(content)):  # Python reads them, browsers and other programs do not
+        raise ValueError(fault_list(f"{path}: not JSON compliant", places, remedy))
     if faults := _content_faults(content):
         raise ValueError(fault_list(str(path), faults, remedy))
     return content
@@ -238,7 +242,7 @@ def refuse_different(runs: Sequence[Results]) -> None:
     faults += [fault for other in others for fault in _pairing_faults(first, other)]
     if faults:
         remedy = (
-            f"score both in one way, as `python -m eval.evaluate {first.benchmark} CHECKPOINT --compare OTHER` does; "
+            f"score both in one way, as `python -m eval.evaluate {first.benchmark} CHECKPOINT --compare BASE` does; "
             "figures of other protocols, judges or questions are not comparable"
         )
         raise ValueError(fault_list("not comparable", faults, remedy))
@@ -265,11 +269,16 @@ def _pairing_faults(first: Results, other: Results) -> Iterator[str]:
             shown = ", ".join(alone[:5]) + ", ..." * (len(alone) > 5)
             yield f"items: {len(alone)} of {len(run.items)} are in {run.name} but not in {lacking.name}: {shown}"
     for field in ("image_id", "prompt", "truth"):
-        shared = [id_ for id_ in first.items if id_ in other.items]
+        shared = [id_ for id_ in first.items if id_ in other.items and not _lacks_truth(first, other, id_, field)]
         unlike = [id_ for id_ in shared if first.items[id_][field] != other.items[id_][field]]
         if unlike:
             pair = " and ".join(repr(run.items[unlike[0]][field])[:60] for run in (first, other))
             yield f"items: {len(unlike)} of {len(shared)} have another {field}, e.g. {unlike[0]}: {pair}"
+
+
+def _lacks_truth(first: Results, other: Results, id_: str, field: str) -> bool:
+    """A missing answer is never scored, so its record has the question's truth as text, whatever the benchmark."""
+    return field == "truth" and any("missing" in run.items[id_] for run in (first, other))
 
 
 # -------------------------------------------------------------------------------------------------------- comparing
@@ -406,7 +415,9 @@ def made_by(run: Results) -> str:
     if run.judge is None:
         return f"protocol {run.protocol}"
     version = run.judge["version"] or "version not named"
-    return f"protocol {run.protocol}, judge {run.judge['name']} ({version}) at temperature {run.judge['temperature']}"
+    warmth = run.judge["temperature"]
+    temperature = "its own temperature" if warmth is None else f"temperature {warmth}"
+    return f"protocol {run.protocol}, judge {run.judge['name']} ({version}) at {temperature}"
 
 
 def _difference_table(comparison: Comparison, number: int) -> str:
@@ -440,6 +451,7 @@ def notes_on(comparison: Comparison) -> list[str]:
     runs, first = comparison.runs, comparison.runs[0]
     notes = ["Intervals: 95 %, bootstrap over pictures, each figure by itself."]
     if len(runs) > 1:
+        notes.append(f"Differences: each minus the base, {first.name}.")
         notes.append("Of 20 figures without any true difference, about one shows a clear one by chance.")
     if comparison.pictures < FEW_PICTURES:
         notes.append(f"Pictures: only {comparison.pictures}, too few for intervals to be relied on.")

@@ -1,14 +1,17 @@
 """The benchmarks' official files, from their own homes: `python -m eval.download [objhal amber mmhal ...]`.
 
-Files come at a pinned revision and are checked against their SHA-256; where none is known, the digest of the first
-download is recorded in downloads.json, shown, and asked for ever after. They go to playground/data/eval, or to the
-folder that DAMA_BENCH_DATA names; what is there already is only checked. Interrupted downloads are continued.
+Files come at a pinned revision and are checked against their SHA-256. Where none is known, the content is checked, and
+the digest of the first download is recorded in downloads.json, shown, and asked for ever after. Files go to
+playground/data/eval, or to the folder that DAMA_BENCH_DATA names; what is there already is only checked. Interrupted
+downloads are continued.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +25,17 @@ from urllib.parse import quote, urlsplit
 from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic, write_json
-from dama.pairs import probe_image, resolve_image
+from dama.pairs import fault_list, probe_image, resolve_image
+from dama.redact import redacted
 from eval.core.homes import BENCHMARKS, File, Pictures
-from eval.core.official import read_json
 from eval.core.transfer import Received, digest, download
 
 DEFAULT_FOLDER = Path("playground/data/eval")
 RECORD = "downloads.json"
 AT_ONCE = 8  # downloads
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by a file that is not as it should be
+LARGEST_PICTURE = 1 << 26  # bytes
+# Raised by a file that is not as it should be.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 REMEDY = (
     "Remedy: run `python -m eval.download` where the homes can be reached (it continues what was interrupted), put the "
     "files in their places by hand (`--list` names every one), or name a folder that has them as DAMA_BENCH_DATA"
@@ -54,15 +59,17 @@ def fetch(
     mirror: str = "",
     offline: bool = False,
     judge: bool = True,
+    accept: Collection[str] = (),
 ) -> Path:
     """Brings what these benchmarks lack, checks everything, and returns the data folder.
 
     chosen: names of the pictures that are needed; all where None. mirror: URL of a copy of the data folder, asked
     instead of the homes. offline: only checks, and leaves the folder as it is. judge: also what only a judge needs.
+    accept: files without a published digest whose present content replaces the recorded one.
     Raises DownloadError, which names each file that is missing or damaged, its home and its place.
     """
     folder = folder or data_folder()
-    run = _Run(folder, mirror.rstrip("/"), offline)
+    run = _Run(folder, mirror.rstrip("/"), offline, frozenset(accept))
     for name in names:
         run.bring_files([file for file in BENCHMARKS[name].files if judge or not file.judge_only])
         run.bring_pictures(BENCHMARKS[name].pictures, chosen)
@@ -88,6 +95,7 @@ class _Run:
     folder: Path
     mirror: str
     offline: bool
+    accept: frozenset[str] = frozenset()
     faults: list[str] = field(default_factory=list)
     unreachable: dict[str, str] = field(default_factory=dict)
     lock: Any = field(default_factory=Lock)
@@ -104,17 +112,30 @@ class _Run:
                 self._make(file, file.package)
 
     def _have(self, file: File) -> bool:
-        """Whether it is there; a digest that is neither the published nor the recorded one is a fault."""
+        """Whether it is there. A digest neither published nor recorded is a fault, and so is another file's content."""
         if file.instead and (self.folder / file.instead).is_file():
             return True
         path = self.folder / file.path
         if not path.is_file():
             return False
-        accepted = {file.sha256, self._recorded().get(file.path, {}).get("sha256")} - {None}
-        if accepted and (found := digest(path)) not in accepted:
-            wanted = " or ".join(sorted(map(str, accepted)))
-            self.faults.append(f"{file.path}: expected SHA-256 {wanted}, got {found}; delete it to have it {file.home}")
+        if fault := self._fault(file, path):
+            self.faults.append(f"{file.path}: {fault}")
         return True
+
+    def _fault(self, file: File, path: Path) -> str:
+        """What is wrong with a file that is there, and the remedy; "" where nothing is."""
+        anew = f"delete it to have it {file.home}"
+        recorded = self._recorded().get(file.path, {}).get("sha256")
+        accepted, found = {file.sha256, recorded} - {None}, digest(path)
+        if accepted and found not in accepted and file.path not in self.accept:
+            wanted = " or ".join(sorted(map(str, accepted)))
+            other = "" if file.sha256 else f", or add --accept {file.path} if what is there now is right"
+            return f"expected SHA-256 {wanted}, got {found}; {anew}{other}"
+        if fault := _content_fault(file, path) if file.sha256 is None else "":
+            return f"{fault}; {anew}"
+        if file.path in self.accept and found != recorded:
+            self._record(file, Received(found, path.stat().st_size, ""), "accepted by --accept")
+        return ""
 
     def _make(self, file: File, package: File) -> None:
         assert file.make is not None
@@ -128,6 +149,10 @@ class _Run:
             self.faults.append(f"{file.path}: cannot be made from {package.path} ({_reason(error)})")
             return
         write_atomic(self.folder / file.path, content)
+        if fault := _content_fault(file, self.folder / file.path):
+            (self.folder / file.path).unlink()
+            self.faults.append(f"{file.path}: cannot be made from {package.path} ({fault})")
+            return
         found = digest(self.folder / file.path)
         if found != file.sha256:
             other = f", another content than the published {file.sha256}" if file.sha256 else ""
@@ -192,20 +217,26 @@ class _Run:
                 bar.update(new)
 
         try:
-            received = download(url, self.folder / file.path, file.sha256, check=check, report=report)
+            received = download(
+                url,
+                self.folder / file.path,
+                file.sha256,
+                size=LARGEST_PICTURE if check else file.size,
+                check=check or (file.check if file.sha256 is None else None),
+                report=report,
+            )
         except DAMAGED as error:
             if str(error).startswith("URLError"):  # 800 pictures need not all find out
                 self.unreachable[host] = _reason(error)
             return _reason(error)
         if file.sha256 is None and check is None:
-            self._record(file, received, url)
+            self._record(file, received, redacted(url))
         return ""
 
     # -------------------------------------------------------------------------------------------------- record
 
     def _recorded(self) -> dict[str, Any]:
-        path = self.folder / RECORD
-        return read_json(path) if path.is_file() else {}
+        return read_record(self.folder / RECORD)
 
     def _record(self, file: File, received: Received, source: str) -> None:
         """Writes down, and says, what a file without a published digest was when it came first."""
@@ -218,8 +249,39 @@ class _Run:
         say(f"recorded: {file.path}  {source}{at}  {received.size} bytes  SHA-256 {received.sha256}")
 
 
+def read_record(path: Path) -> dict[str, dict[str, Any]]:
+    """What downloads.json holds: path of a file -> what it was when it came. DownloadError for anything else."""
+    if not path.exists():
+        return {}
+    remedy = f"delete {path}, which is written anew; files whose digests are published are checked by these"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DownloadError(f"{path}: cannot be read ({_reason(error)})\nRemedy: {remedy}") from error
+    if not isinstance(entries, dict):
+        raise DownloadError(f"{path}: expected an object of files, got {type(entries).__name__}\nRemedy: {remedy}")
+    faults = [
+        f"{name}: expected an object with a SHA-256, got {str(entry)[:60]!r}"
+        for name, entry in entries.items()
+        if not (isinstance(entry, dict) and re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))))
+    ]
+    if faults:
+        raise DownloadError(fault_list(str(path), faults, remedy))
+    return entries
+
+
+def _content_fault(file: File, path: Path) -> str:
+    """Why the file at `path` is another than it should be, or ""."""
+    try:
+        if file.check is not None:
+            file.check(path)
+    except DAMAGED as error:
+        return f"its content is that of another file: {_reason(error)}"
+    return ""
+
+
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return redacted(" ".join(str(error).split())[:300] or type(error).__name__)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -260,6 +322,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mirror", default="", metavar="URL",
                         help="a copy of a complete folder, asked instead of the homes; `python -m http.server` in one "
                         "makes it a mirror")  # fmt: skip
+    parser.add_argument("--accept", nargs="+", default=(), metavar="FILE",
+                        help="files without a published digest, named as by --list: what is there now replaces what "
+                        "was recorded")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="only print each file, its state, digest, bytes and home")
     return parser
 
@@ -271,12 +336,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(BENCHMARKS)}")
+    known = {path for name in names for path in BENCHMARKS[name].paths_without_digest()}
+    if wrong := [path for path in args.accept if path not in known]:
+        parser.error(f"--accept {', '.join(wrong)}: expected some of {', '.join(sorted(known)) or 'none'}")
     try:
         if args.list:
             for line in table(names, folder):
                 say(line)
             return 0
-        fetch(names, folder, mirror=args.mirror)
+        fetch(names, folder, mirror=args.mirror, accept=args.accept)
     except Exception as error:
         report_error(error, "download")
         return 2

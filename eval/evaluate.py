@@ -1,7 +1,7 @@
 """One command for every benchmark: fetch what is missing, generate, score, print a table, write results.json.
 
     python -m eval.evaluate objhal CHECKPOINT
-    python -m eval.evaluate mmhal CHECKPOINT --compare OTHER --judge-base-url http://127.0.0.1:8000/v1 --judge-model M
+    python -m eval.evaluate mmhal CHECKPOINT --compare BASE --judge-base-url http://127.0.0.1:8000/v1 --judge-model M
     python -m eval.evaluate all CHECKPOINT
 
 Everything goes to OUT/<checkpoint's name>/<benchmark>/: answers/ (a resumable stage), a judge's verdicts.jsonl,
@@ -15,6 +15,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ BENCHMARKS = ("objhal", "amber", *JUDGED, "pope")
 PARTED = ("amber", "pope")  # --limit takes the first questions of each part
 TEMPLATE = "vicuna_v1"
 TRIES = 3  # for a verdict that can be read
+_LONGEST_NAME = 255  # bytes of a file's name on most systems
 
 
 class EvaluateError(ValueError):
@@ -139,7 +141,20 @@ def answer(
         ensure_answers(responder, requests, bench.image_folder, folder, decoding, args)
         manifests[part] = read_stage(folder, STAGE)[0]
         answers += read_answers(folder / f"{STAGE}.jsonl")
+    say_missing(task, answers)
     return answers, manifests
+
+
+def say_missing(task: Task, answers: Sequence[Answer]) -> None:
+    """Logs how many answers a server did not give, by reason. Raises EvaluateError where it gave none."""
+    reasons = Counter(answer.missing for answer in answers if answer.missing)
+    if not reasons:
+        return
+    listed = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common(5))
+    message = f"{task.name}: no answer to {reasons.total()} of {len(answers)} questions ({listed})"
+    if reasons.total() == len(answers):
+        raise EvaluateError(f"{message}\nRemedy: correct what the server names, e.g. by a larger --max-new-tokens")
+    say(f"{message}; counted as missing, in no metric")
 
 
 def overridden(published: Decoding, args: argparse.Namespace) -> Decoding:
@@ -164,6 +179,7 @@ def score(
         metrics, counts, items = result.metrics_record(), result.counts(), [item.record() for item in result.items]
     else:
         metrics, counts, items = result.metrics, result.counts, result.items
+    items = [*items, *bench.missing_records(answers)]
     settings = {part: _decoding_of(manifest) for part, manifest in manifests.items()}
     fingerprint = next(iter(manifests.values()))["fingerprint"]
     provenance = Provenance(
@@ -189,7 +205,9 @@ def verdicts(task: Task, bench: Any, answers: list[Answer], out: Path, args: arg
     module, quirks = task.module, {"official_quirks": args.official_quirks}
     if not args.judge_base_url:
         return replay(out, module.judge_requests(bench, answers, **quirks))
-    settings = module.JUDGE.settings(args.judge_base_url, args.judge_model, concurrency=args.judge_concurrency)
+    settings = module.JUDGE.settings(
+        args.judge_base_url, args.judge_model, concurrency=args.judge_concurrency, give_up=True
+    ).without(args.judge_omit)
     repeats = {"runs": args.judge_runs} if task.name in JUDGED else {}
     tries = getattr(module, "TRIES", TRIES)
     run = module.judge(bench, answers, settings, out, tries=tries, **repeats, **quirks)
@@ -220,7 +238,7 @@ def say_results(task: Task, bench: Any, outcomes: Mapping[str, Outcome]) -> None
     names, paths = list(outcomes), [outcome.path for outcome in outcomes.values()]
     home = paths[0].parent
     lines = [task.module.format_table({name: outcome.score for name, outcome in outcomes.items()})]
-    if len(outcomes) > 1:  # OTHER is what the checkpoint is measured against
+    if len(outcomes) > 1:  # the base comes second here, and first in a comparison
         lines.append(compare(paths[::-1], names[::-1]).text)
     say("\n\n".join(lines))
     write_atomic(home / "table.txt", "\n\n".join(lines) + "\n")
@@ -237,7 +255,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("benchmark", choices=(*BENCHMARKS, "all"))
     parser.add_argument("checkpoint", help="folder or hub name; with --backend openai the name that the server lists")
-    parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint: both in the table, with differences")
+    parser.add_argument(
+        "--compare", metavar="BASE",
+        help="the baseline, answered and scored as well; differences are CHECKPOINT minus BASE",
+    )  # fmt: skip
     parser.add_argument("--out", default="runs/eval", metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--mode",
@@ -283,6 +304,10 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
         help="verdicts on each answer, for mmhal, llavabench and mmvet, whose paper takes 5 (default: 1)",
     )  # fmt: skip
     group.add_argument(
+        "--judge-omit", nargs="+", default=(), choices=("max_tokens", "temperature"), metavar="SETTING",
+        help="settings that the judge refuses, to be left to it: max_tokens, temperature",
+    )  # fmt: skip
+    group.add_argument(
         "--judge-prices", type=float, nargs=2, metavar=("PROMPT", "COMPLETION"),
         help="of a million tokens each, to have the cost said",
     )  # fmt: skip
@@ -313,6 +338,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         faults.append(f"--mode {args.mode}: expected {' or '.join(known) or 'none'} for {args.benchmark}")
     for task in tasks_of(args):
         faults += _task_faults(task, args)
+    faults += [f"checkpoint {path!r}: {fault}" for path in checkpoints(args) if (fault := _name_fault(path))]
     if faults:
         raise EvaluateError(fault_list("evaluate", faults, "see python -m eval.evaluate --help"))
     if args.processes is None:
@@ -349,11 +375,19 @@ def _task_faults(task: Task, args: argparse.Namespace) -> list[str]:
 
 
 def checkpoints(args: argparse.Namespace) -> list[str]:
-    return [path for path in (args.checkpoint, args.compare) if path]
+    return [path for path in (args.checkpoint, args.compare) if path is not None]
 
 
 def responder_at(path: str, args: argparse.Namespace) -> Responder:
     return responder_of(argparse.Namespace(**(vars(args) | {"model_path": path})))
+
+
+def _name_fault(path: str) -> str:
+    """Why the checkpoint's name cannot name the folder of its results, or ""."""
+    name = get_model_name_from_path(path)
+    if name.strip(". ") == "" or any(part in name for part in ("/", "\\")) or not name.isprintable():
+        return f"expected a name that can be that of a folder below --out, got {name!r}"
+    return "" if len(name.encode()) <= _LONGEST_NAME else f"expected a name of {_LONGEST_NAME} bytes or fewer"
 
 
 def check_checkpoints(args: argparse.Namespace) -> None:

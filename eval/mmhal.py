@@ -28,6 +28,7 @@ from eval.core.judge import (
     after_thoughts,
     format_scores,
     judge_answers,
+    more_follow,
     score_verdicts,
 )
 from eval.core.official import official_prompt, read_records, refuse_faults
@@ -53,8 +54,9 @@ _FIELDS = {
     "question": (str,),
     "gt_answer": (str,),
 }
-# "Rating: 5", "**Rating**: 5", "rating 5,"; neither 10 nor 5.5, and no range such as "rating (0-6)" or "4 to 5"
-_RATING = re.compile(r"\brating\b\W{0,6}?(?<!-)([0-6])(?![.,]?\d|\s*(?:[-–]|to|or)\s*\d)")
+_RATING = re.compile(r"\brating\b\W{0,6}?(-?\d+(?:[.,]\d+)?)\w*")  # "Rating: 5", "**Rating**: 5", "rating 5,"
+_SCALE = re.compile(r"\brating\b\W{0,6}?[01]\s*(?:[-–]|to)\s*6\b")  # "rating (0-6)", which rates nothing
+_BEST = 6
 
 
 def load(folder: str | Path) -> Benchmark:
@@ -108,9 +110,13 @@ def _filled(template: str, question: Question, answer: Answer) -> str:
 
 
 def parse(text: str) -> int | None:
-    """The rating, 0 to 6; None where there is none, or where there are two that differ."""
-    found = set(_RATING.findall(after_thoughts(text).lower()))
-    return int(found.pop()) if len(found) == 1 else None
+    """The rating, 0 to 6; None where there is none, where two differ, or where one is none of these numbers."""
+    text = _SCALE.sub("", after_thoughts(text).lower())
+    matches = list(_RATING.finditer(text))
+    found = {match[1] for match in matches}
+    several = any(more_follow(text, match.end(), str(_BEST)) or match.end() > match.end(1) for match in matches)
+    rating = found.pop() if len(found) == 1 and not several else ""
+    return int(rating) if re.fullmatch("[0-6]", rating) else None
 
 
 judge = partial(judge_answers, judge_requests=judge_requests, parse=parse)

@@ -30,6 +30,7 @@ from eval.core.judge import (
     after_thoughts,
     ask_judge,
     format_scores,
+    more_follow,
     score_verdicts,
     verdict_of,
 )
@@ -50,8 +51,8 @@ HALF_RIGHT = 0.5
 _PROMPT_SHA256 = "f23108ec5f7a92d29c2e270842bb9cc7423b0504eeafd433894744f88a3fa872"
 _QUESTION = {"imagename": (str,), "question": (str,), "answer": (str,), "capability": (list,)}
 _GRADES = {"model": (list,), "content": (list,)}
-# Neither the beginning of 0.5.1 nor that of a range such as "0.5 to 0.7"
-_DECIMAL_FIRST = re.compile(r"[\s*|]*(\d*\.\d+)(?!\.?\d|\s*(?:[-–]|to|or)\s*\d)")
+_DECIMAL_FIRST = re.compile(r"[\s*|]*(\d*\.\d+)(?!\.?\d)")  # not the beginning of 0.5.1
+_BEST = "1"
 _NUMBER = re.compile(r"(?<![\w.])-?\d*\.?\d+(?!\.?\d)")
 _QUIRK_TOKENS = 3
 _QUIRK_WARMER = 0.5
@@ -133,8 +134,10 @@ def _judge_as_original(
     asked: Sequence[ChatRequest], settings: ChatSettings, out: str | Path, prompt_digest: str, runs: int
 ) -> JudgeRun:
     """3 tokens a grade; the unreadable ones again with another ending, at a temperature 0.5 higher each time."""
-    settings = replace(settings, max_tokens=_QUIRK_TOKENS)
-    warmer = [replace(settings, temperature=settings.temperature + _QUIRK_WARMER * k) for k in range(TRIES)]
+    settings = settings if settings.max_tokens is None else replace(settings, max_tokens=_QUIRK_TOKENS)
+    start = settings.temperature  # None: left to the server
+    warmth = [None if start is None else start + _QUIRK_WARMER * k for k in range(TRIES)]
+    warmer = [replace(settings, temperature=temperature) for temperature in warmth]
     clients = [ChatClient(each, Path(out) / CACHE) for each in warmer]
     verdicts: dict[tuple[int, str], Verdict] = {}
     for run in range(runs):
@@ -162,6 +165,8 @@ def parse(text: str) -> float | None:
     """
     text = after_thoughts(text)
     first = _DECIMAL_FIRST.match(text)
+    if first and more_follow(text, first.end(), _BEST):  # "0.5, 0.7" and "0.5 to 0.7"
+        return None
     numbers = {float(first[1])} if first else {float(number) for number in _NUMBER.findall(text)}
     grade = numbers.pop() if len(numbers) == 1 else -1.0
     return grade if 0 <= grade <= 1 else None

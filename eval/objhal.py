@@ -15,7 +15,6 @@ and in no metric, and a metric with nothing to divide by is None. `official_quir
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections import Counter
@@ -167,28 +166,77 @@ def judge(
     """Asks what each answer names and writes out/verdicts.jsonl. Unreadable lists are asked for up to `tries` times."""
     read: Callable[[str], list[str] | None] = parse
     if official_quirks:
-        read, settings = parse_official, replace(settings, temperature=_QUIRK_TEMPERATURE, top_p=1.0)
+        read = parse_official
+        if settings.temperature is not None:  # None: left to the server
+            settings = replace(settings, temperature=_QUIRK_TEMPERATURE, top_p=1.0)
     return ask_judge(settings, judge_requests(bench, answers), out, bench.prompt_digest, parse=read, tries=tries)
 
 
 def parse(text: str) -> list[str] | None:
-    """The last list of strings in the reply, in whatever it is wrapped; "()" is the empty list; None without one."""
+    """The last list of strings in the reply, in whatever it is wrapped, with the names of lists inside it.
+
+    "()" is the empty list. None without a list, and where it is not clear what is named: a list of strings that is
+    unfinished, without commas or with other things in it; or several lists with nothing said between them.
+    """
     text = after_thoughts(text)
     if re.fullmatch(r"\W*\(\s*\)\W*", text):  # what the prompt's rule 5 asks for
         return []
-    lists = [_literal(found) for found in re.findall(r"\[[^\[\]]*\]", text)]
-    return next((found for found in reversed(lists) if found is not None), None)
+    names: list[str] | None = None
+    end, opened = 0, -1  # end of the list that was read last; bracket that opens no list of strings
+    place = text.find("[")
+    while place >= 0:
+        found, after = _list_at(text, place)
+        if found is None and _OPENS_STRINGS.match(text, place):
+            return None
+        if found is None:
+            opened = place
+        else:
+            inside = opened >= 0 and "]" not in text[opened:place]
+            if inside or (names is not None and _BESIDE.fullmatch(text, end, place)):
+                return None
+            names, end = found, after
+        place = text.find("[", after)
+    return names
 
 
-def _literal(text: str) -> list[str] | None:
-    for read in (json.loads, ast.literal_eval):  # with double quotes, or with single ones
-        try:
-            found = read(text)
-        except (ValueError, SyntaxError):
-            continue
-        if isinstance(found, list) and all(isinstance(name, str) for name in found):
-            return found
-    return None
+_TOKEN = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\[\],])""", re.DOTALL)
+_OPENS_STRINGS = re.compile(r"""\[[\[\s]*["']""")
+_BESIDE = re.compile(r"""(?:[\W_]|\band\b)*(?:"[^"\n]*"\s*:\s*)?""")  # between the lists of one enumeration or object
+
+
+def _list_at(text: str, start: int) -> tuple[list[str] | None, int]:
+    """The names in the list that opens at `start`, and its end; None where it is no list of strings."""
+    names: list[str] = []
+    depth, place, may_follow = 0, start, True
+    while token := _TOKEN.match(text, place):
+        word, place = token[1], token.end()
+        if word == "]":
+            depth, may_follow = depth - 1, False
+            if depth == 0:
+                return names, place
+        elif may_follow is (word == ","):  # no comma before an item, or no item before a comma
+            break
+        elif word == "[":
+            depth += 1
+        elif word == ",":
+            may_follow = True
+        else:
+            name = _string(word)
+            if name is None:
+                break
+            names.append(name)
+            may_follow = False
+    return None, start + 1
+
+
+def _string(literal: str) -> str | None:
+    """The content of a string in double or single quotes; None for one that is not valid."""
+    if literal.startswith("'"):
+        literal = '"' + literal[1:-1].replace("\\'", "'").replace('"', '\\"') + '"'
+    try:
+        return json.loads(literal)
+    except ValueError:
+        return None
 
 
 def parse_official(text: str) -> list[str] | None:

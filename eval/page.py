@@ -58,6 +58,7 @@ WRONG = {
 OUTCOMES: dict[bool | None, str] = {True: "wrong", False: "right", None: "unparsed"}
 # What can be filtered by, for one result and for two: state -> its name on the page.
 STATES = {"wrong": "Wrong", "right": "Right", "unparsed": "Unparsed"}
+MISSING = ("missing", "No answer")  # the state of an item that some result has no answer to, and its name
 PAIR_STATES = {
     "wrong right": "Wrong → right",
     "right wrong": "Right → wrong",
@@ -158,7 +159,7 @@ def item_view(records: Sequence[Mapping[str, Any]], numbers: Mapping[str, int]) 
 def _answer_view(record: Mapping[str, Any]) -> dict[str, Any]:
     verdicts = [text or "(no reply)" for text in record.get("verdicts", ())]
     return {
-        "outcome": OUTCOMES[record["wrong"]],
+        "outcome": _outcome(record),
         "pieces": marked(record),
         "facts": list(_facts(record)),
         "verdicts": verdicts,
@@ -166,9 +167,13 @@ def _answer_view(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def state_of(records: Sequence[Mapping[str, Any]]) -> str:
-    """One of STATES, or of PAIR_STATES."""
-    outcomes = [OUTCOMES[record["wrong"]] for record in records]
-    return "unparsed" if "unparsed" in outcomes else " ".join(outcomes)
+    """One of STATES, or of PAIR_STATES, or MISSING's."""
+    outcomes = [_outcome(record) for record in records]
+    return next((state for state in ("unparsed", MISSING[0]) if state in outcomes), " ".join(outcomes))
+
+
+def _outcome(record: Mapping[str, Any]) -> str:
+    return MISSING[0] if record.get("missing") else OUTCOMES[record["wrong"]]
 
 
 def tags_of(record: Mapping[str, Any]) -> list[str]:
@@ -194,6 +199,8 @@ def marked(record: Mapping[str, Any]) -> list[tuple[str, str | None]]:
 
 def _facts(record: Mapping[str, Any]) -> Iterable[str]:
     """What the scorer found in an answer, in words."""
+    if record.get("missing"):
+        yield f"no answer: {record['missing']}"
     if record["spans"]:
         yield f"{len(record['spans'])} hallucinated"
     if record.get("missed"):
@@ -272,6 +279,7 @@ def _view(comparison: Comparison, pictures: Mapping[str, Picture], faults: Seque
     items = [item_view([run.items[id_] for run in runs], numbers) for id_ in first.items]
     states = Counter(item["state"] for item in items)
     tags = Counter(tag for item in items for tag in item["tags"])
+    named = (STATES, PAIR_STATES)[len(runs) - 1] | dict([MISSING] * (states[MISSING[0]] > 0))
     rows = [row for row in comparison.rows if any(value.value is not None for value in row.values)]
     by_kind = [is_of_kind(row.metric, tags) for row in rows]
     title = TITLES.get(first.benchmark, first.benchmark)
@@ -287,7 +295,7 @@ def _view(comparison: Comparison, pictures: Mapping[str, Picture], faults: Seque
         "rows": [row_view(row, runs) for row, apart in zip(rows, by_kind) if not apart],
         "rows_by_kind": [row_view(row, runs) for row, apart in zip(rows, by_kind) if apart],
         "notes": notes,
-        "states": {state: (name, states[state]) for state, name in (STATES, PAIR_STATES)[len(runs) - 1].items()},
+        "states": {state: (name, states[state]) for state, name in named.items()},
         "tags": dict(tags) if len(tags) > 1 else {},
         "items": items,
         "pictures": list(pictures.values()),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # AMBER: what 1,004 descriptions invent, and 14,216 yes/no questions.
-#   bash scripts/eval_amber.sh CHECKPOINT [--compare OTHER] [--limit N]
+#   bash scripts/eval_amber.sh CHECKPOINT [--compare BASE] [--limit N]
 # Hardware: any GPU that holds the model (several are all used), or a CPU.
 # 1,004 long and 14,216 short answers: about 1 hour on one 80 GB GPU (an estimate).
 # Expected for LLaVA-v1.5-7B (AMBER's README): CHAIR 7.8, Cover 51.0, Hal 36.4, Cog 4.2, accuracy 72.0, F1 74.7, and

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # LLaVA-Bench (In-the-Wild): 60 questions, each answer set against text-only GPT-4's by a judge.
-#   bash scripts/eval_llavabench.sh CHECKPOINT [--compare OTHER] --judge-base-url URL [--judge-model NAME]
+#   bash scripts/eval_llavabench.sh CHECKPOINT [--compare BASE] --judge-base-url URL [--judge-model NAME]
 # Hardware: any GPU that holds the model (several are all used), or a CPU.
 # 60 answers: about 2 minutes on one 80 GB GPU (an estimate); 60 judge calls of about 1,000 tokens.
 # Expected for LLaVA-v1.5-7B: 64.8, 65.3, 66.3 (three runs of the authors' own reviews by gpt-4-0314, which the scorer

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MMHal-Bench: 96 questions, rated from 0 to 6 by a judge.
-#   bash scripts/eval_mmhal.sh CHECKPOINT [--compare OTHER] --judge-base-url URL [--judge-model NAME]
+#   bash scripts/eval_mmhal.sh CHECKPOINT [--compare BASE] --judge-base-url URL [--judge-model NAME]
 # Hardware: any GPU that holds the model (several are all used), or a CPU.
 # 96 answers with 3 beams: about 5 minutes on one 80 GB GPU (an estimate); 96 judge calls of about 2,000 tokens.
 # Expected for LLaVA-v1.5-7B, score / hallucination rate: 2.11 / 54 % (as printed by mDPO), 2.36 / 51 % (TPR), 2.01 /

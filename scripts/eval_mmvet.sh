@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MM-Vet: 218 questions on six capabilities, graded from 0 to 1 by a judge.
-#   bash scripts/eval_mmvet.sh CHECKPOINT [--compare OTHER] --judge-base-url URL [--judge-model NAME]
+#   bash scripts/eval_mmvet.sh CHECKPOINT [--compare BASE] --judge-base-url URL [--judge-model NAME]
 # Hardware: any GPU that holds the model (several are all used), or a CPU.
 # 218 answers: about 5 minutes on one 80 GB GPU (an estimate); 218 judge calls of about 700 tokens a run.
 # Expected for LLaVA-v1.5-7B: 31.2, 30.8, 31.2 (three runs of the authors' own grades by gpt-4-0613, which the scorer

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Object HalBench: 300 descriptions of COCO pictures, and the objects in them that are not in the picture.
-#   bash scripts/eval_objhal.sh CHECKPOINT [--compare OTHER] [--limit N]
+#   bash scripts/eval_objhal.sh CHECKPOINT [--compare BASE] [--limit N]
 # Hardware: any GPU that holds the model (several are all used), or a CPU.
 # 300 answers with 3 beams: about 15 minutes on one 80 GB GPU (an estimate).
 # Expected for LLaVA-v1.5-7B, response / mention level: --mode rules 55.7 / 16.0 (as printed by UE-DPO), --mode llm

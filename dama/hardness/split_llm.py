@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dama.chat import ChatClient, ChatRequest, ChatSettings
+from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts
 from dama.console import digest_of, regular_file
 from dama.hardness.clip import PRECISIONS, weights_digest
 from dama.hardness.markers import numbered_markers
@@ -146,8 +146,8 @@ class _Batches:
 
 
 def read_statements(reply: str) -> list[str]:
-    """The lines of a reply as statements, without list marks and without an announcement such as "Here they are:"."""
-    lines = [BULLET.sub("", line).strip() for line in numbered_markers(reply).splitlines()]
+    """The lines of a reply as statements: no thoughts, no list marks, no announcement such as "Here they are:"."""
+    lines = [BULLET.sub("", line).strip() for line in numbered_markers(after_thoughts(reply)).splitlines()]
     lines = [line for line in lines if re.search(r"\w", line)]
     if lines and lines[0].endswith(":"):
         del lines[0]

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dama.completion import SETTINGS
 from dama.console import say
+from dama.redact import redacted
 from dama.stage import Record
 from dama.synth.images import FORMATS, GUIDANCE, DiffusersPainter, TextToImage, run_images
 from dama.synth.prompts import (
@@ -86,6 +88,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: auto")
     parser.add_argument("--base_url", metavar="URL", help="OpenAI-compatible server, its key in OPENAI_API_KEY")
+    parser.add_argument(
+        "--omit", nargs="+", default=(), choices=SETTINGS, metavar="SETTING",
+        help=f"settings that the server refuses, to be left to it: {', '.join(SETTINGS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
@@ -307,11 +313,11 @@ def _kind_faults(flag: str, words: Sequence[str], kinds: Sequence[str], base_url
     for word in words:
         kind, colon, what = word.partition(":")
         if kind not in kinds or not colon or not what:
-            faults.append(f"{flag} {word}: expected KIND:WHAT with KIND one of {', '.join(kinds)}")
+            faults.append(f"{flag} {redacted(word)}: expected KIND:WHAT with KIND one of {', '.join(kinds)}")
         elif kind in ("judge", "server") and not base_url:
             faults.append(f"{flag} {word}: expected the server's URL as --base_url, got none")
         elif kind.startswith("http") and not what.startswith(("http://", "https://")):
-            faults.append(f"{flag} {word}: expected {kind}:http://HOST/PATH")
+            faults.append(f"{flag} {redacted(word)}: expected {kind}:http://HOST/PATH")
     return faults
 
 
@@ -342,7 +348,9 @@ def open_reward(args: argparse.Namespace, word: str, step: str, device: str) -> 
         trust = args.trust_remote_code
         return rewards.ImageTextReward(what, device=device, reduction=args.reduction, trust_remote_code=trust)
     if kind == "judge":
-        settings = ChatSettings(args.base_url, what, max_tokens=rewards.JUDGE_TOKENS, concurrency=args.concurrency)
+        settings = ChatSettings(
+            args.base_url, what, max_tokens=rewards.JUDGE_TOKENS, concurrency=args.concurrency, give_up=True
+        ).without(args.omit)
         return rewards.JudgeReward(settings, step_folder(args.out, step) / "replies.jsonl")
     if kind in ("http", "http-text"):
         return rewards.EndpointReward(what, sees_image=kind == "http")
@@ -359,4 +367,4 @@ def open_responder(args: argparse.Namespace, word: str, open_checkpoint: OpenChe
         trust = args.trust_remote_code
         return HfResponder(what, device=device, load_4bit=args.load_4bit, trust_remote_code=trust)
     cache = step_folder(args.out, RESPOND) / "replies.jsonl"
-    return ServedResponder(what, args.base_url, cache, concurrency=args.concurrency)
+    return ServedResponder(what, args.base_url, cache, concurrency=args.concurrency, omit=args.omit)

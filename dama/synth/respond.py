@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dama.chat import ChatClient, ChatRequest, ChatSettings, picture
+from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, picture
+from dama.completion import well_formed
 from dama.console import digest_of, say
 from dama.pairs import load_image, resolve_image
 from dama.remote_code import remote_code_refused
@@ -124,13 +125,27 @@ class HfResponder:
 
 
 class ServedResponder:
-    """A model behind an OpenAI-compatible server; `cache` is a JSONL file of its replies."""
+    """A model behind an OpenAI-compatible server.
 
-    def __init__(self, model: str, base_url: str, cache: Path | None = None, *, concurrency: int = 8) -> None:
+    Args:
+        cache: a JSONL file of its replies. omit: settings that are left to the server.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        cache: Path | None = None,
+        *,
+        concurrency: int = 8,
+        omit: Sequence[str] = (),
+    ) -> None:
         self.name, self.base_url, self.cache, self.concurrency = model, base_url, cache, concurrency
+        self.omit = tuple(sorted(set(omit)))
+        self._answered = False  # whether a chunk before this one was
 
     def identity(self) -> Record:
-        return {"kind": "server", "model": self.name}
+        return {"kind": "server", "model": self.name} | ({"omitted": list(self.omit)} if self.omit else {})
 
     def answer(self, questions: Sequence[Question], images: Path, sampling: Sampling, seed: int) -> list[list[str]]:
         settings = ChatSettings(
@@ -142,17 +157,20 @@ class ServedResponder:
             seed=seed,
             concurrency=self.concurrency,
             timeout=600.0,
-        )
+            give_up=not self._answered,
+        ).without(self.omit)
         asked = [
             ChatRequest(f"{question.id}#{sample}", (self._turn(question, images),), sample)
             for question in questions
             for sample in range(sampling.samples)
         ]
-        replies = ChatClient(settings, self.cache).ask(asked, desc=self.name).values()
-        failed = [f"{reply.id}: {reply.error}" for reply in replies if reply.text is None]
-        if failed:
-            say(f"{RESPOND}: {self.name}: {len(failed)} of {len(asked)} requests without reply, e.g. {failed[0]}")
-        return chunks_of([(reply.text or "").strip() for reply in replies], sampling.samples)
+        client = ChatClient(settings, self.cache)
+        replies = client.ask(asked, desc=self.name).values()
+        self._answered = True
+        missing = [f"{reply.id}: {reply.missing}" for reply in replies if reply.missing]
+        if missing:
+            say(f"{RESPOND}: {self.name}: {len(missing)} of {len(asked)} requests without answer, e.g. {missing[0]}")
+        return chunks_of([reply.answer for reply in replies], sampling.samples)
 
     @staticmethod
     def _turn(question: Question, image_folder: Path) -> Record:
@@ -263,11 +281,12 @@ def run_respond(
 
 
 def _records(name: str, batch: Sequence[Question], answers: Sequence[Sequence[str]]) -> list[Record]:
+    """What was said in the end, by a model of any kind; one that only thinks gives no answer."""
     return [
         {"id": question.id, "question": question.text, "image": question.image, "responder": name, "sample": sample,
          "text": text, "fault": "" if text.strip() else NO_ANSWER}
         for question, texts in zip(batch, answers)
-        for sample, text in enumerate(texts)
+        for sample, text in enumerate(well_formed(after_thoughts(text)) for text in texts)
     ]  # fmt: skip
 
 

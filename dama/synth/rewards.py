@@ -6,6 +6,7 @@ model gives no number for is NaN.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
 import re
@@ -15,11 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dama.chat import ChatClient, ChatRequest, ChatSettings, picture
+from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, picture
+from dama.completion import well_formed
 from dama.console import digest_of
 from dama.hardness import split
 from dama.hardness.clip import ClipScorer, load_clip
 from dama.pairs import load_image
+from dama.redact import redacted, secrets_of_url
 from dama.remote_code import remote_code_refused
 from dama.stage import Record
 from dama.synth.prompts import checkpoint_identity
@@ -251,8 +254,8 @@ class JudgeReward:
 
 
 def read_grade(text: str) -> float | None:
-    """The number that the reply consists of, None where it is another text or outside 0 to 100."""
-    found = re.fullmatch(r"\D{0,20}?(\d+(?:\.\d+)?)(?:\s*/\s*100)?\W*", text.strip())
+    """The number that the reply consists of, after its thoughts; None where it is another text or outside 0 to 100."""
+    found = re.fullmatch(r"\D{0,20}?(?<![-\u2212.])(\d+(?:\.\d+)?)(?:\s*/\s*100)?\W*", after_thoughts(text))
     grade = float(found[1]) if found else math.inf
     return grade if grade <= 100 else None
 
@@ -261,14 +264,16 @@ class EndpointReward:
     """A reward model of any kind behind HTTP, such as ImageReward or ArmoRM in an environment of its own.
 
     It is sent {"items": [{"image": BASE64 or null, "question": ..., "text": ...}]} by POST and replies with
-    {"scores": [number or null, ...]}, as many as there were items.
+    {"scores": [number or null, ...]}, as many as there were items. Credentials in the URL are sent and never stored.
     """
 
     def __init__(self, url: str, *, sees_image: bool = True, timeout: float = 300.0) -> None:
-        self.name, self.url, self.sees_image, self.timeout = f"http:{url}", url, sees_image, timeout
+        self.url, self.sees_image, self.timeout = url, sees_image, timeout
+        self.shown_url = redacted(url)
+        self.name = f"http:{self.shown_url}"
 
     def identity(self) -> Record:
-        return {"kind": "http", "url": self.url, "sees_image": self.sees_image}
+        return {"kind": "http", "url": self.shown_url, "sees_image": self.sees_image}
 
     def score(self, items: Sequence[Judged]) -> list[float]:
         import httpx
@@ -276,12 +281,20 @@ class EndpointReward:
         images = [base64.b64encode(item.image.read_bytes()).decode() if self.sees_image else None for item in items]
         body = [{"image": image, "question": item.question, "text": item.text} for item, image in zip(items, images)]
         try:
-            with httpx.Client(transport=httpx.HTTPTransport(retries=5), timeout=self.timeout) as client:
-                reply = client.post(self.url, json={"items": body}).raise_for_status().json()
-            scores = reply["scores"]
+            scores = asyncio.run(self._post({"items": body}))["scores"]
             if len(scores) != len(items):
                 raise ValueError(f"{len(scores)} scores for {len(items)} items")
             return [math.nan if score is None else float(score) for score in scores]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
             remedy = 'it must reply {"scores": [a number for each item]}; then run this again, it continues'
-            raise ValueError(f"reward {self.url}: {type(error).__name__}: {error}\nRemedy: {remedy}") from error
+            said = redacted(well_formed(f"{type(error).__name__}: {error}"), secrets_of_url(self.url))
+            raise ValueError(f"reward {self.shown_url}: {said}\nRemedy: {remedy}") from error
+
+    async def _post(self, body: Record) -> Any:
+        """The reply's JSON; a server that is not there yet is tried five times more."""
+        import httpx
+
+        from dama.bounded_http import BoundedClient
+
+        async with BoundedClient(self.timeout, transport=httpx.AsyncHTTPTransport(retries=5)) as client:
+            return (await client.post(self.url, json=body)).raise_for_status().json()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
 from eval.core.objects import ObjectVocabulary
@@ -20,7 +23,8 @@ class File:
 
     sha256, size (bytes): None where nobody has published them. instead: another file that does as well. package: the
     file that it is made from, by `make`: (package, data folder) -> content. by_hand: what a person does where no direct
-    link leads to it. judge_only: rules do without it.
+    link leads to it. judge_only: rules do without it. check: of a file without a published digest, raises ValueError
+    where the content is another than it should be.
     """
 
     path: str
@@ -32,12 +36,83 @@ class File:
     make: Callable[[Path, Path], bytes] | None = None
     by_hand: str = ""
     judge_only: bool = False
+    check: Callable[[Path], None] | None = None
 
     @property
     def home(self) -> str:
         if self.package is not None:
             return f"made from {self.package.path}, {self.package.home}"
         return self.by_hand or f"from {self.url}"
+
+
+# ---------------------------------------------------------------------------------------------------------- content
+# A login page, a quota notice or an error in JSON may come with status 200 in place of a file.
+
+
+def rows_with(*names: str) -> Callable[[Path], None]:
+    """Checks for JSON objects, one a line, that all have these fields."""
+
+    def check(path: Path) -> None:
+        expected = f"expected lines of objects with {', '.join(names)}"
+        empty = True
+        with open(path, encoding="utf-8") as file:
+            for line in filter(str.strip, file):
+                row, empty = _object(line), False
+                if not all(name in row for name in names):
+                    raise ValueError(f"{expected}, got {line[:60]!r}")
+        if empty:
+            raise ValueError(f"{expected}, got an empty file")
+
+    return check
+
+
+def questions_with(*names: str) -> Callable[[Path], None]:
+    """Checks for a JSON object of objects that all have these fields."""
+
+    def check(path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        rows = _object(text)
+        if not rows or not all(isinstance(row, dict) and row.keys() >= set(names) for row in rows.values()):
+            raise ValueError(f"expected an object of questions with {', '.join(names)}, got {text[:60]!r}")
+
+    return check
+
+
+def archive_with(*names: str) -> Callable[[Path], None]:
+    """Checks for a zip archive with files of these last names."""
+
+    def check(path: Path) -> None:
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                raise ValueError(f"expected a zip archive, got {file.read(60)!r}")
+        with zipfile.ZipFile(path) as archive:
+            held = {PurePosixPath(name).name for name in archive.namelist()}
+        if missing := sorted(set(names) - held):
+            raise ValueError(f"expected a zip archive with {', '.join(missing)}, got one of {len(held)} other files")
+
+    return check
+
+
+def is_script(path: Path) -> None:
+    """Checks for Python that is more than one value, as an error in JSON is."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"expected a Python script, got {text[:60]!r}") from error
+    if all(isinstance(statement, ast.Expr) for statement in body):
+        raise ValueError(f"expected a Python script, got {text[:60]!r}")
+
+
+def _object(text: str) -> dict[str, Any]:
+    """ValueError for text that is no JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected a JSON object, got {text[:60]!r}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {text[:60]!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -60,6 +135,11 @@ class Home:
     files: tuple[File, ...]
     pictures: Pictures
 
+    def paths_without_digest(self) -> list[str]:
+        """Of the files, and of the packages that they are made from."""
+        packages = [file.package for file in self.files if file.package]
+        return [file.path for file in (*self.files, *packages, self.pictures.package) if file and file.sha256 is None]
+
 
 _RAW = "https://raw.githubusercontent.com"
 _RLAIF_V = f"{_RAW}/RLHF-V/RLAIF-V/83d917b2e8118ca8e7877a796d72af9bb3e6b356/eval"
@@ -75,12 +155,25 @@ _COCO_HOME = f"each from {_COCO}/val2014/NAME"
 
 _INSTANCES, _CAPTIONS = "instances_val2014.json", "captions_val2014.json"
 
-_OBJHAL_PACKAGE = File("objhal/obj_halbench_300_with_image.jsonl", f"{_RLAIF_V}/data/obj_halbench_300_with_image.jsonl")
-_COCO_ANNOTATIONS = File("coco/annotations_trainval2014.zip", f"{_COCO}/annotations/annotations_trainval2014.zip")
-_MM_VET_PACKAGE = File("mmvet/mm-vet.zip", "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip")
+_OBJHAL_PACKAGE = File(
+    "objhal/obj_halbench_300_with_image.jsonl",
+    f"{_RLAIF_V}/data/obj_halbench_300_with_image.jsonl",
+    check=rows_with("org_idx", "image_id", "question", "image"),
+)
+_COCO_ANNOTATIONS = File(
+    "coco/annotations_trainval2014.zip",
+    f"{_COCO}/annotations/annotations_trainval2014.zip",
+    check=archive_with(_INSTANCES, _CAPTIONS),
+)
+_MM_VET_PACKAGE = File(
+    "mmvet/mm-vet.zip",
+    "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip",
+    check=archive_with("mm-vet.json"),
+)
 _AMBER_PACKAGE = File(
     "amber/AMBER.zip",
     by_hand="by hand, from the Google Drive that the README of github.com/junyangwang0410/AMBER links to",
+    check=archive_with(),
 )
 
 
@@ -186,6 +279,7 @@ BENCHMARKS = {
                 f"{_RLAIF_V}/eval_gpt_obj_halbench.py",
                 instead="prompts/objhal_extract.txt",
                 judge_only=True,
+                check=is_script,
             ),
         ),
         Pictures("coco/val2014", _objhal_pictures, _COCO_HOME, _OBJHAL_PACKAGE, _objhal_package_pictures),
@@ -223,7 +317,12 @@ BENCHMARKS = {
                 "28ed24e19ffef292597c35f1dad37760b2e0a088b3b40ca3b50f105fc1b951bb",
                 50519,
             ),
-            File("mmhal/eval_gpt_mmhal.py", f"{_RLAIF_V}/eval_gpt_mmhal.py", instead="prompts/mmhal_judge.txt"),
+            File(
+                "mmhal/eval_gpt_mmhal.py",
+                f"{_RLAIF_V}/eval_gpt_mmhal.py",
+                instead="prompts/mmhal_judge.txt",
+                check=is_script,
+            ),
         ),
         Pictures(
             "mmhal/images",
@@ -240,16 +339,30 @@ BENCHMARKS = {
                 {"rule.json": (9098, "dd7345a44ce9f7a24e51a30ee030cdab32346f9d08e3359c80545ff1312b1e07")},
             ),
             *(
-                File(f"llava_bench/{name}", f"{_LLAVA_BENCH}/{name}")
-                for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
+                File(f"llava_bench/{name}", f"{_LLAVA_BENCH}/{name}", check=rows_with(*names))
+                for name, names in (
+                    ("questions.jsonl", ("question_id", "image", "text", "category")),
+                    ("context.jsonl", ("image", "caption")),
+                    ("answers_gpt4.jsonl", ("question_id", "text")),
+                )
             ),
         ),
         Pictures("llava_bench/images", _llava_bench_pictures, f"each from {_LLAVA_BENCH}/images/NAME"),
     ),
     "mmvet": Home(
         (
-            File("mmvet/mm-vet.json", package=_MM_VET_PACKAGE, make=_mm_vet_questions),
-            File("mmvet/mm-vet_evaluator.py", f"{_MM_VET}/mm-vet_evaluator.py", instead="prompts/mmvet_grader.txt"),
+            File(
+                "mmvet/mm-vet.json",
+                package=_MM_VET_PACKAGE,
+                make=_mm_vet_questions,
+                check=questions_with("imagename", "question", "answer", "capability"),
+            ),
+            File(
+                "mmvet/mm-vet_evaluator.py",
+                f"{_MM_VET}/mm-vet_evaluator.py",
+                instead="prompts/mmvet_grader.txt",
+                check=is_script,
+            ),
         ),
         Pictures(
             "mmvet/images",

@@ -7,6 +7,7 @@ only `official_quirks` gives it the value that the original does.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +17,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dama.chat import ChatClient, ChatReply, ChatRequest, ChatSettings, ChatUsage
+from dama.chat import after_thoughts as after_thoughts  # read by every benchmark's parse
 from dama.console import digest_of, write_atomic
 from dama.pairs import fault_list
 from eval.core.official import Fields, field_faults, read_json
@@ -56,6 +58,7 @@ class Verdict:
     """What the judge wrote about one answer; `error` instead of `text` where no reply could be had.
 
     run: counts from 0 how often the same was asked. request: digest of the messages. version: as the server names it.
+    finish: why the text ends, as the server says it.
     """
 
     id: str
@@ -66,6 +69,14 @@ class Verdict:
     version: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    finish: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The text, or why there is none."""
+        if self.text:
+            return self.text
+        return f"({self.error or 'no reply'})" if self.text is None else f"(empty reply, finish reason {self.finish})"
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class JudgeRun:
     """All verdicts on one model's answers. usage: what this run paid for and what its cache held; nothing on replay."""
 
     name: str
-    temperature: float
+    temperature: float | None  # None where it is left to the server
     prompt_digest: str
     verdicts: tuple[Verdict, ...]
     usage: ChatUsage = field(default_factory=ChatUsage, compare=False)
@@ -96,10 +107,11 @@ class JudgeRun:
         """One line on replies and tokens, and on the cost where prices are given, as `cost` takes them."""
         usage = self.usage
         cost = f", cost {self.cost(*prices):.2f}" if prices else ""
+        failed = next((f"; failed, e.g. {v.id}: {v.error}" for v in self.verdicts if v.text is None), "")
         return (
             f"judge {self.name} ({self.version or 'version not named'}): {len(self.verdicts)} verdicts; "
             f"{usage.asked} replies paid for, {usage.cached} from the cache, {usage.failed} failed; "
-            f"{usage.prompt_tokens} prompt and {usage.completion_tokens} completion tokens{cost}"
+            f"{usage.prompt_tokens} prompt and {usage.completion_tokens} completion tokens{cost}{failed}"
         )
 
     def save(self, folder: str | Path) -> None:
@@ -162,7 +174,8 @@ def judge_answers(
 
 def verdict_of(request: ChatRequest, reply: ChatReply) -> Verdict:
     tokens = reply.prompt_tokens, reply.completion_tokens
-    return Verdict(request.id, request.sample, _digest(request), reply.text, reply.error, reply.model, *tokens)
+    who = reply.text, reply.error, reply.model
+    return Verdict(request.id, request.sample, _digest(request), *who, *tokens, reply.finish)
 
 
 def _digest(request: ChatRequest) -> str:
@@ -181,7 +194,8 @@ def replay(folder: str | Path, requests: Sequence[ChatRequest]) -> JudgeRun:
     if faults := [fault for i, row in enumerate(rows, 1) for fault in field_faults(f"line {i}", row, _LINE)]:
         raise ValueError(fault_list(str(path), faults, remedy))
     judges = {(row["judge"], row["temperature"], row["prompt_digest"]) for row in rows}
-    verdicts = tuple(Verdict(**{each.name: row.get(each.name) for each in fields(Verdict)}) for row in rows)
+    names = [each.name for each in fields(Verdict)]  # files of earlier versions have no finish reason
+    verdicts = tuple(Verdict(**{name: row.get(name) for name in names} | {"finish": _finish(row)}) for row in rows)
     asked = {request.id: _digest(request) for request in requests}
     faults = [f"verdict on {v.id!r}: on another answer or prompt" for v in verdicts if asked.get(v.id) != v.request]
     faults += [f"answer {id_!r}: no verdict" for id_ in asked if id_ not in {verdict.id for verdict in verdicts}]
@@ -201,15 +215,27 @@ _LINE: Fields = {
     "prompt_tokens": (int,),
     "completion_tokens": (int,),
     "judge": (str,),
-    "temperature": (int, float),
+    "temperature": (int, float, NoneType),
     "prompt_digest": (str,),
 }
 
 
-def after_thoughts(text: str) -> str:
-    """What a reasoning model says in the end, without the thoughts that some servers send along; "" while it thinks."""
-    thoughts, end, words = text.rpartition("</think>")
-    return "" if not end and words.lstrip().startswith("<think>") else words.strip()
+def _finish(row: Mapping[str, Any]) -> str:
+    return str(row.get("finish") or "")
+
+
+_MORE_NUMBERS = re.compile(r"[^\w\n(]*(?:(?:to|or|and|maybe|perhaps|possibly|even|between|out|of)\b[^\w\n(]*){0,3}\d")
+
+
+def more_follow(text: str, end: int, scale: str) -> bool:
+    """Whether the number that ends at `end` is the first of several, as in "1, 2", "1 or maybe 2", "1/2" and "1-2".
+
+    scale: the best value; "5/6" and "5 out of 6" on a scale to 6 are one number.
+    """
+    rest = text[end:]
+    if re.match(rf"\s*(?:/|out of)\s*{re.escape(scale)}(?:\.0+)?(?![\w.]*\d)", rest):
+        return False
+    return bool(_MORE_NUMBERS.match(rest))
 
 
 # -------------------------------------------------------------------------------------------------------- scoring
@@ -337,7 +363,7 @@ def _record(item: _Judged[Value], parts: Parts, wrong: Callable[[Sequence[Value]
         "parts": parts,
         "kinds": list(question.kinds),
         "context": question.context,
-        "verdicts": [verdict.text for verdict in item.verdicts],
+        "verdicts": [verdict.shown for verdict in item.verdicts],
         "values": list(item.read),
     }
 

@@ -11,6 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple
+from zipfile import BadZipFile
+
+from dama.console import say
 
 FALLBACK = "fallback-tagger"
 
@@ -39,14 +42,24 @@ class Tagger:
 
 # -------------------------------------------------------------------------------------------- taggers with their data
 
+# Raised by packages or data that are missing, damaged, or of another version: a component's factory that is not
+# installed is a ValueError (E002), weights that do not fit are a RuntimeError.
+UNLOADABLE = (ImportError, OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, BadZipFile)
+_SETS_TAGS = ("tagger", "attribute_ruler")
+
 
 def spacy_tagger(model: str = "en_core_web_trf") -> Tagger | None:
-    """A spaCy pipeline, given by name or folder; None where spaCy or the pipeline is not installed."""
+    """A spaCy pipeline, given by name or folder; None where it cannot be loaded and run, or tags no words."""
     try:
         import spacy
 
         pipeline = spacy.load(model, exclude=["parser", "ner"])
-    except (ImportError, OSError):
+        pipeline("a dog")  # some components fail only when they run
+    except UNLOADABLE as error:
+        _say_reason(f"spaCy's {model}", error)
+        return None
+    if not any(name in pipeline.pipe_names for name in _SETS_TAGS):
+        say(f"nouns: spaCy's {model} has no tagger; its components are {', '.join(pipeline.pipe_names) or 'none'}")
         return None
 
     @cache  # what is extracted repeats from answer to answer
@@ -67,7 +80,8 @@ def nltk_tagger(*, lower: bool = True) -> Tagger | None:
 
         lemma = WordNetLemmatizer().lemmatize
         nltk.pos_tag(nltk.word_tokenize(lemma("dogs")))
-    except (ImportError, LookupError, OSError):
+    except UNLOADABLE as error:
+        _say_reason("nltk or its data", error)
         return None
 
     def words(text: str) -> list[Word]:
@@ -76,6 +90,12 @@ def nltk_tagger(*, lower: bool = True) -> Tagger | None:
         return [Word(lemma(w.lower() if lower else w), tag.startswith("NN"), *s) for (w, tag), s in zip(tagged, spans)]
 
     return Tagger("nltk", words)
+
+
+def _say_reason(what: str, error: Exception) -> None:
+    lines = (line.strip() for line in f"{type(error).__name__}: {error}".splitlines())
+    reason = " ".join(line for line in lines if line.strip("*"))  # nltk frames its messages with asterisks
+    say(f"nouns: {what} cannot be loaded: {reason[:200]}")
 
 
 def _spans(text: str, tokens: Sequence[str]) -> Iterator[tuple[int, int]]:

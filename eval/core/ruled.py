@@ -86,7 +86,7 @@ def score_of(
 
 
 def format_scores(rows: Mapping[str, Score], columns: Mapping[str, tuple[str, int]]) -> str:
-    """One aligned line per model, with its protocol; below it the questions without answer.
+    """One aligned line per model, with its protocol; below it what is missing, and how unparsed answers count.
 
     columns: metric -> (title, decimals).
     """
@@ -95,6 +95,11 @@ def format_scores(rows: Mapping[str, Score], columns: Mapping[str, tuple[str, in
         cells = [cell(score.metrics[metric], decimals) for metric, (_, decimals) in columns.items()]
         lines.append([name, score.protocol, *cells, f"{score.counts['unparsed']} of {score.counts['answers']}"])
     notes = [f"{name}: no answer to {len(score.missing)} questions" for name, score in rows.items() if score.missing]
+    notes += [
+        f"{name}: {score.counts['unparsed']} unparsed answers are right in no metric; they lower accuracy and recall"
+        for name, score in rows.items()
+        if score.counts["unparsed"]
+    ]
     return "\n".join([aligned(lines), *notes])
 
 

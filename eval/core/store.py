@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dama.completion import well_formed
 from dama.console import write_atomic
+from dama.pairs import fault_list
 from eval.core.types import Answer
 
 
@@ -29,7 +32,8 @@ class Provenance:
 def read_answers(path: str | Path) -> list[Answer]:
     """Reads answers.jsonl with LLaVA's and RLHF-V's field names.
 
-    Fields: question_id, prompt (or question), text (or answer); if present image_id and model_id; others are not used.
+    Fields: question_id, prompt (or question), text (or answer); if present image_id, model_id and missing (why there
+    is no answer); others are not used.
     Raises ValueError, with the line number, for a line that is no JSON object, lacks a field or repeats a question_id.
     """
     answers: dict[str, Answer] = {}
@@ -60,9 +64,10 @@ def _parse_answer(line: str, where: str) -> Answer:
     return Answer(
         id=str(_field(row, where, "question_id")),
         image_id=_optional(row, "image_id"),
-        prompt=str(_field(row, where, "prompt", "question")),
-        text=str(_field(row, where, "text", "answer")),
+        prompt=well_formed(str(_field(row, where, "prompt", "question"))),
+        text=well_formed(str(_field(row, where, "text", "answer"))),
         model_id=_optional(row, "model_id"),
+        missing=_optional(row, "missing"),
     )
 
 
@@ -77,9 +82,28 @@ def _field(row: Mapping[str, Any], where: str, *names: str) -> Any:
     raise ValueError(f"{where}: expected the field {' or '.join(names)}, got {sorted(row)}; add it")
 
 
+def not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """Where in a JSON value NaN and infinities are, as "metrics, mean_f1: nan"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place}: {value}"
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from not_finite(part, f"{place}, {name}" if place else str(name))
+    elif isinstance(value, (list, tuple)):
+        for number, part in enumerate(value):
+            name = part.get("id", number) if isinstance(part, dict) else number
+            yield from not_finite(part, f"{place}, {name}")
+
+
 def write_results(
     path: str | Path, metrics: Mapping[str, Any], provenance: Provenance, items: Iterable[Mapping[str, Any]] = ()
 ) -> None:
-    """Writes results.json: provenance, metrics, a record per answer. Undefined is null; NaN raises ValueError."""
+    """Writes results.json: provenance, metrics, a record per answer. Undefined is null.
+
+    Raises ValueError, naming their places, for numbers that JSON does not have: NaN and infinities.
+    """
     content = {"provenance": asdict(provenance), "metrics": dict(metrics), "items": list(items)}
+    if places := list(not_finite(content)):
+        remedy = "the old file, if any, is as it was; report this, since an undefined metric must be null"
+        raise ValueError(fault_list(f"{path}: not JSON compliant", places, remedy))
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,19 +1,25 @@
-"""Files from untrusted homes: one over HTTP, continued where it broke off and checked; or out of an archive."""
+"""Files from untrusted homes: one over HTTP, continued where it broke off and checked; or out of an archive.
+
+A server may send neither more bytes than a file has, nor at a pace that never ends.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
+import socket
 import stat
 import time
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Timer
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener
 
 from dama.console import regular_file, write_atomic
 
@@ -21,6 +27,9 @@ ATTEMPTS = 3  # in a row that bring no byte
 TIMEOUT = 30.0  # seconds without a byte
 PAUSE = 0.25  # seconds after an attempt, doubled with each
 LARGEST_MEMBER = 1 << 29  # bytes of a file in an archive
+LARGEST_FILE = 1 << 31  # bytes of a download whose size is not known
+PATIENCE = 60.0  # seconds before the pace counts, and until a reply's headers are there
+LEAST_PACE = 1000.0  # bytes a second, over all attempts
 _BLOCK = 1 << 18
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _BROKEN = (OSError, http.client.HTTPException)
@@ -31,6 +40,10 @@ Report = Callable[[int, int | None], Any]
 
 class TransferError(OSError):
     """What is wrong, without the file's name."""
+
+
+class RefusedError(TransferError):
+    """What another attempt cannot mend: too many bytes, or too slow."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +60,23 @@ def download(
     target: Path,
     sha256: str | None = None,
     *,
+    size: int | None = None,
     check: Callable[[Path], Any] | None = None,
     report: Report = lambda new, left: None,
 ) -> Received:
     """Brings `url` to `target`, which appears when it is whole and right and not before.
 
     What arrived before a cut is kept in TARGET.part and continued, in this run or a later one, provided that the file
-    at its home is still the same. check: raises where the content is of no use. Raises TransferError.
+    at its home is still the same. size: bytes that it may have, LARGEST_FILE if None; more are not read. check: raises
+    where the content is of no use. Raises TransferError.
     """
     if not url.startswith(("http://", "https://")):
         raise TransferError(f"no http or https address: {url!r}")
     part = target.with_name(target.name + ".part")
     if part.is_symlink():  # not ours: what it leads to must be neither continued nor overwritten
         _forget(part)
-    revision = _until_whole(url, part, sha256 is not None, report)
+    largest = LARGEST_FILE if size is None else size
+    revision = _until_whole(url, part, sha256 is not None, largest, report)
     found = digest(part)
     try:
         if sha256 not in (None, found):
@@ -81,13 +97,36 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _until_whole(url: str, part: Path, pinned: bool, report: Report) -> str:
+class _Limits:
+    """What a download may take: `largest` bytes in all, and a pace, which is measured over all attempts."""
+
+    def __init__(self, largest: int, held: int) -> None:
+        self.largest, self._held, self._started = largest, held, time.monotonic()
+        self.exceeded = False
+
+    def check(self, size: int) -> None:
+        """Raises RefusedError. size: bytes that are there now."""
+        if size > self.largest:
+            self.exceeded = True
+            raise RefusedError(f"expected at most {self.largest} bytes, got more")
+        seconds = time.monotonic() - self._started
+        if seconds > PATIENCE and max(0, size - self._held) < LEAST_PACE * (seconds - PATIENCE):
+            came = f"{size - self._held} in {seconds:.0f} seconds"
+            raise RefusedError(f"slower than {LEAST_PACE:g} bytes a second: {came}")
+
+
+def _until_whole(url: str, part: Path, pinned: bool, largest: int, report: Report) -> str:
     """Tries until all is there; gives up after ATTEMPTS in a row without a new byte. Returns the revision."""
-    idle = 0
+    idle, limits = 0, _Limits(largest, _size(part))
     while True:
         before = _size(part)
         try:
-            return _continue(url, part, pinned, report)
+            limits.check(min(before, largest))
+            return _continue(url, part, pinned, limits, report)
+        except RefusedError as error:
+            if limits.exceeded:  # what came is no part of the file
+                _forget(part)
+            raise error
         except HTTPError as error:
             if error.code == 416:  # what we hold is no beginning of it
                 _forget(part)
@@ -102,7 +141,7 @@ def _until_whole(url: str, part: Path, pinned: bool, report: Report) -> str:
         time.sleep(PAUSE * 2**idle)
 
 
-def _continue(url: str, part: Path, pinned: bool, report: Report) -> str:
+def _continue(url: str, part: Path, pinned: bool, limits: _Limits, report: Report) -> str:
     """One request for what is missing. Raises where the connection ends too early."""
     held, validator = _size(part), _validator(part)
     headers = {"User-Agent": "dama-mllm"}
@@ -110,7 +149,7 @@ def _continue(url: str, part: Path, pinned: bool, report: Report) -> str:
         headers["Range"] = f"bytes={held}-"
         if validator.is_file():
             headers["If-Range"] = validator.read_text()
-    with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as reply:
+    with _open(Request(url, headers=headers)) as reply:
         if reply.status != 206 or not reply.headers.get("Content-Range", "").startswith(f"bytes {held}-"):
             if reply.status == 206:
                 _forget(part)
@@ -119,14 +158,51 @@ def _continue(url: str, part: Path, pinned: bool, report: Report) -> str:
             part.parent.mkdir(parents=True, exist_ok=True)
             _remember_validator(validator, reply.headers)
         left = reply.length
+        limits.check(held + (left or 0) if held + (left or 0) > limits.largest else held)
         with open(part, "ab" if held else "wb", opener=regular_file) as file:
             report(0, left)
-            while block := reply.read(_BLOCK):
+            while block := reply.read1(_BLOCK):  # what is there: a whole block may take for ever
+                limits.check(file.tell() + len(block))
                 file.write(block)
                 report(len(block), None)
         if left is not None and _size(part) < held + left:
             raise TransferError(f"the connection ended after {_size(part)} of {held + left} bytes")
         return reply.headers.get("X-Repo-Commit", "")
+
+
+def _open(request: Request) -> Any:
+    """The reply once its headers are there, for which a server has PATIENCE, however many bytes it sends meanwhile."""
+    sockets: list[socket.socket] = []
+
+    def handler(base: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
+        class Connection(base):  # type: ignore[misc, valid-type]
+            def connect(self) -> None:
+                super().connect()
+                sockets.append(self.sock)
+
+        return Connection
+
+    class Plain(HTTPHandler):
+        def http_open(self, req: Request) -> Any:
+            return self.do_open(handler(http.client.HTTPConnection), req)
+
+    class Secure(HTTPSHandler):
+        def https_open(self, req: Request) -> Any:
+            return self.do_open(handler(http.client.HTTPSConnection), req)
+
+    timer = Timer(PATIENCE, _shut, [sockets])
+    timer.daemon = True
+    timer.start()
+    try:
+        return build_opener(Plain, Secure).open(request, timeout=TIMEOUT)
+    finally:
+        timer.cancel()
+
+
+def _shut(sockets: Sequence[socket.socket]) -> None:
+    for each in sockets:
+        with contextlib.suppress(OSError):  # closed already
+            each.shutdown(socket.SHUT_RDWR)
 
 
 def _size(path: Path) -> int:

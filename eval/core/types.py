@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dama.pairs import fault_list
 from eval.core.official import digest_of_text
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """`id` is unique in its file; `image_id` is empty where the file names no picture; both are text, never numbers."""
+    """`id` is unique in its file; `image_id` is empty where the file names no picture; both are text, never numbers.
+
+    missing: why the model gave no answer, or ""; such an answer is counted and in no metric.
+    """
 
     id: str
     image_id: str
     prompt: str
     text: str
     model_id: str = ""
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,29 @@ class Benchmark:
 
         return [Request(q.id, q.prompt, q.image, q.image_id) for q in self.questions]
 
+    def missing_records(self, answers: Iterable[Answer]) -> list[dict[str, Any]]:
+        """Records, as in results.json, of the questions that the model gave no answer to: in no metric, but shown."""
+        reasons = {answer.id: answer.missing for answer in answers if answer.missing}
+        return [
+            {
+                "id": question.id,
+                "image_id": question.image_id,
+                "image": question.image,
+                "prompt": question.prompt,
+                "text": "",
+                "truth": question.truth,
+                "wrong": None,
+                "spans": [],
+                "parts": {},
+                "kinds": list(question.kinds),
+                "missing": reasons[question.id],
+            }
+            for question in self.questions
+            if question.id in reasons
+        ]
+
     def answered(self, answers: Iterable[Answer]) -> list[tuple[Question, Answer]]:
-        """The questions that have an answer, with it; joined by id, never by position.
+        """The questions that have an answer, with it; joined by id, never by position. Missing answers are none.
 
         ValueError for an answer to no question here, to another wording of it, or for a second answer.
         """
@@ -81,5 +106,5 @@ class Benchmark:
                 faults.append(f"answer {answer.id!r}: to {answer.prompt[:60]!r}, but the question is {asked[:60]!r}")
         if faults:
             raise ValueError(fault_list("answers", faults, "give the answers that were made for this benchmark"))
-        given = {answer.id: answer for answer in answers}
+        given = {answer.id: answer for answer in answers if not answer.missing}
         return [(question, given[question.id]) for question in self.questions if question.id in given]

@@ -25,6 +25,31 @@ OFFSETS = {"adversarial": 0, "random": NUMBERS_A_SPLIT, "popular": 2 * NUMBERS_A
 _YES, _NO = frozenset(("yes", "yeah", "yep")), frozenset(("no", "not", "none", "nope", "nothing"))
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
 
+# Negations that are about knowing and not about the image; what cannot be seen is not there, an image is.
+_ADVERBS = r"(?:\s+(?:\w+ly|quite|yet|even|so|very|too|100\s*%?|be|to|at|all|for|with|certainty))*"
+_KNOWING = (
+    r"(?:tell|say|saying|telling|determin\w*|know\w*|confirm\w*|verif\w+|identif\w+|answer\w*|judg\w+|decid\w+|discern\w*|"
+    r"ascertain\w*|assess\w*|make\s+out|sure|certain|help|assist|comply|provide|respond|process|interpret|analy\w+|"
+    r"understand|recall|remember|conclude|guess|speculate|"
+    r"(?:see|view|open|access|load|display|look\s+at)\s+(?:(?:the|this|that|any|an|your|attached|actual)\s+)*"
+    r"(?:images?|pictures?|photos?|photographs?|files?|attachments?)\b)"
+)
+_UNKNOWN = re.compile(
+    rf"\b(?:can't|cannot|can\s+not|couldn't|could\s+not|won't|will\s+not|wouldn't|would\s+not|"
+    rf"(?:not|\w+n't)\s+(?:be\s+)?able|unable|(?:not|\w+n't)\s+possible|impossible|\w+n't\s+think\s+\w+\s+(?:can|could)){_ADVERBS}\s+{_KNOWING}"
+    rf"|\b(?:not|\w+n't){_ADVERBS}\s+(?:sure|certain|clear|enough|sufficient|confident|positive|obvious|known|knowable|specified|"
+    r"stated|determinable|determined|discernible|possible\s+to|able\s+to\s+(?:tell|say|see\s+(?:the|this|any)\s+image))\b"
+    rf"|\b(?:don't|do\s+not|doesn't|does\s+not|didn't|did\s+not){_ADVERBS}\s+"
+    r"(?:know|understand|recall|remember|have\s+(?:enough|sufficient|any\s+(?:idea|information|way)|access|the\s+ability)|"
+    r"provide\s+(?:enough|sufficient|any)|(?:see|have)\s+(?:the|an|any|a)\s+(?:image|picture|photo)\b)"
+    r"|\bno\s+(?:idea|clue|way\s+(?:to|of)|telling|saying|information|(?:clear\s+)?answer|opinion|comment|"
+    r"(?:image|picture|photo)(?:\s+(?:is|was))?\s+(?:provided|attached|given))\b"
+    r"|\b(?:nothing|none)\s+(?:can|could)\s+be\s+(?:said|determined|told|concluded)\b"
+)
+_OR = r"(?:\s*[/|]\s*|,?\s+(?:or|and)\s+)"
+_BOTH = re.compile(rf"\byes{_OR}no\b|\bno{_OR}yes\b")
+_DECIDED = re.compile(r"\b(?:yes|yeah|yep|no|nope|none|nothing)\b")
+
 
 # -------------------------------------------------------------------------------------------------- reading answers
 
@@ -32,15 +57,31 @@ _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
 def read_answer(text: str) -> Reply | None:
     """What the first sentence says: its first "yes" or negation, or a plain "there is"; None where it says neither.
 
-    Case does not count. "Yes, and it is not small." is yes, "There isn't." no, "A snowboard." and "" are None.
+    Case does not count. "Yes, and it is not small." is yes, "There isn't." no, "A snowboard." and "" are None. So is a
+    negation of knowing: "I can't tell.", "I'm not sure.", "No idea."; and "yes or no".
     """
-    words = _WORD.findall(text.strip().split(".")[0].lower())
+    sentence = text.strip().split(".")[0].lower().replace("\u2019", "'")
+    words = _WORD.findall(sentence)
+    if is_undecided(sentence):
+        return None
     for word in words:
         if word in _YES:
             return "yes"
-        if word in _NO or word.endswith(("n't", "n\u2019t")):
+        if word in _NO or word.endswith("n't"):
             return "no"
     return "yes" if words[:1] == ["there"] and words[1:2] in (["is"], ["are"]) else None
+
+
+def is_undecided(sentence: str) -> bool:
+    """Whether the first thing that a sentence, in lower case, says of yes or no is that it cannot say.
+
+    "No, I'm not sure" has said no before.
+    """
+    decided = _DECIDED.search(sentence)
+    unknown = _UNKNOWN.search(sentence)
+    both = _BOTH.search(sentence)
+    first = min((found.start() for found in (unknown, both) if found), default=None)
+    return first is not None and (decided is None or first <= decided.start())
 
 
 def official_reading(text: str) -> Reply:

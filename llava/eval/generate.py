@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from dama.console import digest_of, digest_of_file, report_error, say
 from dama.images import open_image
 from dama.pairs import UNREADABLE, fault_list, load_image, resolve_image
+from dama.redact import redacted
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
@@ -34,7 +35,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.fingerprint import digest_of_checkpoint
 
 if TYPE_CHECKING:
-    from dama.chat import ChatRequest, ChatSettings
+    from dama.chat import ChatClient, ChatRequest, ChatSettings
 
 STAGE = "answers"
 READERS = 8  # threads that decode the pictures of a batch
@@ -67,6 +68,14 @@ class Decoding:
         if self.temperature > 0:
             chosen |= {"temperature": self.temperature, "top_p": self.top_p, "num_return_sequences": self.samples}
         return chosen
+
+
+class Reply(NamedTuple):
+    """A server's answer. finish: why it ends, as the server says it. missing: why there is no answer, or ""."""
+
+    text: str
+    finish: str
+    missing: str
 
 
 class Responder(Protocol):
@@ -206,24 +215,40 @@ class ServedAnswerer:
 
     Args:
         model: its name, as the server lists it. base_url: of the API, up to and with its version (/v1).
-        concurrency: requests under way at once. timeout: seconds an attempt.
+        concurrency: requests under way at once. timeout: seconds that the server may be silent.
+        omit: settings that are left to the server, of `dama.completion.SETTINGS`.
     """
 
-    def __init__(self, model: str, base_url: str, *, concurrency: int = 8, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        *,
+        concurrency: int = 8,
+        timeout: float = 600.0,
+        omit: Sequence[str] = (),
+    ) -> None:
         self.name, self.base_url = model, base_url
-        self.concurrency, self.timeout = concurrency, timeout
+        self.concurrency, self.timeout, self.omit = concurrency, timeout, tuple(sorted(set(omit)))
+        self._clients: dict[Decoding, ChatClient] = {}
 
     def identity(self) -> dict[str, Any]:
-        return {"model": self.name, "weights": "served", "template": "the server's", "precision": "the server's"}
+        served = {"model": self.name, "weights": "served", "template": "the server's", "precision": "the server's"}
+        return served | ({"omitted": list(self.omit)} if self.omit else {})
 
     def length(self, request: Request) -> int:
         return len(request.prompt)
 
     def answer(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[str]]:
-        """As `Answerer.answer`. Raises ValueError for beams, and for replies that did not come, each with its error."""
-        from dama.chat import ChatClient
+        """As `Answerer.answer`, without a reasoning model's thoughts; "" for a missing answer. Raises as `replies`."""
+        return [[reply.text for reply in group] for group in self.replies(requests, image_folder, decoding)]
 
-        client = ChatClient(self._settings(decoding))
+    def replies(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[Reply]]:
+        """`decoding.samples` replies to each request.
+
+        Raises ValueError for beams, and for replies that did not come, each with its error.
+        """
+        client = self._client(decoding)
         asked = [
             self._chat_request(request, image_folder, sample)
             for request in requests
@@ -232,9 +257,18 @@ class ServedAnswerer:
         replies = list(client.ask(asked, desc=self.name).values())
         faults = [f"{reply.id}: {reply.error}" for reply in replies if reply.text is None]
         if faults:
-            raise ValueError(fault_list(f"server {self.base_url}", faults, "run the same again, it continues"))
-        texts = [str(reply.text).strip() for reply in replies]
-        return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]
+            server = client.settings.shown_url
+            raise ValueError(fault_list(f"server {server}", faults, "run the same again, it continues"))
+        read = [Reply(reply.answer, reply.finish, reply.missing) for reply in replies]
+        return [read[i : i + decoding.samples] for i in range(0, len(read), decoding.samples)]
+
+    def _client(self, decoding: Decoding) -> ChatClient:
+        """One for all batches, since it finds out with the first whether the server can be used."""
+        from dama.chat import ChatClient
+
+        if decoding not in self._clients:
+            self._clients[decoding] = ChatClient(self._settings(decoding))
+        return self._clients[decoding]
 
     def _settings(self, decoding: Decoding) -> ChatSettings:
         from dama.chat import ChatSettings
@@ -253,7 +287,8 @@ class ServedAnswerer:
             seed=decoding.seed,
             concurrency=self.concurrency,
             timeout=self.timeout,
-        )
+            give_up=True,
+        ).without(self.omit)
 
     @staticmethod
     def _chat_request(request: Request, image_folder: str | Path, sample: int) -> ChatRequest:
@@ -291,7 +326,8 @@ def run_answers(
     """Answers the shard's requests and keeps the answers in `out` as they come; resumes by batch.
 
     Batches hold prompts of similar length. A line of `out`/answers.jsonl is {"question_id", "image_id", "prompt",
-    "text", "model_id", "sample"}, in the order of the batches. Returns the manifest of the whole stage, or None while
+    "text", "model_id", "sample"}, in the order of the batches; a server's also has its "finish_reason" and, where there
+    is no answer, the reason as "missing". Returns the manifest of the whole stage, or None while
     other shards are unfinished; the last one merges.
     """
     fingerprint = fingerprint_of(responder, requests, image_folder, decoding, batch_size)
@@ -305,8 +341,7 @@ def run_answers(
             for number in stage.to_do:
                 chunk = chunks[number]
                 torch.manual_seed(decoding.seed * 1_000_003 + number)
-                texts = responder.answer(chunk, image_folder, decoding)
-                stage.append([_record(r, t, k, responder) for r, ts in zip(chunk, texts) for k, t in enumerate(ts)])
+                stage.append(_records(responder, chunk, image_folder, decoding))
                 bar.update(len(chunk))
         return stage.conclude(summarise, {})
 
@@ -337,7 +372,9 @@ def by_length(responder: Responder, requests: Sequence[Request]) -> list[Request
 def summarise(records: list[Record], _: list[Record]) -> Record:
     """The manifest's summary of all answers."""
     words = sum(len(record["text"].split()) for record in records)
-    return {"answers": len(records), "mean_words": words / max(1, len(records))}
+    missing = Counter(record["missing"] for record in records if record.get("missing"))
+    summary = {"answers": len(records), "mean_words": words / max(1, len(records))}
+    return summary | ({"missing": dict(missing.most_common())} if missing else {})
 
 
 def generate_answers(
@@ -354,6 +391,21 @@ def generate_answers(
     run_answers(responder, requests, image_folder, out, decoding, batch_size=batch_size, overwrite=overwrite)
     order = {request.id: i for i, request in enumerate(requests)}
     return sorted(read_stage(out, STAGE)[1], key=lambda record: (order[record["question_id"]], record["sample"]))
+
+
+def _records(
+    responder: Responder, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding
+) -> list[Record]:
+    if not isinstance(responder, ServedAnswerer):
+        texts = responder.answer(requests, image_folder, decoding)
+        return [_record(r, text, k, responder) for r, group in zip(requests, texts) for k, text in enumerate(group)]
+    return [
+        _record(request, reply.text, sample, responder)
+        | {"finish_reason": reply.finish}
+        | ({"missing": reply.missing} if reply.missing else {})
+        for request, group in zip(requests, responder.replies(requests, image_folder, decoding))
+        for sample, reply in enumerate(group)
+    ]
 
 
 def _record(request: Request, text: str, sample: int, responder: Responder) -> dict[str, Any]:
@@ -442,6 +494,14 @@ def add_backend_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--base-url", metavar="URL", help="of that server, e.g. http://127.0.0.1:8000/v1")
     group.add_argument("--concurrency", type=int, default=16, help="requests to it at once (default: %(default)s)")
+    group.add_argument(
+        "--omit",
+        nargs="+",
+        default=(),
+        choices=("max_tokens", "temperature", "top_p", "seed"),
+        metavar="SETTING",
+        help="settings that the server refuses, to be left to it: max_tokens, temperature, top_p, seed",
+    )
 
 
 def responder_of(args: argparse.Namespace) -> Responder:
@@ -449,9 +509,9 @@ def responder_of(args: argparse.Namespace) -> Responder:
     if args.backend == "openai":
         if not args.base_url:
             raise ValueError("--base-url: expected the server's URL with --backend openai, got none")
-        return ServedAnswerer(args.model_path, args.base_url, concurrency=args.concurrency)
+        return ServedAnswerer(args.model_path, args.base_url, concurrency=args.concurrency, omit=args.omit)
     if args.base_url:
-        raise ValueError(f"--base-url {args.base_url}: the checkpoint is loaded here; add --backend openai")
+        raise ValueError(f"--base-url {redacted(args.base_url)}: the checkpoint is loaded here; add --backend openai")
     return Answerer(args.model_path, args.model_base, conv_mode=args.conv_mode, device=args.device)
 
 
@@ -470,6 +530,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if manifest is not None:
         say(f"answers: {manifest['summary']['answers']} -> {Path(args.out) / 'answers.jsonl'}")
+        for reason, count in manifest["summary"].get("missing", {}).items():
+            say(f"missing: {count}, {reason}")
     return 0
 
 

@@ -241,3 +241,8 @@ def test_a_model_without_a_chat_template_is_refused(chat_model: Path, tmp_path: 
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="its tokenizer has no chat template\nRemedy: take a chat"):
         local_splitter(folder, tmp_path / "splits.jsonl")
+
+
+def test_thoughts_are_no_statements() -> None:
+    assert read_statements("<think>\nA cat?\n</think>\nA dog stands.\nIt is red.") == ["A dog stands.", "It is red."]
+    assert read_statements("<think>A cat stands.\nIt is") == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eval import amber
-from eval.amber import Amber, Objects, describe, format_table, load, score
+from eval.amber import Amber, Objects, describe, format_table, load, read_answer, score
 from eval.core.nouns import Tagger, Word, rule_tagger
 from eval.core.types import Answer
 
@@ -355,3 +355,12 @@ class TestOfficialData:
         found = score(official, answers, tagger=tagger).metrics
         assert (found["chair"], found["hal"], found["cog"]) == (0.0, 0.0, 0.0)
         assert found["cover"] > 92
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("No idea.", None), ("No way to tell", None), ("Yes or no", None), ("No, or yes", None), ("no clue", None),
+     ("No, I'm not sure why", "no"), ("Yes, no doubt", "yes"), ("I can't tell", None)],
+)  # fmt: skip
+def test_an_answer_that_says_neither_is_unparsed(text, said):
+    assert read_answer(text) == said

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from eval import pope
+from eval import page, pope
 from eval.compare import Published, compare, figure_of, main, read_all, read_published, rows_of, verdict
 from eval.core.ruled import ratios
 from eval.core.statistics import Interval
@@ -46,6 +46,25 @@ def responses(*rates: float) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------------------------------------- differences
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_have_are_named(tmp_path, capsys, number):
+    """Python reads them, a browser does not: its page would be empty."""
+    path = tmp_path / "results.json"
+    items = f'[{{"id": "q1", "values": [{number}]}}]'
+    path.write_text(f'{{"provenance": {{}}, "metrics": {{"mean": {number}}}, "items": {items}}}')
+    for program in (main, page.main):
+        flags = ["--images", str(tmp_path)] if program is page.main else [str(path)]
+        assert program([str(path), *flags]) == 2
+        said = capsys.readouterr().err
+        assert "not JSON compliant" in said and "metrics, mean: " in said and "items, q1, values, 0: " in said
+
+
+def test_results_nested_without_end_are_an_error(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("[" * 99_999)
+    assert main([str(tmp_path / "results.json")] * 2) == 2
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_a_difference_on_paper(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ import io
 import json
 import os
 import re
+import socket
+import threading
+import time
 import zipfile
 from hashlib import sha256
 from pathlib import Path
@@ -232,6 +235,174 @@ def test_names_that_leave_the_folder(tmp_path):
     (tmp_path / "mmvet/mm-vet.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="evil.png leaves the image folder"):
         fetch(["mmvet"], tmp_path, offline=True)
+
+
+# ------------------------------------------------------------------------------------------------ content and record
+
+QUESTION = {"question_id": 1, "image": "001.jpg", "text": "?", "category": "conv"}
+LLAVA_BENCH = {
+    "llava_bench/questions.jsonl": json.dumps(QUESTION).encode(),
+    "llava_bench/context.jsonl": b'{"image": "001.jpg", "caption": "A cup."}',
+    "llava_bench/answers_gpt4.jsonl": b'{"question_id": 1, "text": "A cup."}',
+}
+LOGIN = b"<!doctype html><title>Log in</title>"
+
+
+def faults_of(name, folder, **others):
+    """What a fetch complains of; "" where it does not."""
+    try:
+        fetch([name], folder, **others)
+    except DownloadError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "wrong", [LOGIN, b'{"error": "log in first"}', b"", b"Access denied", b"[1, 2]", b"\xff\xfe", b"[" * 9999]
+)
+@pytest.mark.parametrize("path", ["llava_bench/questions.jsonl", "mmvet/mm-vet.zip", "mmvet/mm-vet_evaluator.py"])
+def test_another_content_never_becomes_the_reference(tmp_path, path, wrong, capsys):
+    """It is neither kept nor recorded; and the right file, which comes later or by hand, is taken."""
+    name = {"llava_bench": "llavabench"}.get(path.split("/")[0], "mmvet")
+    right = LLAVA_BENCH | {"mmvet/mm-vet.zip": mm_vet({"v1_0.jpg": jpeg()}), "mmvet/mm-vet_evaluator.py": b"pass"}
+    with FileServer(right | {path: wrong}) as url:
+        assert re.search(rf"{path}[^\n]*\((expected|'utf-8' codec)", faults_of(name, tmp_path, mirror=url))
+    record = tmp_path / "downloads.json"
+    assert not (tmp_path / path).exists() and (not record.exists() or path not in json.loads(record.read_text()))
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_bytes(wrong)  # saved by a browser
+    (tmp_path / "mmvet/mm-vet.json").unlink(missing_ok=True)
+    with FileServer({}) as url:
+        said = faults_of(name, tmp_path, mirror=url)
+        assert f"{path}: its content is that of another file" in said and "; delete it to have it" in said
+        (tmp_path / path).write_bytes(right[path])
+        assert "its content" not in faults_of(name, tmp_path, mirror=url)
+
+
+def test_a_wrong_record_is_replaced_as_the_message_says(tmp_path, capsys):
+    """The reference is that of a login page, from a version that recorded one; the right file is put there by hand."""
+    package = mm_vet({"v1_0.jpg": jpeg()})
+    with FileServer({"mmvet/mm-vet.zip": package, "mmvet/mm-vet_evaluator.py": b"pass"}) as url:
+        fetch(["mmvet"], tmp_path, mirror=url)
+    record = tmp_path / "downloads.json"
+    entries = json.loads(record.read_text())
+    entries["mmvet/mm-vet_evaluator.py"]["sha256"] = sha256(LOGIN).hexdigest()
+    record.write_text(json.dumps(entries))
+    flags = ["mmvet", "--folder", str(tmp_path)]
+    assert main([*flags, "--mirror", "http://127.0.0.1:9"]) == 2
+    (advice,) = re.findall(r"--accept \S+", capsys.readouterr().err)
+    assert main([*flags, *advice.split()]) == 0
+    assert json.loads(record.read_text())["mmvet/mm-vet_evaluator.py"]["sha256"] == sha256(b"pass").hexdigest()
+    fetch(["mmvet"], tmp_path, offline=True)
+    (tmp_path / "mmvet/mm-vet_evaluator.py").write_bytes(LOGIN)
+    assert main([*flags, *advice.split(), "--mirror", "http://127.0.0.1:9"]) == 2  # a page is never accepted
+    with pytest.raises(SystemExit):
+        main([*flags, "--accept", "../../etc/passwd"])
+
+
+@pytest.mark.parametrize(
+    "junk", ["[]", "1", "null", '"text"', "{", "", "[" * 99_999, '{"a": 1}', '{"a": null}', '{"a": {"sha256": 3}}',
+             '{"a": {"sha256": "../x"}}', '{"a": [{}]}', "\udcff"],
+)  # fmt: skip
+def test_a_record_that_is_none_is_named(tmp_path, capsys, junk):
+    (tmp_path / "downloads.json").write_bytes(junk.encode("utf-8", "surrogateescape"))
+    (tmp_path / "mmvet").mkdir()
+    (tmp_path / "mmvet/mm-vet_evaluator.py").write_text("pass")
+    assert main(["mmvet", "--folder", str(tmp_path), "--mirror", "http://127.0.0.1:9"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"downloads.json: (cannot be read|expected|1 fault)", said) and "Remedy: delete" in said
+    assert "Traceback" not in said
+
+
+def test_credentials_of_a_mirror_are_not_recorded(tmp_path, capsys):
+    files = {"mmvet/mm-vet.zip": mm_vet({"v1_0.jpg": jpeg()}), "mmvet/mm-vet_evaluator.py": b"pass"}
+    with FileServer(files) as url:
+        flags = ["mmvet", "--folder", str(tmp_path), "--mirror"]
+        main([*flags, url.replace("//", "//user:pass-word-42@")])
+        said = capsys.readouterr()
+    assert "pass-word-42" not in f"{said.out} {said.err}"
+    assert all("pass-word-42" not in path.read_text() for path in tmp_path.rglob("downloads.json"))
+
+
+# ------------------------------------------------------------------------------------------------------ bytes and pace
+
+
+def test_a_file_of_known_size_ends_there(tmp_path):
+    server = FileServer({"a": CONTENT * 100})
+    with server as url, pytest.raises(TransferError, match="expected at most 10240 bytes, got more"):
+        download(f"{url}/a", tmp_path / "a", sha256(CONTENT).hexdigest(), size=len(CONTENT))
+    assert left_in(tmp_path) == []
+    assert len(server.seen) == 1
+
+
+class Endless:
+    """`with Endless(head, block, pause) as url`: sends `head`, then `block` every `pause` seconds, 10 s at most."""
+
+    def __init__(self, head, block, pause):
+        self.head, self.block, self.pause, self.stopped = head, block, pause, threading.Event()
+        self.connections = 0
+
+    def __enter__(self):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self.serve, daemon=True).start()
+        return f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+
+    def serve(self):
+        while not self.stopped.is_set():
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self.send, args=(connection,), daemon=True).start()
+
+    def send(self, connection):
+        deadline = time.monotonic() + 10
+        with connection:
+            try:
+                connection.recv(1 << 16)
+                connection.sendall(self.head)
+                while time.monotonic() < deadline and not self.stopped.wait(self.pause):
+                    connection.sendall(self.block)
+            except OSError:  # the client has gone
+                return
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        self.socket.close()
+
+
+OK = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "block", "pause", "words"),
+    [
+        (OK, b"x" * 65536, 0, "expected at most 1000000 bytes"),
+        (OK, b"x", 0.02, "slower than 1000 bytes a second"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n", b"x", 0.02, "slower than 1000 bytes a second"),
+        (b"HTTP/1.1 200 OK\r\nX-Padding: ", b"x", 0.02, "slower than|RemoteDisconnected|closed|BadStatusLine"),
+        (b"", b"x", 0.02, "slower than|RemoteDisconnected|closed|BadStatusLine|LineTooLong"),
+    ],
+)
+def test_a_download_has_a_largest_size_and_a_least_pace(tmp_path, monkeypatch, head, block, pause, words):
+    """Endless bodies, and a byte now and then in body, header and status line, which no limit on silence ends."""
+    monkeypatch.setattr(transfer, "LARGEST_FILE", 1_000_000)
+    monkeypatch.setattr(transfer, "PATIENCE", 0.5)
+    server = Endless(head, block, pause)
+    started = time.monotonic()
+    with server as url, pytest.raises(TransferError, match=words):
+        download(f"{url}/a", tmp_path / "a")
+    assert time.monotonic() - started < 8 and server.connections <= 3
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_byte_for_each_connection_is_too_slow(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "PATIENCE", 0.3)
+    server = FileServer({"a": CONTENT}, cut={"a": list(range(1, 10_000))})
+    monkeypatch.setattr(transfer, "PAUSE", 0.02)
+    with server as url, pytest.raises(TransferError, match="slower than"):
+        download(f"{url}/a", tmp_path / "a", sha256(CONTENT).hexdigest())
 
 
 def test_unknown_benchmarks(capsys):

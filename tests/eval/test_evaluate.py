@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval.compare import compare
 from eval.core.answering import AnsweringError, spawn
 from eval.evaluate import main
 from tests.eval import tiny_bench
-from tests.openai_server import VERSION, ScriptedServer
+from tests.openai_server import VERSION, Scripted, ScriptedServer, failure
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = str(ROOT / "playground/tinycoco/weights/llava")
@@ -178,6 +179,113 @@ def test_both_modes_of_objhal_share_answers(command, tmp_path, world, monkeypatc
     assert "complete in" in capsys.readouterr().out
 
 
+def completion_of(content, finish="stop", **message):
+    body = {"choices": [{"index": 0, "finish_reason": finish, "message": {"content": content} | message}]}
+    return Scripted(200, json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (failure(400, "Unsupported parameter: 'max_tokens'"), "--judge-omit max_tokens"),
+        (failure(404, "nobody here"), "nobody here"),
+        (Scripted(200, b'{"error": {"message": "no such deployment"}}'), "no such deployment"),
+        (failure(400, "strange words"), "strange words"),
+    ],
+)
+def test_a_judge_that_never_judges_is_an_error(command, tmp_path, capsys, official_prompts, trouble, words):
+    """Exit code 2 with the server's words, no results, and seconds instead of minutes."""
+    started = time.monotonic()
+    server = ScriptedServer(lambda call: trouble)
+    with server as url:
+        assert command("mmhal", "--judge-base-url", url) == 2
+    assert words in capsys.readouterr().err and time.monotonic() - started < 60
+    assert len(server.calls) <= 2 and not (tmp_path / "out/llava/mmhal/results.json").exists()
+
+
+def test_a_judge_s_settings_can_be_left_to_it(command, tmp_path, official_prompts):
+    server = ScriptedServer(lambda call: "Rating: 5")
+    with server as url:
+        assert command("mmhal", "--judge-base-url", url, "--judge-omit", "max_tokens", "temperature") == 0
+    assert all(set(call.body) == {"model", "messages"} for call in server.calls)
+    content = results(tmp_path / "out/llava/mmhal")
+    assert content["provenance"]["judge"]["temperature"] is None and content["metrics"]["score"] == 5
+    assert command("mmhal") == 0  # from the verdicts that were kept
+
+
+SERVED = ["--backend", "openai", "--num-beams", "1", "--max-new-tokens", "12"]
+
+
+def test_a_served_model_that_thinks_refuses_and_breaks_off(command, tmp_path, capsys):
+    """Of six pictures two get a caption; the other four are counted, shown on the page, and in no metric."""
+    captions = iter(
+        [
+            completion_of("<think>Not a dog.</think>A red cup."),
+            Scripted(200, completion_of("a XX cup").body.replace(b"XX", b"\\ud83d")),
+            completion_of(None, "length"),
+            completion_of(None, refusal="I can't help."),
+            completion_of("<think>A dog", "length"),
+            completion_of([], "content_filter"),
+        ]
+    )
+    with ScriptedServer(lambda call: next(captions)) as url:
+        served = [*SERVED, "--base-url", url, "--concurrency", "1"]
+        assert command("objhal", *served, checkpoint="thinker", settings=[]) == 0
+        assert command("objhal", *served, checkpoint="thinker", settings=[]) == 0  # complete, asks nobody
+    home = tmp_path / "out/thinker/objhal"
+    content = results(home)
+    assert sorted(item["text"] for item in content["items"]) == ["", "", "", "", "A red cup.", "a \ufffd cup"]
+    counts = content["provenance"]["counts"]
+    assert (counts["answers"], counts["missing"]) == (2, 4)
+    missing = [item for item in content["items"] if "missing" in item]
+    assert len(missing) == 4 and all(item["wrong"] is None and item["parts"] == {} for item in missing)
+    assert content["metrics"]["mean_words"] == 3.0
+    rows = [json.loads(line) for line in (home / "answers/answers.jsonl").read_text().splitlines()]
+    assert sorted(row["finish_reason"] for row in rows)[:2] == ["content_filter", "length"]
+    page = (home / "page.html").read_text()
+    assert page.count('"state": "missing"') == 4 and "No answer" in page and '"state": "unparsed"' not in page
+    said = capsys.readouterr().out
+    assert "objhal: no answer to 4 of 6 questions" in said and "1: refusal: I can't help." in said
+    assert "no answer: refusal" in (home / "page.html").read_text().replace("\\u0027", "'")
+
+
+def test_a_missing_answer_can_be_compared_with_one_that_is_there(command, tmp_path):
+    """The item of the one is in no metric of the other's."""
+    for name, silent in (("whole", ()), ("silent", (2,))):
+        with ScriptedServer(lambda call, s=silent: completion_of(None if call.number in s else "A cup.")) as url:
+            flags = [*SERVED, "--base-url", url, "--concurrency", "1"]
+            assert command("objhal", *flags, checkpoint=name, settings=[]) == 0
+    paths = [tmp_path / f"out/{name}/objhal/results.json" for name in ("whole", "silent")]
+    text = compare(paths).text
+    assert "Missing: whole 0, silent 1." in text
+
+
+def test_a_model_that_answers_nothing_is_an_error(command, tmp_path, capsys):
+    with ScriptedServer(lambda call: completion_of(None, "length")) as url:
+        assert command("objhal", *SERVED, "--base-url", url, checkpoint="mute", settings=[]) == 2
+    assert "no answer to 6 of 6 questions (6: empty reply, finish reason length)" in capsys.readouterr().err
+
+
+def test_settings_of_a_served_model_can_be_left_to_it(command, tmp_path):
+    server = ScriptedServer(lambda call: "A cup.")
+    with server as url:
+        omit = ["--omit", "max_tokens", "seed", "temperature"]
+        assert command("objhal", *SERVED, "--base-url", url, *omit, checkpoint="m", settings=[]) == 0
+    assert all(set(call.body) == {"model", "messages"} for call in server.calls)
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "../..", "/", "", "a/..", "a/../", ". .", "a\x1b[2J", "x" * 300, r"a\..\b"]
+)
+def test_a_checkpoint_s_name_stays_below_the_output_folder(command, tmp_path, capsys, name):
+    served = ["--backend", "openai", "--base-url", "http://127.0.0.1:9/v1"]
+    for flags in (served, [*served, "--compare", CHECKPOINT], []):
+        assert command("objhal", *flags, checkpoint=name) == 2
+        assert "expected a name" in capsys.readouterr().err
+    assert command("objhal", "--compare", name or ".") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------------- two models, all of it
 
 
@@ -188,6 +296,7 @@ def test_two_checkpoints(command, tmp_path, capsys):
     assert command("objhal", "--compare", str(other)) == 0
     said = capsys.readouterr().out
     assert "other and llava have the same weights." in said and "mention-level" in said
+    assert "llava - other" in said and "Differences: each minus the base, other." in said
     assert (tmp_path / "out/other/objhal/results.json").exists()
     page = (tmp_path / "out/llava/objhal/page.html").read_text()
     assert page.count("data:image") == 6

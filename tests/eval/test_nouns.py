@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +99,32 @@ class TestSpacy:
 
     def test_a_pipeline_that_is_not_there_is_none(self, tmp_path):
         assert spacy_tagger(str(tmp_path / "none")) is None
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ('factory = "attribute_ruler"', 'factory = "curated_transformer"'),  # E002, as en_core_web_trf's without it
+            ('"@scorers"', '"@no_such_registry"'),
+            ('lang = "en"', 'lang = "none"'),
+            ("[nlp]", "[nlp"),
+        ],
+    )
+    def test_a_pipeline_that_cannot_be_made_is_none(self, pipeline, tmp_path, capsys, old, new):
+        """A factory, a registry, a language that is not installed; a damaged configuration."""
+        broken = Path(shutil.copytree(pipeline, tmp_path / "broken"))
+        config = (broken / "config.cfg").read_text()
+        changed = config.replace(old, new) if old in config else config.replace("[nlp]", new)
+        assert changed != config
+        (broken / "config.cfg").write_text(changed)
+        assert spacy_tagger(str(broken)) is None
+        assert "cannot be loaded: " in capsys.readouterr().out
+
+    def test_a_pipeline_that_tags_nothing_is_none(self, tmp_path, capsys):
+        import spacy
+
+        spacy.blank("en").to_disk(tmp_path / "blank")
+        assert spacy_tagger(str(tmp_path / "blank")) is None
+        assert "has no tagger" in capsys.readouterr().out
 
 
 def write_nltk_data(folder, tags, nouns):

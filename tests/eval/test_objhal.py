@@ -328,6 +328,23 @@ class TestAskingTheJudge:
         ('{"objects": ["dog"]}', ["dog"]),
         ('Not ["cat"] but:\n["dog"]', ["dog"]),
         ('<think>["cat"]</think>["dog"]', ["dog"]),
+        ('["dog", ["cat", "bird"]]', ["dog", "cat", "bird"]),  # all names of lists inside lists
+        ('[["dog"], ["cat"]]', ["dog", "cat"]),
+        ('[["dog", "cat"]]', ["dog", "cat"]),
+        ('["dog [brown]", "cat",]', ["dog [brown]", "cat"]),
+        ('See [1]: ["dog"]', ["dog"]),
+        ('["dog" "cat"]', None),  # no comma: one name or two?
+        ("['dog' 'cat', 'bird']", None),
+        ('["dog""cat"]', None),
+        ('["dog"] ["cat"]', None),  # which of the two?
+        ('["dog"],\n["cat"]', None),
+        ('["dog"] and ["cat"]', None),
+        ('{"there": ["dog"], "absent": ["cat"]}', None),
+        ('[1, ["dog"]]', None),
+        ('["dog", cat]', None),
+        ('["dog", null]', None),
+        ('["dog",, "cat"]', None),
+        ('["dog"] but ["cat", ', None),
         ('["object_1", ..., "object_n"]', None),
         ('["dog", "ca', None),
         ("[1, 2]", None),

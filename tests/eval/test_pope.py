@@ -75,6 +75,7 @@ def test_figures_on_paper(pope):
     assert (found.metrics["mean_f1"], found.metrics["mean_accuracy"]) == pytest.approx((200 / 3, 175 / 3))
     assert found.counts == {"answers": 12, "missing": 0, "unparsed": 1}
     assert found.protocol == "pope-official"
+    assert "m: 1 unparsed answers are right in no metric" in format_table({"m": found})
     assert found.interval("random_f1").value == pytest.approx(200 / 3)
     with pytest.raises(KeyError):
         found.interval("mean_f1")

@@ -87,7 +87,10 @@ def test_results_carry_provenance_and_null_for_undefined(tmp_path):
 def test_not_a_number_is_refused_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match="not JSON compliant.*\n  metrics, mention_level: nan"):
         write_results(path, {"mention_level": float("nan")}, PROVENANCE)
+    items = [{"id": "q1", "values": [1.0, float("-inf")], "parts": {"chair": [float("nan"), 1]}}]
+    with pytest.raises(ValueError, match="items, q1, values, 1: -inf\n  items, q1, parts, chair, 0: nan"):
+        write_results(path, {"mean": float("inf")}, PROVENANCE, items)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -44,6 +44,21 @@ def answers(*texts, offset=10_000_000):
         ("NO", "no", "yes"), ("None", "no", "yes"), ("There isn't one", "no", "yes"), ("no\n", "no", "yes"),
         # neither, but yes by the original, because it is not no
         ("", None, "yes"), ("A snowboard", None, "yes"), ("I cannot tell", None, "yes"), ("Noah", None, "yes"),
+        # neither, though there is a negation: of knowing
+        ("I can't tell.", None, "yes"), ("I can\u2019t tell", None, "yes"), ("I'm not sure", None, "no"),
+        ("I don't know", None, "yes"), ("I do not know.", None, "no"), ("I can not tell", None, "no"),
+        ("I couldn't say whether there is a dog", None, "yes"), ("It's not clear.", None, "no"),
+        ("It isn't clear", None, "yes"), ("Not sure", None, "yes"), ("No idea.", None, "no"), ("No clue", None, "no"),
+        ("It is not possible to tell", None, "no"), ("There is not enough information", None, "no"),
+        ("There's no way to tell", None, "no"), ("I can't see the image", None, "yes"),
+        ("I'm not able to determine that", None, "no"), ("I can't help with that", None, "yes"),
+        ("It can't be determined", None, "yes"), ("I don't really know", None, "yes"), ("Yes or no", None, "no"),
+        ("yes/no", None, "yes"), ("I don't have enough information.", None, "yes"),
+        # a negation of the thing
+        ("I can't see a dog in the image", "no", "yes"), ("I don't think so", "no", "yes"),
+        ("Not that I can see", "no", "yes"),
+        ("No, I'm not sure why", "no", "no"), ("Yes, I'm not sure of its color", "yes", "no"),
+        ("yes, no doubt", "yes", "no"),
     ],
 )  # fmt: skip
 def test_reading_answers(text, ours, original):

@@ -203,6 +203,21 @@ def test_a_served_model_sees_picture_and_question(tmp_path):
     }
 
 
+def test_thoughts_are_left_out_and_missing_answers_named(tmp_path, capsys):
+    """Every answer in the file is what followed the thoughts; the file says why others are missing."""
+    texts = {"thinks": "<think>no, wait</think>\nYes", "never": "<think>no", "empty": " "}
+    kinds = iter([*texts, *["thinks"] * 7])
+    with ScriptedServer(lambda call: texts[next(kinds)]) as base_url:
+        served = ServedAnswerer("m", base_url, concurrency=1)
+        manifest = run_answers(served, REQUESTS, GOLDEN / "images", tmp_path, Decoding(9), batch_size=4)
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["Yes", "", "", *["Yes"] * 7]
+    assert [row.get("missing", "") for row in rows[1:3]] == [
+        "thoughts without an answer, finish reason stop", "empty reply, finish reason stop",
+    ]  # fmt: skip
+    assert {row["finish_reason"] for row in rows} == {"stop"} and sum(manifest["summary"]["missing"].values()) == 2
+
+
 def test_a_server_that_fails_in_the_middle_is_continued(tmp_path):
     broken = ScriptedServer(lambda call: failure(400, "no memory") if "reallyreally" in call.text else "fine")
     with broken as base_url, pytest.raises(ValueError, match=r"q2#0: BadRequestError: .*no memory[\s\S]*it continues"):
