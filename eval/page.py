@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic
-from dama.pairs import UNREADABLE, as_rgb, resolve_image
+from dama.pairs import UNREADABLE, ImageFolder, as_rgb, resolve_image, validate_size
 from dama.report import cut_at_spans
 from eval.compare import (
     TITLES,
@@ -71,7 +71,7 @@ _TAGS = ("kinds", "part", "split", "dimensions")  # fields of a record that say 
 def write_page(
     results_path: str | Path,
     out: str | Path,
-    images_folder: str | Path,
+    images_folder: ImageFolder,
     other: str | Path | None = None,
     *,
     names: Sequence[str] | None = None,
@@ -104,7 +104,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def read_pictures(names: Sequence[str], folder: str | Path) -> tuple[dict[str, Picture], list[str]]:
+def read_pictures(names: Sequence[str], folder: ImageFolder) -> tuple[dict[str, Picture], list[str]]:
     """Name -> picture, scaled down; and a line for each that cannot be shown. ValueError where none can be."""
 
     def read(name: str) -> Picture | str:
@@ -128,6 +128,7 @@ def read_pictures(names: Sequence[str], folder: str | Path) -> tuple[dict[str, P
 def shrunk(path: Path) -> Picture:
     """A JPEG of at most SIDE pixels a side, not turned by its EXIF data: so the model saw it."""
     with Image.open(path) as image:
+        validate_size(image)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
         small = as_rgb(image)
     small.thumbnail((SIDE, SIDE))

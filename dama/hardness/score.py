@@ -21,6 +21,7 @@ from dama.console import digest_of
 from dama.hardness import split
 from dama.hardness.clip import ClipScorer, TextTokens, fetch_later
 from dama.pairs import (
+    ImageFolder,
     PairsError,
     PreferencePair,
     SkippedPair,
@@ -28,6 +29,7 @@ from dama.pairs import (
     fault_list,
     image_digests,
     pairs_fingerprint,
+    plain_folder,
     resolve_image,
 )
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
@@ -85,7 +87,7 @@ def similarity(images: Tensor, statements: Tensor, scale: float = 1.0, bias: flo
 
 def run_hardness(
     pairs: Sequence[PreferencePair],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     out: str | Path,
     scorer: ClipScorer | None,
     *,
@@ -126,7 +128,7 @@ def run_hardness(
         for records in scored:
             stage.append(records)
         left_out = [{"id": pair.id, "reason": pair.reason} for pair in skipped]
-        return stage.conclude(summarise, {"skipped": left_out, "image_folder": str(image_folder)})
+        return stage.conclude(summarise, {"skipped": left_out, "image_folder": plain_folder(image_folder)})
 
 
 def load_hardness(folder: str | Path) -> Hardness:
@@ -138,7 +140,7 @@ def load_hardness(folder: str | Path) -> Hardness:
 
 def hardness_fingerprint(
     pairs: Sequence[PreferencePair],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     scorer: ClipScorer | None,
     scale: str,
     reduction: str,
@@ -241,7 +243,7 @@ def _require_scores(pairs: Sequence[PreferencePair]) -> None:
 
 def _encode_chunks(
     chunks: Sequence[Sequence[PreferencePair]],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     scorer: ClipScorer,
     batch_size: int,
     workers: int,

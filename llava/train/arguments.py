@@ -13,6 +13,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from dama.console import say
+from dama.pairs import missing_folders
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
 from llava.conversation import get_template
 
@@ -51,7 +52,10 @@ class DataArguments:
     data_path: str | None = described(
         None, "Training data. Task DPO: preference pairs as RLAIF-V's JSON or JSONL. Task LM: LLaVA's conversations."
     )
-    image_folder: str | None = described(None, "Folder that the image paths in the data are relative to.")
+    image_folder: list[str] | None = described(
+        None, "Folder that the image paths in the data are relative to. Given more than once, each path is looked up "
+        "in every folder in turn, and symbolic links may lead from one into another.", action="extend",
+    )  # fmt: skip
     image_aspect_ratio: str | None = described(
         None, "pad: to a square with the mean colour (LLaVA-v1.5); square: resize and cut the centre. "
         "Default: the checkpoint's, else pad."
@@ -301,8 +305,10 @@ def find_faults(model_args: ModelArguments, data_args: DataArguments, args: Trai
         expect(value in allowed, f"--{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
 
     expect(bool(model_args.model_name_or_path), "--model_name_or_path: expected a folder or hub name, got none")
-    for name, path in (("data_path", data_args.data_path), ("image_folder", data_args.image_folder)):
-        expect(bool(path) and Path(str(path)).exists(), f"--{name}: expected an existing path, got {path!r}")
+    data, folders = data_args.data_path, data_args.image_folder or []
+    expect(bool(data) and Path(str(data)).exists(), f"--data_path: expected an existing path, got {data!r}")
+    expect(bool(folders), "--image_folder: expected an existing path, got None")
+    faults += [f"--image_folder: expected an existing path, got {str(path)!r}" for path in missing_folders(folders)]
     one_of("task", args.task, ("LM", "DPO"))
     one_of("bits", args.bits, (4, 8, 16))
     one_of("on_bad_image", data_args.on_bad_image, ("fail", "skip"))

@@ -26,7 +26,16 @@ from torch import Tensor
 
 from dama.console import report_error, say
 from dama.losses import preference_loss, reward_gap
-from dama.pairs import PairsError, PreferencePair, distinct_images, load_image, parse_pairs, resolve_image
+from dama.pairs import (
+    ImageFolder,
+    PairsError,
+    PreferencePair,
+    distinct_images,
+    load_image,
+    missing_folders,
+    parse_pairs,
+    resolve_image,
+)
 from llava.conversation import get_template
 from llava.train.arguments import (
     Arguments,
@@ -180,12 +189,14 @@ def look_at_machine(plan: Plan) -> None:
 def look_at_data(plan: Plan) -> list[PreferencePair] | list[Row]:
     """The pairs, with the first ones shown, or fine-tuning's rows; none where they cannot be read."""
     _, data_args, args = plan.arguments
-    data, images = Path(str(data_args.data_path)), Path(str(data_args.image_folder))
+    data, images = Path(str(data_args.data_path)), data_args.image_folder or ["None"]
     missing = []
     if not data.is_file():
         missing.append(f"data: no file '{data}'; set DATA, or --data_path, to preference pairs in JSON or JSONL")
-    if not images.is_dir():
-        missing.append(f"images: no folder '{images}'; set IMAGES, or --image_folder, to where image paths start")
+    missing += [
+        f"images: no folder '{folder}'; set IMAGES, or --image_folder, to where image paths start"
+        for folder in missing_folders(images)
+    ]
     plan.faults += missing
     if missing:
         return []
@@ -210,9 +221,11 @@ def look_at_data(plan: Plan) -> list[PreferencePair] | list[Row]:
     return pairs
 
 
-def look_at_rows(plan: Plan, data: Path, images: Path) -> list[Row]:
+def look_at_rows(plan: Plan, data: Path, images: ImageFolder) -> list[Row]:
+    model_args, data_args, _ = plan.arguments
     try:
-        rows = read_rows(str(data), str(images))
+        template = get_template(str(model_args.version))
+        rows = read_rows(str(data), images, data_args.on_bad_image, template=template)
     except ValueError as error:
         plan.faults.append(f"data: {error}")
         return []
@@ -336,7 +349,7 @@ def first_batch(
     model_args, data_args, args = arguments
     if args.task == "DPO":
         pairs = longest_items(items, arguments, tokenizer, patches)[:count]
-        data = DPODataset(pairs, str(data_args.image_folder), processor, model.config)
+        data = DPODataset(pairs, data_args.image_folder or [], processor, model.config)
         return DataCollatorForDPODataset(tokenizer, data, args.shared_prefix)(pairs)
     template, rows = get_template(str(model_args.version)), longest_rows(items, patches)[:count]
     settings = supervised_settings(arguments, model, processor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dama.console import digest_of
 from dama.hardness.score import load_hardness
 from dama.pairs import (
+    ImageFolder,
     PreferencePair,
     SkippedPair,
     check_pairs,
@@ -74,10 +74,10 @@ class DPODataset(Dataset):
     """
 
     def __init__(
-        self, prepared: Sequence[PreparedPair], image_folder: str | Path, image_processor: Any, config: Any
+        self, prepared: Sequence[PreparedPair], image_folder: ImageFolder, image_processor: Any, config: Any
     ) -> None:
         self.prepared = list(prepared)
-        self.image_folder = Path(image_folder)
+        self.image_folder = image_folder
         self.image_processor = image_processor
         self.config = config
 

@@ -78,7 +78,7 @@ def run_reference(
     )  # fmt: skip
     sizes = [len(batch) for batch in batches]
     prepared = [item for batch in batches for item in batch]
-    dataset = DPODataset(prepared, str(data_args.image_folder), image_processor, model.config)
+    dataset = DPODataset(prepared, data_args.image_folder or [], image_processor, model.config)
     collate = DataCollatorForDPODataset(tokenizer, dataset, args.shared_prefix)
 
     def logps_alone(item: PreparedPair) -> Record:

@@ -5,25 +5,33 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import transformers
-
-from dama.console import report_error
-from llava.train import train as sft
-from llava.train import train_dpo
-from llava.train.arguments import parse_arguments
+from dama.console import end_on_interrupt, report_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # Loading and saving take a blink or have their own line; the bar that is left is the training's.
-    transformers.utils.logging.disable_progress_bar()
+    if argv is None:
+        end_on_interrupt()
     try:
-        arguments = parse_arguments(argv)
-        task = train_dpo if arguments[2].task == "DPO" else sft
-        task.run(arguments)
+        run(sys.argv[1:] if argv is None else argv)
     except Exception as error:
         report_error(error, "train_mem.py")
         return 2
     return 0
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parses the flags and trains. What is imported here takes seconds."""
+    import transformers
+
+    from llava.train import train as sft
+    from llava.train import train_dpo
+    from llava.train.arguments import parse_arguments
+
+    # Loading and saving take a blink or have their own line; the bar that is left is the training's.
+    transformers.utils.logging.disable_progress_bar()
+    arguments = parse_arguments(argv)
+    task = train_dpo if arguments[2].task == "DPO" else sft
+    task.run(arguments)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_other_inputs_are_refused_until_overwritten(command, capsys):
     ("line", "reason"),
     [
         ({"question_id": 1}, r"q.jsonl:1: expected question_id and text, got \{"),
-        ([1], r"q.jsonl:1: expected question_id and text, got \[1\]"),
+        ([1], r"q.jsonl, row 1: expected question_id and text, got 1"),
         ({"question_id": 1, "text": "?", "image": "../README.md"}, "leaves the image folder"),
         ({"question_id": 1, "text": "?", "image": "none.png"}, "none.png"),
     ],
