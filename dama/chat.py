@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dama.console import digest_of, say
+from dama.console import digest_of, say, writing
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -354,7 +354,7 @@ def _read_cache(path: Path) -> dict[str, _Entry]:
 def _append(path: Path, line: str) -> None:
     """One write a line, so that processes that share the file do not mix theirs; a torn last line is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+", buffering=0) as file:
+    with writing(path, len(line)), open(path, "ab+", buffering=0) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"

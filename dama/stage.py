@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import digest_of, digest_of_file, say, write_atomic, write_json
+from dama.console import digest_of, digest_of_file, say, write_atomic, write_json, writing
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder, inside a stage's, that holds those of its shards
@@ -124,9 +124,12 @@ class Stage:
             got = f"chunk {self.chunks_done} has {len(records)} records"
             raise StageError(f"{self.name}: {got}, planned were {expected}")
         lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        self._file.write("".join(lines).encode("utf-8"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        content = "".join(lines).encode("utf-8")
+        with writing(self.records_path, len(content)):
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
         self.chunks_done += 1
 
     def fill(self, work: Callable[[int], Sequence[Record]], unit: str) -> None:
@@ -203,7 +206,8 @@ class Stage:
 
     def _hold(self) -> None:
         """Opens the records for appending and locks them, so that a second process is told instead of let in."""
-        file = open(self.records_path, "ab")  # noqa: SIM115 (held until close)
+        # Without a buffer, which on a full disk would fail once more when the file is closed.
+        file = open(self.records_path, "ab", buffering=0)  # noqa: SIM115 (held until close)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dama.chat import ChatClient, ChatRequest, ChatSettings
-from dama.console import digest_of
+from dama.console import digest_of, writing
 from dama.hardness.clip import PRECISIONS, weights_digest
 from dama.hardness.split import BULLET, Split, as_statement, split_statements
 
@@ -126,7 +126,7 @@ class _Batches:
     def add(self, key: str, replies: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "replies": replies}, ensure_ascii=False) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
+        with writing(self.path, len(line)), open(self.path, "ab", buffering=0) as file:
             file.write(line.encode("utf-8"))
         self.replies[key] = replies
 

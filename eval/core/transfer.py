@@ -15,6 +15,8 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from dama.console import DiskFullError, writing
+
 ATTEMPTS = 3  # in a row that bring no byte
 TIMEOUT = 30.0  # seconds without a byte
 PAUSE = 0.25  # seconds after an attempt, doubled with each
@@ -90,6 +92,8 @@ def _until_whole(url: str, part: Path, pinned: bool, report: Report) -> str:
             elif error.code not in _AGAIN:
                 raise TransferError(f"HTTP status {error.code} {error.reason}") from error
             reason: Exception = error
+        except DiskFullError:  # trying again makes no room
+            raise
         except _BROKEN as error:
             reason = error
         idle = 0 if _size(part) > before else idle + 1
@@ -115,7 +119,7 @@ def _continue(url: str, part: Path, pinned: bool, report: Report) -> str:
             part.parent.mkdir(parents=True, exist_ok=True)
             _remember_validator(validator, reply.headers)
         left = reply.length
-        with open(part, "ab" if held else "wb") as file:
+        with writing(part, left or 0), open(part, "ab" if held else "wb") as file:
             report(0, left)
             while block := reply.read(_BLOCK):
                 file.write(block)
