@@ -99,8 +99,8 @@ def add_pair_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", required=True, metavar="FILE", help="pairs: JSON list or JSONL, fields see above")
     group.add_argument(
         "--image_folder", action="append", required=True, metavar="DIR",
-        help="folder that the image paths start from. Given more than once, each path is looked up in every folder in "
-        "turn, and symbolic links may lead from one into another",
+        help="folder that the image paths start from. Given more than once, the last folder that "
+        "holds a path counts, and symbolic links may lead from one into another",
     )  # fmt: skip
     group.add_argument("--out", required=True, metavar="DIR", help="folder of this stage's output, made when absent")
     group.add_argument("--overwrite", action="store_true", help="start anew where --out holds a stage of other inputs")

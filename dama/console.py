@@ -44,9 +44,10 @@ def writing(path: str | Path, size: int, *foreign: type[Exception]) -> Iterator[
     Raises:
         DiskFullError: the disk, the quota or the limit on a file's size is exhausted. Other errors pass.
     """
+    kinds: tuple[type[Exception], ...] = (OSError, *foreign)
     try:
         yield
-    except (OSError, *foreign) as error:
+    except kinds as error:
         if isinstance(error, DiskFullError) or not _lacks_room(error):
             raise
         parent = next(folder for folder in Path(path).absolute().parents if folder.is_dir())

@@ -356,7 +356,8 @@ def plain_folder(image_folder: ImageFolder) -> str | list[str]:
 def resolve_image(folder: ImageFolder, relative: str) -> Path:
     """The image's path, symbolic links followed; it need not exist.
 
-    Of several folders the first that holds the path counts, and a link may lead from one into another.
+    Of several folders the last that holds the path counts, as a flag given later does; links may lead from one into
+    another.
 
     Raises:
         ValueError: the path leaves the folders. It does where ".." takes it out of the folder that it starts from.
@@ -365,7 +366,7 @@ def resolve_image(folder: ImageFolder, relative: str) -> Path:
         raise ValueError(f"image path {relative!r} names no file")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).is_absolute():
         raise ValueError(f"image path {relative} is absolute, expected one relative to the image folder")
-    roots = [root.resolve() for root in folders_of(folder)]
+    roots = [root.resolve() for root in reversed(folders_of(folder))]
     climbs = ".." in PurePosixPath(relative).parts
     paths = [(root / relative).resolve() for root in roots]
     outside = [p for root, p in zip(roots, paths) if not _is_inside(p, [root] if climbs else roots)]

@@ -136,10 +136,15 @@ def answer(
     for part, (requests, published) in task.parts(bench).items():
         folder, decoding = task.home(run) / part, overridden(published, args)
         say(f"{task.name}: {len(requests)} questions to {responder.name} -> {folder}")
-        ensure_answers(responder, requests, bench.image_folder, folder, decoding, args)
+        ensure_answers(responder, requests, image_folders(bench), folder, decoding, args)
         manifests[part] = read_stage(folder, STAGE)[0]
         answers += read_answers(folder / f"{STAGE}.jsonl")
     return answers, manifests
+
+
+def image_folders(bench: Any) -> list[Path]:
+    """The benchmark's images; links may lead from there to anywhere in the data folder that the user names."""
+    return [data_folder(), bench.image_folder]
 
 
 def overridden(published: Decoding, args: argparse.Namespace) -> Decoding:
@@ -224,7 +229,7 @@ def say_results(task: Task, bench: Any, outcomes: Mapping[str, Outcome]) -> None
         lines.append(compare(paths[::-1], names[::-1]).text)
     say("\n\n".join(lines))
     write_atomic(home / "table.txt", "\n\n".join(lines) + "\n")
-    write_page(paths[-1], home / PAGE, bench.image_folder, paths[0] if len(paths) > 1 else None, names=names[::-1])
+    write_page(paths[-1], home / PAGE, image_folders(bench), paths[0] if len(paths) > 1 else None, names=names[::-1])
     say(f"results: {', '.join(map(str, paths))}")
 
 

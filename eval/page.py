@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic
-from dama.pairs import UNREADABLE, ImageFolder, as_rgb, resolve_image, validate_size
+from dama.pairs import UNREADABLE, ImageFolder, as_rgb, folders_of, resolve_image, validate_size
 from dama.report import cut_at_spans
 from eval.compare import (
     TITLES,
@@ -119,7 +119,7 @@ def read_pictures(names: Sequence[str], folder: ImageFolder) -> tuple[dict[str, 
     faults = [fault for fault in found.values() if isinstance(fault, str)]
     if names and len(faults) == len(names):
         raise ValueError(
-            f"{folder}: expected {len(names)} pictures, got none that can be shown, e.g. {faults[0]}\n"
+            f"{folders_of(folder)[-1]}: expected {len(names)} pictures, got none that can be shown, e.g. {faults[0]}\n"
             "Remedy: give the benchmark's image folder as --images"
         )
     return {name: picture for name, picture in found.items() if isinstance(picture, Picture)}, faults

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from dama.hardness.split_llm import LlmSplitter
 
 STAGE = "hardness"
+FLAGS = {
+    "pairs": "--data (content)", "images": "--image_folder (content)", "clip": "--clip", "reduction": "--reduction",
+    "scale": "--scale", "scores": "--from_scores", "splitter": "--splitter",
+}  # fmt: skip
 IMAGES_PER_CHUNK = 64  # what a kill can cost; fixed, so that the batch size does not change the chunks
 PAIRS_PER_CHUNK = 4096  # of the quick way, from given scores
 SCALES = ("cosine", "logit")
@@ -116,7 +120,7 @@ def run_hardness(
     chunks = _chunks_by_image(pairs) if scorer else _chunks_of(pairs, PAIRS_PER_CHUNK)
     fingerprint = hardness_fingerprint(pairs, image_folder, scorer, scale, reduction, splitter, max(1, workers))
     sizes = [len(chunk) for chunk in chunks]
-    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         to_do = [chunks[number] for number in stage.to_do]
         scored: Iterator[list[Record]]
         if scorer is None:

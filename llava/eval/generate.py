@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     from dama.chat import ChatRequest, ChatSettings
 
 STAGE = "answers"
+FLAGS = {
+    "requests": "--question-file (content)", "pictures": "--image-folder (content)", "model": "--model-path",
+    "weights": "--model-path (content)", "base": "--model-base", "template": "--conv-mode", "precision": "precision",
+    "batch_size": "--batch-size", "decoding.max_new_tokens": "--max-new-tokens", "decoding.num_beams": "--num-beams",
+    "decoding.temperature": "--temperature", "decoding.top_p": "--top-p", "decoding.samples": "--samples",
+    "decoding.seed": "--seed",
+}  # fmt: skip
 READERS = 8  # threads that decode the pictures of a batch
 
 
@@ -296,7 +303,7 @@ def run_answers(
     """
     fingerprint = fingerprint_of(responder, requests, image_folder, decoding, batch_size)
     sizes = [len(chunk) * decoding.samples for chunk in _chunks(requests, batch_size)]
-    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         # Only now, because the length of a prompt takes the model's tokenizer.
         chunks = list(_chunks(by_length(responder, requests), batch_size)) if stage.to_do else []
         total, done = (records // decoding.samples for records in (stage.total, stage.records_done))

@@ -39,9 +39,7 @@ from dama.pairs import (
 from llava.conversation import get_template
 from llava.train.arguments import (
     Arguments,
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
+    dataclasses_of,
     find_faults,
     translate_flags,
 )
@@ -127,8 +125,6 @@ def plan_of_flags(words: Sequence[str], ranks: int, written: Sequence[str] = ())
     Args:
         written: folders that stages before the training will write.
     """
-    from transformers import HfArgumentParser
-
     words = translate_flags(words)[0]
     values = _values(words)
     config = values.get("--deepspeed")
@@ -138,8 +134,7 @@ def plan_of_flags(words: Sequence[str], ranks: int, written: Sequence[str] = ())
         words = words[:at] + words[at + 2 :]
     if not torch.cuda.is_available():  # transformers would refuse bf16 before all else is said
         words = [*words, "--use_cpu", "True"]
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog=COMMAND)
-    arguments = parser.parse_args_into_dataclasses(words)
+    arguments = dataclasses_of(words)
     later = tuple(f"--{name}:" for name, folder in vars(arguments[1]).items() if folder in written)
     said_below = ("--data_path:", "--image_folder:", *later)
     faults = [fault for fault in find_faults(*arguments) if not fault.startswith(said_below)]

@@ -26,6 +26,7 @@ from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.model.fingerprint import digest_of_checkpoint
 from llava.train.arguments import BASE_AS_REFERENCE, Arguments
 from llava.train.dpo_data import (
+    DATA_FLAGS,
     DataCollatorForDPODataset,
     DPODataset,
     PairValues,
@@ -37,6 +38,9 @@ from llava.train.dpo_data import (
 from llava.train.setup_model import setup_model
 
 STAGE = "reference"
+FLAGS = DATA_FLAGS | {
+    "pairs": "--data (content)", "precision": "--precision", "batch_size": "--batch_size",
+}  # fmt: skip
 SIDES = ("chosen", "rejected")
 VERIFIED_SHARE = 0.005
 # Nats by which an answer's sum may differ between its batch and alone, times the square root of its number of tokens:
@@ -86,7 +90,7 @@ def run_reference(
 
     fingerprint = data_fingerprint(pairs, data_args) | model_fingerprint(arguments, model, tokenizer)
     fingerprint |= {"precision": str(model.dtype).removeprefix("torch."), "batch_size": batch_size}
-    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         starts = [0, *accumulate(sizes)]
         positions = [list(range(starts[number], starts[number + 1])) for number in stage.to_do]
         loader = DataLoader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> None:
     """Parses the flags and trains. What is imported here takes seconds."""
+    refuse_missing_gpus(argv)
     import transformers
 
     from llava.train import train as sft
@@ -32,6 +34,35 @@ def run(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     task = train_dpo if arguments[2].task == "DPO" else sft
     task.run(arguments)
+
+
+def refuse_missing_gpus(argv: Sequence[str]) -> None:
+    """Raises ValueError where a launcher started more ranks on this machine than it has GPUs, unless they are on CPUs.
+
+    Ranks that shared a GPU, or met on none, would end in an error of NCCL's or wait for each other.
+    """
+    ranks = max(int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))  # torchrun, DeepSpeed
+    if ranks == 1 or wants_cpu(argv):
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if ranks > found:
+        fewer = f"start {found} (--num_gpus {found}, --nproc_per_node {found}), or " if found else ""
+        raise ValueError(
+            f"GPUs: {ranks} ranks need {ranks}, found {found} that torch can use; {fewer}train on CPUs with "
+            "DS_ACCELERATOR=cpu in front of the command and --use_cpu True behind it"
+        )
+
+
+def wants_cpu(argv: Sequence[str]) -> bool:
+    """Whether the flags choose CPUs: --use_cpu, or --no_cuda as it was called, alone or with a true value."""
+    for word, value in zip(argv, [*argv[1:], ""]):
+        flag, has_value, given = word.replace("-", "_").partition("=")
+        if flag in ("__use_cpu", "__no_cuda"):
+            text = (given if has_value else value).lower()
+            return text.startswith("--") or text in ("", "true", "t", "yes", "y", "1")
+    return False
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ def test_links_into_named_folders_are_followed(linked):
     assert resolve_image([linked.data, linked.coco], "own.png") == linked.data / "own.png"
 
 
-def test_the_first_folder_that_holds_a_path_counts(linked):
+def test_the_last_folder_that_holds_a_path_counts(linked):
     (linked.coco / "own.png").write_bytes(b"another")
-    assert resolve_image([linked.data, linked.coco], "own.png") == linked.data / "own.png"
-    assert resolve_image([linked.coco, linked.data], "own.png") == linked.coco / "own.png"
+    assert resolve_image([linked.data, linked.coco], "own.png") == linked.coco / "own.png"
+    assert resolve_image([linked.coco, linked.data], "own.png") == linked.data / "own.png"
     assert resolve_image([linked.data, linked.coco], "train/1.png") == linked.coco / "train/1.png"
     assert not resolve_image([linked.data, linked.coco], "none.png").exists()
 
