@@ -1,1 +1,8 @@
 """DAMA: what makes preference optimisation data- and model-aware, and the stages around it."""
+
+import sys
+
+from dama.console import end_on_interrupt
+
+if sys.argv[:1] == ["-m"]:  # python -m dama...: the module's own long imports follow
+    end_on_interrupt()

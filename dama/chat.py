@@ -31,7 +31,7 @@ from dama.completion import (
     unreadable,
     well_formed,
 )
-from dama.console import digest_of, regular_file, say
+from dama.console import digest_of, regular_file, say, writing
 from dama.redact import redacted, secrets_of_url
 
 if TYPE_CHECKING:
@@ -447,7 +447,7 @@ def _read_cache(path: Path) -> dict[str, Completion]:
 def _append(path: Path, line: str) -> None:
     """One write a line, so that processes that share the file do not mix theirs; a torn last line is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+", buffering=0, opener=regular_file) as file:
+    with writing(path, len(line)), open(path, "ab+", buffering=0, opener=regular_file) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"

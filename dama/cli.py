@@ -15,8 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dama.console import report_error, say
-from dama.pairs import PairsError, PreferencePair, SkippedPair, check_pairs, distinct_images, parse_pairs
+from dama.console import end_on_interrupt, report_error, say
+from dama.pairs import (
+    PairsError,
+    PreferencePair,
+    SkippedPair,
+    check_pairs,
+    distinct_images,
+    missing_folders,
+    parse_pairs,
+)
 from dama.stage import Shard
 
 DESCRIPTION = """\
@@ -39,6 +47,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 on success, 1 after an error that was reported."""
+    if argv is None:
+        end_on_interrupt()  # the installed command `dama` is not run by python -m
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["doctor"]:  # its flags are those of training
         from llava.train import doctor
@@ -87,7 +97,11 @@ def add_pair_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that reads pairs and writes a stage."""
     group = parser.add_argument_group("pairs and output")
     group.add_argument("--data", required=True, metavar="FILE", help="pairs: JSON list or JSONL, fields see above")
-    group.add_argument("--image_folder", required=True, metavar="DIR", help="folder that the image paths start from")
+    group.add_argument(
+        "--image_folder", action="append", required=True, metavar="DIR",
+        help="folder that the image paths start from. Given more than once, the last folder that "
+        "holds a path counts, and symbolic links may lead from one into another",
+    )  # fmt: skip
     group.add_argument("--out", required=True, metavar="DIR", help="folder of this stage's output, made when absent")
     group.add_argument("--overwrite", action="store_true", help="start anew where --out holds a stage of other inputs")
     group.add_argument(
@@ -111,8 +125,7 @@ def pair_flag_faults(args: argparse.Namespace) -> list[str]:
     faults = []
     if not Path(args.data).is_file():
         faults.append(f"--data {args.data}: no such file")
-    if not Path(args.image_folder).is_dir():
-        faults.append(f"--image_folder {args.image_folder}: no such folder")
+    faults += [f"--image_folder {folder}: no such folder" for folder in missing_folders(args.image_folder)]
     if args.workers < 0:
         faults.append(f"--workers {args.workers}: expected 0 or more processes")
     out = Path(args.out)
@@ -128,7 +141,7 @@ def load_pairs(args: argparse.Namespace, faults: Sequence[str]) -> tuple[list[Pr
     Raises CommandError with `faults`, the flags', and all of the pairs' in one message.
     """
     flags = [*pair_flag_faults(args), *faults]
-    if not Path(args.data).is_file() or not Path(args.image_folder).is_dir():
+    if not Path(args.data).is_file() or missing_folders(args.image_folder):
         fail(flags)
     try:
         pairs, row_faults = parse_pairs(args.data)
@@ -465,7 +478,10 @@ def add_hardness_show(commands: Any) -> None:
     )
     parser.set_defaults(run=hardness_show)
     parser.add_argument("folder", metavar="DIR", help="the --out of `python -m dama hardness`")
-    parser.add_argument("--image_folder", metavar="DIR", help="folder of the images, needed where they are not in DIR")
+    parser.add_argument(
+        "--image_folder", action="append", metavar="DIR",
+        help="folder of the images, needed where they are not in DIR; may be given more than once",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for the page and the picture. Default: DIR")
     parser.add_argument("--pairs", type=int, default=6, metavar="N", help="pairs in each group. Default: %(default)s")
 

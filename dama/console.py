@@ -1,4 +1,4 @@
-"""What every command shares: one line to the user, one file to the disk, one digest of content."""
+"""What every command shares: lines to the user, files on the disk, digests of content, the end by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
+import signal
 import stat
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
+
+MIB = 2**20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
 
 
 def say(message: str = "") -> None:
@@ -19,6 +28,41 @@ def say(message: str = "") -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         sys.stdout.write(message + "\n")
         sys.stdout.flush()
+
+
+class DiskFullError(OSError):
+    """A file that could not be written for lack of room: its path, the space needed and the space free."""
+
+
+@contextmanager
+def writing(path: str | Path, size: int, *foreign: type[Exception]) -> Iterator[None]:
+    """Give a write that fails for lack of room the path and the sizes, which the system's error does not have.
+
+    Args:
+        path: the file, or the folder of several. size: bytes about to be written, at least.
+        foreign: errors other than OSError by which a library reports that a write failed.
+
+    Raises:
+        DiskFullError: the disk, the quota or the limit on a file's size is exhausted. Other errors pass.
+    """
+    kinds: tuple[type[Exception], ...] = (OSError, *foreign)
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, DiskFullError) or not _lacks_room(error):
+            raise
+        parent = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(parent).free / MIB
+        raise DiskFullError(
+            f"{path}: cannot be written, {size / MIB:.1f} MiB are needed and {free:.1f} MiB are free on its disk "
+            f"({error}); make room, or raise the quota, and run the same command to continue"
+        ) from error
+
+
+def _lacks_room(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in NO_ROOM
+    return any(f"os error {number}" in str(error) for number in NO_ROOM) or "file write failed" in str(error)
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -30,7 +74,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with open(temporary, "xb") as file:
+    with writing(path, len(data)), open(temporary, "xb") as file:
         try:
             file.write(data)
             file.flush()
@@ -106,3 +150,21 @@ def report_error(error: BaseException, program: str) -> None:
         message = f"(rank {rank}) {message.splitlines()[0]}"
     sys.stderr.write(f"{program}: error: {message}\n")
     sys.stderr.flush()
+
+
+def end_on_interrupt() -> None:
+    """From now on Ctrl-C ends this process with one line and the exit code 130, where nothing handles it before.
+
+    For commands to call before their long imports, during which people press Ctrl-C too.
+    """
+    sys.excepthook = _report_uncaught
+
+
+def _report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for threads
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write("\ninterrupted; run the same command to continue\n")
+    raise SystemExit(INTERRUPTED)

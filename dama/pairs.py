@@ -24,6 +24,9 @@ from dama.styles import NamedRow, has_half_character, json_field, named_fields, 
 from dama.texts import IMAGE_TOKEN, visible_text, without_image_token
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: above it a small file can fill the memory
+# Padding squares the longer side, and resizing multiplies by the ratio of the sides: both are bounded, as the area is.
+MAX_SIDE = int(MAX_PIXELS**0.5)
+MAX_RATIO = 200
 SHOWN_FAULTS = 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TOO_DEEP = "its values are nested too deep"
@@ -31,6 +34,9 @@ FILE_REMEDY = "correct or remove these rows"
 BOMB = Image.DecompressionBombError
 # What Pillow raises for damaged files; SyntaxError is its way of saying "broken PNG".
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, struct.error, BOMB)
+
+
+ImageFolder = str | Path | Sequence[str | Path]  # where image paths start; links may lead into any of several
 
 
 class PairsError(ValueError):
@@ -238,22 +244,77 @@ def _clip_scores(row: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, .
 # ----------------------------------------------------------------------------------------------------------- images
 
 
-def resolve_image(folder: str | Path, relative: str) -> Path:
-    """The image's path, symbolic links followed. Raises ValueError where it leaves the folder; it need not exist."""
+def folders_of(image_folder: ImageFolder) -> list[Path]:
+    """The folder, or each of several."""
+    return [Path(folder) for folder in ([image_folder] if isinstance(image_folder, str | Path) else image_folder)]
+
+
+def missing_folders(image_folder: ImageFolder) -> list[Path]:
+    """Those of the image folders that are no folders."""
+    return [folder for folder in folders_of(image_folder) if not folder.is_dir()]
+
+
+def plain_folder(image_folder: ImageFolder) -> str | list[str]:
+    """The folder as text, or a list of several, for a JSON file."""
+    folders = [str(folder) for folder in folders_of(image_folder)]
+    return folders[0] if len(folders) == 1 else folders
+
+
+def resolve_image(folder: ImageFolder, relative: str) -> Path:
+    """The image's path, symbolic links followed; it need not exist.
+
+    Of several folders the last that holds the path counts, as a flag given later does; links may lead from one into
+    another.
+
+    Raises:
+        ValueError: the path leaves the folders. It does where ".." takes it out of the folder that it starts from.
+    """
     if not relative or "\0" in relative:
         raise ValueError(f"image path {relative!r} names no file")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).is_absolute():
         raise ValueError(f"image path {relative} is absolute, expected one relative to the image folder")
-    root = Path(folder).resolve()
-    path = (root / relative).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"image path {relative} leaves the image folder (it leads to {path})")
-    return path
+    roots = [root.resolve() for root in reversed(folders_of(folder))]
+    climbs = ".." in PurePosixPath(relative).parts
+    paths = [(root / relative).resolve() for root in roots]
+    outside = [p for root, p in zip(roots, paths) if not _is_inside(p, [root] if climbs else roots)]
+    found = [p for p in paths if p not in outside and (len(roots) == 1 or p.exists())]
+    if outside and not found:
+        remedy = "" if climbs else "; to follow this link, add the folder it leads into by a further --image_folder"
+        raise ValueError(f"image path {relative} leaves the image folder (it leads to {outside[0]}){remedy}")
+    return (found or paths)[0]
+
+
+def _is_inside(path: Path, folders: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
+def exceeded_limit(size: tuple[int, int]) -> str | None:
+    """The limit that an image of this width and height exceeds, None where it can be padded and resized."""
+    short, long = sorted(size)
+    limits = [
+        (short * long > MAX_PIXELS, f"more than {MAX_PIXELS:,} pixels"),
+        (long > MAX_SIDE, f"a side longer than {MAX_SIDE:,} pixels"),
+        (long > MAX_RATIO * short, f"one side more than {MAX_RATIO} times the other"),
+    ]
+    return next((limit for exceeded, limit in limits if exceeded), None)
+
+
+def validate_size(image: Image.Image, name: str = "image") -> None:
+    """Raises ImageFault where an image exceeds a limit; its header is enough, nothing is decoded."""
+    limit = exceeded_limit(image.size)
+    if limit is not None:
+        bomb = " (decompression bomb?)" if image.width * image.height > MAX_PIXELS else ""
+        raise ImageFault(f"{name} has {image.width} x {image.height} pixels, {limit}{bomb}; make it smaller or crop it")
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """The image as RGB. EXIF rotation is not applied and transparency is dropped: LLaVA's models saw images so."""
+    """The image as RGB. EXIF rotation is not applied and transparency is dropped: LLaVA's models saw images so.
+
+    Raises:
+        ImageFault: it is too large or too narrow, see `exceeded_limit`.
+    """
     with open_image(path) as image:
+        validate_size(image, f"image {path}")
         return as_rgb(image)
 
 
@@ -282,9 +343,7 @@ def probe_image(source: Path | BinaryIO) -> ImageFacts:
     try:
         with open_image(source) as image:
             facts = ImageFacts(image.width, image.height, image.format or "")
-            if facts.width * facts.height > MAX_PIXELS:
-                size = f"{facts.width} x {facts.height} pixels, more than {MAX_PIXELS}"
-                raise ImageFault(f"image has {size} (decompression bomb?)")
+            validate_size(image)
             image.draft(image.mode, (1, 1))
             as_rgb(image)
     except ImageFault:
@@ -318,7 +377,7 @@ def distinct_images(pairs: Iterable[PreferencePair]) -> list[str]:
     return list(dict.fromkeys(pair.image for pair in pairs))
 
 
-def image_digests(pairs: Sequence[PreferencePair], image_folder: str | Path, workers: int = 4) -> dict[str, str]:
+def image_digests(pairs: Sequence[PreferencePair], image_folder: ImageFolder, workers: int = 4) -> dict[str, str]:
     """First 16 hex digits of the SHA-256 of each distinct image's bytes, by relative path."""
     names = distinct_images(pairs)
 
@@ -339,7 +398,7 @@ def pairs_fingerprint(pairs: Sequence[PreferencePair]) -> str:
 
 def check_pairs(
     pairs: Sequence[PreferencePair],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     on_bad_image: str = "fail",
     *,
     subject: str = "pairs",
@@ -355,12 +414,12 @@ def check_pairs(
     """
     if on_bad_image not in ("fail", "skip"):
         raise ValueError(f"on_bad_image: expected fail or skip, got {on_bad_image!r}")
-    if not Path(image_folder).is_dir():
+    for folder in missing_folders(image_folder):
         remedy = "give the folder the image paths start from"
-        raise PairsError(f"image folder {image_folder}: no such folder\nRemedy: {remedy}")
+        raise PairsError(f"image folder {folder}: no such folder\nRemedy: {remedy}")
     texts = [_fault(pair, reason) for pair in pairs for reason in text_faults(pair)]
     faults = [*faults, *_duplicate_faults(pairs), *texts]
-    outside, bad = _image_faults(distinct_images(pairs), image_folder, workers, progress)
+    outside, bad = find_image_faults(distinct_images(pairs), image_folder, workers, progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
     faults += [_fault(pair, blocking[pair.image]) for pair in pairs if pair.image in blocking]
     if faults:
@@ -402,8 +461,8 @@ def text_faults(pair: PreferencePair) -> Iterator[str]:
             yield f"{name}: {IMAGE_TOKEN} inside the text would be read as one more image"
 
 
-def _image_faults(
-    names: Sequence[str], folder: str | Path, workers: int, progress: bool
+def find_image_faults(
+    names: Sequence[str], folder: ImageFolder, workers: int = 4, progress: bool = False
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Reasons by relative path: (paths outside the folder, missing or unreadable images inside it)."""
     outside: dict[str, str] = {}

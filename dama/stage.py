@@ -11,22 +11,26 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import digest_of, digest_of_file, regular_file, say, write_atomic, write_json
+from dama.console import digest_of, digest_of_file, regular_file, say, write_atomic, write_json, writing
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder, inside a stage's, that holds those of its shards
 Record = dict[str, Any]
+Flags = Mapping[str, str]  # the beginning of a field of a fingerprint -> the flag that sets it
 Summarise = Callable[[list[Record], list[Record]], Record]
 """(all records, what each shard handed to `conclude`) -> the summary in the manifest."""
+
+
+NO_FLAGS: Flags = MappingProxyType({})
 
 
 class StageError(ValueError):
@@ -83,9 +87,15 @@ class Stage:
     """
 
     def __init__(
-        self, root: Path, name: str, fingerprint: Record, plan: Sequence[int], shard: Shard = WHOLE
+        self,
+        root: Path,
+        name: str,
+        fingerprint: Record,
+        plan: Sequence[int],
+        shard: Shard = WHOLE,
+        flags: Flags = NO_FLAGS,
     ) -> None:
-        self.root, self.name, self.fingerprint = root, name, fingerprint
+        self.root, self.name, self.fingerprint, self.flags = root, name, fingerprint, flags
         self.plan = list(plan)  # records in each chunk of the whole stage
         self.shard, self.folder, self.block = shard, shard.folder(root), shard.block(len(plan))
         self.chunk_sizes = [plan[number] for number in self.block]
@@ -123,10 +133,12 @@ class Stage:
         if len(records) != expected:
             got = f"chunk {self.chunks_done} has {len(records)} records"
             raise StageError(f"{self.name}: {got}, planned were {expected}")
-        lines = [self._line(record) for record in records]
-        self._file.write("".join(lines).encode("utf-8"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        content = "".join(self._line(record) for record in records).encode("utf-8")
+        with writing(self.records_path, len(content)):
+            rest = memoryview(content)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
         self.chunks_done += 1
 
     def _line(self, record: Record) -> str:
@@ -215,7 +227,8 @@ class Stage:
 
     def _hold(self) -> None:
         """Opens the records for appending and locks them, so that a second process is told instead of let in."""
-        file = open(self.records_path, "ab", opener=regular_file)  # noqa: SIM115 (held until close)
+        # Without a buffer, which on a full disk would fail once more when the file is closed.
+        file = open(self.records_path, "ab", buffering=0, opener=regular_file)  # noqa: SIM115 (held until close)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -252,6 +265,7 @@ def open_stage(
     *,
     shard: Shard = WHOLE,
     overwrite: bool = False,
+    flags: Flags = NO_FLAGS,
 ) -> Stage:
     """Opens folder/name.jsonl and folder/manifest.json for these inputs, one stage to a folder.
 
@@ -259,12 +273,12 @@ def open_stage(
     of the whole input (one chunk is what a kill can cost). A `shard` of several writes to folder/shards instead.
     Afterwards `stage.complete` says that nothing is left to do; otherwise append the chunks `stage.to_do`. Raises
     StageError where the folder holds another stage, other inputs (every differing field named) or damaged records;
-    `overwrite` starts anew instead.
+    `overwrite` starts anew instead. `flags` names the fields in errors, see `differences`.
     """
     root, fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
-    stage = Stage(root, name, fingerprint, chunk_sizes)
+    stage = Stage(root, name, fingerprint, chunk_sizes, flags=flags)
     if shard.count > 1 and (overwrite or not _skip_complete(stage)):
-        stage = Stage(root, name, fingerprint, chunk_sizes, shard)
+        stage = Stage(root, name, fingerprint, chunk_sizes, shard, flags)
     if stage.complete or (not overwrite and _skip_complete(stage)):
         return stage
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +301,7 @@ def _skip_complete(stage: Stage) -> bool:
     old = _read_manifest(stage.folder)
     if old is None:
         return False
-    _refuse_other_inputs(stage.folder, stage.name, stage.fingerprint, old)
+    _refuse_other_inputs(stage, old)
     if not old["complete"]:
         return False
     _check_records(stage.records_path, old)
@@ -410,13 +424,21 @@ def _write_merged(root: Path, done: Sequence[tuple[Record, Path]], name: str, su
     return merged
 
 
-def differences(old: Any, new: Any, field: str = "") -> list[str]:
-    """`field: old -> new` for every leaf in which two JSON values differ."""
+def differences(old: Any, new: Any, flags: Flags = NO_FLAGS, field: str = "") -> list[str]:
+    """`flag: old -> new` for every leaf in which two JSON values differ; a value that is not recorded is the default.
+
+    Args:
+        flags: the beginning of a field, such as "decoding." -> what to call it; other fields go by their own names.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         parts = [(f"{field}.{key}" if field else key, old.get(key), new.get(key)) for key in keys]
-        return [line for name, was, now in parts for line in differences(was, now, name)]
-    return [] if old == new else [f"{field}: {json.dumps(old)} -> {json.dumps(new)}"]
+        return [line for name, was, now in parts for line in differences(was, now, flags, name)]
+    if old == new:
+        return []
+    start = max((begin for begin in flags if field.startswith(begin)), key=len, default="")
+    was, now = ("default" if value is None else json.dumps(value) for value in (old, new))
+    return [f"{flags.get(start, start)}{field.removeprefix(start)}: {was} -> {now}"]
 
 
 # -------------------------------------------------------------------------------------------------------- manifests
@@ -456,14 +478,14 @@ def _damaged(path: Path, what: str) -> StageError:
     return StageError(f"{path}: {what}\nRemedy: give another --out, or --overwrite to make it anew")
 
 
-def _refuse_other_inputs(folder: Path, name: str, fingerprint: Record, old: Record) -> None:
+def _refuse_other_inputs(stage: Stage, old: Record) -> None:
     remedy = "Remedy: give another --out, or --overwrite to replace it"
-    if old["stage"] != name:
-        raise StageError(f"{folder} holds the stage {old['stage']}, this is {name}\n{remedy}")
-    lines = differences(old["fingerprint"], fingerprint)
+    if old["stage"] != stage.name:
+        raise StageError(f"{stage.folder} holds the stage {old['stage']}, this is {stage.name}\n{remedy}")
+    lines = differences(old["fingerprint"], stage.fingerprint, stage.flags)
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)
-        raise StageError(f"{name}: {folder} was made from other inputs (there -> here)\n{listed}\n{remedy}")
+        raise StageError(f"{stage.name}: {stage.folder} was made from other inputs (there -> here)\n{listed}\n{remedy}")
 
 
 def _refuse_other_plan(stage: Stage, old: Record) -> None:

@@ -138,7 +138,7 @@ def answer(
     for part, (requests, published) in task.parts(bench).items():
         folder, decoding = task.home(run) / part, overridden(published, args)
         say(f"{task.name}: {len(requests)} questions to {responder.name} -> {folder}")
-        ensure_answers(responder, requests, bench.image_folder, folder, decoding, args)
+        ensure_answers(responder, requests, image_folders(bench), folder, decoding, args)
         manifests[part] = read_stage(folder, STAGE)[0]
         answers += read_answers(folder / f"{STAGE}.jsonl")
     say_missing(task, answers)
@@ -155,6 +155,11 @@ def say_missing(task: Task, answers: Sequence[Answer]) -> None:
     if reasons.total() == len(answers):
         raise EvaluateError(f"{message}\nRemedy: correct what the server names, e.g. by a larger --max-new-tokens")
     say(f"{message}; counted as missing, in no metric")
+
+
+def image_folders(bench: Any) -> list[Path]:
+    """The benchmark's images; links may lead from there to anywhere in the data folder that the user names."""
+    return [data_folder(), bench.image_folder]
 
 
 def overridden(published: Decoding, args: argparse.Namespace) -> Decoding:
@@ -242,7 +247,7 @@ def say_results(task: Task, bench: Any, outcomes: Mapping[str, Outcome]) -> None
         lines.append(compare(paths[::-1], names[::-1]).text)
     say("\n\n".join(lines))
     write_atomic(home / "table.txt", "\n\n".join(lines) + "\n")
-    write_page(paths[-1], home / PAGE, bench.image_folder, paths[0] if len(paths) > 1 else None, names=names[::-1])
+    write_page(paths[-1], home / PAGE, image_folders(bench), paths[0] if len(paths) > 1 else None, names=names[::-1])
     say(f"results: {', '.join(map(str, paths))}")
 
 

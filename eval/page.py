@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic
 from dama.images import open_image
-from dama.pairs import UNREADABLE, as_rgb, resolve_image
+from dama.pairs import UNREADABLE, ImageFolder, as_rgb, folders_of, resolve_image, validate_size
 from dama.report import cut_at_spans
 from eval.compare import (
     TITLES,
@@ -72,7 +72,7 @@ _TAGS = ("kinds", "part", "split", "dimensions")  # fields of a record that say 
 def write_page(
     results_path: str | Path,
     out: str | Path,
-    images_folder: str | Path,
+    images_folder: ImageFolder,
     other: str | Path | None = None,
     *,
     names: Sequence[str] | None = None,
@@ -105,7 +105,7 @@ class Picture(NamedTuple):
     height: int
 
 
-def read_pictures(names: Sequence[str], folder: str | Path) -> tuple[dict[str, Picture], list[str]]:
+def read_pictures(names: Sequence[str], folder: ImageFolder) -> tuple[dict[str, Picture], list[str]]:
     """Name -> picture, scaled down; and a line for each that cannot be shown. ValueError where none can be."""
 
     def read(name: str) -> Picture | str:
@@ -120,7 +120,7 @@ def read_pictures(names: Sequence[str], folder: str | Path) -> tuple[dict[str, P
     faults = [fault for fault in found.values() if isinstance(fault, str)]
     if names and len(faults) == len(names):
         raise ValueError(
-            f"{folder}: expected {len(names)} pictures, got none that can be shown, e.g. {faults[0]}\n"
+            f"{folders_of(folder)[-1]}: expected {len(names)} pictures, got none that can be shown, e.g. {faults[0]}\n"
             "Remedy: give the benchmark's image folder as --images"
         )
     return {name: picture for name, picture in found.items() if isinstance(picture, Picture)}, faults
@@ -129,6 +129,7 @@ def read_pictures(names: Sequence[str], folder: str | Path) -> tuple[dict[str, P
 def shrunk(path: Path) -> Picture:
     """A JPEG of at most SIDE pixels a side, not turned by its EXIF data: so the model saw it."""
     with open_image(path) as image:
+        validate_size(image)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
         small = as_rgb(image)
     small.thumbnail((SIDE, SIDE))

@@ -1,6 +1,12 @@
 """LLaVA-v1.5: model, training, evaluation and serving. Importing the package imports neither torch nor transformers."""
 
+import sys
 from typing import Any
+
+from dama.console import end_on_interrupt
+
+if sys.argv[:1] == ["-m"]:  # python -m llava...: the module's own long imports follow
+    end_on_interrupt()
 
 __all__ = ["LlavaLlamaForCausalLM"]
 

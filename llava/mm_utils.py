@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from dama.images import open_image
+from dama.pairs import validate_size
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 Size = tuple[int, int]  # width, height in pixels, as in PIL
@@ -23,11 +24,19 @@ Item = TypeVar("Item")
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    return open_image(BytesIO(base64.b64decode(image)))
+    """The image in base64 text. Raises ImageFault for one too large or too narrow, see `dama.pairs.exceeded_limit`."""
+    opened = open_image(BytesIO(base64.b64decode(image)))
+    validate_size(opened)
+    return opened
 
 
 def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
-    """The image in the middle of a square of that colour, or itself when it is square."""
+    """The image in the middle of a square of that colour, or itself when it is square.
+
+    Raises:
+        ImageFault: the square would be too large, see `dama.pairs.exceeded_limit`.
+    """
+    validate_size(pil_img)
     width, height = pil_img.size
     if width == height:
         return pil_img
@@ -45,7 +54,12 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
 
     Returns:
         float [N, 3, H, W] ("anyres": [N, patches, 3, H, W], or a list of N where their numbers of patches differ).
+
+    Raises:
+        ImageFault: an image is too large or too narrow, see `dama.pairs.exceeded_limit`.
     """
+    for number, image in enumerate(images, start=1):
+        validate_size(image, f"image {number} of {len(images)}")
     mode = getattr(model_cfg, "image_aspect_ratio", None)
     if mode == "anyres":
         pinpoints = model_cfg.image_grid_pinpoints

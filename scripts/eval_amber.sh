@@ -8,8 +8,10 @@
 # Its pictures come by hand, from the authors' Google Drive. Words are found by nltk's tagger and compared by spaCy's
 # vectors, as the original does: once, in .venv, `python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng
 # wordnet`, `python -m spacy download en_core_web_lg`, `python -m eval.amber FOLDER`. Without, figures are labelled so.
-# Output: runs/eval/<checkpoint>/amber/. --help has all flags; DAMA_BENCH_DATA names a folder with the data.
+# Output: runs/eval/<checkpoint>/amber/; DAMA_BENCH_DATA names a folder with the data.
+# All flags: `python -m eval.evaluate amber --help`.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 exec .venv/bin/python -m eval.evaluate amber "$@"

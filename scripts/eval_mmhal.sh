@@ -5,8 +5,10 @@
 # 96 answers with 3 beams: about 5 minutes on one 80 GB GPU (an estimate); 96 judge calls of about 2,000 tokens.
 # Expected for LLaVA-v1.5-7B, score / hallucination rate: 2.11 / 54 % (as printed by mDPO), 2.36 / 51 % (TPR), 2.01 /
 # 61 % (UE-DPO): it depends on the judge, so judge the model that you compare with yourself (--compare).
-# Output: runs/eval/<checkpoint>/mmhal/. --help has all flags; DAMA_BENCH_DATA names a folder with the data.
+# Output: runs/eval/<checkpoint>/mmhal/; DAMA_BENCH_DATA names a folder with the data.
+# All flags: `python -m eval.evaluate mmhal --help`.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 exec .venv/bin/python -m eval.evaluate mmhal "$@"

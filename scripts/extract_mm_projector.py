@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dama.console import say, write_atomic
+from dama.console import end_on_interrupt, say, write_atomic
 from llava.model.utils import read_weights
 
 
@@ -39,4 +39,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from dama.console import say
+from dama.console import end_on_interrupt, say
 from llava.model.builder import take_apart
 from llava.model.export import new_folder, write_llava
 
@@ -32,4 +32,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from dama.console import report_error, say
+from dama.console import end_on_interrupt, report_error, say
 from llava.train.checkpoints import PROVENANCE_FILE, lacking_in_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -473,4 +473,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     sys.exit(main())

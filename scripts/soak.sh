@@ -5,6 +5,7 @@
 #   bash scripts/soak.sh prepare|hardness|reference|generate  about 3 minutes each
 # --seed draws other moments. One line a kill, then the verdict; the exit code is 0 only where nothing differs.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || bash scripts/setup.sh
 exec .venv/bin/python scripts/soak.py "$@"

@@ -2,6 +2,7 @@
 # All checks: ruff, mypy, pytest (arguments go to pytest). Checks against the official benchmark files run when
 # DAMA_BENCH_DATA names their folder.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

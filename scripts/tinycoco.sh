@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by dama_tiny.sh and synthalign_tiny.sh once `run`, their output folder, is set: set-up, and what they share.
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 world=playground/tinycoco/weights

@@ -2,7 +2,10 @@
 
 import os
 import shlex
+import shutil
 import subprocess
+import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -136,15 +139,58 @@ def test_micro_batches_that_do_not_divide_the_step():
     )
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["dama_7b.sh", "dama_13b.sh", "dama_7b_lora.sh", "dama_tiny.sh", "synthalign_tiny.sh", "synthalign_7b.sh",
-     "v1_5/pretrain.sh", "v1_5/finetune.sh", "v1_5/finetune_qlora.sh"],
-)  # fmt: skip
-def test_help_is_the_head_of_the_script_and_starts_nothing(script, tmp_path):
-    path = ROOT / "scripts" / script
-    head = path.read_text().split("\nset -euo")[0].splitlines()[1:]
-    command = ["bash", str(path), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+@pytest.mark.parametrize("words", [["--help"], ["x", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("script", [*(ROOT / "scripts").rglob("*.sh")], ids=lambda path: path.name)
+def test_help_is_the_head_of_the_script_and_starts_nothing(script, words, tmp_path):
+    """In a copy without .venv, and without a PATH that could make one."""
+    scripts = tmp_path / "copy/scripts"
+    shutil.copytree(ROOT / "scripts", scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    before = sorted(tmp_path.rglob("*"))
+    head = script.read_text().split("\nset -euo")[0].splitlines()[1:]
+    tools = tmp_path.parent / "tools"
+    tools.mkdir(exist_ok=True)
+    for name in ("bash", "sed", "dirname"):
+        (tools / name).exists() or (tools / name).symlink_to(str(shutil.which(name)))
+    done = subprocess.run(
+        ["bash", str(scripts / script.relative_to(ROOT / "scripts")), *words], capture_output=True, text=True,
+        cwd=tmp_path, env={"PATH": str(tools)}, check=True,
+    )  # fmt: skip
     assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
-    assert not done.stderr and not list(tmp_path.iterdir())
+    assert not done.stderr and sorted(tmp_path.rglob("*")) == before
+
+
+# --------------------------------------------------------------------------------------------------------------- set-up
+
+
+def set_up(folder, **environment):
+    """scripts/setup.sh in a copy of what it reads, where pip can install nothing."""
+    for name in ("scripts/setup.sh", "scripts/help.sh", "setup.py", "constraints.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    usual = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    return subprocess.run(
+        ["bash", str(folder / "scripts/setup.sh")], capture_output=True, text=True, check=False,
+        env=usual | {"PIP_NO_INDEX": "1"} | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_an_active_environment_with_these_versions_is_used(tmp_path, name):
+    done = set_up(tmp_path, **{name: sys.prefix})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"setup: using the active environment {sys.prefix}" in done.stdout
+    assert os.readlink(tmp_path / ".venv") == sys.prefix
+    assert set_up(tmp_path).stdout == ""  # and remains the one that is used
+    with open(tmp_path / "constraints.txt", "a") as file:
+        file.write("no-such-package==1.0\n")
+    again = subprocess.run(["bash", str(tmp_path / "scripts/setup.sh")], capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "differs from constraints.txt (1, the first is no-such-package none instead of 1.0)" in again.stderr
+
+
+def test_another_active_environment_is_left_alone(tmp_path):
+    venv.create(tmp_path / "other", with_pip=False)
+    done = set_up(tmp_path / "copy", VIRTUAL_ENV=str(tmp_path / "other"), CXX="no-such-compiler")
+    assert "other differs from constraints.txt (" in done.stdout and "making .venv" in done.stdout
+    assert done.returncode == 1 and "a C++ compiler" in done.stderr
+    assert not (tmp_path / "copy/.venv").exists()

@@ -21,6 +21,7 @@ from dama.console import digest_of
 from dama.hardness import split
 from dama.hardness.clip import ClipError, ClipScorer, TextTokens, fetch_later
 from dama.pairs import (
+    ImageFolder,
     PairsError,
     PreferencePair,
     SkippedPair,
@@ -28,6 +29,7 @@ from dama.pairs import (
     fault_list,
     image_digests,
     pairs_fingerprint,
+    plain_folder,
     resolve_image,
 )
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
     from dama.hardness.split_llm import LlmSplitter
 
 STAGE = "hardness"
+FLAGS = {
+    "pairs": "--data (content)", "images": "--image_folder (content)", "clip": "--clip", "reduction": "--reduction",
+    "scale": "--scale", "scores": "--from_scores", "splitter": "--splitter",
+}  # fmt: skip
 IMAGES_PER_CHUNK = 64  # what a kill can cost; fixed, so that the batch size does not change the chunks
 PAIRS_PER_CHUNK = 4096  # of the quick way, from given scores
 SCALES = ("cosine", "logit")
@@ -85,7 +91,7 @@ def similarity(images: Tensor, statements: Tensor, scale: float = 1.0, bias: flo
 
 def run_hardness(
     pairs: Sequence[PreferencePair],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     out: str | Path,
     scorer: ClipScorer | None,
     *,
@@ -114,7 +120,7 @@ def run_hardness(
     chunks = _chunks_by_image(pairs) if scorer else _chunks_of(pairs, PAIRS_PER_CHUNK)
     fingerprint = hardness_fingerprint(pairs, image_folder, scorer, scale, reduction, splitter, max(1, workers))
     sizes = [len(chunk) for chunk in chunks]
-    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         to_do = [chunks[number] for number in stage.to_do]
         scored: Iterator[list[Record]]
         if scorer is None:
@@ -126,7 +132,7 @@ def run_hardness(
         for records in scored:
             stage.append(records)
         left_out = [{"id": pair.id, "reason": pair.reason} for pair in skipped]
-        return stage.conclude(summarise, {"skipped": left_out, "image_folder": str(image_folder)})
+        return stage.conclude(summarise, {"skipped": left_out, "image_folder": plain_folder(image_folder)})
 
 
 def load_hardness(folder: str | Path) -> Hardness:
@@ -138,7 +144,7 @@ def load_hardness(folder: str | Path) -> Hardness:
 
 def hardness_fingerprint(
     pairs: Sequence[PreferencePair],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     scorer: ClipScorer | None,
     scale: str,
     reduction: str,
@@ -242,7 +248,7 @@ def _require_scores(pairs: Sequence[PreferencePair]) -> None:
 
 def _encode_chunks(
     chunks: Sequence[Sequence[PreferencePair]],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     scorer: ClipScorer,
     batch_size: int,
     workers: int,

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dama.console import write_atomic
 from dama.hardness.score import REDUCTIONS, SIDES, STAGE, correlation, hardness_delta, length_differences, spread
-from dama.pairs import load_image, resolve_image
+from dama.pairs import ImageFolder, load_image, resolve_image
 from dama.report import Hardness, draw_hardness, draw_points, plot_style, render_page, svg_of, url_of
 from dama.stage import MANIFEST, Record, StageError, read_stage
 
@@ -50,7 +50,7 @@ class Group:
 
 
 def write_hardness_page(
-    folder: str | Path, out: str | Path, image_folder: str | Path | None = None, count: int = 6
+    folder: str | Path, out: str | Path, image_folder: ImageFolder | None = None, count: int = 6
 ) -> tuple[Path, Path]:
     """Writes out/hardness.html and out/hardness.png of the stage in `folder`, `count` pairs in each group.
 
@@ -93,7 +93,7 @@ def _own_image_folder(folder: Path, manifest: Record) -> Path:
     return Path(named)
 
 
-def _load_pictures(groups: Sequence[Group], image_folder: str | Path) -> dict[str, Image.Image]:
+def _load_pictures(groups: Sequence[Group], image_folder: ImageFolder) -> dict[str, Image.Image]:
     names = dict.fromkeys(record["image"] for group in groups for record in group.records)
     try:
         return {name: load_image(resolve_image(image_folder, name)) for name in names}

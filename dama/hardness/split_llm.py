@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts
-from dama.console import digest_of, regular_file
+from dama.console import digest_of, regular_file, writing
 from dama.hardness.clip import PRECISIONS, weights_digest
 from dama.hardness.markers import numbered_markers
 from dama.hardness.split import BULLET, Split, as_statement, split_statements
@@ -137,7 +137,7 @@ class _Batches:
     def add(self, key: str, replies: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "replies": replies}, ensure_ascii=False) + "\n"
-        with open(self.path, "ab", buffering=0, opener=regular_file) as file:
+        with writing(self.path, len(line)), open(self.path, "ab", buffering=0, opener=regular_file) as file:
             file.write(line.encode("utf-8"))
         self.replies[key] = replies
 

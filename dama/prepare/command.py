@@ -35,6 +35,10 @@ from dama.prepare.sources import (
 from dama.remote_code import remote_code_refused
 from dama.stage import MANIFEST, Stage, open_stage
 
+FLAGS = {
+    "files": "SRC", "settings.columns": "--column", "settings.generators": "--generator", "settings.": "--",
+    "tokenizer": "--tokenizer",
+}  # fmt: skip
 NAME = "prepare"
 HELP = "check, filter and split a preference data set, its pictures taken out"
 DESCRIPTION = f"""\
@@ -200,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
     evaluation = digest_of({name: sorted(ids) for name, ids in benchmarks.items()})
     fingerprint = {**facts, "tokenizer": lengths.digest, "evaluation_images": evaluation}
     chunks = [size for source in inputs for size in source.chunks]
-    with open_stage(out, NAME, fingerprint, chunks, overwrite=args.overwrite) as stage:
+    with open_stage(out, NAME, fingerprint, chunks, overwrite=args.overwrite, flags=FLAGS) as stage:
         if stage.complete:
             check_outputs(out)
         else:

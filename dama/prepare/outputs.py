@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import digest_of_file, open_fresh, write_atomic, write_json
+from dama.console import digest_of_file, open_fresh, write_atomic, write_json, writing
 from dama.pairs import PairsError
 from dama.prepare.card import Tally, markdown
 from dama.prepare.images import ImageStore
@@ -80,11 +80,12 @@ class LinesFile:
     def write(self, record: Record) -> None:
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
         self.digest.update(line)
-        self._file.write(line)
+        with writing(self.path, len(line)):
+            self._file.write(line)
 
     def finish(self) -> str:
         """Gives the file its name; returns the SHA-256 of its bytes."""
-        with self._file as file:
+        with writing(self.path, self._file.tell()), self._file as file:
             file.flush()
             os.fsync(file.fileno())
         os.replace(self.partial, self.path)

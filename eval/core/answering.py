@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dama.console import write_atomic
-from dama.pairs import fault_list
+from dama.pairs import ImageFolder, fault_list, folders_of
 from dama.stage import StageError, read_stage
 from llava.eval.generate import STAGE, Decoding, Request, Responder, fingerprint_of, run_answers
 
@@ -21,7 +21,12 @@ class AnsweringError(RuntimeError):
 
 
 def ensure_answers(
-    responder: Responder, requests: Sequence[Request], images: Path, folder: Path, decoding: Decoding, args: Namespace
+    responder: Responder,
+    requests: Sequence[Request],
+    images: ImageFolder,
+    folder: Path,
+    decoding: Decoding,
+    args: Namespace,
 ) -> None:
     """Brings folder/answers.jsonl to completion, as the stage of llava.eval.generate.
 
@@ -39,7 +44,12 @@ def ensure_answers(
 
 
 def is_answered(
-    responder: Responder, requests: Sequence[Request], images: Path, folder: Path, decoding: Decoding, args: Namespace
+    responder: Responder,
+    requests: Sequence[Request],
+    images: ImageFolder,
+    folder: Path,
+    decoding: Decoding,
+    args: Namespace,
 ) -> bool:
     """Whether the stage is complete for these inputs."""
     try:
@@ -56,14 +66,13 @@ def _question_line(request: Request) -> str:
 
 
 def _command(
-    responder: Responder, questions: Path, images: Path, folder: Path, decoding: Decoding, args: Namespace
+    responder: Responder, questions: Path, images: ImageFolder, folder: Path, decoding: Decoding, args: Namespace
 ) -> list[str]:
     """One process's part of the generation; the environment says which."""
     flags = {
         "--model-path": getattr(responder, "model_path", responder.name),
         "--model-base": args.model_base,
         "--question-file": questions,
-        "--image-folder": images,
         "--out": folder,
         "--conv-mode": args.conv_mode,
         "--batch-size": args.batch_size,
@@ -73,6 +82,7 @@ def _command(
         "--device": args.device,
     }
     words = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
+    words += [word for image_folder in folders_of(images) for word in ("--image-folder", str(image_folder))]
     return [sys.executable, "-m", "llava.eval.generate", *words, *["--overwrite"] * args.overwrite]
 
 

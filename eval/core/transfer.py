@@ -21,7 +21,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import HTTPHandler, HTTPSHandler, Request, build_opener
 
-from dama.console import regular_file, write_atomic
+from dama.console import DiskFullError, regular_file, write_atomic, writing
 
 ATTEMPTS = 3  # in a row that bring no byte
 TIMEOUT = 30.0  # seconds without a byte
@@ -133,6 +133,8 @@ def _until_whole(url: str, part: Path, pinned: bool, largest: int, report: Repor
             elif error.code not in _AGAIN:
                 raise TransferError(f"HTTP status {error.code} {error.reason}") from error
             reason: Exception = error
+        except DiskFullError:  # trying again makes no room
+            raise
         except _BROKEN as error:
             reason = error
         idle = 0 if _size(part) > before else idle + 1
@@ -159,7 +161,7 @@ def _continue(url: str, part: Path, pinned: bool, limits: _Limits, report: Repor
             _remember_validator(validator, reply.headers)
         left = reply.length
         limits.check(held + (left or 0) if held + (left or 0) > limits.largest else held)
-        with open(part, "ab" if held else "wb", opener=regular_file) as file:
+        with writing(part, left or 0), open(part, "ab" if held else "wb", opener=regular_file) as file:
             report(0, left)
             while block := reply.read1(_BLOCK):  # what is there: a whole block may take for ever
                 limits.check(file.tell() + len(block))

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dama.console import report_error, say
-from dama.pairs import fault_list
+from dama.pairs import fault_list, read_rows
 
 Reply = Literal["yes", "no"]
 
@@ -185,18 +184,15 @@ def _say_figures(counts: Counts, missing: int) -> None:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file with one a line. ValueError names the line that is none."""
+    """The objects of a JSONL file, each with question_id. ValueError names the line that is none; or none is there."""
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                row["question_id"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: expected an object with question_id, got {line[:60]!r}") from error
-            rows.append(row)
+    for place, row in read_rows(path):
+        if isinstance(row, ValueError) or not isinstance(row, dict) or row.get("question_id") is None:
+            got = str(row)[:60]
+            raise ValueError(f"{path}:{place.split()[-1]}: expected an object with question_id, got {got}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: expected one object with question_id a line, got an empty file")
     return rows
 
 

@@ -8,7 +8,6 @@ torchrun or srun each process answers its part; `--backend openai` asks a server
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -25,11 +24,12 @@ from tqdm import tqdm
 
 from dama.console import digest_of, digest_of_file, report_error, say
 from dama.images import open_image
-from dama.pairs import UNREADABLE, fault_list, load_image, resolve_image
+from dama.pairs import ImageFolder, fault_list, find_image_faults, load_image, resolve_image
 from dama.redact import redacted
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
+from llava.eval.questions import prompt_of_row, read_question_rows
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.fingerprint import digest_of_checkpoint
@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     from dama.chat import ChatClient, ChatRequest, ChatSettings
 
 STAGE = "answers"
+FLAGS = {
+    "requests": "--question-file (content)", "pictures": "--image-folder (content)", "model": "--model-path",
+    "weights": "--model-path (content)", "base": "--model-base", "template": "--conv-mode", "precision": "precision",
+    "batch_size": "--batch-size", "decoding.max_new_tokens": "--max-new-tokens", "decoding.num_beams": "--num-beams",
+    "decoding.temperature": "--temperature", "decoding.top_p": "--top-p", "decoding.samples": "--samples",
+    "decoding.seed": "--seed",
+}  # fmt: skip
 READERS = 8  # threads that decode the pictures of a batch
 
 
@@ -89,7 +96,7 @@ class Responder(Protocol):
     def length(self, request: Request) -> int:
         """By which prompts are put together in batches."""
 
-    def answer(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[str]]:
+    def answer(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> list[list[str]]:
         """`decoding.samples` answers to each request, stripped of white space at both ends."""
 
 
@@ -171,18 +178,18 @@ class Answerer:
         conversation.append_message(conversation.roles[1], None)
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")
 
-    def pixels(self, request: Request, image_folder: str | Path) -> Tensor:
+    def pixels(self, request: Request, image_folder: ImageFolder) -> Tensor:
         picture = load_image(resolve_image(image_folder, str(request.image)))
         return process_images([picture], self.image_processor, self.model.config)[0]
 
-    def answer(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[str]]:
+    def answer(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> list[list[str]]:
         """`decoding.samples` answers to each request, stripped of white space at both ends."""
         new = self.new_tokens(requests, image_folder, decoding)
         texts = [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return [texts[i : i + decoding.samples] for i in range(0, len(texts), decoding.samples)]
 
     @torch.inference_mode()
-    def new_tokens(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> Tensor:
+    def new_tokens(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> Tensor:
         """[requests x samples, T] ids of the answers, padded at the right behind the end of text."""
         ids = [self.token_ids(request) for request in requests]
         width = max(len(row) for row in ids)
@@ -198,7 +205,7 @@ class Answerer:
             **decoding.options(),
         )
 
-    def _pictures(self, requests: Sequence[Request], image_folder: str | Path) -> Tensor | None:
+    def _pictures(self, requests: Sequence[Request], image_folder: ImageFolder) -> Tensor | None:
         """[N, 3, H, W] on the model's device; decoded side by side, or else short answers wait for the pictures."""
         if not requests:
             return None
@@ -239,11 +246,11 @@ class ServedAnswerer:
     def length(self, request: Request) -> int:
         return len(request.prompt)
 
-    def answer(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[str]]:
+    def answer(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> list[list[str]]:
         """As `Answerer.answer`, without a reasoning model's thoughts; "" for a missing answer. Raises as `replies`."""
         return [[reply.text for reply in group] for group in self.replies(requests, image_folder, decoding)]
 
-    def replies(self, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding) -> list[list[Reply]]:
+    def replies(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> list[list[Reply]]:
         """`decoding.samples` replies to each request.
 
         Raises ValueError for beams, and for replies that did not come, each with its error.
@@ -291,7 +298,7 @@ class ServedAnswerer:
         ).without(self.omit)
 
     @staticmethod
-    def _chat_request(request: Request, image_folder: str | Path, sample: int) -> ChatRequest:
+    def _chat_request(request: Request, image_folder: ImageFolder, sample: int) -> ChatRequest:
         from dama.chat import ChatRequest, picture
 
         content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
@@ -315,7 +322,7 @@ def default_device() -> str:
 def run_answers(
     responder: Responder,
     requests: Sequence[Request],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     out: str | Path,
     decoding: Decoding,
     *,
@@ -332,7 +339,7 @@ def run_answers(
     """
     fingerprint = fingerprint_of(responder, requests, image_folder, decoding, batch_size)
     sizes = [len(chunk) * decoding.samples for chunk in _chunks(requests, batch_size)]
-    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         # Only now, because the length of a prompt takes the model's tokenizer.
         chunks = list(_chunks(by_length(responder, requests), batch_size)) if stage.to_do else []
         total, done = (records // decoding.samples for records in (stage.total, stage.records_done))
@@ -349,7 +356,7 @@ def run_answers(
 def fingerprint_of(
     responder: Responder,
     requests: Sequence[Request],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     decoding: Decoding,
     batch_size: int,
 ) -> Record:
@@ -380,7 +387,7 @@ def summarise(records: list[Record], _: list[Record]) -> Record:
 def generate_answers(
     responder: Responder,
     requests: Sequence[Request],
-    image_folder: str | Path,
+    image_folder: ImageFolder,
     out: str | Path,
     decoding: Decoding,
     *,
@@ -394,7 +401,7 @@ def generate_answers(
 
 
 def _records(
-    responder: Responder, requests: Sequence[Request], image_folder: str | Path, decoding: Decoding
+    responder: Responder, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding
 ) -> list[Record]:
     if not isinstance(responder, ServedAnswerer):
         texts = responder.answer(requests, image_folder, decoding)
@@ -426,37 +433,44 @@ def _chunks(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
         yield from (part[i : i + size] for i in range(0, len(part), size))
 
 
-def check_requests(requests: Sequence[Request], image_folder: str | Path) -> dict[str, str]:
-    """Image -> digest of its file. Raises, naming every fault: ids used twice, pictures that cannot be opened."""
+def check_requests(requests: Sequence[Request], image_folder: ImageFolder) -> dict[str, str]:
+    """Image -> digest of its file, every image decoded once.
+
+    Raises:
+        ValueError: naming every error: ids used twice, image tags in a prompt, images that cannot be used.
+    """
     faults = [f"id {id_!r} is used {n} times" for id_, n in Counter(r.id for r in requests).items() if n > 1]
-    digests = {}
-    for name in dict.fromkeys(request.image for request in requests if request.image is not None):
-        try:
-            path = resolve_image(image_folder, name)
-            with open_image(path) as picture:
-                picture.verify()
-            digests[name] = digest_of_file(path)
-        except UNREADABLE as error:
-            faults.append(f"image {name}: {error}")
+    faults += [
+        f"question {r.id}: {DEFAULT_IMAGE_TOKEN} inside the text would be read as one more image"
+        for r in requests if DEFAULT_IMAGE_TOKEN in r.prompt
+    ]  # fmt: skip
+    askers: dict[str, str] = {}
+    for request in requests:
+        if request.image is not None:
+            askers.setdefault(request.image, request.id)
+    outside, bad = find_image_faults(list(askers), image_folder)
+    faults += [f"question {askers[name]}: image {name}: {fault}" for name, fault in (outside | bad).items()]
     if faults:
         raise ValueError(fault_list("questions", faults, "correct the question file or the image folder"))
-    return digests
+    return {name: digest_of_file(resolve_image(image_folder, name)) for name in askers}
 
 
 def read_questions(path: str | Path) -> list[Request]:
-    """LLaVA's question file, one JSON object a line: question_id, image (optional), text (or prompt), image_id."""
-    requests = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            text = row.get("text", row.get("prompt"))
-            if "question_id" not in row or not isinstance(text, str):
-                raise ValueError(f"{path}:{number}: expected question_id and text, got fields {sorted(row)}")
-            image = row.get("image")
-            requests.append(Request(str(row["question_id"]), text, image, str(row.get("image_id", image or ""))))
-    return requests
+    """The requests of a question file, see `llava.eval.questions`. image_id is the image where a row has none."""
+    return [
+        Request(
+            str(row["question_id"]), prompt_of_row(row), row.get("image"),
+            str(row.get("image_id", row.get("image", ""))),
+        )
+        for row in read_question_rows(path)
+    ]
+
+
+class AddFolder(argparse.Action):
+    """Collects the folders of a flag that may be given more than once."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), values])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -464,7 +478,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name; with a server, its model")
     parser.add_argument("--model-base", help="base of a LoRA folder")
     parser.add_argument("--question-file", required=True, help="JSONL with question_id, image, text")
-    parser.add_argument("--image-folder", required=True, help="folder that image paths are relative to")
+    parser.add_argument(
+        "--image-folder", action=AddFolder, required=True,
+        help="folder that image paths are relative to; symbolic links may lead into further ones, given the same way",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder for answers.jsonl")
     parser.add_argument("--conv-mode", default="vicuna_v1", help="prompt template (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: %(default)s)")

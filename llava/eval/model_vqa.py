@@ -9,11 +9,11 @@ import hashlib
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any, TypeVar
 
 from dama.console import report_error, say, write_atomic
-from llava.eval.generate import Answerer, Decoding, Request, generate_answers
+from llava.eval.generate import AddFolder, Answerer, Decoding, Request, generate_answers
+from llava.eval.questions import prompt_of_row, read_question_rows
 from llava.mm_utils import get_model_name_from_path
 
 Item = TypeVar("Item")
@@ -39,9 +39,9 @@ def eval_model(args: Any) -> None:
     Answers are kept batch by batch in a folder beside it, "<answers file>.parts": an interrupted run continues there,
     and a run with other inputs is refused, the difference named (`--overwrite` starts anew).
     """
-    rows = get_chunk(read_rows(args.question_file), args.num_chunks, args.chunk_idx)
+    rows = get_chunk(read_question_rows(args.question_file), args.num_chunks, args.chunk_idx)
     # Question ids may repeat (MME asks twice about each picture), so a question goes by its place in the chunk.
-    requests = [Request(str(i), row["text"], row.get("image")) for i, row in enumerate(rows)]
+    requests = [Request(str(i), prompt_of_row(row), row.get("image")) for i, row in enumerate(rows)]
     answerer = Answerer(args.model_path, args.model_base, conv_mode=args.conv_mode, device=args.device)
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p, seed=args.seed)
     records = generate_answers(
@@ -52,20 +52,6 @@ def eval_model(args: Any) -> None:
     answers = [answer_line(row, record["text"], name) for row, record in zip(rows, records)]
     write_atomic(args.answers_file, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     say(f"answers: {len(answers)} questions -> {args.answers_file}")
-
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The questions, each with question_id and text; ValueError names the line of one without."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
-                raise ValueError(f"{path}:{number}: expected question_id and text, got {line.strip()[:80]}")
-            rows.append(row)
-    return rows
 
 
 def answer_line(row: dict[str, Any], text: str, model_id: str) -> dict[str, Any]:
@@ -85,7 +71,11 @@ def build_parser(prog: str, max_new_tokens: int, description: str | None) -> arg
     parser = argparse.ArgumentParser(prog=f"python -m llava.eval.{prog}", description=description)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--model-base", help="base of a LoRA folder")
-    parser.add_argument("--image-folder", default="", help="folder that image paths are relative to")
+    parser.add_argument(
+        "--image-folder", action=AddFolder, default="",
+        help="folder that image paths are relative to (default: the working directory); symbolic links may lead into "
+        "further ones, given the same way",
+    )  # fmt: skip
     parser.add_argument("--question-file", required=True, help="JSONL with question_id, image (optional), text")
     parser.add_argument("--answers-file", default="answer.jsonl", help="JSONL to write (default: %(default)s)")
     parser.add_argument("--conv-mode", default="llava_v1", help="prompt template (default: %(default)s)")

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dama.images import FORMATS, ImageFault, open_image
-from dama.pairs import MAX_PIXELS, UNREADABLE, as_rgb
+from dama.pairs import MAX_PIXELS, UNREADABLE, as_rgb, exceeded_limit
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, encode_base64, get_template
 from llava.eval.generate import Decoding
@@ -43,9 +43,10 @@ DEFAULT_CONV_MODE = "llava_v1"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 20 * 2**20  # of a download or an upload
 MAX_SECONDS = 30.0  # of a download
-# Padding squares the longer side and resizing multiplies by the ratio of the sides: both are bounded, as the area is.
-MAX_SIDE = int(MAX_PIXELS**0.5)
-MAX_RATIO = 200
+
+
+class ImageRefused(ValueError):
+    """An image that can be read and is not taken, and why."""
 
 
 def read_image(data: bytes, name: str) -> Image.Image:
@@ -58,7 +59,9 @@ def read_image(data: bytes, name: str) -> Image.Image:
     """
     try:
         with open_image(io.BytesIO(data)) as image:
-            _check_size(image.size, name)
+            if limit := exceeded_limit(image.size):
+                size = f"{image.width} x {image.height}"
+                raise ImageRefused(f"{name}: {size} is {limit}; make the picture smaller or crop it")
             if image.mode in ("I", "F"):
                 raise ImageRefused(f"{name}: 32 bits a pixel and channel (mode {image.mode}), expected 8 or 16")
             return as_rgb(image)
@@ -70,22 +73,6 @@ def read_image(data: bytes, name: str) -> Image.Image:
         raise ValueError(f"{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller") from error
     except UNREADABLE as error:
         raise ValueError(f"{name}: the picture is damaged ({error})") from error
-
-
-class ImageRefused(ValueError):
-    """A readable picture that is not taken."""
-
-
-def _check_size(size: tuple[int, int], name: str) -> None:
-    short, long = sorted(size)
-    limits = [
-        (short * long > MAX_PIXELS, f"more than {MAX_PIXELS:,} pixels"),
-        (long > MAX_SIDE, f"a side longer than {MAX_SIDE:,} pixels"),
-        (long > MAX_RATIO * short, f"one side more than {MAX_RATIO} times the other"),
-    ]
-    for exceeded, limit in limits:
-        if exceeded:
-            raise ImageRefused(f"{name}: {size[0]} x {size[1]} is {limit}; make the picture smaller or crop it")
 
 
 def load_image(image_file: str) -> Image.Image:

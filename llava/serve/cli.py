@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from threading import Event
+from typing import Any
 
 from PIL import Image
 
@@ -34,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
     except Exception as error:
         report_error(error, "cli")
         return 2
+    keep_undecodable_bytes(sys.stdin)
     converse(model, image, decoding, debug=args.debug)
     return 0
 
@@ -56,12 +59,25 @@ def converse(model: LocalModel, image: Image.Image, decoding: Decoding, debug: b
 
 
 def read_line(prompt: str) -> str:
-    """What the user types; empty at the end of the input or after Ctrl-C."""
-    try:
-        return input(prompt).strip()
-    except (EOFError, KeyboardInterrupt):
-        say()
-        return ""
+    """What the user types; empty at the end of the input or after Ctrl-C. What is no text is asked for again."""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            say()
+            return ""
+        except UnicodeDecodeError as error:
+            say(f"error: byte {error.start} is not {error.encoding}; type it again")
+            continue
+        if not any("\ud800" <= character <= "\udfff" for character in line):
+            return line
+        say(f"error: the line holds bytes that are not {sys.stdin.encoding}; type it again")
+
+
+def keep_undecodable_bytes(stream: Any) -> None:
+    """Reads bytes that are no text as lone surrogates, so that they spoil their own line and none behind it."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="surrogateescape")
 
 
 def show(texts: Iterator[str]) -> str:

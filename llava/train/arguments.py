@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
 from transformers import HfArgumentParser
 
 from dama.console import say
+from dama.pairs import missing_folders
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
 from llava.conversation import get_template
 
@@ -53,7 +55,10 @@ class DataArguments:
     data_path: str | None = described(
         None, "Training data. Task DPO: preference pairs as RLAIF-V's JSON or JSONL. Task LM: LLaVA's conversations."
     )
-    image_folder: str | None = described(None, "Folder that the image paths in the data are relative to.")
+    image_folder: list[str] | None = described(
+        None, "Folder that the image paths in the data are relative to. Given more than once, the last "
+        "folder that holds a path counts, and symbolic links may lead from one into another.", action="extend",
+    )  # fmt: skip
     image_aspect_ratio: str | None = described(
         None, "pad: to a square with the mean colour (LLaVA-v1.5); square: resize and cut the centre. "
         "Default: the checkpoint's, else pad."
@@ -259,6 +264,39 @@ DROPPED = {
 }
 
 
+# What other trainers, or people, call flags.
+SHORT_NAMES = {
+    "accumulation_steps": "gradient_accumulation_steps",
+    "batch_size": "per_device_train_batch_size",
+    "beta": "dpo_beta",
+    "data": "data_path",
+    "dataset": "data_path",
+    "epochs": "num_train_epochs",
+    "grad_accum": "gradient_accumulation_steps",
+    "images": "image_folder",
+    "length": "model_max_length",
+    "lora": "lora_enable",
+    "lora_rank": "lora_r",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "max_length": "model_max_length",
+    "max_seq_length": "model_max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "num_epochs": "num_train_epochs",
+    "out": "output_dir",
+    "output": "output_dir",
+    "per_device_batch_size": "per_device_train_batch_size",
+    "scheduler": "lr_scheduler_type",
+    "steps": "max_steps",
+    "template": "version",
+    "use_lora": "lora_enable",
+    "warmup": "warmup_steps",
+    "wd": "weight_decay",
+}
+
+
 def translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Old flag names to today's: (arguments, one warning for each change)."""
     translated: list[str] = []
@@ -319,19 +357,67 @@ def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) 
     if "--help" in words or "-h" in words:
         say(help_text())
         sys.exit(0)
-    words = ["--help" if word == "--help_all" else word for word in words]
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments), description=__doc__, prog="train_mem.py"
-    )
-    if task is not None:
-        parser.set_defaults(task=task)
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(words)
+    model_args, data_args, training_args = dataclasses_of(words, task)
     for warning in warnings:
         say(f"warning: {warning}")
     faults = find_faults(model_args, data_args, training_args)
     if faults:
         raise ValueError("\n  ".join([f"{len(faults)} fault(s) in the flags:", *faults]))
     return model_args, data_args, training_args
+
+
+class FlagParser(HfArgumentParser):
+    """transformers' parser; an error of the flags is a ValueError of one line."""
+
+    def __init__(self) -> None:
+        groups = (ModelArguments, DataArguments, TrainingArguments)
+        super().__init__(groups, description=__doc__, prog="train_mem.py", allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        flag, colon, reason = message.removeprefix("argument ").partition(": ")
+        raise ValueError(f"{flag.split('/')[0]}{colon}{reason} (--help lists the flags)")
+
+    def reject_unknown_flags(self, words: Sequence[str]) -> None:
+        """Raises ValueError naming the flag nearest to each that is unknown."""
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        unknown = [flag for flag in dict.fromkeys(flags) if flag not in known]
+        if unknown:
+            hints = [f"{flag}: no such flag{nearest_flag(flag, known)}" for flag in unknown]
+            raise ValueError(f"{'; '.join(hints)} (--help lists the flags)")
+
+
+def dataclasses_of(words: Sequence[str], task: str | None = None) -> Arguments:
+    """The three dataclasses of flags under today's names; `task` overrides the default of --task.
+
+    Raises:
+        ValueError: one line on an unknown flag, a value of the wrong type, or flags that transformers refuses.
+    """
+    parser = FlagParser()
+    if task is not None:
+        parser.set_defaults(task=task)
+    words = ["--help" if word == "--help_all" else word for word in words]
+    parser.reject_unknown_flags(words)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except (ValueError, ImportError) as error:  # of transformers' own checks
+        raise ValueError(str(error)) from error
+    if rest:
+        raise ValueError(f"{' '.join(rest)}: expected a flag before each value (--help lists the flags)")
+    model_args, data_args, training_args = parsed
+    return model_args, data_args, training_args
+
+
+def nearest_flag(flag: str, known: Sequence[str]) -> str:
+    """`; did you mean --X?`, or nothing where no flag is near."""
+    name = flag.lstrip("-").lower().replace("-", "_")
+    if name in SHORT_NAMES:
+        return f"; did you mean --{SHORT_NAMES[name]}?"
+    names = [other.removeprefix("--") for other in known if "-" not in other.removeprefix("--")]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    parts = sorted((other for other in names if name in other or other in name), key=len) if len(name) > 2 else []
+    best = [*close, *parts][:1]
+    return f"; did you mean --{best[0]}?" if best else ""
 
 
 def find_faults(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> list[str]:
@@ -343,11 +429,15 @@ def find_faults(model_args: ModelArguments, data_args: DataArguments, args: Trai
             faults.append(fault)
 
     def one_of(name: str, value: Any, allowed: tuple) -> None:
-        expect(value in allowed, f"--{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+        named = ["the default" if choice is None else str(choice) for choice in allowed]
+        expect(value in allowed, f"--{name}: expected one of {', '.join(named)}, got {value!r}")
 
     expect(bool(model_args.model_name_or_path), "--model_name_or_path: expected a folder or hub name, got none")
-    for name, path in (("data_path", data_args.data_path), ("image_folder", data_args.image_folder)):
-        expect(bool(path) and Path(str(path)).exists(), f"--{name}: expected an existing path, got {path!r}")
+    data, folders = data_args.data_path, data_args.image_folder or []
+    got = repr(data) if data else "none"
+    expect(bool(data) and Path(str(data)).exists(), f"--data_path: expected an existing path, got {got}")
+    expect(bool(folders), "--image_folder: expected an existing path, got none")
+    faults += [f"--image_folder: expected an existing path, got {str(path)!r}" for path in missing_folders(folders)]
     one_of("task", args.task, ("LM", "DPO"))
     one_of("bits", args.bits, (4, 8, 16))
     one_of("debug_sync", args.debug_sync, ("off", "warn", "error"))

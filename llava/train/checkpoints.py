@@ -24,6 +24,11 @@ PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]
 TOWER_PREFIX = "model.vision_tower."
 NON_LORA_FILE = "non_lora_trainables.bin"
 PROVENANCE_FILE = "dama_provenance.json"
+FLAGS = {  # what to call the fields of a provenance in errors
+    "flags.": "--", "base": "--model_name_or_path", "data.path": "--data_path", "data.digest": "--data_path (content)",
+    "data.data": "--data_path", "data.hardness": "--hardness", "data.reference": "--reference",
+    "data.delta_bar": "--delta_bar", "data.pairs": "pairs to train on", "data.skipped": "pairs skipped",
+}  # fmt: skip
 SEAL_FILE = "dama_seal.json"  # in every checkpoint: its files' sizes, written when every rank has saved
 TRAINER_STATE = "trainer_state.json"  # transformers', written after the seal
 NOT_RECORDED = re.compile(
@@ -173,7 +178,7 @@ def refuse_other_provenance(folder: Path, provenance: dict[str, Any]) -> None:
     fields = ("base", "data", "flags")
     made["flags"] = {name: value for name, value in made["flags"].items() if not NOT_RECORDED.search(name)}
     current = json.loads(json.dumps({field: provenance.get(field) for field in fields}))
-    changed = differences({field: made.get(field) for field in fields}, current)
+    changed = differences({field: made.get(field) for field in fields}, current, FLAGS)
     if changed:
         raise ValueError(
             f"--output_dir: {folder} holds a model of other inputs ({'; '.join(changed)}). "

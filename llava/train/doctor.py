@@ -26,13 +26,20 @@ from torch import Tensor
 
 from dama.console import report_error, say
 from dama.losses import preference_loss, reward_gap
-from dama.pairs import PairsError, PreferencePair, distinct_images, load_image, parse_pairs, resolve_image
+from dama.pairs import (
+    ImageFolder,
+    PairsError,
+    PreferencePair,
+    distinct_images,
+    load_image,
+    missing_folders,
+    parse_pairs,
+    resolve_image,
+)
 from llava.conversation import get_template
 from llava.train.arguments import (
     Arguments,
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
+    dataclasses_of,
     find_faults,
     translate_flags,
 )
@@ -128,8 +135,6 @@ def plan_of_flags(words: Sequence[str], ranks: int, written: Sequence[str] = ())
     Args:
         written: folders that stages before the training will write.
     """
-    from transformers import HfArgumentParser
-
     words = translate_flags(words)[0]
     values = _values(words)
     config = values.get("--deepspeed")
@@ -140,8 +145,7 @@ def plan_of_flags(words: Sequence[str], ranks: int, written: Sequence[str] = ())
     if not torch.cuda.is_available():  # transformers would refuse bf16 before all else is said
         optimizer = ["--optim", "adamw_torch_fused"] * (cuda and "--optim" not in words)  # as on a GPU
         words = [*words, *optimizer, "--use_cpu", "True"]
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog=COMMAND)
-    arguments = parser.parse_args_into_dataclasses(words)
+    arguments = dataclasses_of(words)
     later = tuple(f"--{name}:" for name, folder in vars(arguments[1]).items() if folder in written)
     said_below = ("--data_path:", "--image_folder:", *later)
     faults = [fault for fault in find_faults(*arguments) if not fault.startswith(said_below)]
@@ -191,12 +195,14 @@ def look_at_machine(plan: Plan) -> None:
 def look_at_data(plan: Plan) -> list[PreferencePair] | list[Row]:
     """The pairs, with the first ones shown, or fine-tuning's rows; none where they cannot be read."""
     _, data_args, args = plan.arguments
-    data, images = Path(str(data_args.data_path)), Path(str(data_args.image_folder))
+    data, images = Path(str(data_args.data_path)), data_args.image_folder or ["None"]
     missing = []
     if not data.is_file():
         missing.append(f"data: no file '{data}'; set DATA, or --data_path, to preference pairs in JSON or JSONL")
-    if not images.is_dir():
-        missing.append(f"images: no folder '{images}'; set IMAGES, or --image_folder, to where image paths start")
+    missing += [
+        f"images: no folder '{folder}'; set IMAGES, or --image_folder, to where image paths start"
+        for folder in missing_folders(images)
+    ]
     plan.faults += missing
     if missing:
         return []
@@ -221,9 +227,11 @@ def look_at_data(plan: Plan) -> list[PreferencePair] | list[Row]:
     return pairs
 
 
-def look_at_rows(plan: Plan, data: Path, images: Path) -> list[Row]:
+def look_at_rows(plan: Plan, data: Path, images: ImageFolder) -> list[Row]:
+    model_args, data_args, _ = plan.arguments
     try:
-        rows = read_rows(str(data), str(images))
+        template = get_template(str(model_args.version))
+        rows = read_rows(str(data), images, data_args.on_bad_image, template=template)
     except ValueError as error:
         plan.faults.append(f"data: {error}")
         return []
@@ -347,7 +355,7 @@ def first_batch(
     model_args, data_args, args = arguments
     if args.task == "DPO":
         pairs = longest_items(items, arguments, tokenizer, patches)[:count]
-        data = DPODataset(pairs, str(data_args.image_folder), processor, model.config)
+        data = DPODataset(pairs, data_args.image_folder or [], processor, model.config)
         return DataCollatorForDPODataset(tokenizer, data, args.shared_prefix, patches)(pairs)
     template, rows = get_template(str(model_args.version)), longest_rows(items, patches)[:count]
     settings = supervised_settings(arguments, model, processor)

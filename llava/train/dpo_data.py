@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from dama.console import digest_of
 from dama.hardness.score import load_hardness
 from dama.logps import AnswerLogps
 from dama.pairs import (
+    ImageFolder,
     PreferencePair,
     SkippedPair,
     check_pairs,
@@ -35,6 +35,14 @@ from llava.conversation import Template, get_template
 from llava.mm_utils import process_images
 from llava.model.splice import ForwardPlan
 from llava.train.preprocess import EncodedTurns, encode_turns
+
+# What to call the fields of data_fingerprint and of llava.train.reference.model_fingerprint in errors.
+DATA_FLAGS = {
+    "pairs": "--data_path (content)", "images": "--image_folder (content)", "template": "--version",
+    "model": "--model_name_or_path (content)", "vision_tower": "--vision_tower (content)",
+    "tokenizer": "--model_name_or_path (tokenizer)", "image_aspect_ratio": "--image_aspect_ratio",
+    "image_processor": "--vision_tower (image processor)", "mm_use_im_start_end": "--mm_use_im_start_end",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,10 @@ class DPODataset(Dataset):
     """
 
     def __init__(
-        self, prepared: Sequence[PreparedPair], image_folder: str | Path, image_processor: Any, config: Any
+        self, prepared: Sequence[PreparedPair], image_folder: ImageFolder, image_processor: Any, config: Any
     ) -> None:
         self.prepared = list(prepared)
-        self.image_folder = Path(image_folder)
+        self.image_folder = image_folder
         self.image_processor = image_processor
         self.config = config
 
@@ -291,8 +299,9 @@ def data_fingerprint(pairs: Sequence[PreferencePair], data_args: Any) -> dict[st
 
 def refuse_other_inputs(stage: str, folder: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises when a stage's folder was made from something else than what training uses now, naming each field."""
-    changed = differences({name: recorded.get(name) for name in current if name in recorded}, current)
-    changed = [line for line in changed if line.partition(":")[0].split(".")[0] in recorded]
+    shared = [name for name in current if name in recorded]
+    was, now = ({name: fingerprint[name] for name in shared} for fingerprint in (recorded, current))
+    changed = differences(was, now, DATA_FLAGS)
     if changed:
         raise ValueError(
             f"--{stage} {folder}: made from other inputs than this training's ({'; '.join(changed)}). "

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from dama.console import writing
 from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
     NON_LORA_FILE,
@@ -215,6 +217,11 @@ class LLaVATrainer(Trainer):
         keep_tower_inside(self.model, folder)
         if self.provenance is not None:
             write_model_card(folder, self.provenance)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        with writing(self.args.output_dir, 3 * trained, RuntimeError, SafetensorError):  # weights and two moments
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last thing that every rank writes: then the checkpoint is sealed, before an older one is deleted."""

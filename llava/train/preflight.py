@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 
-from dama.console import say, write_json
+from dama.console import say, write_json, writing
 from dama.pairs import PreferencePair
 from dama.shared_prefix import TORCH_VARLEN, attention_backend, flash_attn_problem
 from llava.conversation import get_template
@@ -461,6 +461,7 @@ def trial_save(folder: Path) -> float:
     Raises:
         OSError, ValueError: it cannot be written, or reads back differently.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     began = time.perf_counter()
@@ -468,7 +469,11 @@ def trial_save(folder: Path) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {"weight": torch.arange(1 << 18, dtype=torch.float32)}
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".trial-") as name:
+        needed = 2 * weights["weight"].nbytes
+        with (
+            writing(folder, needed, RuntimeError, SafetensorError),
+            tempfile.TemporaryDirectory(dir=folder, prefix=".trial-") as name,
+        ):
             place = Path(name)
             save_file(weights, place / "model.safetensors")
             torch.save(weights, place / "optimizer.pt")

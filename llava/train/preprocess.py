@@ -26,7 +26,9 @@ from llava.constants import (
 from llava.conversation import Segment, SeparatorStyle, Template, conv_templates, default_conversation
 from llava.mm_utils import count_bos, join_chunks
 
-Turn = tuple[str, str]  # who ("human" or "gpt"), and what is said
+CHATML_SYSTEM = "<|im_start|>system\n"
+
+Turn = tuple[str, str]  # who ("human" or "gpt"; first also "system"), and what is said
 Source = Sequence[Mapping[str, str]]  # a conversation of a data file: {"from": ..., "value": ...} for each turn
 Batch = dict[str, Any]  # "input_ids" and "labels": LongTensors [B, T], or lists of B LongTensors [T]
 
@@ -52,7 +54,7 @@ def encode_turns(
         AssertionError: a caption (plain) without its image, or a LLaMA-2 conversation that opens with an empty turn.
     """
     spans: list[tuple[int, int | None]]
-    segments = SEGMENTERS[template.sep_style](template, turns)
+    segments = segments_of(turns, template)
     tokens = tokenize("".join(segment.text for segment in segments), tokenizer, has_image)
     if template.sep_style is SeparatorStyle.SINGLE:
         spans = spans_as_counted(segments, tokenizer, has_image)
@@ -63,6 +65,25 @@ def encode_turns(
     for first, last in spans:
         labels[first:last] = ids[first:last]
     return EncodedTurns(ids, labels)
+
+
+def segments_of(turns: Sequence[Turn], template: Template) -> list[Segment]:
+    """The text of a conversation in pieces, answers marked. A first turn from "system" replaces the template's system.
+
+    Raises:
+        ValueError, AssertionError: the turns do not fit the template, see `encode_turns`.
+    """
+    if turns and turns[0][0] == "system":
+        template, turns = with_system(template, turns[0][1]), turns[1:]
+    return SEGMENTERS[template.sep_style](template, turns)
+
+
+def with_system(template: Template, text: str) -> Template:
+    """The template with another system text, between the same markers; a blank text changes nothing."""
+    if not text.strip() or template.sep_style is SeparatorStyle.PLAIN:
+        return template
+    marker = CHATML_SYSTEM if template.system.startswith(CHATML_SYSTEM) else ""
+    return dataclasses.replace(template, system=marker + text.strip())
 
 
 def answers(segments: Sequence[Segment]) -> Iterator[tuple[int, int]]:

@@ -27,6 +27,7 @@ from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.model.fingerprint import digest_of_checkpoint
 from llava.train.arguments import BASE_AS_REFERENCE, Arguments
 from llava.train.dpo_data import (
+    DATA_FLAGS,
     DataCollatorForDPODataset,
     DPODataset,
     PairValues,
@@ -39,6 +40,9 @@ from llava.train.dpo_data import (
 from llava.train.setup_model import setup_model
 
 STAGE = "reference"
+FLAGS = DATA_FLAGS | {
+    "pairs": "--data (content)", "precision": "--precision", "batch_size": "--batch_size",
+}  # fmt: skip
 SIDES = ("chosen", "rejected")
 VERIFIED_SHARE = 0.005
 # Nats per square root of tokens by which answers' sums may differ between their batch and alone, as a root mean square
@@ -82,7 +86,7 @@ def run_reference(
     )  # fmt: skip
     sizes = [len(batch) for batch in batches]
     prepared = [item for batch in batches for item in batch]
-    dataset = DPODataset(prepared, str(data_args.image_folder), image_processor, model.config)
+    dataset = DPODataset(prepared, data_args.image_folder or [], image_processor, model.config)
     image_tokens = model.get_vision_tower().tokens_per_image
     collate = DataCollatorForDPODataset(tokenizer, dataset, args.shared_prefix, image_tokens)
 
@@ -91,7 +95,7 @@ def run_reference(
 
     fingerprint = data_fingerprint(pairs, data_args) | model_fingerprint(arguments, model, tokenizer)
     fingerprint |= {"precision": str(model.dtype).removeprefix("torch."), "batch_size": batch_size}
-    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite) as stage:
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         starts = [0, *accumulate(sizes)]
         positions = [list(range(starts[number], starts[number + 1])) for number in stage.to_do]
         loader = DataLoader(

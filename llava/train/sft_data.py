@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +15,25 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dama.pairs import fault_list, load_image, resolve_image
+from dama.console import say
+from dama.images import open_image
+from dama.pairs import FILE_REMEDY, ImageFolder, PairsError, fault_list, load_image, resolve_image
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import default_conversation
-from llava.mm_utils import process_images
+from llava.conversation import Template, default_conversation, get_template
+from llava.mm_utils import get_anyres_image_grid_shape, process_images
 from llava.model.splice import ForwardPlan
 from llava.train.arguments import Arguments
-from llava.train.preprocess import preprocess, preprocess_multimodal
+from llava.train.preprocess import encode_turns, preprocess, preprocess_multimodal
+from llava.train.sft_rows import Row, SftRows, checked_rows, load_rows, row_faults, turns_of_row
 
 WORDS_OF_AN_IMAGE = 128  # what LLaVA counts for an image when it groups rows by length
-
-Row = dict[str, Any]
 
 
 class LazySupervisedDataset(Dataset):
     """LLaVA's conversations, tokenised when they are asked for.
 
     Args:
-        data_path: JSON list of rows {"id", "image"?, "conversations": [{"from", "value"}, ...]}.
+        data_path: rows {"id", "image"?, "conversations": [{"from", "value"}, ...]} see `llava.train.sft_rows`.
         data_args: has image_folder, image_processor, image_aspect_ratio, is_multimodal, mm_use_im_start_end.
         template: the prompt format; LLaVA-v1.5's when None.
         rows: the file's, where they have been read already (`read_rows`).
@@ -47,9 +48,9 @@ class LazySupervisedDataset(Dataset):
         template: Any = None,
         rows: list[Row] | None = None,
     ) -> None:
-        self.list_data_dict = _load(data_path) if rows is None else rows
         self.tokenizer, self.data_args = tokenizer, data_args
         self.template = template or default_conversation
+        self.list_data_dict = _load(data_path, self.template) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.list_data_dict)
@@ -84,44 +85,93 @@ class LazySupervisedDataset(Dataset):
         return process_images([picture], self.data_args.image_processor, self.data_args)[0]
 
 
-def read_rows(data_path: str, image_folder: str) -> list[Row]:
-    """Before a model is loaded: every row is a conversation, and its image is a file inside the image folder.
+def read_rows(
+    data_path: str,
+    image_folder: ImageFolder,
+    on_bad_image: str = "fail",
+    *,
+    template: Template = default_conversation,
+) -> list[Row]:
+    """The rows of `llava.train.sft_rows.checked_rows`, without their names."""
+    return checked_rows(data_path, image_folder, on_bad_image, template=template).rows
 
-    Raises:
-        ValueError: naming the rows that are not.
-    """
-    rows = _load(data_path)
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{data_path}: expected a JSON list of conversations, got {type(rows).__name__}, or none")
-    faults = []
-    for index, row in enumerate(rows):
-        name = row.get("id", index) if isinstance(row, dict) else index
-        faults += [f"row {name}: {fault}" for fault in _row_faults(row, image_folder)]
+
+def _load(data_path: str, template: Template) -> list[Row]:
+    """The rows of a file, images unchecked. Raises PairsError naming every row that is no conversation."""
+    named, faults = load_rows(data_path)
+    faults += [f"{name}: {fault}" for name, row in named for fault in row_faults(row, template)]
     if faults:
-        raise ValueError(fault_list(data_path, faults, "correct the rows, or supply the images"))
-    return rows
-
-
-def _load(data_path: str) -> Any:
-    with open(data_path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _row_faults(row: Any, image_folder: str) -> Iterator[str]:
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in turns):
-        yield "expected conversations, a list of turns with 'from' and 'value'"
-        return
-    if "image" in row:
-        try:
-            if not resolve_image(image_folder, row["image"]).is_file():
-                yield f"no image {row['image']}"
-        except (ValueError, OSError, TypeError) as error:
-            yield f"image {row['image']}: {error}"
+        raise PairsError(fault_list(data_path, faults, FILE_REMEDY))
+    return [row for _, row in named]
 
 
 def _words(row: Row) -> int:
     return sum(len(turn["value"].split()) for turn in row["conversations"])
+
+
+# --- What is supervised ----------------------------------------------------------------------------------------------
+
+
+def supervised_rows(data: SftRows, tokenizer: PreTrainedTokenizerBase, data_args: Any, per_image: int) -> SftRows:
+    """The rows that supervise at least one token; the others are left out or an error. Rows that are cut are counted.
+
+    Args:
+        data_args: `supervised_settings`. per_image: positions of an image, of each crop in anyres.
+
+    Raises:
+        ValueError: with on_long_pair="fail", naming every row without a supervised token; or no row has one.
+    """
+    kept, idle, cut = [], [], []
+    for index, (name, row) in enumerate(zip(data.names, data.rows)):
+        length, reason = supervision_of(row, tokenizer, data_args, per_image)
+        if reason is not None:
+            idle.append((name, reason))
+            continue
+        kept.append(index)
+        if length > tokenizer.model_max_length:
+            cut.append(f"{name}, {length} positions")
+    if idle and (data_args.on_long_pair == "fail" or not kept):
+        remedy = "correct these rows, raise --model_max_length as far as the model allows, or --on_long_pair skip"
+        faults = [f"{name}: {reason}" for name, reason in idle]
+        raise ValueError(fault_list(str(data_args.data_path), faults, remedy))
+    if cut:
+        say(f"rows: {len(cut)} are cut at --model_max_length {tokenizer.model_max_length}, the first is {cut[0]}")
+    return SftRows([data.rows[i] for i in kept], [data.names[i] for i in kept], [*data.skipped, *idle])
+
+
+def supervision_of(
+    row: Row, tokenizer: PreTrainedTokenizerBase, data_args: Any, per_image: int
+) -> tuple[int, str | None]:
+    """(positions of a row, or a bound on them where it certainly fits; why it supervises no token, or None)."""
+    limit = tokenizer.model_max_length
+    if not any(who == "gpt" and text.strip() for who, text in turns_of_row(row)[1:]):
+        return 0, "no answer with text in it"
+    image = image_positions(row, data_args, per_image) if "image" in row else 0
+    # No tokenizer in use makes more tokens than bytes of a text; the template's own words come on top.
+    texts = [data_args.template.system, *(text for _, text in turns_of_row(row))]
+    bound = image + sum(len(text.encode()) + 32 for text in texts)
+    if bound <= limit:
+        return bound, None
+    (source,) = preprocess_multimodal([row["conversations"]], data_args)
+    turns = [(turn["from"], turn["value"]) for turn in source]
+    encoded = encode_turns(turns, tokenizer, data_args.template, has_image="image" in row)
+    widths = torch.where(encoded.input_ids == IMAGE_TOKEN_INDEX, image, 1)
+    supervised = (encoded.labels != IGNORE_INDEX).nonzero().flatten()
+    first = int(widths[: supervised[0] + 1].sum()) if len(supervised) else 0
+    reason = None if first <= limit else f"its first answer begins at position {first}, the model takes {limit}"
+    return int(widths.sum()), reason
+
+
+def image_positions(row: Row, data_args: Any, per_image: int) -> int:
+    """Positions of the row's image; those of its whole and of its crops in anyres."""
+    if data_args.image_aspect_ratio != "anyres":
+        return per_image
+    with open_image(resolve_image(data_args.image_folder, row["image"])) as image:
+        size, side = image.size, data_args.image_processor.crop_size["height"]
+    return per_image * (1 + math.prod(get_anyres_image_grid_shape(size, data_args.image_grid_pinpoints, side)))
+
+
+# --- Batches ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -171,6 +221,8 @@ def supervised_settings(arguments: Arguments, model: Any, image_processor: Any) 
     return SimpleNamespace(
         data_path=data_args.data_path,
         image_folder=data_args.image_folder,
+        on_long_pair=data_args.on_long_pair,
+        template=get_template(str(model_args.version)),
         is_multimodal=data_args.is_multimodal,
         image_processor=image_processor,
         image_aspect_ratio=model.config.image_aspect_ratio,

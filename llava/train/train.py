@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dama.console import digest_of_file, say
+from dama.console import digest_of_file, end_on_interrupt, say
 from llava.conversation import get_template
 from llava.model.llava_arch import start_rows_as_mean
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
@@ -40,9 +40,10 @@ from llava.train.sft_data import (
     DataCollatorForSupervisedDataset,
     LazySupervisedDataset,
     make_supervised_data_module,
-    read_rows,
+    supervised_rows,
     supervised_settings,
 )
+from llava.train.sft_rows import checked_rows
 
 __all__ = [
     "DataArguments", "DataCollatorForSupervisedDataset", "LazySupervisedDataset", "ModelArguments",
@@ -76,18 +77,25 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
 def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     model_args, data_args, args = arguments
-    rows = read_rows(str(data_args.data_path), str(data_args.image_folder))
+    read = checked_rows(
+        str(data_args.data_path), data_args.image_folder or [], data_args.on_bad_image,
+        template=get_template(str(model_args.version)), progress=args.process_index == 0,
+    )  # fmt: skip
     data_digest = digest_of_file(str(data_args.data_path))
     provenance = provenance_of(arguments, data={"path": str(data_args.data_path), "digest": data_digest})
     if is_finished(args.output_dir, provenance):
         return None
-    preflight(arguments, rows)
+    preflight(arguments, read.rows)
     model, tokenizer, image_processor = setup_model(arguments, attn_implementation)
     settings = supervised_settings(arguments, model, image_processor)
-    template = get_template(str(model_args.version))
-    data = make_supervised_data_module(tokenizer, settings, template=template, rows=rows)
+    used = supervised_rows(read, tokenizer, settings, model.get_vision_tower().tokens_per_image)
+    provenance["rows"] = {"trained": len(used.rows), "skipped": len(used.skipped)}
+    say(f"rows: {len(used.rows)} to train on, {len(used.skipped)} skipped")
+    data = make_supervised_data_module(tokenizer, settings, template=settings.template, rows=used.rows)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=args, provenance=provenance, **data)
     train_and_save(trainer)
+    for name, reason in used.skipped:
+        say(f"skipped {name}: {reason}")
     return trainer
 
 
@@ -104,4 +112,5 @@ def train_and_save(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     train()

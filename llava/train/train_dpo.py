@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dama.console import say
+from dama.console import end_on_interrupt, say
 from llava.train.arguments import (
     BASE_AS_REFERENCE,
     Arguments,
@@ -96,4 +96,5 @@ def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     train()

@@ -2,28 +2,67 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
-import transformers
-
-from dama.console import report_error
-from llava.train import train as sft
-from llava.train import train_dpo
-from llava.train.arguments import parse_arguments
+from dama.console import end_on_interrupt, report_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # Loading and saving take a blink or have their own line; the bar that is left is the training's.
-    transformers.utils.logging.disable_progress_bar()
+    if argv is None:
+        end_on_interrupt()
     try:
-        arguments = parse_arguments(argv)
-        task = train_dpo if arguments[2].task == "DPO" else sft
-        task.run(arguments)
+        run(sys.argv[1:] if argv is None else argv)
     except Exception as error:
         report_error(error, "train_mem.py")
         return 2
     return 0
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parses the flags and trains. What is imported here takes seconds."""
+    refuse_missing_gpus(argv)
+    import transformers
+
+    from llava.train import train as sft
+    from llava.train import train_dpo
+    from llava.train.arguments import parse_arguments
+
+    # Loading and saving take a blink or have their own line; the bar that is left is the training's.
+    transformers.utils.logging.disable_progress_bar()
+    arguments = parse_arguments(argv)
+    task = train_dpo if arguments[2].task == "DPO" else sft
+    task.run(arguments)
+
+
+def refuse_missing_gpus(argv: Sequence[str]) -> None:
+    """Raises ValueError where a launcher started more ranks on this machine than it has GPUs, unless they are on CPUs.
+
+    Ranks that shared a GPU, or met on none, would end in an error of NCCL's or wait for each other.
+    """
+    ranks = max(int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))  # torchrun, DeepSpeed
+    if ranks == 1 or wants_cpu(argv):
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if ranks > found:
+        fewer = f"start {found} (--num_gpus {found}, --nproc_per_node {found}), or " if found else ""
+        raise ValueError(
+            f"GPUs: {ranks} ranks need {ranks}, found {found} that torch can use; {fewer}train on CPUs with "
+            "DS_ACCELERATOR=cpu in front of the command and --use_cpu True behind it"
+        )
+
+
+def wants_cpu(argv: Sequence[str]) -> bool:
+    """Whether the flags choose CPUs: --use_cpu, or --no_cuda as it was called, alone or with a true value."""
+    for word, value in zip(argv, [*argv[1:], ""]):
+        flag, has_value, given = word.replace("-", "_").partition("=")
+        if flag in ("__use_cpu", "__no_cuda"):
+            text = (given if has_value else value).lower()
+            return text.startswith("--") or text in ("", "true", "t", "yes", "y", "1")
+    return False
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dama.console import say, write_atomic, write_json
+from dama.console import end_on_interrupt, say, write_atomic, write_json
 from playground.tinycoco.captions import SPOKEN, article, one_word_edit, truthful_caption
 from playground.tinycoco.scenes import SIZE, Scene, draw, sample_scene
 from playground.tinycoco.tokenizer import corpus
@@ -469,4 +469,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -48,7 +48,7 @@ from measure import (
 from torch import Tensor
 from tqdm import tqdm
 
-from dama.console import say, write_json
+from dama.console import end_on_interrupt, say, write_json
 from dama.logps import get_batch_logps
 from dama.losses import preference_loss, reward_gap
 from llava.train.throughput import ModelSize, step_flops
@@ -439,4 +439,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -21,7 +21,7 @@ from measure import SHAPES, TOKENIZER, Shape, Spread, Timed, time_of, write_chec
 from torch import Tensor
 from tqdm import tqdm
 
-from dama.console import say, write_json
+from dama.console import end_on_interrupt, say, write_json
 from llava.eval.generate import Answerer, Decoding, Request, by_length
 from llava.train.throughput import PairLength
 
@@ -168,4 +168,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

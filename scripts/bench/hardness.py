@@ -30,7 +30,7 @@ from measure import Spread, synchronise
 from PIL import Image
 from tqdm import tqdm
 
-from dama.console import say
+from dama.console import end_on_interrupt, say
 from dama.hardness import score
 from dama.hardness.clip import ClipScorer, load_clip
 from dama.hardness.score import ChunkSplitter, hardness_delta, load_hardness, run_hardness
@@ -280,4 +280,5 @@ def report_waiting(setting: Setting, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dama.console import say, write_json
+from dama.console import end_on_interrupt, say, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "playground/tinycoco/weights"
@@ -104,4 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from measure import SHAPES, Shape, random_pairs, write_checkpoint, write_pictures
 
-from dama.console import say, write_json
+from dama.console import end_on_interrupt, say, write_json
 from llava.train.throughput import PairLength
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from dama.console import say
+from dama.console import end_on_interrupt, say
 from dama.prepare.contamination import evaluation_images
 
 ROOT = Path(__file__).parents[2]
@@ -195,4 +195,5 @@ def resident(process: int) -> int:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -33,7 +33,7 @@ from measure import (
 )
 from tqdm import tqdm
 
-from dama.console import say, write_json
+from dama.console import end_on_interrupt, say, write_json
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava
 from llava.train.doctor import first_loss
@@ -175,4 +175,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    end_on_interrupt()
     main()

@@ -12,6 +12,8 @@
 #SBATCH --requeue
 #SBATCH --output=%x-%j.log
 set -euo pipefail
+# Under sbatch the script is a copy without its neighbors.
+case " $* " in *" --help "*) source "$(dirname "$0")/../help.sh" ;; esac
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}" # sbatch runs a copy of this file that lies elsewhere
 
 dry_run=false

@@ -253,7 +253,7 @@ def test_a_server_splits_the_answers(world: Path, capsys: pytest.CaptureFixture[
     assert rows[1]["fallbacks"] == {"rejected": "added words"}
     assert (world / "out/splits.jsonl").exists()
     assert main(flags(world)) == 1
-    assert "\n  splitter: {" in capsys.readouterr().err
+    assert "\n  --splitter: {" in capsys.readouterr().err
 
 
 def test_wrong_choices_of_a_splitter_are_named(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -519,7 +519,7 @@ def test_a_complete_run_is_skipped_and_checked(tmp_path: Path, capsys: pytest.Ca
     prepare(*words)
     assert tree(tmp_path / "out") == before
     assert "prepare: complete in" in capsys.readouterr().out
-    with pytest.raises(StageError, match="settings.hold_out: 0.0 -> 0.5"):
+    with pytest.raises(StageError, match="--hold_out: 0.0 -> 0.5"):
         prepare(*words, "--hold_out", 0.5)
     (tmp_path / "out/pairs.jsonl").write_text("")
     with pytest.raises(PairsError, match="pairs.jsonl changed since the run was complete\nRemedy: --overwrite"):

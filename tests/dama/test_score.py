@@ -272,17 +272,17 @@ def test_changed_inputs_are_refused_by_name(
     other_clip = load_clip(str(write_tiny_clip(tmp_path / "seed1/tiny", seed=1)), None, "cpu")
     edited = [replace(pairs[0], chosen="Something else."), *pairs[1:]]
     for changed, clip, flags, field in (
-        (edited, scorer, {}, "pairs: "),
-        (pairs, other_clip, {}, "clip.weights: "),
-        (pairs, scorer, {"scale": "logit"}, 'scale: "cosine" -> "logit"'),
-        (pairs, scorer, {"reduction": "mean"}, 'reduction: "sum" -> "mean"'),
+        (edited, scorer, {}, "--data (content): "),
+        (pairs, other_clip, {}, "--clip.weights: "),
+        (pairs, scorer, {"scale": "logit"}, '--scale: "cosine" -> "logit"'),
+        (pairs, scorer, {"reduction": "mean"}, '--reduction: "sum" -> "mean"'),
     ):
         with pytest.raises(StageError, match="made from other inputs") as caught:
             run(changed, images, out, clip, **flags)
         named = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
         assert len(named) == 1 and named[0].startswith(field)
     Image.new("RGB", (40, 40)).save(images / "3.png")
-    with pytest.raises(StageError, match="\n  images: "):
+    with pytest.raises(StageError, match=r"\n  --image_folder \(content\): "):
         run(pairs, images, out, scorer)
     before = load_hardness(out)
     assert run(pairs, images, out, scorer, overwrite=True).delta != before.delta

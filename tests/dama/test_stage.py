@@ -212,7 +212,9 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
 
 def test_differences_names_nested_fields() -> None:
     old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": [5]}
-    assert differences(old, new) == ["a.c: 2 -> 4", "d: 3 -> null", "e: null -> [5]"]
+    assert differences(old, new) == ["a.c: 2 -> 4", "d: 3 -> default", "e: default -> [5]"]
+    flags = {"a.": "--", "d": "--depth"}
+    assert differences(old, new, flags) == ["--c: 2 -> 4", "--depth: 3 -> default", "e: default -> [5]"]
     assert differences(old, old) == []
 
 

@@ -378,7 +378,7 @@ def test_a_process_that_fails_is_named():
 def test_other_inputs_are_refused_with_the_difference(command, capsys, tmp_path):
     assert command("objhal", "--batch-size", "3") == 0
     assert command("objhal", "--batch-size", "3", "--num-beams", "1") == 2
-    assert "decoding.num_beams: 3 -> 1" in capsys.readouterr().err
+    assert "--num-beams: 3 -> 1" in capsys.readouterr().err
     assert command("objhal", "--batch-size", "3", "--num-beams", "1", "--overwrite") == 0
     protocol = results(tmp_path / "out/llava/objhal")["provenance"]["protocol"]
     assert protocol.endswith("num_beams 1, max_new_tokens 12")

@@ -1,8 +1,12 @@
 """Flags: LLaVA's old names, all faults at once, help that reads."""
 
+import re
+
 import pytest
+import torch
 
 from llava.train.arguments import help_text, parse_arguments, translate_flags
+from llava.train.train_mem import main, refuse_missing_gpus
 from tests.conftest import GOLDEN
 
 GOOD = [
@@ -62,3 +66,92 @@ def test_help_names_every_own_flag_once(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
     assert "train_mem.py --task LM|DPO" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["--learnig_rate", "1e-5"], "--learning_rate"),
+        (["--lr", "1e-5"], "--learning_rate"),
+        (["--LR", "1e-5"], "--learning_rate"),
+        (["--learning-rat=1e-5"], "--learning_rate"),
+        (["--beta", "0.1"], "--dpo_beta"),
+        (["--epochs", "3"], "--num_train_epochs"),
+        (["--num_epoch", "3"], "--num_train_epochs"),
+        (["--batch_size", "4"], "--per_device_train_batch_size"),
+        (["--per_device_batch_size", "4"], "--per_device_train_batch_size"),
+        (["--gradient_acumulation_steps", "4"], "--gradient_accumulation_steps"),
+        (["--imagefolder", "x"], "--image_folder"),
+        (["--model", "m"], "--model_name_or_path"),
+        (["--max_step", "3"], "--max_steps"),  # no abbreviations: another flag may be meant
+        (["--stategy", "both"], "--strategy"),
+        (["--lora_rank", "8"], "--lora_r"),
+    ],
+)
+def test_a_misspelt_flag_gets_one_line_with_the_nearest(words, nearest):
+    with pytest.raises(ValueError, match=r"no such flag") as error:
+        parse_arguments([*GOOD, *words])
+    flag = words[0].partition("=")[0]
+    assert str(error.value) == f"{flag}: no such flag; did you mean {nearest}? (--help lists the flags)"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rate", "fast"], "--learning_rate: invalid float value: 'fast'"),
+        (["--max_steps", "1.5"], "--max_steps: invalid int value: '1.5'"),
+        (["--strategy", "all"], "--strategy: invalid choice: 'all'"),
+        (["--bf16", "maybe"], "--bf16: Truthy value expected"),
+        (["--gamma"], "--gamma: expected one argument"),
+        (["stray"], "stray: expected a flag before each value"),
+        (["--save_strategy", "sometimes"], "--save_strategy: .*sometimes"),
+        (["--qqqq", "1", "--lr", "2"], "--qqqq: no such flag; --lr: no such flag; did you mean --learning_rate?"),
+    ],
+)
+def test_a_wrong_value_gets_one_line(words, message):
+    with pytest.raises(ValueError) as error:
+        parse_arguments([*GOOD, *words])
+    assert re.match(message.replace("?", r"\?"), str(error.value)) and "\n" not in str(error.value)
+
+
+def test_the_command_says_it_in_one_line(capsys):
+    assert main([*GOOD, "--learnig_rate", "1e-5"]) == 2
+    shown = capsys.readouterr()
+    expected = "--learnig_rate: no such flag; did you mean --learning_rate? (--help lists the flags)"
+    assert (shown.out, shown.err) == ("", f"train_mem.py: error: {expected}\n")
+
+
+def test_dashes_and_negations_are_flags_too():
+    words = ["--learning-rate", "1e-3", "--no_shared_prefix", "--per-device-train-batch-size=3"]
+    _, _, args = parse_arguments([*GOOD, *words])
+    assert (args.learning_rate, args.shared_prefix, args.per_device_train_batch_size) == (1e-3, False, 3)
+
+
+def test_what_is_not_given_is_none_or_the_default():
+    with pytest.raises(ValueError, match="fault") as error:
+        parse_arguments(["--output_dir", "o", "--use_cpu", "True", "--image_aspect_ratio", "round"])
+    for part in ("--data_path: expected an existing path, got none",
+                 "--image_folder: expected an existing path, got none",
+                 "--image_aspect_ratio: expected one of the default, pad, square, anyres, got 'round'"):  # fmt: skip
+        assert part in str(error.value)
+    assert "None" not in str(error.value)
+
+
+@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun's, DeepSpeed's
+def test_more_ranks_than_gpus_are_refused_before_anything_else(monkeypatch, capsys, launcher):
+    found = torch.cuda.device_count()
+    monkeypatch.setenv(launcher, str(found + 3))
+    assert main(["--learnig_rate", "also wrong"]) == 2
+    said = capsys.readouterr().err
+    assert f"GPUs: {found + 3} ranks need {found + 3}, found {found} that torch can use; " in said
+    assert "DS_ACCELERATOR=cpu in front of the command and --use_cpu True behind it" in said
+    assert (f"start {found} (--num_gpus {found}" in said) is (found > 0)
+
+
+@pytest.mark.parametrize("words", [["--use_cpu", "True"], ["--use_cpu"], ["--use-cpu=yes"], ["--no_cuda", "1"]])
+def test_ranks_on_cpus_need_no_gpus(monkeypatch, words):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    refuse_missing_gpus(words)
+    for others in ([], ["--use_cpu", "False"], ["--use_cpu=false", "--bf16", "True"], ["--output_dir", "--no_cuda_x"]):
+        with pytest.raises(ValueError, match="GPUs: 64 ranks need 64"):
+            refuse_missing_gpus(others)

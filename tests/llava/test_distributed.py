@@ -63,7 +63,7 @@ def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path, ratio):
     again = launch(two)
     assert again.returncode == 0 and "training: complete" in again.stdout, again.stderr[-3000:]
     other = launch([*two, "--dpo_beta", "0.3"])
-    assert other.returncode != 0 and "flags.dpo_beta: 0.1 -> 0.3" in other.stderr
+    assert other.returncode != 0 and "--dpo_beta: 0.1 -> 0.3" in other.stderr
 
 
 @pytest.mark.parametrize("zero", [2, 3])

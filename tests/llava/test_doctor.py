@@ -241,7 +241,7 @@ def test_rows_of_fine_tuning_with_faults(in_golden, tmp_path, capsys):
     rows[0]["image"] = "missing.png"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     status, said = page(capsys, *sft_flags(tmp_path, "--data_path", tmp_path / "rows.json"))
-    assert status == 1 and "no image missing.png" in said
+    assert status == 1 and "image missing.png: image is missing" in said
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_model_is_loaded(in_golden, tmp_path):

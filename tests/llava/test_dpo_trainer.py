@@ -149,7 +149,7 @@ def test_a_finished_run_is_skipped_and_another_one_is_refused(in_golden, tmp_pat
     assert train_dpo.run(parse_arguments(flags(tmp_path, *more))) is not None
     assert train_dpo.run(parse_arguments(flags(tmp_path, *more))) is None
     assert "complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"flags.dpo_beta: 0.1 -> 0.3"):
+    with pytest.raises(ValueError, match=r"--dpo_beta: 0.1 -> 0.3"):
         train_dpo.run(parse_arguments(flags(tmp_path, *more, "--dpo_beta", "0.3")))
 
 
@@ -187,7 +187,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_flags(in_golden, tmp_path)
     train_dpo.run(parse_arguments(flags(tmp_path, *more)))
     (tmp_path / "out" / "dama_provenance.json").unlink()
     with pytest.raises(
-        ValueError, match=r"checkpoint-2 holds a model of other inputs \(flags.strategy: .both. -> .none.\)"
+        ValueError, match=r"checkpoint-2 holds a model of other inputs \(--strategy: .both. -> .none.\)"
     ):
         train_dpo.run(parse_arguments(flags(tmp_path, *more, "--strategy", "none")))
 

@@ -90,7 +90,7 @@ def test_an_interrupted_run_continues(command, monkeypatch, capsys):
 def test_other_inputs_are_refused_until_overwritten(command, capsys):
     command()
     assert command("--max_new_tokens", "7")[0] == 2
-    assert "decoding.max_new_tokens: 6 -> 7" in capsys.readouterr().err
+    assert "--max-new-tokens: 6 -> 7" in capsys.readouterr().err
     assert command("--max_new_tokens", "7", "--overwrite")[0] == 0
 
 
@@ -98,7 +98,7 @@ def test_other_inputs_are_refused_until_overwritten(command, capsys):
     ("line", "reason"),
     [
         ({"question_id": 1}, r"q.jsonl:1: expected question_id and text, got \{"),
-        ([1], r"q.jsonl:1: expected question_id and text, got \[1\]"),
+        ([1], r"q.jsonl, row 1: expected question_id and text, got 1"),
         ({"question_id": 1, "text": "?", "image": "../README.md"}, "leaves the image folder"),
         ({"question_id": 1, "text": "?", "image": "none.png"}, "none.png"),
     ],

@@ -97,14 +97,14 @@ def test_other_pairs_are_refused_by_name(world):
     rows = json.loads((world / "pairs.json").read_text())
     rows[0]["chosen"] += " Indeed."
     (world / "pairs.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"--reference .*: made from other inputs .*pairs: "):
+    with pytest.raises(ValueError, match=r"--reference .*: made from other inputs .*--data_path \(content\): "):
         train(world)
 
 
 def test_other_images_are_refused_by_name(world):
     assert reference(world) == 0
     shutil.copy(world / "images" / "tall.png", world / "images" / "wide.png")
-    with pytest.raises(ValueError, match=r"made from other inputs than this training's \(images: "):
+    with pytest.raises(ValueError, match=r"made from other inputs than this training's \(--image_folder \(content\): "):
         train(world)
 
 
@@ -112,14 +112,14 @@ def test_another_model_template_or_image_preparation_is_refused_by_name(world):
     assert reference(world) == 0
     with pytest.raises(ValueError, match=r'image_aspect_ratio: "square" -> "pad"'):
         train(world, "--image_aspect_ratio", "pad")
-    with pytest.raises(ValueError, match=r'template: "v1" -> "llava_v1"'):
+    with pytest.raises(ValueError, match=r'--version: "v1" -> "llava_v1"'):
         train(world, "--version", "llava_v1")
     other = world / "other"
     shutil.copytree(GOLDEN / "llava-v1.5-tiny", other)
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(bytes(weights))
-    with pytest.raises(ValueError, match=r"\(model: "):
+    with pytest.raises(ValueError, match=r"\(--model_name_or_path \(content\): "):
         train(world, "--model_name_or_path", str(other))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -371,3 +372,33 @@ def test_help_is_readable(module, capsys):
         module.main(["--help"])
     text = capsys.readouterr().out
     assert f"usage: python -m {module.__name__} " in text and module.__doc__.split("\n")[0] in " ".join(text.split())
+
+
+# What a terminal or a pipe can hold that is no text, each followed by questions that are answered.
+NO_TEXT = {
+    "Latin-1": "Où est-il ?".encode("latin-1"),
+    "UTF-16": "What?".encode("utf-16"),
+    "half a character": "😀".encode()[:2],
+    "a lone surrogate": "\ud83d".encode("utf-8", "surrogatepass"),
+    "a byte alone": b"\xff",
+    "an image": b"\x89PNG\x1a",
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as Python sets it in UTF-8 and in C locales
+def test_bytes_that_are_no_text_are_asked_for_again(in_golden, monkeypatch, capsys, name, errors):
+    typed = NO_TEXT[name] + b"\nWhat is it?\n" + NO_TEXT[name] + b"\nIs it red?\n\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8", errors))
+    flags = ["--model-path", "llava-v1.5-tiny", "--image-file", "images/wide.png", "--device", "cpu"]
+    assert cli.main(cli.build_parser().parse_args([*flags, "--temperature", "0", "--max-new-tokens", "4"])) == 0
+    said = capsys.readouterr().out
+    assert said.count("error: the line holds bytes that are not utf-8; type it again") == 2
+    assert said.count("ASSISTANT: ") == 2 and "exit..." in said
+
+
+def test_nothing_but_such_bytes_ends_at_the_end_of_the_input(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8", "strict"))
+    cli.keep_undecodable_bytes(sys.stdin)
+    assert cli.read_line("") == ""
+    assert "type it again" in capsys.readouterr().out

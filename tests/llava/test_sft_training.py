@@ -107,7 +107,7 @@ def test_bad_rows_are_named_before_the_model_is_loaded(in_golden, tmp_path):
     with pytest.raises(ValueError, match=r"3 faults") as error:
         train.run(arguments(tmp_path / "out", "--data_path", str(tmp_path / "rows.json"), *FLAGS))
     for part in (
-        "row gone: no image gone.png",
+        "row gone: image gone.png: image is missing",
         "row out: image ../sft/records.json",
         "row mute: expected conversations",
     ):

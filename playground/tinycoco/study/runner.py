@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -89,7 +90,7 @@ def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> 
     )
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores, mp_context=context, initializer=_quiet_worker) as workers:
+    with ProcessPoolExecutor(cores, mp_context=context, initializer=_start_worker) as workers:
         futures: dict[Future[Any], Cell] = {}
         for cell in to_do:
             futures[workers.submit(run_cell, cell, world, out)] = cell
@@ -105,6 +106,11 @@ def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> 
     if failed:
         say(f"study: {len(failed)} cells failed, listed in {folder / 'failed.json'}; the same command tries them again")
     return bool(failed)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends its workers
+    _quiet_worker()
 
 
 def _quiet_worker() -> None:
