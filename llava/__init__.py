@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from llava.notices import hold_back_quantization_notices
+
 __all__ = ["LlavaLlamaForCausalLM"]
+
+hold_back_quantization_notices()
 
 
 def __getattr__(name: str) -> Any:

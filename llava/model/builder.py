@@ -37,6 +37,7 @@ from llava.model.utils import (
     stays_inside,
     weight_files,
 )
+from llava.notices import QUANTIZATION_NOTICES
 from llava.tokenization import load_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -435,6 +436,7 @@ def quantisation(
         )
     from transformers import BitsAndBytesConfig
 
+    QUANTIZATION_NOTICES.release()
     return BitsAndBytesConfig(
         load_in_8bit=load_8bit,
         load_in_4bit=not load_8bit,
