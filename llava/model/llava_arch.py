@@ -31,6 +31,7 @@ class LlavaMetaModel:
     vision_tower: Any
 
     def __init__(self, config: Any) -> None:
+        forget_pad_token_without_row(config)
         super().__init__(config)  # type: ignore[call-arg]
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(config, delay_load=True)
@@ -111,6 +112,12 @@ class LlavaMetaModel:
             parameter.requires_grad = True
         if model_args.pretrain_mm_mlp_adapter:
             load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
+
+
+def forget_pad_token_without_row(config: Any) -> None:
+    """Unset a pad token beyond the embedding table, with which no table can be built; the tokenizer still has it."""
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        config.pad_token_id = None
 
 
 def load_projector(projector: nn.Module, path: str) -> None:

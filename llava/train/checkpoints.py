@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dama.console import say, write_atomic, write_json
 from dama.stage import differences
+from llava.model.export import VOCABULARY_TABLES
 
 Named = Iterable[tuple[str, Any]]
 PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]
@@ -76,6 +77,16 @@ def get_peft_state_non_lora_maybe_zero_3(named_params: Named, require_grad_only:
     }
 
 
+def names_beside_adapter(model: Any) -> list[str]:
+    """Parameters to save beside a LoRA adapter: what trains with it, and vocabulary tables that grew for new tokens."""
+    grown = VOCABULARY_TABLES if model.tables_grown else ()
+    return [
+        name
+        for name, p in model.named_parameters()
+        if "lora_" not in name and (p.requires_grad or name.endswith(grown))
+    ]
+
+
 def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
     """Saves the trained model once, by one process, as LLaVA's layout wants it."""
     if trainer.args.lora_enable:
@@ -88,7 +99,8 @@ def save_lora(trainer: Any, output_dir: str) -> None:
     """adapter_config.json, adapter weights, config.json and non_lora_trainables.bin, beside the tokenizer."""
     model, args = trainer.model, trainer.args
     adapter = get_peft_state_maybe_zero_3(model.named_parameters(), args.lora_bias)
-    beside = get_peft_state_non_lora_maybe_zero_3(model.named_parameters())
+    wanted = set(names_beside_adapter(model))
+    beside = {name: maybe_zero_3(p) for name, p in model.named_parameters() if name in wanted}
     if not args.should_save:
         return
     model.config.save_pretrained(output_dir)

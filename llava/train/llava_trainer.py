@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from llava.model.export import VOCABULARY_TABLES
 from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
     NON_LORA_FILE,
@@ -19,6 +20,7 @@ from llava.train.checkpoints import (
     keep_tower_inside,
     matching,
     maybe_zero_3,
+    names_beside_adapter,
     seal_checkpoint,
     without_frozen_tower,
     write_model_card,
@@ -184,11 +186,13 @@ class LLaVATrainer(Trainer):
         if self._trains_projector_only:
             torch.save(matching(state, PROJECTOR_KEYS), folder / "mm_projector.bin")
         else:
-            super()._save(str(folder), without_frozen_tower(state, self.model.config))
+            saved = without_frozen_tower(state, self.model.config)
+            if self.args.lora_enable:  # PEFT would put tables that grew into the adapter's file
+                saved = {name: value for name, value in saved.items() if not name.endswith(VOCABULARY_TABLES)}
+            super()._save(str(folder), saved)
         self.model.config.save_pretrained(folder)
         if self.args.lora_enable:
-            beside = [n for n, p in self.model.named_parameters() if p.requires_grad and "lora_" not in n]
-            torch.save({name: state[name] for name in beside}, folder / NON_LORA_FILE)
+            torch.save({name: state[name] for name in names_beside_adapter(self.model)}, folder / NON_LORA_FILE)
         keep_tower_inside(self.model, folder)
         if self.provenance is not None:
             write_model_card(folder, self.provenance)

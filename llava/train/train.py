@@ -15,6 +15,7 @@ from dama.console import digest_of_file, say
 from llava.conversation import get_template
 from llava.model.llava_arch import start_rows_as_mean
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.base_model import validate_base
 from llava.train.checkpoints import (
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
@@ -76,6 +77,7 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
 def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     model_args, data_args, args = arguments
+    validate_base(arguments)
     rows = read_rows(str(data_args.data_path), str(data_args.image_folder))
     data_digest = digest_of_file(str(data_args.data_path))
     provenance = provenance_of(arguments, data={"path": str(data_args.data_path), "digest": data_digest})

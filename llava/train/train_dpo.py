@@ -17,6 +17,7 @@ from llava.train.arguments import (
     TrainingArguments,
     parse_arguments,
 )
+from llava.train.base_model import validate_base
 from llava.train.checkpoints import is_finished, provenance_of
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
@@ -47,6 +48,7 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
 def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15DPOTrainer | None:
     """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     _, data_args, args = arguments
+    validate_base(arguments)
     # What can be wrong with the data is found before the model is loaded.
     pairs, skipped = read_checked_pairs(data_args)
     preflight(arguments, pairs)
