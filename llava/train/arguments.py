@@ -158,6 +158,8 @@ class TrainingArguments(transformers.TrainingArguments):
         )
 
 
+# --train_sampling_strategy, by whether the task is DPO
+SAMPLING = {False: ("random", "sequential", "group_by_length"), True: ("random", "sequential")}
 BASE_AS_REFERENCE = "base"  # of --reference: the model with its adapters off
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
@@ -425,6 +427,8 @@ def unsupported_flags(model_args: ModelArguments, args: TrainingArguments) -> li
         (not args.auto_find_batch_size, "--auto_find_batch_size: not supported, it would change the pairs or rows of "
          "a step; use --auto_micro_batch True"),
         (not args.ignore_data_skip, "--ignore_data_skip: not supported, a resumed run would train on rows twice"),
+        (args.train_sampling_strategy in SAMPLING[args.task == "DPO"], f"--train_sampling_strategy "
+         f"{args.train_sampling_strategy}: expected one of {', '.join(SAMPLING[args.task == 'DPO'])}"),
         (not args.load_best_model_at_end or args.eval_strategy != "no", "--load_best_model_at_end: needs evaluations "
          "during training, give --eval_strategy (and --eval_pairs)"),
         (args.task == "DPO" or args.eval_strategy == "no", f"--eval_strategy {args.eval_strategy.value}: not "

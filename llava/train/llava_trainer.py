@@ -29,6 +29,9 @@ from llava.train.checkpoints import (
 __all__ = ["LLaVATrainer", "LengthGroupedSampler", "maybe_zero_3", "get_mm_adapter_state_maybe_zero_3"]
 
 
+SEEDS_APART = 1_000_003  # orders of neighboring seeds share no epoch's
+
+
 def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
     """Deals indices to chunks of equal size so that their total lengths are about equal (longest-first order is kept).
 
@@ -83,7 +86,12 @@ def get_modality_length_grouped_indices(
 
 
 class LengthGroupedSampler(Sampler):
-    """Indices grouped by length, and by modality where lengths carry it in their sign."""
+    """Indices grouped by length, and by modality where lengths carry it in their sign.
+
+    Args:
+        seed: makes the order a function of seed and epoch, alike on every rank and after a resume. None draws it from
+            `generator` and torch's own state, as LLaVA does.
+    """
 
     def __init__(
         self,
@@ -92,18 +100,40 @@ class LengthGroupedSampler(Sampler):
         lengths: list[int] | None = None,
         generator: Any = None,
         group_by_modality: bool = False,
+        *,
+        seed: int | None = None,
     ) -> None:
         if lengths is None:
             raise ValueError("LengthGroupedSampler: expected the rows' lengths, got none")
         self.batch_size, self.world_size, self.lengths = batch_size, world_size, lengths
         self.generator, self.group_by_modality = generator, group_by_modality
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        if self.seed is None:
+            return iter(self._grouped())
+        # The groups of one modality are drawn from torch's own state, which is left as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed * SEEDS_APART + self.epoch)
+            return iter(self._grouped())
+
+    def _grouped(self) -> list[int]:
         group = get_modality_length_grouped_indices if self.group_by_modality else get_length_grouped_indices
-        return iter(group(self.lengths, self.batch_size, self.world_size, generator=self.generator))
+        return group(self.lengths, self.batch_size, self.world_size, generator=self.generator)
+
+
+def sampler_of(loader: Any) -> Any:
+    """The sampler of rows inside a data loader, under whatever splits, shards or skips its batches; None for none."""
+    batches = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", None)
 
 
 def sum_of_losses(log_history: Sequence[dict[str, Any]]) -> float:
@@ -144,13 +174,16 @@ class LLaVATrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        if not self.args.group_by_modality_length:
+        args, rows = self.args, train_dataset or self.train_dataset
+        by_length = args.train_sampling_strategy == "group_by_length"
+        if not (args.group_by_modality_length or by_length):
             return super()._get_train_sampler(train_dataset)
         return LengthGroupedSampler(
-            self.args.train_batch_size,
-            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
-            lengths=(train_dataset or self.train_dataset).modality_lengths,
-            group_by_modality=True,
+            args.train_batch_size,
+            world_size=args.world_size * args.gradient_accumulation_steps,
+            lengths=rows.modality_lengths if args.group_by_modality_length else rows.lengths,
+            group_by_modality=args.group_by_modality_length,
+            seed=args.seed if args.data_seed is None else args.data_seed,
         )
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -223,6 +256,10 @@ class LLaVATrainer(Trainer):
             self.control.should_training_stop = True
             return
         forget_shared_memory()
+        # accelerate does not reach the sampler of a loader that skips batches on one of several ranks.
+        sampler = sampler_of(kwargs["train_dataloader"])
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

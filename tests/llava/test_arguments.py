@@ -117,6 +117,7 @@ def test_old_names_with_dashes_are_mapped_too():
         ("--pretrain_mm_mlp_adapter gone.bin", "--pretrain_mm_mlp_adapter: expected an existing file, got 'gone.bin'"),
         ("--resume_from_checkpoint gone", "--resume_from_checkpoint: expected a checkpoint folder .*, got 'gone'"),
         ("--resume_from_checkpoint True", "--resume_from_checkpoint True: expected a checkpoint in 'out', found none"),
+        ("--train_sampling_strategy batch_rebalance", "batch_rebalance: expected one of random, "),
         ("--save_strategy best --load_best_model_at_end True", "--load_best_model_at_end: needs evaluations"),
     ],
 )
