@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from dama.console import say
 from llava.model.export import VOCABULARY_TABLES
 from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
@@ -18,6 +19,7 @@ from llava.train.checkpoints import (
     PROJECTOR_KEYS,
     get_mm_adapter_state_maybe_zero_3,
     keep_tower_inside,
+    lacking_in_checkpoint,
     matching,
     maybe_zero_3,
     names_beside_adapter,
@@ -25,6 +27,7 @@ from llava.train.checkpoints import (
     without_frozen_tower,
     write_model_card,
 )
+from llava.train.signing import refuse_unsigned
 
 __all__ = ["LLaVATrainer", "LengthGroupedSampler", "maybe_zero_3", "get_mm_adapter_state_maybe_zero_3"]
 
@@ -247,6 +250,27 @@ class LLaVATrainer(Trainer):
         if self.args.lora_enable:
             beside = torch.load(folder / NON_LORA_FILE, map_location="cpu", weights_only=True)
             self.model.load_state_dict(beside, strict=False)
+
+    def _load_best_model(self) -> None:
+        """Every trained part from the best checkpoint: transformers leaves out what trains beside an adapter.
+
+        Raises:
+            ValueError: the best checkpoint is incomplete, or this user's run did not write it.
+        """
+        recorded = Path(str(self.state.best_model_checkpoint))
+        best = Path(self.args.output_dir) / recorded.name  # the output folder may have moved since it was recorded
+        if lacking := lacking_in_checkpoint(best):
+            raise ValueError(
+                f"--load_best_model_at_end: expected the best checkpoint at '{best}', found no whole {lacking[0]}. "
+                f"The last checkpoint is complete; start again without the flag to save the last model."
+            )
+        refuse_unsigned(best, trust=self.args.trust_checkpoint)
+        self.state.best_model_checkpoint = str(best)
+        say(f"loading the best checkpoint, {best} ({self.args.metric_for_best_model} {self.state.best_metric:.6g})")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(best))
 
     # --- Going on as if there had been no interruption ---------------------------------------------------------------
 

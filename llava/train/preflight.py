@@ -183,7 +183,7 @@ def longest_items(
     model_args, _, args = arguments
     template, found = get_template(str(model_args.version)), []
     for pair in sorted(pairs, key=lambda p: -len(p.question + p.chosen + p.rejected)):
-        both = encode_pair(pair, tokenizer, template, model_args.mm_use_im_start_end)
+        both = encode_pair(pair, tokenizer, template, bool(model_args.mm_use_im_start_end))
         if max(len(answer.input_ids) for answer in both) - 1 + patches <= args.model_max_length:
             found.append(PreparedPair(pair, *both, 0.0, 0.0, 0.0))
         if len(found) == LONGEST:

@@ -21,9 +21,9 @@ from llava.train.checkpoints import (
     get_peft_state_maybe_zero_3,
     get_peft_state_non_lora_maybe_zero_3,
     is_finished,
-    last_whole_checkpoint,
     maybe_zero_3,
     provenance_of,
+    resume_point,
     safe_save_model_for_hf_trainer,
 )
 from llava.train.llava_trainer import LLaVATrainer
@@ -81,7 +81,8 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     rows = read_rows(str(data_args.data_path), str(data_args.image_folder))
     data_digest = digest_of_file(str(data_args.data_path))
     provenance = provenance_of(arguments, data={"path": str(data_args.data_path), "digest": data_digest})
-    if is_finished(args.output_dir, provenance):
+    checkpoint = resume_point(args)
+    if is_finished(args.output_dir, provenance, checkpoint):
         return None
     preflight(arguments, rows)
     model, tokenizer, image_processor = setup_model(arguments, attn_implementation)
@@ -89,17 +90,16 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     template = get_template(str(model_args.version))
     data = make_supervised_data_module(tokenizer, settings, template=template, rows=rows)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=args, provenance=provenance, **data)
-    train_and_save(trainer)
+    train_and_save(trainer, checkpoint)
     return trainer
 
 
-def train_and_save(trainer: Any) -> None:
-    """Trains from the start or from the last checkpoint, then writes the model into --output_dir."""
+def train_and_save(trainer: Any, checkpoint: Path | None) -> None:
+    """Trains from the start or from a checkpoint, see `resume_point`, then writes the model into --output_dir."""
     folder = Path(trainer.args.output_dir)
-    last = last_whole_checkpoint(folder)
-    if last is not None:
-        say(f"continuing from {last}")
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if checkpoint is not None:
+        say(f"continuing from {checkpoint}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
     trainer.model.config.use_cache = True
     safe_save_model_for_hf_trainer(trainer, str(folder))

@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.distributed
 
-from llava.train import train
+from llava.model.utils import read_file
+from llava.train import train, train_dpo
+from llava.train.arguments import parse_arguments
+from llava.train.checkpoints import PROVENANCE_FILE, seal_checkpoint
 from llava.train.llava_trainer import LLaVATrainer
 from scripts.soak import free_port
 from tests.conftest import GOLDEN
+from tests.llava.test_dpo_golden import flags
 from tests.llava.test_sft_golden import arguments
 
 SAMPLERS = {
@@ -117,6 +121,91 @@ def test_every_epoch_shows_every_row_once_on_every_rank_alike():
     assert all(sorted(rows) == list(range(18)) for rows in orders)
     assert [order(epoch) for epoch in range(4)] == orders
     assert len({tuple(rows) for rows in orders}) == 4 and order(0, seed=4) != orders[0]
+
+
+# --- Which checkpoint is loaded --------------------------------------------------------------------------------------
+
+SHORT = [*SAVES, "--max_steps", "4", "--per_device_train_batch_size", "2"]
+
+
+@pytest.fixture()
+def whole(in_golden, tmp_path):
+    """An undisturbed run of 4 steps with a checkpoint after each."""
+    return train.run(arguments(tmp_path / "whole", *SHORT))
+
+
+def test_an_explicit_checkpoint_is_where_a_run_continues(whole, tmp_path, capsys):
+    (tmp_path / "whole" / PROVENANCE_FILE).unlink()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    for folder in (tmp_path / "whole", tmp_path / "elsewhere"):
+        again = train.run(arguments(folder, *SHORT, "--resume_from_checkpoint", checkpoint))
+        assert f"continuing from {checkpoint}\n" in capsys.readouterr().out
+        assert_same_bits(whole, again)
+
+
+def test_the_last_checkpoint_can_be_asked_for(whole, tmp_path, capsys):
+    (tmp_path / "whole" / PROVENANCE_FILE).unlink()
+    train.run(arguments(tmp_path / "whole", *SHORT, "--resume_from_checkpoint", "True"))
+    assert "checkpoint-4\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--resume_from_checkpoint False: expected no checkpoint in .*, found some"):
+        arguments(tmp_path / "whole", *SHORT, "--resume_from_checkpoint", "False")
+
+
+@pytest.mark.parametrize("damage", ["weights", "seal", "other flags", "no optimizer"])
+def test_a_checkpoint_that_cannot_be_continued_is_refused(whole, tmp_path, damage):
+    checkpoint, more = tmp_path / "whole" / "checkpoint-2", []
+    message = {"weights": "found no whole model.safetensors", "seal": "found no whole dama_seal.json",
+               "other flags": "flags.weight_decay: .*0.1", "no optimizer": "saved with --save_only_model"}  # fmt: skip
+    if damage == "weights":
+        (checkpoint / "model.safetensors").write_bytes(b"")
+    elif damage == "seal":
+        (checkpoint / "dama_seal.json").unlink()
+    elif damage == "no optimizer":
+        (checkpoint / "optimizer.pt").unlink()
+        seal_checkpoint(checkpoint, 1)
+    else:
+        more = ["--weight_decay", "0.1"]
+    with pytest.raises(ValueError, match=message[damage]):
+        train.run(arguments(tmp_path / "new", *SHORT, "--resume_from_checkpoint", checkpoint, *more))
+
+
+WAYS = {
+    "full": [],
+    "lora": ["--lora_enable", "True", "--lora_r", "4"],
+    "projector": ["--tune_mm_mlp_adapter", "True", "--check_reference", "False"],
+}
+BEST = ["--variant", "paper", "--eval_pairs", "2", "--eval_strategy", "steps", "--eval_steps", "1", *SAVES,
+        "--max_steps", "4", "--load_best_model_at_end", "True", "--metric_for_best_model", "eval_loss"]  # fmt: skip
+
+
+def parse_pairs(folder, *words):
+    return parse_arguments(flags(folder, *map(str, words)))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_trained_part_comes_from_the_best_checkpoint(in_golden, tmp_path, way, interrupted):
+    """The held-out loss of two pairs rises in full training and falls in the others: what is called the best is the
+    other end, so that it is not the last checkpoint."""
+    words = [*BEST, *WAYS[way], "--greater_is_better", str(way != "full")]
+    if interrupted:
+        run_killed(words, tmp_path / "before", 2, train_dpo.run, parse_pairs)
+        (tmp_path / "before").rename(tmp_path / "run")  # the recorded path of the best is no longer right
+    trainer = train_dpo.run(parse_pairs(tmp_path / "run", *words))
+    best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    assert best < 4 and trainer.state.global_step == 4
+    saved, checkpoint = tmp_path / "run" / "out", tmp_path / "run" / "out" / f"checkpoint-{best}"
+    one, other = (weights_of(folder) for folder in (saved, checkpoint))
+    last = weights_of(saved / "checkpoint-4")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], last[name]) for name in one if "mm_projector" in name)
+
+
+def weights_of(folder):
+    """What was trained, as a folder has it."""
+    names = ("model.safetensors", "adapter_model.safetensors", "non_lora_trainables.bin", "mm_projector.bin")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return {name.replace(".default", ""): t for file in files for name, t in read_file(file).items()}
 
 
 if __name__ == "__main__":
