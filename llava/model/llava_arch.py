@@ -324,8 +324,8 @@ class LlavaMetaForCausalLM(ABC):
         if model_args.mm_use_im_start_end:
             tokenizer.add_tokens(IMAGE_BRACKETS, special_tokens=True)
             self.grow_tables(len(tokenizer))
-            if model_args.pretrain_mm_mlp_adapter:
-                self._load_bracket_rows(tokenizer, model_args.pretrain_mm_mlp_adapter)
+            if file := getattr(model_args, "pretrain_mm_mlp_adapter", None):
+                self._load_bracket_rows(tokenizer, file)
             if model_args.tune_mm_mlp_adapter:
                 self.get_input_embeddings().requires_grad_(True)
                 self.get_output_embeddings().requires_grad_(False)
