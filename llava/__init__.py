@@ -4,11 +4,14 @@ import sys
 from typing import Any
 
 from dama.console import end_on_interrupt
+from llava.notices import hold_back_quantization_notices
 
 if sys.argv[:1] == ["-m"]:  # python -m llava...: the module's own long imports follow
     end_on_interrupt()
 
 __all__ = ["LlavaLlamaForCausalLM"]
+
+hold_back_quantization_notices()
 
 
 def __getattr__(name: str) -> Any:

@@ -12,18 +12,39 @@ from torch import Tensor
 from transformers import CLIPVisionModel, GenerationConfig, PretrainedConfig
 
 from dama.console import say
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model.export import EMBEDDINGS, Parts, collapsed, is_hf_layout, llava_tokenizer, read_parts, split_tower
+from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.export import (
+    EMBEDDINGS,
+    VOCABULARY_TABLES,
+    Parts,
+    collapsed,
+    grown,
+    is_hf_layout,
+    llava_tokenizer,
+    read_parts,
+    split_tower,
+)
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.llava_arch import IMAGE_BRACKETS
 from llava.model.multimodal_encoder.builder import locate_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import refuse_other_towers
-from llava.model.utils import Weights, read_file, read_json, weight_files
+from llava.model.utils import (
+    Weights,
+    files_of_index,
+    read_file,
+    read_json,
+    refuse_lfs_pointers,
+    stays_inside,
+    weight_files,
+)
+from llava.notices import QUANTIZATION_NOTICES
 from llava.tokenization import load_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 BESIDE_ADAPTER = "non_lora_trainables.bin"
 PROJECTOR_FILE = "mm_projector.bin"
+SMALL_FILES = ["*.json", "*.model"]  # of a hub repository: configs, indexes, tokenizers
 
 
 class Kind(Enum):
@@ -123,17 +144,12 @@ def fetch(source: str, cache_dir: str | None = None) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    light = ["*.json", "*.model", "*.safetensors", *ADAPTER_FILES, BESIDE_ADAPTER, PROJECTOR_FILE]
     try:
         if str(source).count("/") > 1 or str(source).startswith((".", "/")):
             raise HFValidationError("no such folder")
-        folder = Path(snapshot_download(source, allow_patterns=light, cache_dir=cache_dir))
-        if not any(folder.glob("*.safetensors")) and not (folder / PROJECTOR_FILE).exists():
-            folder = Path(snapshot_download(source, allow_patterns=[*light, "pytorch_model*"], cache_dir=cache_dir))
-        return folder
+        return _download(str(source), cache_dir)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"checkpoint '{source}': expected a folder or the name of a hub repository, found no such folder and the "
@@ -141,14 +157,49 @@ def fetch(source: str, cache_dir: str | None = None) -> Path:
         ) from error
 
 
+def _download(source: str, cache_dir: str | None) -> Path:
+    """A hub repository's files in the cache, as far as they are needed: pickles only where there is nothing else."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(source, allow_patterns=SMALL_FILES, cache_dir=cache_dir))
+    for wanted in _weights_wanted(folder):
+        snapshot_download(source, allow_patterns=wanted, cache_dir=cache_dir)
+        if (folder / wanted[0]).is_file():
+            break
+    if tower := _tower_inside(folder):
+        # A tower in a folder of its own inside the repository, weights of either kind.
+        snapshot_download(source, allow_patterns=[f"{tower}/*"], cache_dir=cache_dir)
+    return folder
+
+
+def _weights_wanted(folder: Path) -> list[list[str]]:
+    """Files to ask a hub for, by its configs and indexes: groups, of which the first that exists is enough."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return [[ADAPTER_FILES[0], BESIDE_ADAPTER], [ADAPTER_FILES[1], BESIDE_ADAPTER]]
+    groups: list[list[str]] = []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        groups.append([name])
+        if (index := folder / f"{name}.index.json").is_file():
+            groups.append(files_of_index(index))
+    return [*groups, [PROJECTOR_FILE]]
+
+
+def _tower_inside(folder: Path) -> str | None:
+    """The folder of a vision tower inside a checkpoint's, as its config names it."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    name = config.get("mm_vision_tower")
+    return name if isinstance(name, str) and stays_inside(name) and (folder / name / "config.json").is_file() else None
+
+
 def kind_of(folder: str | Path) -> Kind:
     """The kind by the files inside.
 
     Raises:
         FileNotFoundError: neither a full model's files nor an adapter's nor a projector's.
-        ValueError: a full model that this repository does not run.
+        ValueError: a full model that this repository does not run, or Git LFS pointers instead of its files.
     """
     folder = Path(folder)
+    refuse_lfs_pointers(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         return Kind.LORA
     if not (folder / "config.json").is_file():
@@ -225,10 +276,24 @@ def _parts_on_base(folder: Path, kind: Kind, base: Path) -> Parts:
     if not (folder / inside / "config.json").is_file() and (base / inside / "config.json").is_file():
         parts.config.mm_vision_tower = str((base / inside).resolve())
     extra, tower = read_beside(folder, kind)
-    parts.weights, parts.tower = parts.weights | extra, tower or parts.tower
-    if EMBEDDINGS in extra:
-        parts.config.vocab_size = len(extra[EMBEDDINGS])
+    parts.weights, parts.tower = parts.weights | complete_tables(parts.weights, extra), tower or parts.tower
+    parts.config.vocab_size = len(parts.weights[EMBEDDINGS])
     return parts
+
+
+def complete_tables(base: Weights, extra: Weights) -> Weights:
+    """`extra` with whole vocabulary tables: rows that were saved alone follow the base's, a missing table gets means.
+
+    LLaVA saves the rows of <im_start> and <im_end> beside a projector: the input table alone, in full or these rows.
+    """
+    tables = {name: extra[name] for name in VOCABULARY_TABLES if name in extra}
+    whole = {
+        name: torch.cat([base[name], table.to(base[name])]) if len(table) < len(base[name]) else table
+        for name, table in tables.items()
+    }
+    rows = max((len(table) for table in whole.values()), default=0)
+    missing = [name for name in VOCABULARY_TABLES if name in base and name not in whole and rows > len(base[name])]
+    return extra | whole | {name: grown(base[name], rows) for name in missing}
 
 
 def _base_named_by(folder: Path, kind: Kind) -> str:
@@ -371,6 +436,7 @@ def quantisation(
         )
     from transformers import BitsAndBytesConfig
 
+    QUANTIZATION_NOTICES.release()
     return BitsAndBytesConfig(
         load_in_8bit=load_8bit,
         load_in_4bit=not load_8bit,
@@ -391,24 +457,39 @@ def _tokenizer(folder: Path, config: PretrainedConfig) -> Any:
 
 
 def fit_tokenizer(model: LlavaLlamaForCausalLM, tokenizer: Any, source: str) -> None:
-    """Adds the image tokens that the config asks for and that the checkpoint has no rows for yet.
+    """Adds the image tokens that the config asks for, and rows for tokens that the checkpoint has none for yet.
 
     Raises:
-        ValueError: the tokenizer is of another model than the embedding table. More rows than tokens are only right
-            where the table was padded to a multiple of 64.
+        ValueError: the tokenizer is of another model than the embedding table.
     """
-    rows, own = model.get_input_embeddings().num_embeddings, len(tokenizer)
     tokens = [DEFAULT_IMAGE_PATCH_TOKEN] if getattr(model.config, "mm_use_im_patch_token", True) else []
     if getattr(model.config, "mm_use_im_start_end", False):
-        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+        tokens += IMAGE_BRACKETS
+    rows, known = model.get_input_embeddings().num_embeddings, len(tokenizer)
     tokenizer.add_tokens(tokens, special_tokens=True)
-    if not own <= rows <= -(-len(tokenizer) // 64) * 64:
+    check_tokenizer(tokenizer, rows, source, known)
+    model.grow_tables(len(tokenizer))
+
+
+def check_tokenizer(tokenizer: Any, rows: int, source: str, known: int | None = None) -> None:
+    """Raise unless the tokenizer can be of a model whose embedding table has that many rows.
+
+    Tokens that were added to a tokenizer may lie beyond the table: the pad token of early Llama 2, LLaVA's image tokens
+    of an adapter. More rows than tokens are only right where the table was padded to a multiple of 64.
+
+    Args:
+        known: tokens in the files, where others have been added since.
+
+    Raises:
+        ValueError: tokens of the vocabulary itself have no row, or too many rows have no token.
+    """
+    beyond = [index for index in tokenizer.added_tokens_decoder if index >= rows]
+    if not len(tokenizer) - len(beyond) <= rows <= -(-len(tokenizer) // 64) * 64:
         raise ValueError(
-            f"checkpoint '{source}': expected as many tokens as rows of the embedding table, got a tokenizer of {own} "
-            f"and a table of {rows}. The tokenizer's files are of another model; copy those of the model's own base."
+            f"checkpoint '{source}': expected as many tokens as rows of the embedding table, got a tokenizer of "
+            f"{known or len(tokenizer)} and a table of {rows}. The tokenizer's files are of another model; copy those "
+            "of the model's own base."
         )
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer))
 
 
 def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:

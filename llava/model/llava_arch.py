@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from llava.model.multimodal_encoder.builder import build_vision_tower, locate_vi
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import assemble_crops, assign_images, plan_splice, unpad_image
+from llava.model.utils import Weights, read_file, stays_inside
+
+IMAGE_BRACKETS = [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]  # around each image with mm_use_im_start_end
+EMBEDDINGS_KEY = "embed_tokens.weight"
 
 
 class LlavaMetaModel:
@@ -34,6 +39,7 @@ class LlavaMetaModel:
     vision_tower: Any
 
     def __init__(self, config: Any) -> None:
+        forget_pad_token_without_row(config)
         super().__init__(config)  # type: ignore[call-arg]
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(config, delay_load=True)
@@ -61,7 +67,9 @@ class LlavaMetaModel:
         if not tower.is_loaded:
             folder = locate_vision_tower(tower.vision_tower_name, self.config._name_or_path)
             tower.load_model(folder=folder, dtype=dtype)
-            tower.inside_checkpoint = folder == str(Path(self.config._name_or_path) / tower.vision_tower_name)
+            beside = Path(self.config._name_or_path) / tower.vision_tower_name
+            # A name that leads out of the checkpoint would lead out of the saved model's folder as well.
+            tower.inside_checkpoint = folder == str(beside) and stays_inside(tower.vision_tower_name)
             # A saved model must find its tower from any working directory.
             if Path(folder).is_dir() and not tower.inside_checkpoint:
                 self.config.mm_vision_tower = str(Path(folder).resolve())
@@ -114,17 +122,69 @@ class LlavaMetaModel:
             load_projector(self.mm_projector, model_args.pretrain_mm_mlp_adapter)
 
 
+def forget_pad_token_without_row(config: Any) -> None:
+    """Unset a pad token beyond the embedding table, with which no table can be built; the tokenizer still has it."""
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        config.pad_token_id = None
+
+
 def load_projector(projector: nn.Module, path: str) -> None:
-    """Loads `mm_projector.bin` (keys `model.mm_projector.*`) strictly."""
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    """Load `mm_projector.bin` (keys `model.mm_projector.*`).
+
+    Raises:
+        ValueError: the file is damaged, or of another kind or size of projector; every key that differs is named.
+    """
+    given = projector_weights(read_file(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    # Under ZeRO-3 a rank holds a part of each parameter and knows the whole one's shape as ds_shape.
+    wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in projector.named_parameters()}
+    if shapes != wanted:
+        differing = [f"{k} {wanted.get(k)} got {shapes.get(k)}" for k in sorted({*shapes, *wanted})
+                     if shapes.get(k) != wanted.get(k)]  # fmt: skip
+        raise ValueError(
+            f"projector '{path}': expected the weights of this model's projector; {'; '.join(differing)}. Name its "
+            "kind with --mm_projector_type, or use the file of a language model and tower of the same sizes."
+        )
+    with whole_parameters(*projector.parameters()):
+        projector.load_state_dict(given)
+
+
+def projector_weights(weights: Weights) -> Weights:
+    """The projector's own tensors by their names inside it, of a file with LLaVA's names."""
     marker = "mm_projector."
-    projector.load_state_dict({key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key})
+    return {name.split(marker, 1)[1]: tensor for name, tensor in weights.items() if marker in name}
+
+
+def bracket_rows(path: str, rows: int) -> dict[str, Tensor]:
+    """The rows of <im_start> and <im_end> in a projector file, for the vocabulary tables that it has them for.
+
+    Args:
+        path: mm_projector.bin, which may hold a whole table, of as many rows as this model's, or two rows.
+        rows: of the model's tables.
+
+    Returns:
+        {"input": [2, D], "output": [2, D]}, less what the file lacks.
+    Raises:
+        ValueError: a table of another length.
+    """
+    found = {}
+    for table, ending in (("input", EMBEDDINGS_KEY), ("output", "lm_head.weight")):
+        for name, tensor in read_file(path).items():
+            if not name.endswith(ending):
+                continue
+            if len(tensor) not in (len(IMAGE_BRACKETS), rows):
+                raise ValueError(
+                    f"projector '{path}': expected {name} with the 2 rows of <im_start> and <im_end>, or all {rows}, "
+                    f"got {len(tensor)}. The file is of a model with another vocabulary."
+                )
+            found[table] = tensor[-len(IMAGE_BRACKETS) :]
+    return found
 
 
 def start_rows_as_mean(model: Any, added: int) -> None:
     """Gives the last `added` rows of both embedding tables the mean of the rows before them."""
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        with torch.no_grad():
+        with torch.no_grad(), whole_parameters(table):
             table[-added:] = table[:-added].mean(dim=0, keepdim=True)
 
 
@@ -151,10 +211,20 @@ def shown_images(rows: list[Tensor], available: int, image_index: Tensor | None)
     return [index[start : start + count] for start, count in zip([0, *accumulate(counts)], counts)]
 
 
+def whole_parameters(*parameters: Any) -> AbstractContextManager[Any]:
+    """Gather ZeRO-3's parameters on every rank; what the first rank changes is kept. Without ZeRO-3, do nothing."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters(list(parameters), modifier_rank=0)
+
+
 class LlavaMetaForCausalLM(ABC):
     """Mixin of the causal language model: images and token ids to input embeddings."""
 
     config: Any
+    tables_grown = False  # whether the vocabulary tables have rows that the checkpoint lacks
     resize_token_embeddings: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
@@ -257,19 +327,44 @@ class LlavaMetaForCausalLM(ABC):
         ends = newline[:, None, None].expand(-1, grid.shape[1], 1).to(grid.device)
         return torch.cat([features[0], torch.cat([grid, ends], dim=2).flatten(1).T])
 
+    def grow_tables(self, rows: int) -> int:
+        """Give both vocabulary tables at least that many rows, new ones as the mean of the old; returns how many."""
+        added = rows - self.get_input_embeddings().num_embeddings
+        if added <= 0:
+            return 0
+        self.resize_token_embeddings(rows, mean_resizing=False)
+        start_rows_as_mean(self, added)
+        self.tables_grown = True
+        return added
+
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
-        """Adds LLaVA's image tokens where ModelArguments ask for them; new rows start as the mean of the old ones."""
+        """Adds LLaVA's image tokens where ModelArguments ask for them; new rows start as the mean of the old ones.
+
+        The rows of <im_start> and <im_end> in `pretrain_mm_mlp_adapter` are taken over. Every token of the tokenizer
+        has a row afterwards.
+        """
         if model_args.mm_use_im_patch_token:
             tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
-            self.resize_token_embeddings(len(tokenizer))
+        self.grow_tables(len(tokenizer))
         if model_args.mm_use_im_start_end:
-            added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
-            self.resize_token_embeddings(len(tokenizer))
-            if added:
-                start_rows_as_mean(self, added)
+            tokenizer.add_tokens(IMAGE_BRACKETS, special_tokens=True)
+            self.grow_tables(len(tokenizer))
+            if file := getattr(model_args, "pretrain_mm_mlp_adapter", None):
+                self._load_bracket_rows(tokenizer, file)
             if model_args.tune_mm_mlp_adapter:
                 self.get_input_embeddings().requires_grad_(True)
                 self.get_output_embeddings().requires_grad_(False)
         elif model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
             self.get_input_embeddings().requires_grad_(False)
             self.get_output_embeddings().requires_grad_(False)
+
+    def _load_bracket_rows(self, tokenizer: Any, path: str) -> None:
+        """Take the rows of <im_start> and <im_end> from a projector file that has them."""
+        tables = {"input": self.get_input_embeddings(), "output": self.get_output_embeddings()}
+        rows = bracket_rows(path, len(tokenizer))
+        ids = tokenizer.convert_tokens_to_ids(IMAGE_BRACKETS)
+        for table, values in rows.items():
+            weight = tables[table].weight
+            with torch.no_grad(), whole_parameters(weight):
+                weight[ids] = values.to(weight)
+        self.tables_grown |= bool(rows)

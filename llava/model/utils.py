@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor
 from dama.console import say, write_json
 
 Weights = dict[str, Tensor]
+# First line of the text that Git LFS leaves in a clone in place of a large file, in its three versions.
+LFS_HEADERS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/", b"version http://git-media")
+LFS_POINTER_BYTES = 1024  # a pointer is smaller, by Git LFS's specification
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 def auto_upgrade(config: str) -> None:
@@ -43,6 +47,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: the index names files that are not there.
+        ValueError: the index is damaged, or names files outside the folder.
     """
     folder = Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -50,7 +55,7 @@ def weight_files(folder: str | Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = [folder / file for file in sorted(set(read_json(index)["weight_map"].values()))]
+            files = [folder / file for file in files_of_index(index)]
             absent = [file.name for file in files if not file.is_file()]
             if absent:
                 raise FileNotFoundError(
@@ -59,6 +64,70 @@ def weight_files(folder: str | Path) -> list[Path]:
                 )
             return files
     return []
+
+
+def files_of_index(index: str | Path) -> list[str]:
+    """The names of the shards that an index file lists, relative to its folder and inside it.
+
+    Raises:
+        ValueError: the file is not an index, or a name could lead out of the folder or stand for several files.
+    """
+    index = Path(index)
+    try:
+        fields = json.loads(index.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"index '{index}': expected JSON, got a damaged file ({error}). Download it again.") from error
+    names = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"index '{index}': expected weight_map, an object from weights to file names")
+    outside = sorted({name for name in names.values() if not is_plain_weight_file(name)})
+    if outside:
+        raise ValueError(
+            f"index '{index}': expected the names of .safetensors or .bin files inside the checkpoint's folder, got "
+            f"{outside[:4]}. Such a checkpoint is damaged or made to read other files; do not use it."
+        )
+    return sorted(set(names.values()))
+
+
+def is_plain_weight_file(name: str) -> bool:
+    """Whether a name is of a weight file at or below the folder that it is relative to."""
+    return (
+        name.endswith(WEIGHT_SUFFIXES)
+        and name.isprintable()
+        and not set(name) & set("\\:*?[]")
+        and stays_inside(name)
+    )
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative path, taken as it is written, stays inside the folder that it is relative to."""
+    paths = PurePosixPath(name), PureWindowsPath(name)
+    return not any(path.is_absolute() or path.anchor or ".." in path.parts for path in paths)
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is Git LFS's placeholder for its content."""
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size > LFS_POINTER_BYTES:
+        return False
+    return path.read_bytes().startswith(LFS_HEADERS)
+
+
+def refuse_lfs_pointers(*paths: str | Path) -> None:
+    """Raise where a file, or a file of a folder, is a Git LFS pointer instead of its content.
+
+    Raises:
+        ValueError: naming the files and the remedy.
+    """
+    files = [file for path in map(Path, paths) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    pointers = [file for file in files if is_lfs_pointer(file)]
+    if pointers:
+        names = ", ".join(file.name for file in pointers)
+        raise ValueError(
+            f"'{pointers[0].parent}': expected the content of {names}, got Git LFS pointers of about 130 bytes: the "
+            "repository was cloned without its large files. Run `git lfs install && git lfs pull` in that folder, or "
+            "download the repository with `hf download`."
+        )
 
 
 def read_weights(folder: str | Path) -> Weights:
@@ -70,10 +139,13 @@ def read_file(path: str | Path) -> Weights:
     """The tensors of one file, by the kind that its ending says; no code that a pickle may carry is ever run.
 
     Raises:
-        ValueError: truncated or damaged, or a pickle of more than tensors.
+        ValueError: truncated or damaged, a Git LFS pointer, or a pickle of more than tensors.
     """
     path = Path(path)
+    refuse_lfs_pointers(path)
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"weights '{path}': expected tensors by name, got {type(tensors).__name__}")
     others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"weights '{path}': expected a tensor under every name, got something else under {others[:4]}")

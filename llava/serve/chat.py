@@ -267,6 +267,7 @@ class LocalModel:
         return decoding.options() | {
             "inputs": ids[None].to(self.device),
             "images": pixels,
+            "image_sizes": [image.size for image in images] or None,
             "pad_token_id": self.tokenizer.pad_token_id,
             "max_new_tokens": min(room, decoding.max_new_tokens),
         }

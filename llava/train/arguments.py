@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
@@ -44,10 +45,18 @@ class ModelArguments:
     mm_projector_type: str | None = described(
         None, "linear, mlp2x_gelu (LLaVA-v1.5), mlp<depth>x_gelu or identity. Default: the checkpoint's, else linear."
     )
-    mm_use_im_start_end: bool = described(False, "Put <im_start> and <im_end> around each image.")
-    mm_use_im_patch_token: bool = described(False, "Add <im_patch> to the vocabulary.")
-    mm_patch_merge_type: str | None = described(None, "How crops of one picture are joined. Default: flat.")
-    mm_vision_select_feature: str | None = described(None, "patch, or cls_patch with the class token. Default: patch.")
+    mm_use_im_start_end: bool | None = described(
+        None, "Put <im_start> and <im_end> around each image. Default: the checkpoint's, else False."
+    )
+    mm_use_im_patch_token: bool | None = described(
+        None, "Add <im_patch> to the vocabulary. Default: the checkpoint's, else False."
+    )
+    mm_patch_merge_type: str | None = described(
+        None, "How crops of one image are joined: flat, spatial or spatial_unpad. Default: the checkpoint's, else flat."
+    )
+    mm_vision_select_feature: str | None = described(
+        None, "patch, or cls_patch with the class token. Default: the checkpoint's, else patch."
+    )
 
 
 @dataclass
@@ -105,6 +114,10 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_weight_path: str = described("", "LoRA: adapter to start from.")
     lora_bias: str = described("none", "LoRA: which biases train: none, all or lora_only.")
     mm_projector_lr: float | None = described(None, "Learning rate of the projector. Default: --learning_rate.")
+    trust_checkpoint: bool = described(
+        False, "Resume from a checkpoint whose files this user's runs did not sign. Loading it can run code that its "
+        "pickles contain."
+    )  # fmt: skip
     group_by_modality_length: bool = described(False, "Batches of one modality and of similar lengths (task LM).")
     task: str = described("LM", "LM: supervised fine-tuning; DPO: preference alignment with DAMA.")
 
@@ -192,6 +205,8 @@ class TrainingArguments(transformers.TrainingArguments):
         )
 
 
+# --train_sampling_strategy, by whether the task is DPO
+SAMPLING = {False: ("random", "sequential", "group_by_length"), True: ("random", "sequential")}
 BASE_AS_REFERENCE = "base"  # of --reference: the model with its adapters off
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
@@ -237,13 +252,13 @@ OFTEN_USED = {
     "seed": "Of initialisation, dropout and held-out pairs.",
     "data_seed": "Of the order of the data and of DAMA's selection. Default: --seed.",
     "dataloader_num_workers": "Processes that prepare images ahead.",
+    "resume_from_checkpoint": "Checkpoint folder to continue from. Default: the last one in --output_dir.",
     "use_cpu": "Train without a GPU.",
 }
 
 # Flags of LLaVA's and of the released code's scripts that transformers 5 or this repository calls otherwise.
 RENAMED = {
     "--evaluation_strategy": "--eval_strategy",
-    "--warmup_ratio": "--warmup_steps",
     "--no_cuda": "--use_cpu",
     "--group_by_length": "--group_by_modality_length",
 }
@@ -308,6 +323,7 @@ def translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             if not skipping:
                 translated.append(word)
             continue
+        flag = "--" + flag[2:].replace("-", "_")
         skipping = flag in DROPPED
         if skipping:
             warnings.append(f"{flag} is ignored: {DROPPED[flag]}")
@@ -316,7 +332,50 @@ def translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             warnings.append(f"{flag} is now {RENAMED[flag]}")
             flag = RENAMED[flag]
         translated.append(f"{flag}={value}" if has_value else flag)
-    return translated, warnings
+    return merge_warmup(translated, warnings), warnings
+
+
+def merge_warmup(words: Sequence[str], warnings: list[str]) -> list[str]:
+    """Replace --warmup_ratio, which transformers 5 no longer has, by --warmup_steps under transformers' old rule.
+
+    Steps above 0 win over the ratio. A ratio of 1 warms up over all steps, which --warmup_steps 1 would not.
+
+    Raises:
+        ValueError: a value that is not a number, or a ratio outside 0 to 1.
+    """
+    rest, ratio = take_flag(words, "--warmup_ratio")
+    if ratio is None:
+        return rest
+    others, steps = take_flag(rest, "--warmup_steps")
+    if steps is not None and as_number("--warmup_steps", steps) > 0:
+        warnings.append(f"--warmup_ratio {ratio} is ignored: --warmup_steps {steps} wins over it")
+        return [*others, "--warmup_steps", steps]
+    share = as_number("--warmup_ratio", ratio)
+    if not 0 <= share <= 1:
+        raise ValueError(f"--warmup_ratio: expected a share of all steps from 0 to 1, got {ratio}")
+    warnings.append("--warmup_ratio is now --warmup_steps")
+    return [*others, "--warmup_steps", ratio if share < 1 else repr(math.nextafter(1, 0))]
+
+
+def take_flag(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
+    """(words without `flag` and its value, the last value given or None)."""
+    rest: list[str] = []
+    found: str | None = None
+    remaining = iter(words)
+    for word in remaining:
+        name, has_value, value = word.partition("=")
+        if name != flag:
+            rest.append(word)
+        else:
+            found = value if has_value else next(remaining, "")
+    return rest, found
+
+
+def as_number(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}: expected a number, got {text!r}") from error
 
 
 def help_text() -> str:
@@ -358,6 +417,9 @@ def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) 
         say(help_text())
         sys.exit(0)
     model_args, data_args, training_args = dataclasses_of(words, task)
+    if not data_args.is_multimodal:  # as in LLaVA, where a vision tower switches it on again
+        warnings.append("--is_multimodal False is ignored: whether a row has an image is seen from the row")
+        data_args.is_multimodal = True
     for warning in warnings:
         say(f"warning: {warning}")
     faults = find_faults(model_args, data_args, training_args)
@@ -444,6 +506,8 @@ def find_faults(model_args: ModelArguments, data_args: DataArguments, args: Trai
     one_of("on_bad_image", data_args.on_bad_image, ("fail", "skip"))
     one_of("on_long_pair", data_args.on_long_pair, ("fail", "skip"))
     one_of("image_aspect_ratio", data_args.image_aspect_ratio, (None, "pad", "square", "anyres"))
+    one_of("mm_vision_select_feature", model_args.mm_vision_select_feature, (None, "patch", "cls_patch"))
+    one_of("mm_patch_merge_type", model_args.mm_patch_merge_type, (None, "flat", "spatial", "spatial_unpad"))
     expect(
         args.bits == 16 or args.lora_enable, f"--bits {args.bits}: a quantised base is trained with --lora_enable True"
     )
@@ -454,6 +518,8 @@ def find_faults(model_args: ModelArguments, data_args: DataArguments, args: Trai
     )
     expect(not args.lora_weight_path, "--lora_weight_path: starting from an adapter is not supported; merge it first "
            "with scripts/merge_lora_weights.py")  # fmt: skip
+    faults += unsupported_flags(model_args, args)
+    faults += resume_errors(args)
     for check in (lambda: get_template(model_args.version or "v1"), args.weighting):
         try:
             check()
@@ -483,3 +549,52 @@ def find_faults(model_args: ModelArguments, data_args: DataArguments, args: Trai
             "adapters off is not the model that training started from",
         )
     return faults
+
+
+def unsupported_flags(model_args: ModelArguments, args: TrainingArguments) -> list[str]:
+    """Flags that would be accepted and then ignored, or end in an error in the middle of a run."""
+    adapter_file = model_args.pretrain_mm_mlp_adapter
+    checks = [
+        (args.label_smoothing_factor == 0, f"--label_smoothing_factor {args.label_smoothing_factor}: not supported, "
+         "its loss does not know the image tokens; leave it at 0"),
+        (not args.neftune_noise_alpha, f"--neftune_noise_alpha {args.neftune_noise_alpha}: not supported, images "
+         "and text share one sequence of embeddings; leave it out"),
+        (args.model_max_length >= 1, f"--model_max_length: expected 1 or more tokens, got {args.model_max_length}"),
+        (not args.auto_find_batch_size, "--auto_find_batch_size: not supported, it would change the pairs or rows of "
+         "a step; use --auto_micro_batch True"),
+        (not args.ignore_data_skip, "--ignore_data_skip: not supported, a resumed run would train on rows twice"),
+        (args.train_sampling_strategy in SAMPLING[args.task == "DPO"], f"--train_sampling_strategy "
+         f"{args.train_sampling_strategy}: expected one of {', '.join(SAMPLING[args.task == 'DPO'])}"),
+        (not args.load_best_model_at_end or args.eval_strategy != "no", "--load_best_model_at_end: needs evaluations "
+         "during training, give --eval_strategy (and --eval_pairs)"),
+        (args.task == "DPO" or args.eval_strategy == "no", f"--eval_strategy {args.eval_strategy.value}: not "
+         "supported for --task LM, which has no held-out rows; leave it at no"),
+        (not (model_args.tune_mm_mlp_adapter and model_args.mm_use_im_start_end), "--tune_mm_mlp_adapter True with "
+         "--mm_use_im_start_end True: not supported, choose one of the two"),
+        (not (model_args.tune_mm_mlp_adapter and args.lora_enable), "--tune_mm_mlp_adapter True with --lora_enable "
+         "True: adapters would not train; choose one of the two"),
+        (adapter_file is None or Path(adapter_file).is_file(),
+         f"--pretrain_mm_mlp_adapter: expected an existing file, got {adapter_file!r}"),
+    ]  # fmt: skip
+    return [error for holds, error in checks if not holds]
+
+
+def resume_errors(args: TrainingArguments) -> list[str]:
+    """Why --resume_from_checkpoint cannot be honored, known from the flags and the folders' names."""
+    value, folder = args.resume_from_checkpoint, Path(str(args.output_dir))
+    if value is None:
+        return []
+    if value.lower() in ("true", "false"):
+        found, wanted = any(folder.glob("checkpoint-*")), value.lower() == "true"
+        if found == wanted:
+            return []
+        remedy = (
+            "leave the flag out to train from scratch" if wanted else "give another --output_dir to train from scratch"
+        )
+        return [
+            f"--resume_from_checkpoint {value}: expected {'a' if wanted else 'no'} checkpoint in '{folder}', found "
+            f"{'none' if wanted else 'some'}; {remedy}"
+        ]
+    if (Path(value) / "trainer_state.json").is_file():
+        return []
+    return [f"--resume_from_checkpoint: expected a checkpoint folder with trainer_state.json, got '{value}'"]

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dama.console import say, write_atomic, write_json
 from dama.stage import differences
+from llava.model.export import VOCABULARY_TABLES
+from llava.train.signing import SEAL_FILE, TRAINER_STATE, files_to_seal, refuse_unsigned, signed, signing_key
 
 Named = Iterable[tuple[str, Any]]
 PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]
@@ -29,11 +31,10 @@ FLAGS = {  # what to call the fields of a provenance in errors
     "data.data": "--data_path", "data.hardness": "--hardness", "data.reference": "--reference",
     "data.delta_bar": "--delta_bar", "data.pairs": "pairs to train on", "data.skipped": "pairs skipped",
 }  # fmt: skip
-SEAL_FILE = "dama_seal.json"  # in every checkpoint: its files' sizes, written when every rank has saved
-TRAINER_STATE = "trainer_state.json"  # transformers', written after the seal
 NOT_RECORDED = re.compile(
     r"_token$|^local_rank$|_dir$|^disable_tqdm$|^accelerator_config$|^report_to$|^logging_|^log_|^dataloader_|^save_total"
     r"|^model_name_or_path$|^data_path$|^hardness$|^reference$|^image_folder$|^deepspeed$|^use_cpu$"
+    r"|^resume_from_checkpoint$|^trust_checkpoint$"
     # How a step is computed, not what.
     r"|^auto_checkpointing$|^gradient_checkpointing$|^check_memory$|^debug_sync$|^compile_layers$|^float32_logits$"
 )
@@ -83,6 +84,16 @@ def get_peft_state_non_lora_maybe_zero_3(named_params: Named, require_grad_only:
     }
 
 
+def names_beside_adapter(model: Any) -> list[str]:
+    """Parameters to save beside a LoRA adapter: what trains with it, and vocabulary tables that grew for new tokens."""
+    grown = VOCABULARY_TABLES if model.tables_grown else ()
+    return [
+        name
+        for name, p in model.named_parameters()
+        if "lora_" not in name and (p.requires_grad or name.endswith(grown))
+    ]
+
+
 def safe_save_model_for_hf_trainer(trainer: Any, output_dir: str) -> None:
     """Saves the trained model once, by one process, as LLaVA's layout wants it."""
     if trainer.args.lora_enable:
@@ -95,7 +106,8 @@ def save_lora(trainer: Any, output_dir: str) -> None:
     """adapter_config.json, adapter weights, config.json and non_lora_trainables.bin, beside the tokenizer."""
     model, args = trainer.model, trainer.args
     adapter = get_peft_state_maybe_zero_3(model.named_parameters(), args.lora_bias)
-    beside = get_peft_state_non_lora_maybe_zero_3(model.named_parameters())
+    wanted = set(names_beside_adapter(model))
+    beside = {name: maybe_zero_3(p) for name, p in model.named_parameters() if name in wanted}
     if not args.should_save:
         return
     model.config.save_pretrained(output_dir)
@@ -142,15 +154,17 @@ def provenance_of(arguments: Any, **more: Any) -> dict[str, Any]:
     }
 
 
-def is_finished(output_dir: str | Path, provenance: dict[str, Any]) -> bool:
+def is_finished(output_dir: str | Path, provenance: dict[str, Any], resumed: Path | None = None) -> bool:
     """Whether the folder holds the finished model of these inputs, and says so.
+
+    `resumed` is the checkpoint to continue from where it is not the folder's last.
 
     Raises:
         ValueError: it holds a finished or half-finished model of others, every differing field is named; or a
             checkpoint to continue from that another number of ranks saved.
     """
     folder = Path(output_dir)
-    last = last_whole_checkpoint(folder)
+    last = resumed or last_whole_checkpoint(folder)
     if last is not None:
         refuse_other_provenance(last, provenance)
     if not (folder / PROVENANCE_FILE).is_file():
@@ -160,6 +174,43 @@ def is_finished(output_dir: str | Path, provenance: dict[str, Any]) -> bool:
     refuse_other_provenance(folder, provenance)
     say(f"training: complete in {folder}, skipped")
     return True
+
+
+def resume_point(args: Any) -> Path | None:
+    """The checkpoint that a run continues from: --resume_from_checkpoint, else the last whole one in --output_dir.
+
+    Nothing of it is loaded before its signature is checked. None where the run starts anew or is finished.
+
+    Raises:
+        ValueError: the checkpoint is incomplete, of another number of ranks, without optimizer states, or not signed by
+            this user's key (unless --trust_checkpoint).
+    """
+    folder, asked = Path(args.output_dir), args.resume_from_checkpoint
+    signing_key()  # a key that cannot be written is found now, not at the first save
+    if asked is None or asked.lower() in ("true", "false"):
+        checkpoint = None if (folder / PROVENANCE_FILE).is_file() else last_whole_checkpoint(folder)
+    else:
+        checkpoint = Path(asked)
+        if lacking := lacking_in_checkpoint(checkpoint):
+            raise ValueError(
+                f"--resume_from_checkpoint '{checkpoint}': expected a complete checkpoint of this trainer, found no "
+                f"whole {lacking[0]}; its save was interrupted, or other software wrote it. Name another one."
+            )
+    if checkpoint is None:
+        return None
+    refuse_other_world(checkpoint)
+    refuse_weights_only(checkpoint)
+    refuse_unsigned(checkpoint, trust=args.trust_checkpoint)
+    return checkpoint
+
+
+def refuse_weights_only(checkpoint: Path) -> None:
+    """Raise unless the checkpoint has the optimizer's states, without which a run would not go on as it was."""
+    if not ((checkpoint / "optimizer.pt").is_file() or any(checkpoint.glob("global_step*"))):
+        raise ValueError(
+            f"{checkpoint}: expected the optimizer's states to continue from it, found none: it was saved with "
+            "--save_only_model. Give another --output_dir, and this folder as --model_name_or_path to start from it."
+        )
 
 
 def version_of(library: str) -> str:
@@ -187,18 +238,15 @@ def refuse_other_provenance(folder: Path, provenance: dict[str, Any]) -> None:
 
 
 def seal_checkpoint(checkpoint: str | Path, world_size: int) -> None:
-    """Lists a checkpoint's files and their sizes in SEAL_FILE, against which `last_whole_checkpoint` holds them.
+    """List a checkpoint's files, their sizes and signed digests in SEAL_FILE.
 
     For one process to call when every rank has written its last file (weights, optimizer shards, generators' states)
     and before older checkpoints are deleted. What comes later, the trainer's own state, shows by itself whether it is
-    whole: it is JSON.
+    whole: it is JSON, from which no code is run.
     """
     folder = Path(checkpoint)
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    # Names with a dot in front are what an interrupted save left of files on their way.
-    kept = [name for name in names if name.name not in (SEAL_FILE, TRAINER_STATE) and not name.name.startswith(".")]
-    sizes = {name.as_posix(): (folder / name).stat().st_size for name in kept}
-    write_json(folder / SEAL_FILE, {"world_size": world_size, "sizes": sizes})
+    sizes = {name: (folder / name).stat().st_size for name in files_to_seal(folder)}
+    write_json(folder / SEAL_FILE, signed(folder, {"world_size": world_size, "sizes": sizes}))
 
 
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
@@ -216,7 +264,7 @@ def lacking_in_checkpoint(checkpoint: str | Path) -> list[str]:
     """The files that a checkpoint should have and that are missing or cut short; none where it is whole."""
     folder = Path(checkpoint)
     seal = _read_json(folder / SEAL_FILE)
-    if seal is None:
+    if not isinstance(seal, dict) or not isinstance(seal.get("sizes"), dict) or "world_size" not in seal:
         return [SEAL_FILE]
     sizes = {name: path.stat().st_size for name in seal["sizes"] if (path := folder / name).is_file()}
     lacking = [name for name, size in seal["sizes"].items() if sizes.get(name) != size]

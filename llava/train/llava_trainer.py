@@ -13,21 +13,28 @@ from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from dama.console import writing
+from dama.console import say, writing
+from llava.model.export import VOCABULARY_TABLES
 from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
     NON_LORA_FILE,
     PROJECTOR_KEYS,
     get_mm_adapter_state_maybe_zero_3,
     keep_tower_inside,
+    lacking_in_checkpoint,
     matching,
     maybe_zero_3,
+    names_beside_adapter,
     seal_checkpoint,
     without_frozen_tower,
     write_model_card,
 )
+from llava.train.signing import refuse_unsigned
 
 __all__ = ["LLaVATrainer", "LengthGroupedSampler", "maybe_zero_3", "get_mm_adapter_state_maybe_zero_3"]
+
+
+SEEDS_APART = 1_000_003  # orders of neighboring seeds share no epoch's
 
 
 def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
@@ -84,7 +91,12 @@ def get_modality_length_grouped_indices(
 
 
 class LengthGroupedSampler(Sampler):
-    """Indices grouped by length, and by modality where lengths carry it in their sign."""
+    """Indices grouped by length, and by modality where lengths carry it in their sign.
+
+    Args:
+        seed: makes the order a function of seed and epoch, alike on every rank and after a resume. None draws it from
+            `generator` and torch's own state, as LLaVA does.
+    """
 
     def __init__(
         self,
@@ -93,18 +105,40 @@ class LengthGroupedSampler(Sampler):
         lengths: list[int] | None = None,
         generator: Any = None,
         group_by_modality: bool = False,
+        *,
+        seed: int | None = None,
     ) -> None:
         if lengths is None:
             raise ValueError("LengthGroupedSampler: expected the rows' lengths, got none")
         self.batch_size, self.world_size, self.lengths = batch_size, world_size, lengths
         self.generator, self.group_by_modality = generator, group_by_modality
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        if self.seed is None:
+            return iter(self._grouped())
+        # The groups of one modality are drawn from torch's own state, which is left as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed * SEEDS_APART + self.epoch)
+            return iter(self._grouped())
+
+    def _grouped(self) -> list[int]:
         group = get_modality_length_grouped_indices if self.group_by_modality else get_length_grouped_indices
-        return iter(group(self.lengths, self.batch_size, self.world_size, generator=self.generator))
+        return group(self.lengths, self.batch_size, self.world_size, generator=self.generator)
+
+
+def sampler_of(loader: Any) -> Any:
+    """The sampler of rows inside a data loader, under whatever splits, shards or skips its batches; None for none."""
+    batches = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", None)
 
 
 def sum_of_losses(log_history: Sequence[dict[str, Any]]) -> float:
@@ -162,13 +196,16 @@ class LLaVATrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        if not self.args.group_by_modality_length:
+        args, rows = self.args, train_dataset or self.train_dataset
+        by_length = args.train_sampling_strategy == "group_by_length"
+        if not (args.group_by_modality_length or by_length):
             return super()._get_train_sampler(train_dataset)
         return LengthGroupedSampler(
-            self.args.train_batch_size,
-            world_size=self.args.world_size * self.args.gradient_accumulation_steps,
-            lengths=(train_dataset or self.train_dataset).modality_lengths,
-            group_by_modality=True,
+            args.train_batch_size,
+            world_size=args.world_size * args.gradient_accumulation_steps,
+            lengths=rows.modality_lengths if args.group_by_modality_length else rows.lengths,
+            group_by_modality=args.group_by_modality_length,
+            seed=args.seed if args.data_seed is None else args.data_seed,
         )
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,11 +246,13 @@ class LLaVATrainer(Trainer):
         if self._trains_projector_only:
             torch.save(matching(state, PROJECTOR_KEYS), folder / "mm_projector.bin")
         else:
-            super()._save(str(folder), without_frozen_tower(state, self.model.config))
+            saved = without_frozen_tower(state, self.model.config)
+            if self.args.lora_enable:  # PEFT would put tables that grew into the adapter's file
+                saved = {name: value for name, value in saved.items() if not name.endswith(VOCABULARY_TABLES)}
+            super()._save(str(folder), saved)
         self.model.config.save_pretrained(folder)
         if self.args.lora_enable:
-            beside = [n for n, p in self.model.named_parameters() if p.requires_grad and "lora_" not in n]
-            torch.save({name: state[name] for name in beside}, folder / NON_LORA_FILE)
+            torch.save({name: state[name] for name in names_beside_adapter(self.model)}, folder / NON_LORA_FILE)
         keep_tower_inside(self.model, folder)
         if self.provenance is not None:
             write_model_card(folder, self.provenance)
@@ -241,6 +280,27 @@ class LLaVATrainer(Trainer):
             beside = torch.load(folder / NON_LORA_FILE, map_location="cpu", weights_only=True)
             self.model.load_state_dict(beside, strict=False)
 
+    def _load_best_model(self) -> None:
+        """Every trained part from the best checkpoint: transformers leaves out what trains beside an adapter.
+
+        Raises:
+            ValueError: the best checkpoint is incomplete, or this user's run did not write it.
+        """
+        recorded = Path(str(self.state.best_model_checkpoint))
+        best = Path(self.args.output_dir) / recorded.name  # the output folder may have moved since it was recorded
+        if lacking := lacking_in_checkpoint(best):
+            raise ValueError(
+                f"--load_best_model_at_end: expected the best checkpoint at '{best}', found no whole {lacking[0]}. "
+                f"The last checkpoint is complete; start again without the flag to save the last model."
+            )
+        refuse_unsigned(best, trust=self.args.trust_checkpoint)
+        self.state.best_model_checkpoint = str(best)
+        say(f"loading the best checkpoint, {best} ({self.args.metric_for_best_model} {self.state.best_metric:.6g})")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(best))
+
     # --- Going on as if there had been no interruption ---------------------------------------------------------------
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -249,6 +309,10 @@ class LLaVATrainer(Trainer):
             self.control.should_training_stop = True
             return
         forget_shared_memory()
+        # accelerate does not reach the sampler of a loader that skips batches on one of several ranks.
+        sampler = sampler_of(kwargs["train_dataloader"])
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.console import say, write_json, writing
 from dama.pairs import PreferencePair
@@ -45,6 +46,7 @@ SHAPES = {  # of checkpoints that are named before they are downloaded
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
 OLDEST_DRIVER = {12: 525, 13: 580}  # of NVIDIA's, by CUDA's major version (CUDA toolkit release notes)
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}  # of the trial save's miniature
 CLIP_NAME = "openai/clip-vit-large-patch14-336"
 CLIP_SHAPE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -221,7 +223,7 @@ def longest_items(
     model_args, _, args = arguments
     template, found = get_template(str(model_args.version)), []
     for pair in sorted(pairs, key=lambda p: -len(p.question + p.chosen + p.rejected)):
-        both = encode_pair(pair, tokenizer, template, model_args.mm_use_im_start_end)
+        both = encode_pair(pair, tokenizer, template, bool(model_args.mm_use_im_start_end))
         if max(len(answer.input_ids) for answer in both) - 1 + patches <= args.model_max_length:
             found.append(PreparedPair(pair, *both, 0.0, 0.0, 0.0))
         if len(found) == LONGEST:
@@ -450,16 +452,18 @@ def look_at_disk(plan: Plan, shape: ModelShape | None, pairs: int) -> None:
                 "elsewhere, or --save_total_limit lower"
             )
     try:
-        plan.note("trial save", f"written, read and removed in {trial_save(folder):.2f} s")
+        plan.note("trial save", f"written, read and removed in {trial_save(folder, plan.arguments):.2f} s")
     except (OSError, ValueError) as error:
         plan.faults.append(f"trial save: '{folder}' cannot be written to: {error}")
 
 
-def trial_save(folder: Path) -> float:
+def trial_save(folder: Path, arguments: Arguments | None = None) -> float:
     """Seconds that a small checkpoint took: weights, trainer's states, a JSON file. Nothing of it is left.
 
+    With `arguments` a miniature of the model that this training will save is written and loaded, too.
+
     Raises:
-        OSError, ValueError: it cannot be written, or reads back differently.
+        OSError, ValueError: it cannot be written, reads back differently, or what was saved cannot be loaded.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -481,10 +485,45 @@ def trial_save(folder: Path) -> float:
             read = [load_file(place / "model.safetensors"), torch.load(place / "optimizer.pt", weights_only=True)]
             if not all(torch.equal(back["weight"], weights["weight"]) for back in read):
                 raise ValueError("what was written reads back differently")
+            if arguments is not None and not is_deepspeed_zero3_enabled():  # whose loading is collective
+                load_miniature(place, arguments)
     finally:
         for place in made:
             place.rmdir()
     return time.perf_counter() - began
+
+
+def load_miniature(place: Path, arguments: Arguments) -> None:
+    """Save a model of width 8 with this training's flags, tokenizer and vocabulary, and load it as users will.
+
+    Nothing is done for a checkpoint that is not at hand. Random numbers of the training are not drawn from.
+    """
+    from transformers import CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from llava.model.builder import load_pretrained_model
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    model_args, _, args = arguments
+    try:
+        config, tower = configs_of(model_args, args.cache_dir)
+        tokenizer = load_tokenizer(str(model_args.model_name_or_path))
+    except OSError:
+        return
+    config.update(SMALL | {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": SMALL["hidden_size"]})
+    tower.update(SMALL)
+    config.mm_vision_tower, config.mm_hidden_size = str(place / "tower"), SMALL["hidden_size"]
+    for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        setattr(config, name, bool(getattr(model_args, name)))
+    with torch.random.fork_rng(devices=[]):
+        CLIPVisionModel(tower).save_pretrained(place / "tower")
+        CLIPImageProcessorPil(crop_size=tower.image_size).save_pretrained(place / "tower")
+        model = LlavaLlamaForCausalLM(config)
+        flags = SimpleNamespace(**vars(model_args) | {"pretrain_mm_mlp_adapter": None})
+        model.initialize_vision_tokenizer(flags, tokenizer)
+        model.save_pretrained(place / "model")
+        tokenizer.save_pretrained(place / "model")
+        load_pretrained_model(str(place / "model"), None, "trial", device="cpu")
 
 
 # --- Before a training ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from llava.model.builder import load_llava, quantisation
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
+from llava.train.base_model import validate_base
 
 
 def setup_model(
@@ -24,6 +25,7 @@ def setup_model(
     `dtype` overrides the precision of weights that training would choose.
     """
     model_args, data_args, args = arguments
+    validate_base(arguments)
     join_ranks(args)
     set_seed(args.seed)  # new adapters and projectors start alike in every run
     dtype = dtype or precision_of_weights(args)

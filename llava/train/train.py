@@ -15,14 +15,15 @@ from dama.console import digest_of_file, end_on_interrupt, say
 from llava.conversation import get_template
 from llava.model.llava_arch import start_rows_as_mean
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava.train.base_model import validate_base
 from llava.train.checkpoints import (
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
     get_peft_state_non_lora_maybe_zero_3,
     is_finished,
-    last_whole_checkpoint,
     maybe_zero_3,
     provenance_of,
+    resume_point,
     safe_save_model_for_hf_trainer,
 )
 from llava.train.llava_trainer import LLaVATrainer
@@ -77,13 +78,15 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
 def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     model_args, data_args, args = arguments
+    validate_base(arguments)
     read = checked_rows(
         str(data_args.data_path), data_args.image_folder or [], data_args.on_bad_image,
         template=get_template(str(model_args.version)), progress=args.process_index == 0,
     )  # fmt: skip
     data_digest = digest_of_file(str(data_args.data_path))
     provenance = provenance_of(arguments, data={"path": str(data_args.data_path), "digest": data_digest})
-    if is_finished(args.output_dir, provenance):
+    checkpoint = resume_point(args)
+    if is_finished(args.output_dir, provenance, checkpoint):
         return None
     preflight(arguments, read.rows)
     model, tokenizer, image_processor = setup_model(arguments, attn_implementation)
@@ -93,19 +96,18 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     say(f"rows: {len(used.rows)} to train on, {len(used.skipped)} skipped")
     data = make_supervised_data_module(tokenizer, settings, template=settings.template, rows=used.rows)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=args, provenance=provenance, **data)
-    train_and_save(trainer)
+    train_and_save(trainer, checkpoint)
     for name, reason in used.skipped:
         say(f"skipped {name}: {reason}")
     return trainer
 
 
-def train_and_save(trainer: Any) -> None:
-    """Trains from the start or from the last checkpoint, then writes the model into --output_dir."""
+def train_and_save(trainer: Any, checkpoint: Path | None) -> None:
+    """Trains from the start or from a checkpoint, see `resume_point`, then writes the model into --output_dir."""
     folder = Path(trainer.args.output_dir)
-    last = last_whole_checkpoint(folder)
-    if last is not None:
-        say(f"continuing from {last}")
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if checkpoint is not None:
+        say(f"continuing from {checkpoint}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
     trainer.model.config.use_cache = True
     safe_save_model_for_hf_trainer(trainer, str(folder))

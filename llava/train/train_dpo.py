@@ -17,7 +17,8 @@ from llava.train.arguments import (
     TrainingArguments,
     parse_arguments,
 )
-from llava.train.checkpoints import is_finished, provenance_of
+from llava.train.base_model import validate_base
+from llava.train.checkpoints import is_finished, provenance_of, resume_point
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
     DPODataset,
@@ -47,6 +48,8 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
 def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15DPOTrainer | None:
     """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
     _, data_args, args = arguments
+    validate_base(arguments)
+    checkpoint = resume_point(args)
     # What can be wrong with the data is found before the model is loaded.
     pairs, skipped = read_checked_pairs(data_args)
     preflight(arguments, pairs)
@@ -58,7 +61,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     skipped = skipped + data.skipped
     made_from = data.provenance | {"delta_bar": data.delta_bar, "pairs": len(data.train), "skipped": len(skipped)}
     provenance = provenance_of(arguments, data=made_from)
-    if is_finished(args.output_dir, provenance):
+    if is_finished(args.output_dir, provenance, checkpoint):
         return None
     announce(arguments, data, len(skipped))
     trainer = LLaVA15DPOTrainer(
@@ -71,7 +74,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
         reference_is_base=data_args.reference == BASE_AS_REFERENCE,
         provenance=provenance,
     )
-    train_and_save(trainer)
+    train_and_save(trainer, checkpoint)
     for skip in skipped:
         say(f"skipped {skip.id}: {skip.reason}")
     return trainer

@@ -19,11 +19,11 @@ def test_old_names_are_mapped_and_said():
     words, warnings = translate_flags(
         ["--evaluation_strategy", "no", "--warmup_ratio=0.03", "--data_source_names", "a", "b", "--bf16", "True"]
     )
-    assert words == ["--eval_strategy", "no", "--warmup_steps=0.03", "--bf16", "True"]
+    assert words == ["--eval_strategy", "no", "--bf16", "True", "--warmup_steps", "0.03"]
     assert warnings == [
         "--evaluation_strategy is now --eval_strategy",
-        "--warmup_ratio is now --warmup_steps",
         "--data_source_names is ignored: one file of pairs is read",
+        "--warmup_ratio is now --warmup_steps",
     ]
 
 
@@ -155,3 +155,76 @@ def test_ranks_on_cpus_need_no_gpus(monkeypatch, words):
     for others in ([], ["--use_cpu", "False"], ["--use_cpu=false", "--bf16", "True"], ["--output_dir", "--no_cuda_x"]):
         with pytest.raises(ValueError, match="GPUs: 64 ranks need 64"):
             refuse_missing_gpus(others)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ("--warmup_ratio 0.03 --warmup_steps 0", 30),
+        ("--warmup_steps 0 --warmup_ratio 0.03", 30),
+        ("--warmup_steps 100 --warmup_ratio 0.03", 100),
+        ("--warmup_ratio 0.03 --warmup_steps 100", 100),
+        ("--warmup_ratio=0.03 --warmup_steps=100", 100),
+        ("--warmup-ratio 0.03 --warmup-steps 100", 100),
+        ("--warmup_ratio 0.03 --warmup_steps 0.1", 100),
+        ("--warmup_ratio 0.1 --warmup_ratio 0.03", 30),
+        ("--warmup_ratio 0.03", 30),
+        ("--warmup-ratio=0.03", 30),
+        ("--warmup_ratio 1.0", 1000),
+        ("--warmup_ratio 0", 0),
+        ("--warmup_steps 100", 100),
+        ("--warmup_steps 0.1", 100),
+        ("", 0),
+    ],
+)
+def test_warm_up_follows_transformers_rule(words, steps):
+    """Of 1000 steps: a number of steps above 0 wins over the ratio, in whatever order and form they are given."""
+    assert parse_arguments([*GOOD, *words.split()])[2].get_warmup_steps(1000) == steps
+
+
+@pytest.mark.parametrize("words", ["--warmup_ratio 1.5", "--warmup_ratio -0.1", "--warmup_ratio x", "--warmup_ratio"])
+def test_a_warm_up_that_is_no_share_is_refused(words):
+    with pytest.raises(ValueError, match=r"--warmup_ratio: expected (a share of all steps from 0 to 1|a number), got"):
+        parse_arguments([*GOOD, *words.split()])
+
+
+def test_old_names_with_dashes_are_mapped_too():
+    args = parse_arguments([*GOOD, "--evaluation-strategy", "no", "--save-safetensors", "True"])[2]
+    assert args.eval_strategy == "no"
+
+
+@pytest.mark.parametrize("task", ["LM", "DPO"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: not supported"),
+        ("--neftune_noise_alpha 5", "--neftune_noise_alpha 5.0: not supported"),
+        ("--model_max_length -1", "--model_max_length: expected 1 or more tokens, got -1"),
+        ("--model_max_length 0", "--model_max_length: expected 1 or more tokens, got 0"),
+        ("--auto_find_batch_size True", "--auto_find_batch_size: not supported"),
+        ("--ignore_data_skip True", "--ignore_data_skip: not supported"),
+        ("--mm_vision_select_feature cls", "--mm_vision_select_feature: expected one of None, patch, cls_patch"),
+        ("--mm_patch_merge_type unpad", "--mm_patch_merge_type: expected one of None, flat, spatial, spatial_unpad"),
+        ("--tune_mm_mlp_adapter True --mm_use_im_start_end True", "choose one of the two"),
+        ("--tune_mm_mlp_adapter True --lora_enable True", "choose one of the two"),
+        ("--pretrain_mm_mlp_adapter gone.bin", "--pretrain_mm_mlp_adapter: expected an existing file, got 'gone.bin'"),
+        ("--resume_from_checkpoint gone", "--resume_from_checkpoint: expected a checkpoint folder .*, got 'gone'"),
+        ("--resume_from_checkpoint True", "--resume_from_checkpoint True: expected a checkpoint in 'out', found none"),
+        ("--train_sampling_strategy batch_rebalance", "batch_rebalance: expected one of random, "),
+        ("--save_strategy best --load_best_model_at_end True", "--load_best_model_at_end: needs evaluations"),
+    ],
+)
+def test_flags_that_could_not_be_honored_are_refused_at_the_start(words, message, task):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*GOOD, "--task", task, *words.split()])
+
+
+def test_fine_tuning_has_no_evaluation():
+    with pytest.raises(ValueError, match="--eval_strategy epoch: not supported for --task LM"):
+        parse_arguments([*GOOD, "--eval_strategy", "epoch"])
+
+
+def test_is_multimodal_has_no_effect_and_says_so(capsys):
+    """As in LLaVA, which switches it on where there is a vision tower."""
+    assert parse_arguments([*GOOD, "--is_multimodal", "False"])[1].is_multimodal
+    assert "warning: --is_multimodal False is ignored" in capsys.readouterr().out

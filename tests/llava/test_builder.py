@@ -172,28 +172,6 @@ def test_grouped_queries_and_a_tied_output_layer(checkpoint):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin", "bin shards"])
-def test_from_the_hub_pickles_come_only_where_there_is_nothing_else(checkpoint, monkeypatch, form):
-    if form != "safetensors":
-        weights = load_file(checkpoint / "model.safetensors")
-        (checkpoint / "model.safetensors").unlink()
-        if form == "bin":
-            torch.save(weights, checkpoint / "pytorch_model.bin")
-        else:
-            shard(weights, checkpoint, "bin")
-    asked = []
-
-    def snapshot_download(name, allow_patterns, cache_dir):
-        asked.append("pytorch_model*" in allow_patterns)
-        return str(checkpoint)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    model = load("owner/tiny")[1]
-    assert asked == ([False] if form == "safetensors" else [False, True])
-    assert model.name_or_path == "owner/tiny"  # what an adapter trained on it will name as its base
-    assert model.get_vision_tower().folder == str(checkpoint / "clip-vit-tiny-patch14-56")
-
-
 # --- What does not fit -----------------------------------------------------------------------------------------------
 
 

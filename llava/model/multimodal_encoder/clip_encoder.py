@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava.model.utils import refuse_lfs_pointers, weight_files
 
 
 class CLIPVisionTower(nn.Module):
@@ -41,6 +44,9 @@ class CLIPVisionTower(nn.Module):
         if self.is_loaded:
             return
         source = self.folder = folder or self.vision_tower_name
+        if Path(source).is_dir():
+            refuse_lfs_pointers(source)
+            weight_files(source)  # transformers would follow whatever names its index has
         refuse_other_towers(CLIPVisionConfig.get_config_dict(source)[0].get("model_type"), source)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(source)
         self.vision_tower = CLIPVisionModel.from_pretrained(source, device_map=device_map, dtype=dtype or torch.float32)

@@ -1,0 +1,197 @@
+"""Checkpoints of others are not resumed: the attacks, each with code that would run when its pickle is loaded."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.train import train
+from llava.train.checkpoints import PROVENANCE_FILE, SEAL_FILE, seal_checkpoint
+from llava.train.signing import KEY_FILE, key_path, refuse_unsigned, signing_key, why_unsigned
+from tests.llava.test_distributed import launch
+from tests.llava.test_resume import SAVES
+from tests.llava.test_sft_golden import arguments, flags_of
+
+NAMES = ["latest", "global_step2/mp_rank_00_model_states.pt", "rng_state.pth", "model.safetensors", "optimizer.pt",
+         PROVENANCE_FILE]  # fmt: skip
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.fixture(autouse=True)
+def key(tmp_path, monkeypatch):
+    """A user's configuration folder of its own."""
+    monkeypatch.setenv("DAMA_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "config" / KEY_FILE
+
+
+@pytest.fixture()
+def checkpoint(tmp_path):
+    """A signed one of a run with DeepSpeed's layout."""
+    folder = tmp_path / "out" / "checkpoint-2"
+    for name in NAMES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    seal_checkpoint(folder, world_size=1)
+    (folder / "trainer_state.json").write_text('{"global_step": 2}')
+    return folder
+
+
+def test_what_a_run_wrote_itself_is_accepted_and_moves_with_its_folder(checkpoint, tmp_path):
+    refuse_unsigned(checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "elsewhere" / "checkpoint-2")
+    refuse_unsigned(tmp_path / "elsewhere" / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_can_be_exchanged_added_or_removed(checkpoint, name):
+    """With another content of the same size, which the sizes alone would not show."""
+    path = checkpoint / name
+    path.write_text(path.read_text()[::-1])
+    assert why_unsigned(checkpoint) == f"{name} changed after it was signed"
+    path.unlink()
+    assert why_unsigned(checkpoint) == f"its files are not those that were signed ({name})"
+
+
+@pytest.mark.parametrize("name", ["global_step2/x_mp_rank_00_model_states.pt", "global_step9/states.pt", "extra.pth"])
+def test_a_file_beside_those_that_were_signed_is_refused(checkpoint, name):
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    torch.save(Touch(checkpoint / "pwned"), checkpoint / name)
+    with pytest.raises(ValueError, match=f"its files are not those that were signed .{name}.*--trust_checkpoint True"):
+        refuse_unsigned(checkpoint)
+
+
+def test_a_link_to_a_file_outside_is_refused(checkpoint, tmp_path):
+    (tmp_path / "outside.pt").write_text("other")
+    (checkpoint / "latest").unlink()
+    (checkpoint / "latest").symlink_to(tmp_path / "outside.pt")
+    assert why_unsigned(checkpoint) == "latest changed after it was signed"
+    (checkpoint / "dangling").symlink_to(tmp_path / "gone")
+    assert "dangling" in why_unsigned(checkpoint)
+
+
+def test_the_seal_cannot_be_edited_forged_or_left_out(checkpoint, key):
+    path = checkpoint / SEAL_FILE
+    seal = json.loads(path.read_text())
+    for change in ({"world_size": 2}, {"sha256": {}}, {"sizes": {}}, {"signature": "0" * 64}, {"signature": None}):
+        path.write_text(json.dumps(seal | change))
+        assert "not of this user's key" in why_unsigned(checkpoint), change
+    for content in ('{"world_size": 1, "sizes": {}}', '{"sha256": {}}', "[]"):
+        path.write_text(content)
+        assert why_unsigned(checkpoint) == f"{SEAL_FILE} has no signature"
+    path.write_text("{")
+    assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
+    path.unlink()
+    assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
+
+
+def test_another_users_signature_is_none(checkpoint, key):
+    key.unlink()
+    assert "this user has no key" in why_unsigned(checkpoint)
+    signing_key()
+    assert "not of this user's key" in why_unsigned(checkpoint)
+
+
+def test_trust_goes_on_and_names_the_reason(checkpoint, capsys):
+    (checkpoint / "latest").write_text("other")
+    refuse_unsigned(checkpoint, trust=True)
+    assert "is resumed although latest changed after it was signed" in capsys.readouterr().out
+
+
+# --- The key ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_is_the_users_alone_and_stays(key):
+    old = os.umask(0)
+    try:
+        first = signing_key()
+    finally:
+        os.umask(old)
+    assert len(first) == 32 and signing_key() == first and stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert [path.name for path in key.parent.iterdir()] == [KEY_FILE]
+
+
+def test_processes_that_start_together_share_one_key(key):
+    program = "import sys; from llava.train.signing import signing_key; sys.stdout.write(signing_key().hex())"
+    started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert len({process.communicate(timeout=120)[0] for process in started}) == 1
+
+
+def test_the_configuration_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("DAMA_CONFIG_HOME")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert key_path() == tmp_path / "dama" / KEY_FILE
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert key_path() == tmp_path / ".config" / "dama" / KEY_FILE
+
+
+@pytest.mark.parametrize("how", ["readable", "link", "short", "no folder"])
+def test_a_key_that_others_may_know_is_refused(key, tmp_path, how):
+    signing_key()
+    if how == "readable":
+        key.chmod(0o644)
+    elif how == "link":
+        key.rename(tmp_path / "other")
+        key.symlink_to(tmp_path / "other")
+    elif how == "short":
+        key.write_bytes(b"1")
+    else:
+        shutil.rmtree(key.parent)
+        key.parent.write_text("a file")
+    with pytest.raises(ValueError, match=r"signing key '.*': expected (a file of this user with|a file that|32 bytes)"):
+        signing_key()
+
+
+# --- In training -----------------------------------------------------------------------------------------------------
+
+SHORT = [*SAVES, "--max_steps", "2", "--per_device_train_batch_size", "2"]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_foreign_checkpoint_is_not_resumed_though_its_provenance_is_deleted(in_golden, tmp_path, explicit):
+    train.run(arguments(tmp_path / "out", *SHORT))
+    (tmp_path / "out" / PROVENANCE_FILE).unlink()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    (checkpoint / PROVENANCE_FILE).unlink()
+    seal = json.loads((checkpoint / SEAL_FILE).read_text())
+    for field in ("sizes", "sha256"):
+        seal[field].pop(PROVENANCE_FILE)
+    (checkpoint / SEAL_FILE).write_text(json.dumps(seal))
+    more = ["--resume_from_checkpoint", checkpoint] if explicit else []
+    out = tmp_path / ("new" if explicit else "out")
+    with pytest.raises(ValueError, match=r"but the signature in dama_seal.json is not of this user's key"):
+        train.run(arguments(out, *SHORT, *more))
+    trainer = train.run(arguments(out, *SHORT, *more, "--trust_checkpoint", "True"))
+    assert trainer.state.global_step == 2
+    assert train.run(arguments(out, *SHORT)) is None  # neither flag is part of what a model is made of
+
+
+def test_code_in_a_deepspeed_checkpoint_does_not_run(in_golden, tmp_path):
+    """A real run under ZeRO-2 on two ranks, its optimizer shard exchanged for a pickle with code."""
+    words = flags_of(tmp_path / "out", *SAVES, "--max_steps", "1", "--per_device_train_batch_size", "1")
+    assert (done := launch(words)).returncode == 0, done.stderr[-3000:]
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    (tmp_path / "out" / PROVENANCE_FILE).unlink()
+    shard = next(checkpoint.glob("global_step1/*mp_rank_00_model_states.pt"))
+    size = shard.stat().st_size
+    torch.save(Touch(tmp_path / "pwned"), shard)
+    with open(shard, "ab") as file:
+        file.write(bytes(size - shard.stat().st_size))
+    done = launch(words)
+    assert done.returncode != 0 and "model_states.pt changed after it was signed" in done.stderr
+    assert not (tmp_path / "pwned").exists()
