@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dama.console import digest_of, say
+from dama.console import digest_of, printable, say
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -146,7 +146,7 @@ class ChatClient:
             raise ValueError(f"chat requests: {len(repeated)} ids are used more than once, e.g. {repeated[0]!r}")
         accept = accept or (lambda text: True)
         replies: dict[str, ChatReply] = {}
-        with tqdm(total=len(requests), desc=desc, unit="reply", disable=not requests) as bar:
+        with tqdm(total=len(requests), desc=printable(desc), unit="reply", disable=not requests) as bar:
 
             def keep(group: Sequence[ChatRequest], reply: ChatReply) -> None:
                 for request in group:

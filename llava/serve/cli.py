@@ -11,7 +11,7 @@ from threading import Event
 
 from PIL import Image
 
-from dama.console import report_error, say
+from dama.console import printable, report_error, say
 from llava.eval.generate import Decoding
 from llava.serve import chat
 from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
@@ -78,7 +78,7 @@ def show(texts: Iterator[str]) -> str:
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 

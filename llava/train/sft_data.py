@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dama.pairs import fault_list, load_image, resolve_image
 from llava.constants import IGNORE_INDEX
 from llava.conversation import default_conversation
-from llava.mm_utils import process_images
+from llava.mm_utils import literal, process_images
 from llava.train.arguments import Arguments
 from llava.train.preprocess import preprocess, preprocess_multimodal
 
@@ -28,7 +27,7 @@ Row = dict[str, Any]
 
 
 class LazySupervisedDataset(Dataset):
-    """LLaVA's conversations, tokenised when they are asked for.
+    """LLaVA's conversations, tokenised when they are asked for; a "</s>" in a turn is encoded as text.
 
     Args:
         data_path: JSON list of rows {"id", "image"?, "conversations": [{"from", "value"}, ...]}.
@@ -66,7 +65,7 @@ class LazySupervisedDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         row = self.list_data_dict[i]
         has_image = "image" in row
-        source = copy.deepcopy(row["conversations"])
+        source = [turn | {"value": literal(turn["value"], self.tokenizer)} for turn in row["conversations"]]
         if has_image:
             (source,) = preprocess_multimodal([source], self.data_args)
         encoded = preprocess([source], self.tokenizer, has_image=has_image, template=self.template)

@@ -13,6 +13,7 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}" # sbatch runs a copy of this file that lies elsewhere
+source scripts/checks.sh
 
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then
@@ -20,6 +21,8 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 OUT=${OUTPUT:-checkpoints/dama_7b}/hardness
+workers=${SLURM_CPUS_PER_TASK:-12}
+digits SLURM_CPUS_PER_TASK "$workers" 1
 run() {
     printf '+'
     printf ' %q' "$@"
@@ -32,6 +35,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 run srun --mpi=none --kill-on-bad-exit=1 python -m dama hardness \
     --data "${DATA:-playground/data/pairs.jsonl}" --image_folder "${IMAGES:-playground/data/images}" \
     --on_bad_image skip --clip ViT-L-14-336-quickgelu --precision bf16 --batch_size 64 \
-    --workers "${SLURM_CPUS_PER_TASK:-12}" --out "$OUT" "$@"
+    --workers "$workers" --out "$OUT" "$@"
 # The last task has merged the shards, unless the disk showed two that ended together each other's files too late.
 if ! grep -qs '"complete": true' "$OUT/manifest.json"; then run python -m dama merge "$OUT"; fi
