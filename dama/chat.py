@@ -31,7 +31,7 @@ from dama.completion import (
     unreadable,
     well_formed,
 )
-from dama.console import digest_of, regular_file, say, writing
+from dama.console import digest_of, printable, regular_file, say, writing
 from dama.redact import redacted, secrets_of_url
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class ChatClient:
             raise ValueError(f"chat requests: {len(repeated)} ids are used more than once, e.g. {repeated[0]!r}")
         accept = accept or (lambda text: True)
         replies: dict[str, ChatReply] = {}
-        with tqdm(total=len(requests), desc=desc, unit="reply", disable=not requests) as bar:
+        with tqdm(total=len(requests), desc=printable(desc), unit="reply", disable=not requests) as bar:
 
             def keep(group: Sequence[ChatRequest], reply: ChatReply) -> None:
                 for request in group:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -22,11 +23,23 @@ MIB = 2**20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
 
+# Characters that command a terminal (C0 but tab and line feed, DEL, C1), turn the direction of the text around, are not
+# shown, or cannot be encoded: in a file's or a server's text they could forge what the screen shows.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin for the terminal: control characters become escapes such as \\x1b and \\u202e.
+
+    Tab and line feed stay; so do letters, marks and symbols of every language.
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
 
 def say(message: str = "") -> None:
-    """Writes one line to standard output, on the first process of a distributed run only."""
+    """Writes one line to standard output, on the first process of a distributed run only; see `printable`."""
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stdout.write(message + "\n")
+        sys.stdout.write(printable(message) + "\n")
         sys.stdout.flush()
 
 
@@ -144,11 +157,11 @@ def report_error(error: BaseException, program: str) -> None:
     here = Path(__file__).resolve().parents[1]
     own = Path(frame.filename).resolve().is_relative_to(here) and "site-packages" not in frame.filename
     if not own:
-        traceback.print_exception(error)
+        sys.stderr.write(printable("".join(traceback.format_exception(error))))
     message = str(error) or type(error).__name__
     if rank:
         message = f"(rank {rank}) {message.splitlines()[0]}"
-    sys.stderr.write(f"{program}: error: {message}\n")
+    sys.stderr.write(printable(f"{program}: error: {message}\n"))
     sys.stderr.flush()
 
 

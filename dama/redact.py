@@ -1,4 +1,4 @@
-"""Removes credentials from text of others before it is shown, logged or stored."""
+"""Credentials are taken out of every text of others that is shown, logged or stored."""
 
 from __future__ import annotations
 
@@ -10,34 +10,38 @@ from collections.abc import Iterable
 from urllib.parse import quote, unquote, urlsplit
 
 HIDDEN = "[redacted]"
-_SHORTEST = 4  # characters of a known secret: a shorter one is part of too many words
+ENVIRONMENT = re.compile(r"(?i)(?:^|_)(?:api_?key|token|secret|password|secret_access_key)$")  # variables with secrets
+SHORTEST = 6  # characters of a secret of the environment: a shorter one, such as "none", is a word
+SHORTEST_KNOWN = 4  # of one that a caller names: a shorter one is part of too many words
 
-_ENVIRONMENT = re.compile(r"(?i)(?:^|_)(?:api_?key|token|secret|password|secret_access_key)$")
-_PATTERNS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        # scheme://user:password@host
-        (r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#\"'<>]+@", rf"\1{HIDDEN}@"),
-        # ?token=... and &key=...
-        (r"(?i)([?&](?:[\w-]*key|[\w-]*token|sig|signature|secret|password|auth)=)[^\s&#\"'<>]+", rf"\1{HIDDEN}"),
-        # Cookie: a=b; c=d
-        (r"(?i)\b((?:set-)?cookie[\"']?\s*[:=]\s*[\"']?)[^\"'\r\n]+", rf"\1{HIDDEN}"),
-        # Authorization: Bearer ..., "x-api-key": "..."
-        (
-            r"(?i)((?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?)(?:(?:bearer|basic|digest|token)\s+)?[^\s\"',;<>]+",
-            rf"\1{HIDDEN}",
-        ),
-        (
-            r"(?i)\b((?:x-)?(?:api[-_ ]?key|access[-_ ]?token|auth[-_ ]?token|secret[-_ ]?key|password)"
-            r"[\"']?\s*(?:provided)?[:=]\s*[\"']?)[^\s\"',;<>]+",
-            rf"\1{HIDDEN}",
-        ),
-        (r"(?i)\b(bearer\s+)(?=\S*\d|\S{20})[\w.~+/=-]{8,}", rf"\1{HIDDEN}"),
-        (r"\b(?:sk|pk|rk)-[\w-]{8,}|\bhf_[A-Za-z0-9]{8,}|\bgh[oprsu]_[A-Za-z0-9]{8,}", HIDDEN),
-        (r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*", HIDDEN),  # a JSON Web Token
-    )
-]
+# Headers whose whole value is secret.
+_HEADERS = r"(?:proxy-)?authorization|(?:set-)?cookie"
+# Fields of headers, JSON, query strings, assignments and command lines; a tokenizer's "token ids: 7" is none of them.
+# Repetitions are bounded, since otherwise a long text would take quadratic time.
+_FIELDS = (
+    r"(?:[a-z]{1,20}[-_]){0,5}(?:api[-_ ]?key|access[-_]?key|secret|password|passwd|pwd|credential|signature|token)"
+    r"|aws_(?:secret_)?access_key(?:_id)?|sig"
+)
+_SPLIT = r"\\{0,4}[\"']?\s{0,4}[:=]\s{0,4}"  # between name and value; quotes may be escaped, for JSON stands in JSON
+_RULES = (
+    # User and password of a URL, up to the last @ before the path: passwords may contain one.
+    (r"\b([a-z][a-z0-9+.-]{0,20}:/{1,2})[^\s/?#\"'<>]{0,500}@", rf"\1{HIDDEN}@"),
+    (r"(?<![:\w/])(//)[^\s/?#\"'<>@]{1,500}@", rf"\1{HIDDEN}@"),
+    (rf"(?<![a-z0-9])((?:{_HEADERS}){_SPLIT}\\*[\"']?)[^\"'\\\r\n]+", rf"\1{HIDDEN}"),
+    (r"\b(bearer\s+)[\w.~+/=:-]{6,}", rf"\1{HIDDEN}"),
+    (r"\b(basic\s+)(?-i:(?=[a-z/+]*[A-Z0-9=]))[\w+/=]{8,}", rf"\1{HIDDEN}"),
+    (rf"(?<![a-z0-9])((?:{_FIELDS}){_SPLIT})(\\*[\"'])(?!\[redacted\])(?:(?!\2).)+", rf"\1\2{HIDDEN}"),
+    (rf"(?<![a-z0-9])((?:{_FIELDS}){_SPLIT})(?!\[redacted\])[^\s\"'\\,;&}}<>]+", rf"\1{HIDDEN}"),
+    (rf"(?<!\S)(--?(?:{_FIELDS})\s+)(?!-)\S+", rf"\1{HIDDEN}"),
+    # Keys of known form.
+    (r"\b[spr]k[-_][a-z0-9_-]{8,}", HIDDEN),
+    (r"\b(?:hf_[a-z0-9]{8,}|gh[oprsu]_[a-z0-9]{16,}|github_pat_\w{16,}|gsk_\w{8,}|nvapi-[\w-]{8,})", HIDDEN),
+    (r"\b(?-i:AIza[\w-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|xox[a-z]-[\w-]{8,}|eyJ[\w-]{4,}\.[\w-]{4,}\.[\w-]*)", HIDDEN),
+)
+# ?key=... and &auth=... of an address
+_QUERY = re.compile(r"(?i)([?&](?:[\w-]{0,40}key|sig|auth)=)(?!\[redacted\])[^\s&#\"'<>]+")
 _BASIC = re.compile(r"(?i)\b(basic\s+)([A-Za-z0-9+/=_-]{4,})")
+RULES = tuple((re.compile(pattern, re.IGNORECASE), replacement) for pattern, replacement in _RULES)
 
 
 def redacted(text: str, secrets: Iterable[str] = (), *, known_only: bool = False) -> str:
@@ -51,17 +55,18 @@ def redacted(text: str, secrets: Iterable[str] = (), *, known_only: bool = False
     """
     known = {*secrets, *_environment_secrets()}
     for secret in sorted(known, key=lambda secret: (-len(secret), secret)):  # one may be part of another
-        if len(secret) >= _SHORTEST:
+        if len(secret) >= SHORTEST_KNOWN:
             text = text.replace(secret, HIDDEN)
     if known_only:
         return text
-    for pattern, replacement in _PATTERNS:
+    for pattern, replacement in RULES:
         text = pattern.sub(replacement, text)
-    return _BASIC.sub(_without_basic, text)
+    return _BASIC.sub(_without_basic, _QUERY.sub(rf"\1{HIDDEN}", text))
 
 
 def _environment_secrets() -> set[str]:
-    return {value for name, value in os.environ.items() if _ENVIRONMENT.search(name) and len(value) >= 2 * _SHORTEST}
+    values = {value.strip() for name, value in os.environ.items() if ENVIRONMENT.search(name)}
+    return {value for value in values if len(value) >= SHORTEST}
 
 
 def _without_basic(match: re.Match[str]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import base64
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -161,6 +162,67 @@ def tokenizer_image_token(
     if return_tensors == "pt":
         return torch.tensor(ids, dtype=torch.long)
     raise ValueError(f"Unsupported tensor type: {return_tensors}")
+
+
+# A noncharacter, which no text for interchange has. `literal` puts it into the spelling of a special token, and its own
+# tokens are taken out of the ids.
+BREAK = "\ufdd0"
+
+
+def literal(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of a user or of a data file for a prompt, so that "</s>" in it stays text instead of ending the answer.
+
+    Every spelling of a special token gets a BREAK, which `tokenize_with_offsets` and `encode_prompt` take out of the
+    ids. "<image>" is left to the callers.
+    """
+    spellings = sorted(filter(lambda token: len(token) > 1, special_spellings(tokenizer)), key=len, reverse=True)
+    if not any(spelling in text for spelling in spellings):
+        return text
+    # A lookahead, so that spellings that overlap are all broken.
+    starts = {m.start() for m in re.finditer(f"(?={'|'.join(map(re.escape, spellings))})", text)}
+    return "".join(character + BREAK if i in starts else character for i, character in enumerate(text))
+
+
+def special_spellings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """What the tokenizer reads as special tokens, "<image>" aside."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return (added | set(tokenizer.all_special_tokens)) - {DEFAULT_IMAGE_TOKEN}
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The ids [T] of `tokenizer_image_token` for a prompt whose foreign parts went through `literal`."""
+    if BREAK not in prompt:
+        return tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+    return torch.tensor(tokenize_with_offsets(prompt, tokenizer, has_image=True)[0], dtype=torch.long)
+
+
+def tokenize_with_offsets(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, has_image: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of `encode_prompt` (of plain text without `has_image`) and, for each, its characters (from, to)."""
+    chunks = prompt.split(DEFAULT_IMAGE_TOKEN) if has_image else [prompt]
+    encoded = tokenizer(chunks, return_offsets_mapping=True, verbose=False)
+    n_bos = count_bos(encoded.input_ids, tokenizer.bos_token_id)
+    places: list[tuple[int, int]] = []
+    begin = 0
+    for index, (chunk, offsets) in enumerate(zip(chunks, encoded.offset_mapping)):
+        if index:
+            places.append((begin - len(DEFAULT_IMAGE_TOKEN), begin))
+        places.extend((begin + start, begin + stop) for start, stop in offsets[n_bos if index else 0 :])
+        begin += len(chunk) + len(DEFAULT_IMAGE_TOKEN)
+    ids = join_chunks(encoded.input_ids, IMAGE_TOKEN_INDEX, n_bos)
+    breaks = set(_breaks(prompt, tokenizer)) if BREAK in prompt else set()
+    kept = [(token, place) for token, place in zip(ids, places) if place not in breaks]
+    return [token for token, _ in kept], [place for _, place in kept]
+
+
+def _breaks(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+    """The characters (from, to) of each BREAK that `literal` made; one that a text brought along is not among them."""
+    for spelling in special_spellings(tokenizer):
+        for match in re.finditer(re.escape(spelling[0] + BREAK), prompt):
+            rest = prompt[match.end() : match.end() + 2 * len(spelling)].replace(BREAK, "")
+            if rest.startswith(spelling[1:]):
+                yield match.end() - 1, match.end()
 
 
 def count_bos(chunks: Sequence[Sequence[int]], bos_token_id: int | None) -> int:

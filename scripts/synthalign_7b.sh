@@ -13,13 +13,14 @@
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
+source scripts/checks.sh
 
 dry_run=false rounds=0 trust=()
 while [ $# -gt 0 ]; do
     case $1 in
         --dry-run) dry_run=true && shift ;;
         --trust_remote_code) trust=(--trust_remote_code) && shift ;;
-        --rounds) rounds=$2 && shift 2 ;;
+        --rounds) digits --rounds "${2:-}" && rounds=$2 && shift 2 ;;
         *) break ;;
     esac
 done
@@ -28,6 +29,7 @@ QUESTIONS=${QUESTIONS:-playground/data/synth/questions.txt}
 MODEL=${MODEL:-liuhaotian/llava-v1.5-7b}
 OUTPUT=${OUTPUT:-checkpoints/synthalign_7b}
 GPUS=${GPUS:-1}
+digits GPUS "$GPUS" 1
 IMAGE_REWARD=${IMAGE_REWARD:-clip:ViT-L-14-336-quickgelu}
 REWARD=${REWARD:-text:RLHFlow/ArmoRM-Llama3-8B-v0.1}
 STRATEGY=${STRATEGY:-both}

@@ -8,12 +8,13 @@
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
+source scripts/checks.sh
 
 rounds=1 prompts=400 scenes=300 epochs=4
 folder=runs/synth_tiny
 while [ $# -gt 0 ]; do
     case $1 in
-        --rounds) rounds=$2 && shift 2 ;;
+        --rounds) digits --rounds "${2:-}" 1 && rounds=$2 && shift 2 ;;
         --smoke) prompts=48 scenes=40 epochs=1 folder=runs/synth_smoke && shift ;;
         *) break ;;
     esac

@@ -30,7 +30,7 @@ from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.eval.questions import prompt_of_row, read_question_rows
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.fingerprint import digest_of_checkpoint
 
@@ -166,8 +166,8 @@ class Answerer:
         return len(self.token_ids(request))
 
     def token_ids(self, request: Request) -> Tensor:
-        """[T] ids of the prompt, up to where the answer begins."""
-        question = request.prompt
+        """[T] ids of the prompt, up to where the answer begins; a "</s>" in the question is encoded as text."""
+        question = literal(request.prompt, self.tokenizer)
         if request.image is not None:
             image = DEFAULT_IMAGE_TOKEN
             if getattr(self.model.config, "mm_use_im_start_end", False):
@@ -176,7 +176,7 @@ class Answerer:
         conversation = self.template.copy()
         conversation.append_message(conversation.roles[0], question)
         conversation.append_message(conversation.roles[1], None)
-        return tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")
+        return encode_prompt(conversation.get_prompt(), self.tokenizer)
 
     def pixels(self, request: Request, image_folder: ImageFolder) -> Tensor:
         picture = load_image(resolve_image(image_folder, str(request.image)))

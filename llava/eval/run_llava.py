@@ -46,7 +46,7 @@ def eval_model(args: Any) -> str:
     images = load_images(image_parser(args))
     model = LocalModel(args.model_path, args.model_base, conv_mode=args.conv_mode or DEFAULT_CONV_MODE)
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p)
-    prompt = model.render([(with_images(args.query, model.image_tokens(), len(images)), None)])
+    prompt = model.render([(with_images(model.literal(args.query), model.image_tokens(), len(images)), None)])
     *_, answer = "", *model.stream(prompt, images, decoding, Event())
     say(answer)
     return answer

@@ -29,10 +29,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dama.images import FORMATS, ImageFault, open_image
 from dama.pairs import MAX_PIXELS, UNREADABLE, as_rgb, exceeded_limit
+from dama.redact import redacted
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, encode_base64, get_template
 from llava.eval.generate import Decoding
-from llava.mm_utils import KeywordsStoppingCriteria, process_images, tokenizer_image_token
+from llava.mm_utils import KeywordsStoppingCriteria, encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
 
 # What LLaVA's commands choose for a LLaVA-v1.5 checkpoint. They guess it from the folder's name; here it is said.
@@ -178,9 +179,14 @@ class LocalModel:
         turns.append((question, None))
         if any(DEFAULT_IMAGE_TOKEN in text for turn in turns for text in turn if text):
             raise ValueError(f"the text holds {DEFAULT_IMAGE_TOKEN}, which stands for a picture; write it differently")
+        turns = [(self.literal(asked), answer and self.literal(answer)) for asked, answer in turns]
         if has_image:
             turns[0] = (f"{self.image_tokens()}\n{turns[0][0]}", turns[0][1])
         return self.render(turns)
+
+    def literal(self, text: str) -> str:
+        """A user's text for a prompt: the spelling of a special token in it stays text."""
+        return literal(text, self.tokenizer)
 
     def image_tokens(self) -> str:
         """What stands for a picture in a prompt of this model."""
@@ -255,7 +261,7 @@ class LocalModel:
         return (self.template.sep2 if two else self.template.sep) or self.tokenizer.eos_token
 
     def _inputs(self, prompt: str, images: Sequence[Image.Image], decoding: Decoding) -> dict[str, Any]:
-        ids: Tensor = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
+        ids = encode_prompt(prompt, self.tokenizer)
         places = prompt.count(DEFAULT_IMAGE_TOKEN)
         if places != len(images):
             raise ValueError(f"expected one {DEFAULT_IMAGE_TOKEN} for each picture, got {places} for {len(images)}")
@@ -324,12 +330,14 @@ class ServerModel:
         base_url: up to and with "/v1". name: the model's name there. The environment's OPENAI_API_KEY is sent along.
     """
 
-    timeout_s = 120.0  # without a byte from the server
+    connect_s = 10.0
+    timeout_s = 60.0  # without a byte from the server
+    answer_s = 600.0  # of a whole answer, however slowly it comes
 
     def __init__(self, base_url: str, name: str) -> None:
         address = urllib.parse.urlsplit(base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(f"server '{base_url}': expected a URL such as http://127.0.0.1:8000/v1")
+            raise ValueError(f"server '{redacted(base_url)}': expected a URL such as http://127.0.0.1:8000/v1")
         self.name, self.base_url, self.address = name, base_url.rstrip("/"), address
 
     def reply(
@@ -337,20 +345,21 @@ class ServerModel:
     ) -> Iterator[str]:
         body = self._body(history, question, image, decoding)
         finished = Event()
+        deadline = time.monotonic() + self.answer_s
         try:
             connection = self._connect()
             # The socket is shut from outside, since a reader that waits for the next line sees no event.
-            Thread(target=_shut_when, args=(connection.sock, stop, finished), daemon=True).start()
+            Thread(target=_shut_when, args=(connection.sock, stop, finished, deadline), daemon=True).start()
             yield from self._texts(connection, body, stop)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             if not stop.is_set():
-                raise ValueError(f"server {self.base_url}: {error or type(error).__name__}") from error
+                slow = f"no end of the answer within {self.answer_s:g} s" if time.monotonic() > deadline else ""
+                problem = slow or error or type(error).__name__
+                raise ValueError(redacted(f"server {self.base_url}: {problem}")) from error
         finally:
             finished.set()
 
-    def _body(
-        self, history: History, question: str, image: Image.Image | None, decoding: Decoding
-    ) -> dict[str, Any]:
+    def _body(self, history: History, question: str, image: Image.Image | None, decoding: Decoding) -> dict[str, Any]:
         messages: list[dict[str, Any]] = []
         for asked, answer in [*((q, a) for q, a in history if a), (question, None)]:
             messages.append({"role": "user", "content": asked})
@@ -367,8 +376,9 @@ class ServerModel:
     def _connect(self) -> http.client.HTTPConnection:
         secure = self.address.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self.address.hostname or "", self.address.port, timeout=self.timeout_s)
+        connection = kind(self.address.hostname or "", self.address.port, timeout=self.connect_s)
         connection.connect()
+        connection.sock.settimeout(self.timeout_s)
         return connection
 
     def _texts(self, connection: http.client.HTTPConnection, body: dict[str, Any], stop: Event) -> Iterator[str]:
@@ -381,34 +391,71 @@ class ServerModel:
             response = connection.getresponse()
             if response.status != 200:
                 said = " ".join(response.read(500).decode("utf-8", "replace").split())
-                raise ValueError(f"server {self.base_url}: status {response.status} for {self.name!r}: {said}")
+                raise ValueError(f"status {response.status} for {self.name!r}: {said}")
             text = ""
-            for piece in _pieces(response):
+            for piece in _pieces(_lines(response)):
                 if stop.is_set():
                     return
                 text += piece
+                if len(text) > MAX_ANSWER:
+                    raise ValueError(f"the answer has more than {MAX_ANSWER:,} characters")
                 yield text.strip()
+            if not text.strip():
+                raise ValueError("expected a stream of events with an answer, got none or an answer without text")
+
+
+MAX_ANSWER = 100_000  # characters
+MAX_LINE, MAX_REPLY = 1 << 20, 1 << 26  # bytes of a line of a streamed answer, and of all its lines
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The reply's lines. ValueError: one, or all together, are longer than any answer."""
+    received = 0
+    while line := response.readline(MAX_LINE + 1):
+        received += len(line)
+        if len(line) > MAX_LINE or received > MAX_REPLY:
+            raise ValueError(f"the server sends without end, {received / 2**20:.0f} MiB so far")
+        yield line
 
 
 def _pieces(lines: Iterable[bytes]) -> Iterator[str]:
-    """The new text in each event of a streamed chat completion, up to its [DONE]."""
+    """The new text in each event of a streamed chat completion, up to its [DONE].
+
+    Fields that are null or absent carry no text; ValueError where one has another type than the protocol's.
+    """
     for line in lines:
         data = line.decode("utf-8").strip().removeprefix("data:").strip()
         if data == "[DONE]":
             return
-        if not line.startswith(b"data:"):
+        if not line.startswith(b"data:") or not data:
             continue  # comments and blank lines
-        event = json.loads(data)
-        if "error" in event:
+        try:
+            event = _field({"event": json.loads(data)}, "event", dict)
+        except RecursionError as error:
+            raise ValueError("an event of the server is nested too deeply") from error
+        if event.get("error"):
             raise ValueError(f"the server broke off: {event['error']}")
-        for choice in event.get("choices", []):
-            if piece := choice.get("delta", {}).get("content"):
-                yield piece
+        for choice in _field(event, "choices", list):
+            delta = _field(_field({"choice": choice}, "choice", dict), "delta", dict)
+            if piece := _field(delta, "content", str):
+                # Half of a surrogate pair could not be shown or sent on.
+                yield piece.encode("utf-8", "replace").decode("utf-8")
 
 
-def _shut_when(sock: socket.socket, stop: Event, finished: Event) -> None:
+def _field(record: dict[str, Any], name: str, kind: type) -> Any:
+    """The field; an empty value of the kind where it is null or absent. ValueError: another type."""
+    value = record.get(name)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        got = f"{type(value).__name__} {str(value)[:60]!r}"
+        raise ValueError(f"an event of the server: expected {name} to be {kind.__name__} or null, got {got}")
+    return value
+
+
+def _shut_when(sock: socket.socket, stop: Event, finished: Event, deadline: float) -> None:
     while not finished.wait(0.05):
-        if stop.is_set():
+        if stop.is_set() or time.monotonic() > deadline:
             try:
                 sock.shutdown(socket.SHUT_RDWR)
             except OSError:
@@ -416,10 +463,11 @@ def _shut_when(sock: socket.socket, stop: Event, finished: Event) -> None:
             return
 
 
-def replies_together(replies: Sequence[Iterator[str]]) -> Iterator[list[str]]:
+def replies_together(replies: Sequence[Iterator[str]], pulse_s: float | None = None) -> Iterator[list[str]]:
     """The texts so far of several answers that are made at the same time, whenever one has grown.
 
-    Raises what the first failing one raises; the others go on until they are stopped.
+    They are repeated every `pulse_s` seconds without news, so that the reader of a silent model can leave. Raises what
+    the first failing one raises; the others go on until they are stopped.
     """
     events: queue.Queue[tuple[int, str | BaseException | None]] = queue.Queue()
 
@@ -435,7 +483,11 @@ def replies_together(replies: Sequence[Iterator[str]]) -> Iterator[list[str]]:
         Thread(target=pump, args=(index, reply), daemon=True).start()
     texts, running = [""] * len(replies), len(replies)
     while running:
-        index, item = events.get()
+        try:
+            index, item = events.get(timeout=pulse_s)
+        except queue.Empty:
+            yield list(texts)
+            continue
         if isinstance(item, BaseException):
             raise item
         if item is None:
@@ -487,5 +539,3 @@ class ObjectVocabulary:
 def read_vocabulary(path: str | Path) -> ObjectVocabulary:
     with open(path, encoding="utf-8") as file:
         return ObjectVocabulary(file)
-
-

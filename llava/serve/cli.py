@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from dama.console import report_error, say
+from dama.console import printable, report_error, say
 from llava.eval.generate import Decoding
 from llava.serve import chat
 from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
@@ -94,7 +94,7 @@ def show(texts: Iterator[str]) -> str:
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 

@@ -7,18 +7,23 @@ from __future__ import annotations
 import argparse
 import html
 import os
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
 from dama.console import report_error, say
+from dama.redact import redacted
 from llava.conversation import shrink
 from llava.eval.generate import Decoding
 from llava.serve.chat import (
@@ -35,6 +40,7 @@ from llava.serve.chat import (
     read_vocabulary,
     replies_together,
 )
+from llava.serve.guard import Guard, is_loopback
 
 EPILOG = """With --openai-base-url the models are those of a server, for which a checkpoint is exported first:
   python -m llava.model.export --to hf CHECKPOINT EXPORTED
@@ -45,11 +51,36 @@ A server's key is taken from the environment's OPENAI_API_KEY."""
 
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1500px !important; margin: auto !important; }
+#head h1 { margin: 0; }
 #notice { font-size: 0.9em; opacity: 0.8; }
+/* The question stays in sight, however long the page is; the padding lets the page scroll past it. */
+#asking { position: fixed; bottom: 0; left: 0; right: 0; z-index: 20; gap: 8px; width: auto;
+    padding: 8px max(16px, calc(50vw - 734px)); background: var(--body-background-fill);
+    border-top: 1px solid var(--border-color-primary); }
+.gradio-container { padding-bottom: 190px !important; }
+#buttons { gap: 8px; flex-wrap: nowrap; }
+#buttons button { min-width: 0; padding-left: 4px; padding-right: 4px; }
+@media (max-width: 640px) {
+    .gradio-container { padding: 8px 8px 190px !important; }
+    #asking textarea { max-height: 5.5em; }
+    #buttons button { font-size: 0.85em; }
+    .chat { height: 44vh !important; min-height: 220px !important; }
+}
 mark { border-radius: 4px; padding: 0 3px; }
 mark.absent { background: #fecaca; color: #7f1d1d !important; }
 mark.present { background: #d1fae5; color: #064e3b !important; }
 """
+
+# Limits on what one visitor, and all together, may take. Those of the page's fields hold for requests without the page.
+QUESTION_LENGTH, LISTED_LENGTH = 8000, 2000  # characters
+TURNS = 100  # of a conversation
+TOKENS = (16, 1024)  # of an answer
+PICTURE_SIDE = (1344, 672)  # pixels that a picture's longer and shorter side are shrunk to, as in LLaVA's own page
+PICTURES_AT_ONCE = 1  # decoded at the same time: one of 89 million pixels takes up to 600 MB
+SESSIONS = 200  # kept at the same time; the oldest go first
+SESSION_S = 3600.0  # seconds until a session is forgotten that nobody uses
+WAITING = 64  # events in the queue
+PULSE_S = 0.5  # seconds after which an answer that does not grow is looked at: has its reader left?
 
 
 # ------------------------------------------------------------------------------------------------------ conversations
@@ -95,7 +126,7 @@ class Session:
         self.busy = True
         try:
             yield
-            for turn.answers in replies_together(replies):
+            for turn.answers in replies_together(replies, PULSE_S):
                 yield
         finally:
             stop.set()
@@ -107,36 +138,77 @@ class Session:
 def as_html(text: str, vocabulary: ObjectVocabulary | None, listed: str) -> str:
     """The text with its objects marked: `present` where the user's list has them, `absent` where not.
 
-    Nothing is marked without a list. The text is escaped: it comes from a model and is no markup.
+    Nothing is marked without a list. The text comes from a model, so none of it is markup, see `as_text`.
     """
     if vocabulary is None or not listed.strip():
-        return html.escape(text, quote=False)
+        return as_text(text)
     names, parts, end = vocabulary.names(listed), [], 0
     for mention in vocabulary.mentions(text):
         kind = "present" if mention.name in names else "absent"
-        parts.append(html.escape(text[end : mention.start], quote=False))
-        parts.append(f'<mark class="{kind}">{html.escape(text[mention.start : mention.end])}</mark>')
+        parts.append(_references(text[end : mention.start]))
+        parts.append(f'<mark class="{kind}">{_references(text[mention.start : mention.end])}</mark>')
         end = mention.end
-    return "".join(parts) + html.escape(text[end:], quote=False)
+    return _indented("".join(parts) + _references(text[end:]))
+
+
+def as_text(text: str) -> str:
+    """Text for Gradio's Markdown that shows as it is: neither HTML nor Markdown, no link, and no image that loads.
+
+    Every ASCII character that is neither letter, digit nor space becomes a character reference, which Markdown takes
+    for text; so do white spaces that open a line, which could begin a block of code.
+    """
+    return _indented(_references(text))
+
+
+def _references(text: str) -> str:
+    return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match[0])};", text)
+
+
+def _indented(text: str) -> str:
+    return re.sub(r"^[ \t]+", lambda match: "&nbsp;" * len(match[0].expandtabs(4)), text, flags=re.MULTILINE)
 
 
 def messages(session: Session, model: int, vocabulary: ObjectVocabulary | None) -> list[dict[str, str]]:
     """A model's side of the conversation for Gradio's chatbot."""
     shown = []
     for turn in session.turns:
-        shown.append({"role": "user", "content": html.escape(turn.question, quote=False)})
+        shown.append({"role": "user", "content": as_text(turn.question)})
         if turn.answers[model]:
             shown.append({"role": "assistant", "content": as_html(turn.answers[model], vocabulary, session.listed)})
     return shown
 
 
 def open_upload(path: str) -> tuple[Image.Image, str]:
-    """(picture, what to tell the user) of an uploaded file. ValueError: it is refused."""
+    """(picture, shrunk to PICTURE_SIDE; what to show the user) of an uploaded file. ValueError: it is refused."""
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file.name}: more than {MAX_BYTES >> 20} MiB")
     image = read_image(file.read_bytes(), file.name)
-    return image, f"{file.name}, {image.width} x {image.height}, shown as the model sees it"
+    small = shrink(image, *PICTURE_SIDE)
+    shrunk = "" if small.size == image.size else f", shrunk from {image.width} x {image.height}"
+    return small, f"{file.name}, {small.width} x {small.height}{shrunk}, shown as the model sees it"
+
+
+def decoding_of(temperature: float, top_p: float, max_tokens: float) -> Decoding:
+    """One setting for all models of the page. ValueError: a value that the page's fields do not give."""
+    ranges = (
+        ("temperature", temperature, 0, 1),
+        ("top p", top_p, 0.05, 1),
+        ("tokens of an answer", max_tokens, *TOKENS),
+    )
+    for name, value, least, most in ranges:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(f"{name}: expected {least} to {most}, got {str(value)[:20]}")
+    return Decoding(max_new_tokens=int(max_tokens), temperature=temperature, top_p=top_p if temperature > 0 else None)
+
+
+def limited(name: str, text: Any, length: int) -> str:
+    """The text. ValueError: it is none, or longer than `length` characters."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected text, got {type(text).__name__}")
+    if len(text) > length:
+        raise ValueError(f"{name}: expected at most {length:,} characters, got {len(text):,}")
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
@@ -147,18 +219,22 @@ class Page:
 
     def __init__(self, models: Sequence[ChatModel], vocabulary: ObjectVocabulary | None, concurrency_count: int):
         self.models, self.vocabulary, self.concurrency_count = models, vocabulary, concurrency_count
+        # Threads of their own: each one's heap keeps the size of its largest picture.
+        self.preparing = ThreadPoolExecutor(PICTURES_AT_ONCE)
 
     def build(self) -> None:
         """Lays the page out and ties it up, inside a `gr.Blocks`."""
         import gradio as gr
 
         gr.Markdown("# LLaVA\n" + self._introduction(), elem_id="head")
-        self.session = gr.State(Session())
+        self.session = gr.State(Session(), time_to_live=SESSION_S)
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 self._build_left()
-            with gr.Column(scale=8, min_width=480):
-                self._build_right()
+            with gr.Column(scale=8, min_width=320):
+                self._build_chats()
+        with gr.Column(elem_id="asking"):
+            self._build_question()
         self._connect()
 
     def _introduction(self) -> str:
@@ -181,31 +257,38 @@ class Page:
         )
         self.listed = gr.Textbox(
             label="Objects in the picture", placeholder="dog, bench, traffic light", elem_id="listed",
-            info="Separated by commas; others that an answer names are marked.", visible=self.vocabulary is not None,
+            info="Separated by commas; others that an answer names are marked.",
+            visible=self.vocabulary is not None, max_length=LISTED_LENGTH,
         )  # fmt: skip
-        with gr.Accordion("Decoding", open=False):
+        for_both = ", the same for both models" if len(self.models) > 1 else ""
+        with gr.Accordion(f"Decoding{for_both}", open=False):
             self.temperature = gr.Slider(
-                0.0, 1.0, 0.2, step=0.1, label="Temperature", info="0 is greedy", elem_id="temperature"
+                0.0, 1.0, 0.0, step=0.1, label="Temperature", info="0: greedy, the default", elem_id="temperature"
             )
-            self.top_p = gr.Slider(0.05, 1.0, 0.7, step=0.05, label="Top p", info="with a temperature")
-            self.max_tokens = gr.Slider(16, 1024, 512, step=16, label="Tokens of an answer", elem_id="max-tokens")
+            self.top_p = gr.Slider(0.05, 1.0, 0.7, step=0.05, label="Top p", info="used with a temperature above 0")
+            self.max_tokens = gr.Slider(*TOKENS, 512, step=16, label="Tokens of an answer", elem_id="max-tokens")
 
-    def _build_right(self) -> None:
+    def _build_chats(self) -> None:
         import gradio as gr
 
         with gr.Row():
             self.chats = [
                 gr.Chatbot(
-                    label=model.name, height="58vh", min_height=320, buttons=[], latex_delimiters=[],
-                    feedback_options=None, elem_id=f"chat-{i}",
+                    label=model.name, height="52vh", min_height=280, buttons=[], latex_delimiters=[],
+                    feedback_options=None, elem_id=f"chat-{i}", elem_classes="chat",
                 )
                 for i, model in enumerate(self.models)
             ]  # fmt: skip
+
+    def _build_question(self) -> None:
+        import gradio as gr
+
+        to_both = " to both models" if len(self.models) > 1 else ""
         self.question = gr.Textbox(
-            show_label=False, placeholder="Ask about the picture, then press Enter", max_lines=6, autofocus=True,
-            elem_id="question", max_length=8000,
+            label=f"Your question{to_both}", placeholder="Ask about the picture, then press Enter", max_lines=6,
+            autofocus=True, elem_id="question", max_length=QUESTION_LENGTH,
         )  # fmt: skip
-        with gr.Row():
+        with gr.Row(elem_id="buttons"):
             self.send = gr.Button("Send", variant="primary", elem_id="send")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
             self.again = gr.Button("Regenerate", interactive=False, elem_id="regenerate")
@@ -236,8 +319,8 @@ class Page:
         gr.on([self.listed.submit, self.listed.blur], self.relist, [self.session, self.listed], self.chats, **at_once)
         chosen = [self.file, self.preview, self.notice, *view]
         # Through the queue, for only there can a handler put a warning on the page.
-        self.file.upload(self.choose, [self.session, self.file], chosen, concurrency_limit=None, show_progress="hidden",
-                         api_visibility="private")  # fmt: skip
+        self.file.upload(self.choose, [self.session, self.file], chosen, concurrency_limit=PICTURES_AT_ONCE,
+                         concurrency_id="pictures", show_progress="hidden", api_visibility="private")  # fmt: skip
 
     # Handlers.
 
@@ -253,17 +336,25 @@ class Page:
     def ask(
         self, session: Session, question: str, listed: str, temperature: float, top_p: float, max_tokens: int
     ) -> Iterator[list[Any]]:
-        session.listed = listed
-        decoding = Decoding(max_new_tokens=int(max_tokens), temperature=temperature, top_p=top_p)
-        if not question.strip() or session.busy:
-            yield [question, *self.view(session)]
-            return
+        import gradio as gr
+
         try:
+            session.listed = limited("the list of objects", listed, LISTED_LENGTH)
+            question = limited("the question", question, QUESTION_LENGTH)
+            decoding = decoding_of(temperature, top_p, max_tokens)
+            if not question.strip() or session.busy:
+                yield [question, *self.view(session)]
+                return
+            if len(session.turns) >= TURNS:
+                raise ValueError(f"the conversation has {TURNS} questions, the most it can hold: begin a new one")
             for _ in session.ask(self.models, question.strip(), decoding):
                 yield ["", *self.view(session)]
-        except ValueError as error:
-            warn(str(error))
-            yield [question, *self.view(session)]
+        except Exception as error:
+            # A ValueError is meant for the visitor; of any other the machine's owner learns more than the visitor.
+            warn(str(error) if isinstance(error, ValueError) else "The model failed; the server's log says why.")
+            if not isinstance(error, ValueError):
+                report_error(error, "gradio_web_server")
+            yield [gr.skip() if not isinstance(question, str) else question[:QUESTION_LENGTH], *self.view(session)]
 
     def regenerate(
         self, session: Session, listed: str, temperature: float, top_p: float, max_tokens: int
@@ -278,7 +369,7 @@ class Page:
         return self.view(session)
 
     def relist(self, session: Session, listed: str) -> Any:
-        session.listed = listed
+        session.listed = limited("the list of objects", listed, LISTED_LENGTH)
         chats = [messages(session, i, self.vocabulary) for i in range(len(self.models))]
         return chats if len(chats) > 1 else chats[0]
 
@@ -287,20 +378,21 @@ class Page:
         import gradio as gr
 
         try:
-            image, notice = open_upload(path)
+            image, notice = self.preparing.submit(open_upload, path).result()
         except ValueError as error:
             warn(f"Refused: {error}")
-            return [None, gr.skip(), html.escape(f"Refused: {error}"), *self.view(session)]
+            return [None, gr.skip(), as_text(f"Refused: {error}"), *self.view(session)]
+        finally:
+            Path(path).unlink(missing_ok=True)  # Gradio's own copy of what was uploaded
         session.begin(image)
-        small = shrink(image, max_len=1344, min_len=672)
-        return [None, gr.update(value=small, visible=True), html.escape(notice), *self.view(session)]
+        return [None, gr.update(value=image, visible=True), as_text(notice), *self.view(session)]
 
 
 def warn(message: str) -> None:
     """A note in the corner of the page of the user whose event is being handled."""
     import gradio as gr
 
-    gr.Warning(html.escape(message))
+    gr.Warning(html.escape(redacted(message), quote=False))
 
 
 def build_demo(
@@ -316,22 +408,37 @@ def build_demo(
 
     with gr.Blocks(title="LLaVA", analytics_enabled=False, delete_cache=(600, 600), fill_width=True) as demo:
         Page(models, vocabulary, concurrency_count).build()
-    return demo
+    return demo.queue(max_size=WAITING, api_open=False)
 
 
-def serve(demo: Any, host: str, port: int | None, *, share: bool = False, wait: bool = True) -> str:
+def serve(
+    demo: Any, host: str, port: int | None, *, share: bool = False, wait: bool = True, names: Iterable[str] = ()
+) -> str:
     """Serves the page and returns its address, after Ctrl-C unless `wait` is off.
 
-    Only files that Gradio itself made in its temporary folder (GRADIO_TEMP_DIR) can be fetched.
+    Only files that Gradio itself made in its temporary folder (GRADIO_TEMP_DIR) can be fetched. Where `host` is of this
+    machine alone, so must be the name that a browser asks for; `names` adds those of a proxy in front of the page.
     """
     import gradio as gr
 
+    any_name, allowed = share or not is_loopback(host), {name.lower() for name in names}
+
+    @asynccontextmanager
+    async def guarded(app: Any) -> AsyncIterator[None]:
+        # Around all of Gradio's own middleware, which would add its CORS headers to a refusal.
+        folder = os.environ["GRADIO_TEMP_DIR"]
+        app.middleware_stack = Guard(app.middleware_stack, folder, MAX_BYTES, names=allowed, any_name=any_name)
+        yield
+
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    _, address, _ = demo.launch(
+    _, address, shared = demo.launch(
         server_name=host, server_port=port, share=share, max_file_size=MAX_BYTES, allowed_paths=[], footer_links=[],
         show_error=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, quiet=True,
-        prevent_thread_lock=True, inbrowser=False, theme=theme, css=CSS,
+        prevent_thread_lock=True, inbrowser=False, theme=theme, css=CSS, state_session_capacity=SESSIONS,
+        app_kwargs={"lifespan": guarded},
     )  # fmt: skip
+    if shared:
+        allowed.add(urlsplit(shared).netloc.lower())
     if wait:
         say(f"serving on {address} (Ctrl-C ends)")
         demo.block_thread()
@@ -373,6 +480,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--load-8bit", action="store_true", help="weights in 8 bits (bitsandbytes, GPU)")
     parser.add_argument("--load-4bit", action="store_true", help="weights in 4 bits (bitsandbytes, GPU)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
+    parser.add_argument(
+        "--allow-host", nargs="+", default=[], metavar="NAME", help="names of a proxy that leads to this machine's page"
+    )
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     parser.add_argument(
         "--concurrency-count", type=int, default=4, help="users answered at the same time (default: %(default)s)"
@@ -402,7 +512,7 @@ def main(argv: list[str] | None = None) -> int:
             vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else None
             models = build_models(args)
             demo = build_demo(models, vocabulary, concurrency_count=args.concurrency_count)
-            serve(demo, args.host, args.port, share=args.share)
+            serve(demo, args.host, args.port, share=args.share, names=args.allow_host)
         except Exception as error:
             report_error(error, "gradio_web_server")
             if isinstance(error, ImportError):

@@ -32,7 +32,7 @@ from dama.shared_prefix import common_prefix
 from dama.stage import differences
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Template, get_template
-from llava.mm_utils import process_images
+from llava.mm_utils import literal, process_images
 from llava.model.splice import ForwardPlan
 from llava.train.preprocess import EncodedTurns, encode_turns
 
@@ -60,15 +60,19 @@ class PreparedPair:
 def encode_pair(
     pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, template: Template, use_im_start_end: bool = False
 ) -> tuple[EncodedTurns, EncodedTurns]:
-    """Ids and labels of both answers to the pair's question, the image before it as in LLaVA-v1.5's training."""
+    """Ids and labels of both answers to the pair's question, the image before it as in LLaVA-v1.5's training.
+
+    A special token's spelling in these texts, such as "</s>", is encoded as the text that it is.
+    """
     image = DEFAULT_IMAGE_TOKEN
     if use_im_start_end:
         image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
-    question = f"{image}\n{pair.question}"
+    question = f"{image}\n{literal(pair.question, tokenizer)}"
 
     def encode(answer: str) -> EncodedTurns:
         try:
-            return encode_turns([("human", question), ("gpt", answer)], tokenizer, template, has_image=True)
+            turns = [("human", question), ("gpt", literal(answer, tokenizer))]
+            return encode_turns(turns, tokenizer, template, has_image=True)
         except ValueError as error:
             raise ValueError(f"pair {pair.id}: {error}") from error
 

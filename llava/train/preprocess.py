@@ -24,7 +24,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Segment, SeparatorStyle, Template, conv_templates, default_conversation
-from llava.mm_utils import count_bos, join_chunks
+from llava.mm_utils import tokenize_with_offsets
 
 CHATML_SYSTEM = "<|im_start|>system\n"
 
@@ -119,17 +119,7 @@ class PlacedTokens:
 
 def tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, has_image: bool) -> PlacedTokens:
     """The ids that tokenizer_image_token gives (those of plain text without `has_image`), each with its place."""
-    chunks = prompt.split(DEFAULT_IMAGE_TOKEN) if has_image else [prompt]
-    encoded = tokenizer(chunks, return_offsets_mapping=True, verbose=False)
-    n_bos = count_bos(encoded.input_ids, tokenizer.bos_token_id)
-    places: list[tuple[int, int]] = []
-    begin = 0
-    for index, (chunk, offsets) in enumerate(zip(chunks, encoded.offset_mapping)):
-        if index:
-            places.append((begin - len(DEFAULT_IMAGE_TOKEN), begin))
-        places.extend((begin + start, begin + stop) for start, stop in offsets[n_bos if index else 0 :])
-        begin += len(chunk) + len(DEFAULT_IMAGE_TOKEN)
-    return PlacedTokens(join_chunks(encoded.input_ids, IMAGE_TOKEN_INDEX, n_bos), places)
+    return PlacedTokens(*tokenize_with_offsets(prompt, tokenizer, has_image))
 
 
 # ------------------------------------------------------------------------------------------------ the formats of turns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from dama.images import open_image
 from dama.pairs import FILE_REMEDY, ImageFolder, PairsError, fault_list, load_image, resolve_image
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Template, default_conversation, get_template
-from llava.mm_utils import get_anyres_image_grid_shape, process_images
+from llava.mm_utils import get_anyres_image_grid_shape, literal, process_images
 from llava.model.splice import ForwardPlan
 from llava.train.arguments import Arguments
 from llava.train.preprocess import encode_turns, preprocess, preprocess_multimodal
@@ -30,7 +29,7 @@ WORDS_OF_AN_IMAGE = 128  # what LLaVA counts for an image when it groups rows by
 
 
 class LazySupervisedDataset(Dataset):
-    """LLaVA's conversations, tokenised when they are asked for.
+    """LLaVA's conversations, tokenised when they are asked for; a "</s>" in a turn is encoded as text.
 
     Args:
         data_path: rows {"id", "image"?, "conversations": [{"from", "value"}, ...]} see `llava.train.sft_rows`.
@@ -68,7 +67,7 @@ class LazySupervisedDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         row = self.list_data_dict[i]
         has_image = "image" in row
-        source = copy.deepcopy(row["conversations"])
+        source = [turn | {"value": literal(turn["value"], self.tokenizer)} for turn in row["conversations"]]
         if has_image:
             (source,) = preprocess_multimodal([source], self.data_args)
         encoded = preprocess([source], self.tokenizer, has_image=has_image, template=self.template)
@@ -153,7 +152,7 @@ def supervision_of(
     if bound <= limit:
         return bound, None
     (source,) = preprocess_multimodal([row["conversations"]], data_args)
-    turns = [(turn["from"], turn["value"]) for turn in source]
+    turns = [(turn["from"], literal(turn["value"], tokenizer)) for turn in source]
     encoded = encode_turns(turns, tokenizer, data_args.template, has_image="image" in row)
     widths = torch.where(encoded.input_ids == IMAGE_TOKEN_INDEX, image, 1)
     supervised = (encoded.labels != IGNORE_INDEX).nonzero().flatten()

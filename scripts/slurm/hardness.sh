@@ -15,6 +15,7 @@ set -euo pipefail
 # Under sbatch the script is a copy without its neighbors.
 case " $* " in *" --help "*) source "$(dirname "$0")/../help.sh" ;; esac
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}" # sbatch runs a copy of this file that lies elsewhere
+source scripts/checks.sh
 
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then
@@ -22,6 +23,8 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 OUT=${OUTPUT:-checkpoints/dama_7b}/hardness
+workers=${SLURM_CPUS_PER_TASK:-12}
+digits SLURM_CPUS_PER_TASK "$workers" 1
 run() {
     printf '+'
     printf ' %q' "$@"
@@ -34,6 +37,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 run srun --mpi=none --kill-on-bad-exit=1 python -m dama hardness \
     --data "${DATA:-playground/data/pairs.jsonl}" --image_folder "${IMAGES:-playground/data/images}" \
     --on_bad_image skip --clip ViT-L-14-336-quickgelu --precision bf16 --batch_size 64 \
-    --workers "${SLURM_CPUS_PER_TASK:-12}" --out "$OUT" "$@"
+    --workers "$workers" --out "$OUT" "$@"
 # The last task has merged the shards, unless the disk showed two that ended together each other's files too late.
 if ! grep -qs '"complete": true' "$OUT/manifest.json"; then run python -m dama merge "$OUT"; fi

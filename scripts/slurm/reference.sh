@@ -15,6 +15,7 @@ set -euo pipefail
 # Under sbatch the script is a copy without its neighbors.
 case " $* " in *" --help "*) source "$(dirname "$0")/../help.sh" ;; esac
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}" # sbatch runs a copy of this file that lies elsewhere
+source scripts/checks.sh
 
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then
@@ -22,6 +23,8 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 OUT=${OUTPUT:-checkpoints/dama_7b}/reference
+workers=${SLURM_CPUS_PER_TASK:-8}
+digits SLURM_CPUS_PER_TASK "$workers" 1
 run() {
     printf '+'
     printf ' %q' "$@"
@@ -35,6 +38,6 @@ run srun --mpi=none --kill-on-bad-exit=1 python -m dama reference \
     --model_name_or_path "${MODEL:-liuhaotian/llava-v1.5-7b}" \
     --data "${DATA:-playground/data/pairs.jsonl}" --image_folder "${IMAGES:-playground/data/images}" \
     --on_bad_image skip --on_long_pair skip --precision bf16 --model_max_length 2048 --batch_size 4 \
-    --workers "${SLURM_CPUS_PER_TASK:-8}" --out "$OUT" "$@"
+    --workers "$workers" --out "$OUT" "$@"
 # The last task has merged the shards, unless the disk showed two that ended together each other's files too late.
 if ! grep -qs '"complete": true' "$OUT/manifest.json"; then run python -m dama merge "$OUT"; fi

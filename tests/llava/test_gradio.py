@@ -1,6 +1,7 @@
 """The chat page: its conversations and marks, a model behind a server, and the page itself in a headless Chromium."""
 
 import copy
+import html
 import http.client
 import json
 import os
@@ -50,11 +51,17 @@ class Echo:
 def test_marks():
     """The list has dog, by its synonym; the text is no markup."""
     text = "Two dogs & a <b>cat</b> (concat)."
-    assert page.as_html(text, VOCABULARY, "Puppy, bench") == (
-        'Two <mark class="present">dogs</mark> &amp; a &lt;b&gt;<mark class="absent">cat</mark>&lt;/b&gt; (concat).'
-    )
+    marked = page.as_html(text, VOCABULARY, "Puppy, bench")
+    assert re.findall(r"<[^>]*>", marked) == ['<mark class="present">', "</mark>", '<mark class="absent">', "</mark>"]
+    assert html.unescape(re.sub(r"<[^>]*>", "", marked)) == text
     for vocabulary, listed in ((None, "dog"), (VOCABULARY, "  ")):
-        assert page.as_html(text, vocabulary, listed) == "Two dogs &amp; a &lt;b&gt;cat&lt;/b&gt; (concat)."
+        unmarked = page.as_html(text, vocabulary, listed)
+        assert html.unescape(unmarked) == text and "<" not in unmarked
+
+
+@pytest.mark.parametrize("text", ["&nbsp;x", "&amp;lt;", "a  b", "x\n", ""])
+def test_text_of_a_model_is_no_markup(text):
+    assert html.unescape(page.as_text(text)) == text
 
 
 # ------------------------------------------------------------------------------------------------------ conversations
@@ -72,7 +79,7 @@ def test_two_models_answer_each_with_its_own_history():
     list(ask(session, "so?"))
     assert session.history(1) == [("why not?", "B 0 why not?"), ("so?", "B 1 so?")] and not session.busy
     assert page.messages(session, 0, None)[2:] == [
-        {"role": "user", "content": "so?"}, {"role": "assistant", "content": "A 1 so?"},
+        {"role": "user", "content": "so&#63;"}, {"role": "assistant", "content": "A 1 so&#63;"},
     ]  # fmt: skip
 
 
@@ -109,13 +116,16 @@ def test_a_question_that_fails_leaves_no_turn():
 def test_what_is_shown_of_an_answer_that_has_not_begun():
     session = Session()
     session.turns = [Turn("a < b?", ["", "Yes"])]
-    assert page.messages(session, 0, None) == [{"role": "user", "content": "a &lt; b?"}]
+    assert page.messages(session, 0, None) == [{"role": "user", "content": page.as_text("a < b?")}]
 
 
 def test_upload(tmp_path):
     Image.new("RGB", (3, 2)).save(tmp_path / "a.gif")
     image, notice = page.open_upload(str(tmp_path / "a.gif"))
     assert image.size == (3, 2) and notice == "a.gif, 3 x 2, shown as the model sees it"
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "large.png")
+    image, notice = page.open_upload(str(tmp_path / "large.png"))
+    assert image.size == (896, 672) and notice.startswith("large.png, 896 x 672, shrunk from 4000 x 3000, ")
     with open(tmp_path / "b.png", "wb") as file:
         file.truncate(page.MAX_BYTES + 1)
     with pytest.raises(ValueError, match="b.png: more than 20 MiB"):
@@ -392,6 +402,177 @@ def test_two_models_side_by_side(screen, models, picture, words):
     assert "<i>Why</i>?" in screen.text("#chat-1 [data-testid=user]")
     screen.click("clear")
     screen.until(lambda: not screen.find("[data-testid=user]") and not screen.enabled("clear"))
+
+
+def box(screen, selector):
+    """Left, top, right and bottom of an element in the window, and the window's own width and height."""
+    script = (
+        "const r = document.querySelector(arguments[0]).getBoundingClientRect();"
+        "return [r.left, r.top, r.right, r.bottom, innerWidth, innerHeight]"
+    )
+    return screen.chrome.execute_script(script, selector)
+
+
+@pytest.fixture()
+def window(browser):
+    def resize(width, height):
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    yield resize
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("size", [(390, 844), (390, 600), (1440, 900), (1024, 600)])
+def test_the_question_is_in_sight(window, browser, address, models, picture, size):
+    """On a phone and on a desktop, at first, beside a picture and long answers, and at every place of the page."""
+    window(*size)
+    screen = Screen(browser, address)
+
+    def check():
+        assert browser.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+        for selector in ("#question textarea", "#question label", "#send", "#stop", "#regenerate", "#clear"):
+            left, top, right, bottom, width, height = box(screen, selector)
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height, selector
+
+    check()
+    assert browser.execute_script("return scrollY") == 0
+    assert "Your question to both models" in screen.text("#question label")
+    screen.upload(GOLDEN / "images" / "wide.png")
+    screen.until(lambda: screen.find("#preview img"))
+    check()
+    screen.ask(QUESTION)
+    screen.until(lambda: len(screen.answers()) == 2 and all(screen.answers()))
+    check()
+    for place in ("document.body.scrollHeight", "0"):
+        browser.execute_script(f"window.scrollTo(0, {place})")
+        check()
+    browser.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    assert box(screen, "#chat-1")[3] <= box(screen, "#asking")[1]  # nothing stays hidden behind it
+
+
+def test_greedy_is_the_default_for_both(screen, models, picture):
+    screen.upload(GOLDEN / "images" / "wide.png")
+    screen.until(lambda: screen.find("#preview img"))
+    assert "Decoding, the same for both models" in screen.text("button.label-wrap")
+    screen.ask(QUESTION)
+    expected = [letters(greedy(model, QUESTION, picture, tokens=512)) for model in models]
+    screen.until(lambda: [letters(text) for text in screen.answers()] == expected)
+
+
+class Visits(BaseHTTPRequestHandler):
+    """A foreign host that counts who comes."""
+
+    def do_GET(self):
+        self.server.visits.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+class Says:
+    """A model that answers the same to everything."""
+
+    name = "m"
+
+    def __init__(self, text):
+        self.text = text
+
+    def reply(self, history, question, image, decoding, stop):
+        yield self.text
+
+
+MARKUP = """![x](URL/md) ![y][r] [link](URL/link) <URL/auto> URL/bare www.URL [a](javascript:alert(1))
+[r]: URL/ref
+<img src="URL/img"><video poster="URL/poster"></video><iframe src="URL/frame"></iframe>
+<style>@import "URL/css";</style><link rel="prefetch" href="URL/pre"><svg><image href="URL/svg"/></svg>
+<mark style="background:url(URL/style)">m</mark><script>fetch("URL/js")</script><base href="URL/base">
+&lt;img src=URL/entity&gt; &#60;img src=URL/number&#62; $$\\includegraphics{URL/tex}$$ `code` **bold** __b__ ~~s~~
+
+    indented ![x](URL/code)
+```mermaid
+graph LR; A-->B; click A "URL/mermaid"
+```
+# heading
+> quote
+- item
+1. one
+| a | b |
+|---|---|
+| ![t](URL/table) | \\* |
+"""
+
+
+@pytest.fixture()
+def foreign():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Visits)
+    server.visits = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield server
+    server.shutdown()
+
+
+def test_an_answer_shows_as_text_and_loads_nothing(browser, address, foreign):
+    answer = MARKUP.replace("URL", foreign.url)
+    demo = page.build_demo([Says(answer)], VOCABULARY)
+    try:
+        screen = Screen(browser, page.serve(demo, "127.0.0.1", None, wait=False))
+        browser.get_log("browser")
+        screen.ask(answer.replace("\n", " "))
+        shown = screen.until(lambda: screen.text("#chat-0 [data-testid=bot]"))
+        assert [line.split() for line in shown.splitlines() if line.strip()] == [
+            line.split() for line in answer.splitlines() if line.strip()
+        ]
+        assert "![x]" in screen.text("#chat-0 [data-testid=user]")
+        inside = "#chat-0 .message :is(a, img, video, iframe, style, link, svg, script, base, table, h1, code, li)"
+        assert screen.find(inside) == []
+        assert foreign.visits == []
+        # Even markup that got through would load nothing.
+        browser.execute_script("new Image().src = arguments[0]; fetch(arguments[0]).catch(() => 0)", foreign.url)
+        time.sleep(0.5)
+        assert foreign.visits == [] and "Content Security Policy" in str(browser.get_log("browser"))
+    finally:
+        demo.close(verbose=False)
+
+
+def test_a_page_has_all_that_its_policy_lets_it_load(browser, address):
+    browser.get_log("browser")
+    Screen(browser, address)
+    assert [entry for entry in browser.get_log("browser") if "Content Security Policy" in entry["message"]] == []
+
+
+def test_what_goes_wrong_is_shown_without_credentials(browser, address, server):
+    """Every model that fails leaves a note on the page; a question whose answer failed stays in its field."""
+    base = server.url.replace("http://", "http://user:S3CRET@")
+    demo = page.build_demo([ServerModel(base, "breaks"), Fails()])
+    try:
+        screen = Screen(browser, page.serve(demo, "127.0.0.1", None, wait=False))
+        time.sleep(1)
+        screen.ask("why?")
+        screen.until(lambda: "The model failed; the server's log says why." in screen.text(".toast-wrap"))
+        assert "out of memory" not in screen.text("body")
+        assert screen.find("#question textarea")[0].get_attribute("value") == "why?"
+    finally:
+        demo.close(verbose=False)
+    demo = page.build_demo([ServerModel(base, "breaks")])
+    try:
+        screen = Screen(browser, page.serve(demo, "127.0.0.1", None, wait=False))
+        screen.ask("why?")
+        screen.until(lambda: "engine died" in screen.text(".toast-wrap"))
+        assert "S3CRET" not in browser.page_source and "[redacted]@127.0.0.1" in screen.text(".toast-wrap")
+    finally:
+        demo.close(verbose=False)
+
+
+class Fails:
+    name = "fails"
+
+    def reply(self, history, question, image, decoding, stop):
+        raise RuntimeError("out of memory at /home/someone")
+        yield
 
 
 def wait_until_silent(models, seconds=0.4):
