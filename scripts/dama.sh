@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
+source scripts/checks.sh
 source scripts/gpus.sh
 
 dry_run=false
@@ -21,6 +22,8 @@ MICRO_BATCH=${MICRO_BATCH:-$DEFAULT_MICRO_BATCH}
 ZERO=${ZERO:-scripts/zero2.json}
 CLIP=ViT-L-14-336-quickgelu
 pairs_per_step=16
+digits GPUS "$GPUS"
+digits MICRO_BATCH "$MICRO_BATCH" 1
 
 run() {
     printf '+'

@@ -14,6 +14,7 @@ set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 source scripts/checks.sh
+source scripts/gpus.sh
 
 dry_run=false rounds=0 trust=()
 while [ $# -gt 0 ]; do
@@ -30,6 +31,7 @@ MODEL=${MODEL:-liuhaotian/llava-v1.5-7b}
 OUTPUT=${OUTPUT:-checkpoints/synthalign_7b}
 GPUS=${GPUS:-1}
 digits GPUS "$GPUS" 1
+read -ra launch <<<"$(launch_on "$GPUS")"
 IMAGE_REWARD=${IMAGE_REWARD:-clip:ViT-L-14-336-quickgelu}
 REWARD=${REWARD:-text:RLHFlow/ArmoRM-Llama3-8B-v0.1}
 STRATEGY=${STRATEGY:-both}
@@ -56,14 +58,14 @@ align() { # align FOLDER CHECKPOINT [FLAGS]: hardness, reference and training on
     run python -m dama reference --data "$folder/pairs.jsonl" "${data[@]}" --on_long_pair skip \
         --model_name_or_path "$checkpoint" --precision bf16 --model_max_length 2048 --batch_size 4 \
         --out "$folder/reference"
-    run deepspeed --num_gpus "$GPUS" llava/train/train_mem.py --deepspeed scripts/zero2.json --task DPO \
+    run deepspeed "${launch[@]}" llava/train/train_mem.py --deepspeed scripts/zero2.json --task DPO \
         --model_name_or_path "$checkpoint" --version v1 --image_aspect_ratio pad \
         --data_path "$folder/pairs.jsonl" "${data[@]}" --on_long_pair skip \
         --hardness "$folder/hardness" --reference "$folder/reference" --strategy "$STRATEGY" --dpo_beta 0.1 \
         --lora_enable True --lora_r 128 --lora_alpha 256 --lora_dropout 0.05 --mm_projector_lr 2e-5 \
         --learning_rate 1e-5 --num_train_epochs 2 --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0. \
         --per_device_train_batch_size 1 --gradient_accumulation_steps $((16 / GPUS)) \
-        --bf16 True --gradient_checkpointing True --model_max_length 2048 --dataloader_num_workers 4 \
+        --auto_micro_batch True --bf16 True --gradient_checkpointing True --auto_checkpointing True --model_max_length 2048 --dataloader_num_workers 4 \
         --save_strategy epoch --save_total_limit 1 --logging_steps 5 --report_to tensorboard \
         --output_dir "$folder/lora" "$@"
     [ -d "$folder/merged" ] || run python scripts/merge_lora_weights.py --model-path "$folder/lora" \

@@ -19,6 +19,9 @@ DOORS = [
     ("synthalign_7b.sh", None, "GPUS"),
     ("synthalign_7b.sh", ["--dry-run", "--rounds"], "--rounds"),
     ("synthalign_tiny.sh", ["--rounds"], "--rounds"),
+    ("dama_7b.sh", None, "GPUS"),
+    ("dama_7b.sh", None, "MICRO_BATCH"),
+    ("v1_5/finetune.sh", None, "GPUS"),
     ("slurm/hardness.sh", None, "SLURM_CPUS_PER_TASK"),
     ("slurm/reference.sh", None, "SLURM_CPUS_PER_TASK"),
 ]

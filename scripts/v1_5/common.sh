@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/../help.sh"
 cd "$(dirname "$0")/../.."
+source scripts/checks.sh
 source scripts/gpus.sh
 
 dry_run=false
@@ -17,6 +18,7 @@ VISION_TOWER=${VISION_TOWER:-openai/clip-vit-large-patch14-336}
 IMAGES=${IMAGES:-playground/data}
 OUTPUT=${OUTPUT:-checkpoints/llava-v1.5-$STAGE}
 GPUS=${GPUS:-$(visible_gpus | wc -l)}
+digits GPUS "$GPUS"
 if [ "$GPUS" -eq 0 ]; then GPUS=1; fi # a dry run, or a CPU with --use_cpu True
 
 read -ra launch <<<"$(launch_on "$GPUS")"

@@ -2,17 +2,21 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.requirements import Requirement
 
 from llava.rehearsal.launch import environment
+from llava.train.preflight import why_no_gpu
 from tests.cuda.conftest import outcomes_of, skip_unless_possible
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = 11
+TESTS = 10
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,45 @@ def test_deepspeed_starts_ranks_on_the_visible_gpus(machine, tmp_path):
                           cwd=tmp_path, check=True)  # fmt: skip
     ranks = sorted(line for line in done.stdout.splitlines() if line.startswith("RANK"))
     assert ranks == ["RANK 0 2,3", "RANK 1 2,3"]
+
+
+def test_setup_takes_torch_of_an_older_cuda(tmp_path):
+    """Of setup.sh's commands to pip torch comes first, from the index; then with a constraint that its local version
+    meets. A later call without the variable leaves it as it is."""
+    for name in ("setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
+    python.chmod(0o755)
+    variables = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    for more in ({"TORCH_INDEX_URL": "https://index.test/cu126"}, {}):
+        subprocess.run(["bash", "scripts/setup.sh"], cwd=tmp_path, env=variables | more, check=True)
+    first, *others = (tmp_path / "commands").read_text().splitlines()
+    assert first.endswith("--constraint .venv/constraints.txt --index-url https://index.test/cu126 torch torchvision")
+    assert len(others) == 2 and not any("index-url" in command for command in others)
+    wanted = {line.partition("=")[0]: line for line in (tmp_path / ".venv/constraints.txt").read_text().splitlines()}
+    release = wanted["torch"].rpartition("=")[2]
+    assert Requirement(wanted["torch"]).specifier.contains(f"{release}+cu126")
+    assert not Requirement(wanted["torch"].replace("==", "===")).specifier.contains(f"{release}+cu126")
+
+
+@pytest.mark.parametrize(
+    ("driver", "visible", "said"),
+    [("535.183.01", None, "the NVIDIA driver is 535.183.01, torch 2.13.0 for CUDA 13.0 needs 580 or newer; update the "
+      "driver, or set TORCH_INDEX_URL"),
+     ("580.65.06", "7", "none visible with CUDA_VISIBLE_DEVICES='7'; nvidia-smi finds driver 580.65.06"),
+     ("580.65.06", None, "finds none, nvidia-smi finds driver 580.65.06"),
+     ("No devices were found", None, "none found; for a run without one see scripts/dama_tiny.sh")],
+)  # fmt: skip
+def test_why_there_is_no_gpu(tmp_path, monkeypatch, driver, visible, said):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{driver}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert said in why_no_gpu()
