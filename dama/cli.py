@@ -545,8 +545,8 @@ REFERENCE_EXAMPLES = """\
 examples:
   python -m dama reference --model_name_or_path liuhaotian/llava-v1.5-7b --data pairs.json --image_folder images \\
       --precision bf16 --out runs/reference
-  deepspeed --num_gpus 4 --module dama reference --model_name_or_path liuhaotian/llava-v1.5-7b --data pairs.json \\
-      --image_folder images --precision bf16 --out runs/reference
+  deepspeed --include localhost:0,1,2,3 --module dama reference --model_name_or_path liuhaotian/llava-v1.5-7b \\
+      --data pairs.json --image_folder images --precision bf16 --out runs/reference
 """
 
 

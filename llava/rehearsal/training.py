@@ -159,6 +159,7 @@ def zero_init(args: Any) -> Any:
         return nullcontext()
     import deepspeed
 
+    deepspeed.init_distributed()  # which finds the fake process group
     return deepspeed.zero.Init(config_dict_or_path=args.hf_deepspeed_config.config)
 
 
