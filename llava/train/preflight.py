@@ -368,7 +368,7 @@ def look_at_memory(plan: Plan, shape: ModelShape, lengths: Sequence[PairLength],
     if there and taken > there and args.check_memory:
         plan.faults.append(
             f"{unit} memory: {size(there)} on each, about {size(taken)} needed on {plan.ranks} {unit}(s) "
-            f"({size(needed.peak)} of tensors); {'; or '.join(remedies(plan, shape, lengths, there))}; or "
+            f"({size(needed.peak)} of tensors); use {'; or '.join(remedies(plan, shape, lengths, there))}; or "
             "--check_memory False to try all the same"
         )
 
