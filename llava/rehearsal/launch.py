@@ -45,6 +45,22 @@ def environment(
     }
 
 
+def is_rehearsed() -> bool:
+    """Whether this process was started on the null device."""
+    return "NULLCUDA_DEVICES" in os.environ
+
+
+def allow_forks() -> None:
+    """Let this forked process use the null device.
+
+    torch refuses CUDA in a process forked from one that has counted devices, whose driver's state would not survive;
+    the null device has no driver.
+    """
+    import torch
+
+    torch.cuda._is_in_bad_fork = lambda: False  # type: ignore[assignment]
+
+
 def before(first: str, variable: str) -> str:
     rest = os.environ.get(variable)
     return f"{first}{os.pathsep}{rest}" if rest else first
