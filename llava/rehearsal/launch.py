@@ -42,6 +42,7 @@ def environment(
         "NULLCUDA_DEVICES": str(devices),
         "NULLCUDA_NAME": name,
         "NULLCUDA_CAPABILITY": "{}.{}".format(*capability),
+        "TORCH_DISABLE_NATIVE_JIT": "1",  # operators that torch writes in Triton
     }
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
@@ -102,7 +103,9 @@ def run_child(name: str, results: Path, log: Path, limit: float, rehearse: bool)
         return child.exitcode
     finally:
         if child.is_alive():
-            os.killpg(child.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has a group of its own from its first line on
+                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
             child.join()
 
 

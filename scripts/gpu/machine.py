@@ -15,7 +15,9 @@ from dama.shared_prefix import attention_backend
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.preflight import driver_version, why_no_gpu
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "triton", "deepspeed", "trl", "open_clip_torch", "flash_attn")
+PACKAGES = (
+    "torch", "transformers", "accelerate", "peft", "triton", "deepspeed", "trl", "open_clip_torch", "flash_attn",
+)  # fmt: skip
 
 
 def version_of(package: str) -> str | None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.arguments import parse_arguments
-from llava.train.memory import ModelShape, Training, estimate
+from llava.train.memory import ModelShape, Training, Zero, estimate
 from llava.train.preflight import Plan, configs_of
 from llava.train.throughput import ModelSize, PairLength, peak_flops, step_flops
 
-REPEATS = 3  # steps that are timed, after one that warms up
+REPEATS = 1 if is_rehearsed() else 3  # steps that are timed, after one that warms up
 
 
 def shape_of(layers: int | None = None) -> Shape:
@@ -35,8 +35,9 @@ def plan_of(folder: Path, shape: Shape, *flags: str) -> Plan:
     """A training of this shape on one GPU in bf16, as these flags of train_mem.py change it."""
     write_configs(folder, shape)
     words = {
-        "--task": "DPO", "--model_name_or_path": folder, "--data_path": folder / "config.json", "--image_folder": folder,
-        "--output_dir": folder / "out", "--bf16": True, "--report_to": "none", "--check_reference": False,
+        "--task": "DPO", "--model_name_or_path": folder, "--data_path": folder / "config.json",
+        "--image_folder": folder, "--output_dir": folder / "out", "--bf16": True, "--report_to": "none",
+        "--check_reference": False,
     }  # fmt: skip
     arguments = parse_arguments([*(str(word) for pair in words.items() for word in pair), *flags])
     return Plan(arguments, ranks=1, cuda=True)
@@ -62,8 +63,6 @@ def estimated_peak(plan: Plan, pairs: list[PairLength], optimizer: bool) -> int:
     run = Training.of(args, 1, True, False)
     if optimizer:
         return estimate(shape, run, pairs).peak
-    from llava.train.memory import Zero
-
     of_step = estimate(shape, replace(run, zero=Zero()), pairs)  # as under DeepSpeed, all weights in half precision
     return max(size for phase, size in of_step.phases.items() if phase != "optimiser") - of_step.optimiser
 

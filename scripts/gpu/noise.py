@@ -132,7 +132,7 @@ def line_of(head: str, found: dict[str, Any]) -> str:
     each, limits = found["nats_per_root_token"], found["limits"]
     return (
         f"{head} logits: {each['packed_against_alone']:.3f} nats a token packed against alone, "
-        f"{each['packed_against_fp32']:.3f} against fp32, R {found['R_nats']:.2f} nats; {MARGIN} x noise gives TOLERANCE "
-        f"{limits['tolerance']:.2g} (now {limits['tolerance_now']:g}), REFERENCE_DRIFT {limits['reference_drift']:.2g} "
-        f"(now {limits['reference_drift_now']:g})"
+        f"{each['packed_against_fp32']:.3f} against fp32, R {found['R_nats']:.2f} nats; {MARGIN} x noise gives "
+        f"TOLERANCE {limits['tolerance']:.2g} (now {limits['tolerance_now']:g}), "
+        f"REFERENCE_DRIFT {limits['reference_drift']:.2g} (now {limits['reference_drift_now']:g})"
     )

@@ -180,7 +180,7 @@ def exported(settings: Settings) -> tuple[Any, Any]:
         write_hf(*take_apart(str(folder)), folder / "hf")
     config = LlavaConfig.from_pretrained(folder / "hf")
     set_sizes(config, shape)
-    with torch.device("cuda", 0):
+    with settings.device:
         model = training.of_type(settings.dtype, lambda: LlavaForConditionalGeneration(config))
     return model.train(), AutoProcessor.from_pretrained(folder / "hf")
 
@@ -212,12 +212,14 @@ def with_adamw(report: Report, folder: Path) -> None:
 def line_of(report: Report) -> str:
     """Pairs a second at each size, and the ratios to padded rows and TRL where both were measured."""
     cases = report.cases
-    parts = [f"{pairs}: {short(cases.get(f'{pairs} pairs'))}" for pairs in PAIRS]
-    ours = rate(cases, f"{MICRO_BATCH} pairs")
+    parts = [f"{pairs} pairs: {short(cases.get(f'{pairs} pairs'))}" for pairs in PAIRS]
+    ours, ratios = rate(cases, f"{MICRO_BATCH} pairs"), []
     for other in ("padded rows", "TRL", "gradient checkpointing", "compiled layers"):
         theirs = rate(cases, f"{MICRO_BATCH} pairs, {other}")
         if ours and theirs:
-            parts.append(f"{ours / theirs:.2f} x {other}")
+            ratios.append(f"{ours / theirs:.2f} times {other}")
+    if ratios:
+        parts.append(f"speed at {MICRO_BATCH}: {', '.join(ratios)}")
     checked = cases.get("synchronizations in the forward pass", {})
     if "first" in checked:
         parts.append(f"synchronizations in forward: {checked['first'] or 'none'}")

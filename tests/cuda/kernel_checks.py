@@ -6,9 +6,8 @@ import torch
 from dama.shared_prefix import SDPA, shared_prefix_attention
 from tests.dama.test_shared_prefix import gradients, random_pack
 
-
-# bf16 keeps 8 bits: a result lies within 2^-9 of its value; the inputs are exact, sums are fp32, and the gradients pass a
-# few such results: their error is allowed to be 1 % of the norm. fp32 keeps 24.
+# bf16 keeps 8 bits: a result lies within 2^-9 of its value; the inputs are exact, sums are fp32, and the gradients pass
+# a few such results: their error is allowed to be 1 % of the norm. fp32 keeps 24 bits.
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
