@@ -199,7 +199,8 @@ def random_batch(plan: Plan, pairs: Sequence[PairLength]) -> dict[str, Any]:
         forward_plan = ForwardPlan.of_pairs(ids, labels, images, lengths, tails)
     else:
         forward_plan = ForwardPlan.of_rows(ids * (1 + dpo), labels * (1 + dpo), images * (1 + dpo), lengths)
-    pixels = torch.empty(len(pairs), 3, tower.image_size, tower.image_size).pin_memory()
+    side = tower.image_size
+    pixels = torch.randn(len(pairs), 3, side, side, generator=generator).pin_memory()
     device = torch.device("cuda", 0)
     return {"plan": forward_plan.to(device), "images": pixels.to(device, non_blocking=True)}
 

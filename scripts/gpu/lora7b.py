@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llava.rehearsal import training
 from scripts.gpu.block import Report
-from scripts.gpu.models import measure_step, plan_of, shape_of, short
+from scripts.gpu.models import count_of, measure_step, plan_of, shape_of, short
 from scripts.gpu.step7b import checkpointing
 
 LORA = ("--lora_enable", "True", "--lora_r", "128", "--lora_alpha", "256", "--mm_projector_lr", "2e-5")
@@ -20,12 +20,12 @@ def measure(report: Report) -> None:
         plan = plan_of(Path(name), shape_of(), *LORA)
         trainer = training.Alone(training.build(plan), plan.arguments[2])
         for pairs in WITHOUT_CHECKPOINTING:
-            with report.case(f"{pairs} pairs, no gradient checkpointing") as found:
+            with report.case(f"{count_of(pairs)}, no gradient checkpointing") as found:
                 measure_step(plan, trainer, pairs, found, optimizer=True, model=llava_of(trainer))
         llava_of(trainer).enable_input_require_grads()
         with checkpointing(plan, trainer.module):
             for pairs in PAIRS:
-                with report.case(f"{pairs} pairs") as found:
+                with report.case(count_of(pairs)) as found:
                     measure_step(plan, trainer, pairs, found, optimizer=True, model=llava_of(trainer))
     report.line = "; ".join(f"{name}: {short(found)}" for name, found in report.cases.items())
 

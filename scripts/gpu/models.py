@@ -154,7 +154,7 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def count_synchronizations(work: Callable[[], Any]) -> str | None:
+def first_synchronization(work: Callable[[], Any]) -> str | None:
     """Where the host first waits for the GPU in this work; None where it never does."""
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -168,6 +168,10 @@ def count_synchronizations(work: Callable[[], Any]) -> str | None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return None
+
+
+def count_of(pairs: int) -> str:
+    return f"{pairs} pair" + "s" * (pairs > 1)
 
 
 def gib(size: float) -> str:

@@ -1,7 +1,8 @@
 """Rounding noise of bf16: log-probs and R of the same pairs packed 4 at a time, alone, and in fp32.
 
 The reference stage and training's first step judge differences by nats per square root of tokens
-(llava.train.reference.TOLERANCE, llava.train.dpo_trainer.REFERENCE_DRIFT); this is what they would see.
+(llava.train.reference.TOLERANCE, llava.train.dpo_trainer.REFERENCE_DRIFT); this is what they would see. The frozen
+vision tower is in bf16 everywhere, as in training.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MARGIN = 3  # of a limit above the noise that it must let pass
 
 
 def measure(report: Report) -> None:
+    torch.set_float32_matmul_precision("highest")  # no TF32
     with tempfile.TemporaryDirectory() as name:
         plan = plan_of(Path(name), shape_of())
         model = training.build(plan, torch.float32).eval()

@@ -24,7 +24,8 @@ from scripts.gpu.block import Report
 from scripts.gpu.models import (
     REPEATS,
     WithoutOptimizer,
-    count_synchronizations,
+    count_of,
+    first_synchronization,
     free,
     gib,
     measure_step,
@@ -46,23 +47,24 @@ def measure(report: Report) -> None:
         plan = plan_of(folder / "model", shape_of())
         trainer = WithoutOptimizer(training.build(plan, torch.bfloat16))
         for pairs in PAIRS:
-            with report.case(f"{pairs} pairs") as found:
+            with report.case(count_of(pairs)) as found:
                 measure_step(plan, trainer, pairs, found, optimizer=False)
             report.line = line_of(report)
         levers(report, plan, trainer, folder)
         del trainer
         free()
-        with_trl(report, folder)
         with_adamw(report, folder)
+        with_trl(report, folder)
+        compiled(report, plan)
     report.line = line_of(report)
 
 
 def levers(report: Report, plan: Plan, trainer: WithoutOptimizer, folder: Path) -> None:
-    """The cases on one model, the compiled one last, since it stays compiled."""
+    """The cases on the model that has been measured without them."""
     model, args = trainer.model, plan.arguments[2]
     with report.case("synchronizations in the forward pass") as found:
         batch = training.random_batch(plan, [shape_of().pair] * MICRO_BATCH)
-        found["first"] = count_synchronizations(lambda: training.forward(model, batch, args))
+        found["first"] = first_synchronization(lambda: training.forward(model, batch, args))
     with report.case("trace") as found:
         trace(plan, trainer, report.out.with_name("trace.json.gz"), found)
     with checkpointing(plan, model), report.case(f"{MICRO_BATCH} pairs, gradient checkpointing") as found:
@@ -70,16 +72,21 @@ def levers(report: Report, plan: Plan, trainer: WithoutOptimizer, folder: Path) 
     with report.case(f"{MICRO_BATCH} pairs, bf16 logits") as found, float32_logits(plan, model, False):
         measure_step(plan, trainer, MICRO_BATCH, found, optimizer=False)
     for pairs in PAIRS[:2]:
-        with report.case(f"{pairs} pairs, padded rows") as found:
+        with report.case(f"{count_of(pairs)}, padded rows") as found:
             padded_rows(model, folder, pairs, found)
     with checkpointing(plan, model), report.case(f"{MICRO_BATCH} pairs, padded rows, gradient checkpointing") as found:
         padded_rows(model, folder, MICRO_BATCH, found)
+
+
+def compiled(report: Report, plan: Plan) -> None:
+    """--compile_layers on a model of its own, which stays compiled; last, because compiling may take long."""
     name = f"{MICRO_BATCH} pairs, compiled layers"
     if is_rehearsed():
         report.leave_out(name, CANNOT_REHEARSE)
         return
     with report.case(name) as found:
-        compile_layers(model)
+        trainer = WithoutOptimizer(training.build(plan, torch.bfloat16))
+        compile_layers(trainer.model)
         measure_step(plan, trainer, MICRO_BATCH, found, optimizer=False)
 
 
@@ -212,7 +219,7 @@ def with_adamw(report: Report, folder: Path) -> None:
 def line_of(report: Report) -> str:
     """Pairs a second at each size, and the ratios to padded rows and TRL where both were measured."""
     cases = report.cases
-    parts = [f"{pairs} pairs: {short(cases.get(f'{pairs} pairs'))}" for pairs in PAIRS]
+    parts = [f"{count_of(pairs)}: {short(cases.get(count_of(pairs)))}" for pairs in PAIRS]
     ours, ratios = rate(cases, f"{MICRO_BATCH} pairs"), []
     for other in ("padded rows", "TRL", "gradient checkpointing", "compiled layers"):
         theirs = rate(cases, f"{MICRO_BATCH} pairs, {other}")

@@ -16,7 +16,7 @@ from llava.rehearsal import training
 from llava.rehearsal.engine import single_rank_world
 from llava.rehearsal.launch import is_rehearsed
 from scripts.gpu.block import Report
-from scripts.gpu.models import free, gib, measure_step, plan_of, shape_of
+from scripts.gpu.models import count_of, free, gib, measure_step, plan_of, shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 8
@@ -43,7 +43,7 @@ def one_rank() -> Iterator[None]:
 def measure(report: Report) -> None:
     with one_rank(), tempfile.TemporaryDirectory() as name:
         for optimizer in OPTIMIZERS:
-            with report.case(f"{LAYERS} layers, {PAIRS} pairs, {optimizer}") as found:
+            with report.case(f"{LAYERS} layers, {count_of(PAIRS)}, {optimizer}") as found:
                 words = ("--optim", optimizer, "--deepspeed", str(ROOT / "scripts/zero2.json"))
                 plan = plan_of(Path(name), shape_of(LAYERS), *words, "--per_device_train_batch_size", str(PAIRS))
                 args = plan.arguments[2]
@@ -53,6 +53,8 @@ def measure(report: Report) -> None:
                 trainer = training.WithDeepSpeed(training.build(plan), args)
                 measure_step(plan, trainer, PAIRS, found, optimizer=True, model=trainer.model.module)
                 found["peak_bytes"] -= before
+                if trainer.model.skipped_steps:
+                    raise ValueError(f"expected steps of AdamW, DeepSpeed skipped {trainer.model.skipped_steps}")
             trainer = None
             free()
     report.line = "; ".join(map(words_of, OPTIMIZERS, report.cases.values()))

@@ -69,7 +69,7 @@ def test_kernels_and_trainings(cases):
 
 def test_the_step_is_measured_with_each_lever(rehearsed, cases):
     step = cases["step7b"]
-    for name in ("1 pairs", "4 pairs", "8 pairs", "4 pairs, gradient checkpointing", "4 pairs, bf16 logits"):
+    for name in ("1 pair", "4 pairs", "8 pairs", "4 pairs, gradient checkpointing", "4 pairs, bf16 logits"):
         assert step[name]["ms"].keys() == {"tower", "forward", "backward", "optimizer", "step"}
         assert step[name]["peak_bytes"] > step[name]["estimated_bytes"] > 0 and step[name]["mfu"] >= 0
     # What a checkpointed layer does not keep, and what fp32 logits save, differ in the estimates.
@@ -78,6 +78,7 @@ def test_the_step_is_measured_with_each_lever(rehearsed, cases):
     for optimizer in ("adamw_torch_fused", "adamw_torch"):
         assert step[f"1 pair, 8 layers, {optimizer}"]["ms"]["optimizer"] > 0
     assert step["4 pairs, padded rows"]["pairs_per_second"] > 0
+    assert step["1 pair, padded rows"]["ms"]["step"] > 0
     left_out = rehearsed[1]["blocks"]["step7b"]["left_out"]
     assert left_out == dict.fromkeys(["4 pairs, compiled layers", "TRL"], "Triton's kernels cannot be rehearsed")
 
