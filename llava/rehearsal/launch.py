@@ -59,7 +59,7 @@ def allow_forks() -> None:
     """
     import torch
 
-    torch.cuda._is_in_bad_fork = lambda: False  # type: ignore[assignment]
+    torch.cuda._is_in_bad_fork = lambda: False
 
 
 def before(first: str, variable: str) -> str:
