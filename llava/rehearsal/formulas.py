@@ -77,23 +77,23 @@ def log_sigmoid_backward(a: dict[str, Any]) -> Tensor:
     return a["grad_output"] * torch.sigmoid(-a["self"])
 
 
-def product(a: dict[str, Any]) -> Tensor:
-    """A matrix product, whose result has another data type than its factors on CUDA only."""
-    dtype = a.get("out_dtype", a["self"].dtype)
-    return torch.mm(a["self"].to(dtype), a["mat2"].to(dtype))
+def mixed_product(a: dict[str, Any]) -> Tensor:
+    """A product of half-precision matrices in fp32, which CPUs do not have."""
+    return a["self"].to(a["out_dtype"]) @ a["mat2"].to(a["out_dtype"])
 
 
 FORMULAS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "torch_attn::_varlen_attn": varlen_attention,
     "torch_attn::_varlen_attn_backward": varlen_attention_backward,
     "aten::log_sigmoid_backward": log_sigmoid_backward,
-    "aten::mm": product,
+    "aten::mm.dtype": mixed_product,
 }
 
 
 def on_cpu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator's result for CPU tensors."""
-    formula = FORMULAS.get(func._schema.name)
+    schema = func._schema
+    formula = FORMULAS.get(".".join(filter(None, (schema.name, schema.overload_name))))
     if formula is None:
         return func(*args, **kwargs)
     named = {argument.name: value for argument, value in zip(func._schema.arguments, args)}

@@ -42,7 +42,24 @@ def environment(
         "NULLCUDA_DEVICES": str(devices),
         "NULLCUDA_NAME": name,
         "NULLCUDA_CAPABILITY": "{}.{}".format(*capability),
+        "TORCH_DISABLE_NATIVE_JIT": "1",  # operators that torch writes in Triton
     }
+
+
+def is_rehearsed() -> bool:
+    """Whether this process was started on the null device."""
+    return "NULLCUDA_DEVICES" in os.environ
+
+
+def allow_forks() -> None:
+    """Let this forked process use the null device.
+
+    torch refuses CUDA in a process forked from one that has counted devices, whose driver's state would not survive;
+    the null device has no driver.
+    """
+    import torch
+
+    torch.cuda._is_in_bad_fork = lambda: False
 
 
 def before(first: str, variable: str) -> str:

@@ -117,12 +117,16 @@ def steps(plan: Plan, pairs: list[PairLength], micro_batches: int, found: Rehear
 # --- Model and micro-batches -----------------------------------------------------------------------------------------
 
 
-def build(plan: Plan) -> Any:
-    """The model as setup_model makes it, without a checkpoint: weights that nobody wrote."""
+def build(plan: Plan, dtype: torch.dtype | None = None) -> Any:
+    """The model as setup_model makes it, without a checkpoint: random weights, made on the device.
+
+    Args:
+        dtype: precision of the weights, if another than training would choose.
+    """
     model_args, _, args = plan.arguments
     config, tower_config = configs_of(model_args, args.cache_dir)
     config._attn_implementation = SHARED_PREFIX
-    dtype = precision_of_weights(args)
+    dtype = dtype or precision_of_weights(args)
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
     with torch.device("cuda", 0), torch.no_grad(), zero_init(args):
         model = of_type(dtype, lambda: LlavaLlamaForCausalLM(config))
@@ -196,7 +200,8 @@ def random_batch(plan: Plan, pairs: Sequence[PairLength]) -> dict[str, Any]:
         forward_plan = ForwardPlan.of_pairs(ids, labels, images, lengths, tails)
     else:
         forward_plan = ForwardPlan.of_rows(ids * (1 + dpo), labels * (1 + dpo), images * (1 + dpo), lengths)
-    pixels = torch.empty(len(pairs), 3, tower.image_size, tower.image_size).pin_memory()
+    side = tower.image_size
+    pixels = torch.randn(len(pairs), 3, side, side, generator=generator).pin_memory()
     device = torch.device("cuda", 0)
     return {"plan": forward_plan.to(device), "images": pixels.to(device, non_blocking=True)}
 

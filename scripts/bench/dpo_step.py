@@ -150,7 +150,12 @@ def backward(logps: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def plain(settings: Settings) -> tuple[Any, Step]:
-    model, batch = llava(settings, "sdpa"), batch_of(settings, shared_prefix=False)
+    model = llava(settings, "sdpa")
+    return model, plain_step(model, batch_of(settings, shared_prefix=False))
+
+
+def plain_step(model: Any, batch: dict[str, Tensor]) -> Step:
+    """The released code's step on a LLaVA in memory."""
     pictures = torch.cat([batch["images"], batch["images"]])
 
     def step() -> Tensor:
@@ -162,7 +167,7 @@ def plain(settings: Settings) -> tuple[Any, Step]:
         assert isinstance(logps, Tensor)
         return backward(logps, batch)
 
-    return model, step
+    return step
 
 
 def ours(settings: Settings) -> tuple[Any, Step]:
@@ -178,20 +183,30 @@ def ours(settings: Settings) -> tuple[Any, Step]:
 
 
 def trl(settings: Settings, reference_given: bool = False) -> tuple[Any, Step]:
-    from datasets import Dataset
     from transformers import AutoProcessor, LlavaForConditionalGeneration
-    from trl import DPOConfig, DPOTrainer
 
     folder = settings.folder / "hf"
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=settings.dtype).train()
+    return trl_step(settings, model, processor, reference_given)
+
+
+def trl_step(
+    settings: Settings, model: Any, processor: Any, reference_given: bool, reference: Any = None
+) -> tuple[Any, Step]:
+    """TRL's step on a model of llava-hf's layout; without a reference model TRL loads the model's folder again."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
     model.model.vision_tower.requires_grad_(False)
     config = DPOConfig(
         output_dir=str(settings.folder / "trl"), beta=BETA, max_length=None, gradient_checkpointing=False, bf16=False,
         per_device_train_batch_size=settings.pairs, report_to="none", use_cpu=settings.device.type == "cpu",
     )  # fmt: skip
     kind_of_row = Dataset.from_list([{"images": [], "prompt": "", "chosen": "", "rejected": ""}])
-    trainer: Any = DPOTrainer(model, args=config, train_dataset=kind_of_row, processing_class=processor)
+    trainer: Any = DPOTrainer(
+        model, reference, args=config, train_dataset=kind_of_row, processing_class=processor
+    )
     batch = trl_batch(settings, processor)
     if reference_given:
         trainer.precompute_ref_logps = True

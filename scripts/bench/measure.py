@@ -65,21 +65,16 @@ def refuse_flags(parser: Any, args: Any, counts: Sequence[str], faults: Sequence
 # --- Random checkpoints and pairs ------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder: Path, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-    """Random weights in LLaVA's layout, the tower and a tokenizer of as many tokens beside them."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+def configs_of(shape: Shape) -> tuple[Any, Any]:
+    """(LlavaConfig, CLIPVisionConfig) of the shape; the tower's folder lies in the checkpoint's."""
+    from transformers import CLIPVisionConfig
 
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from llava.model.language_model.llava_llama import LlavaConfig
 
-    torch.manual_seed(0)
     tower = CLIPVisionConfig(
         hidden_size=shape.tower_width, intermediate_size=4 * shape.tower_width, num_hidden_layers=shape.tower_layers,
         num_attention_heads=shape.tower_heads, image_size=shape.image, patch_size=shape.patch,
     )  # fmt: skip
-    CLIPVisionModel(tower).to(dtype).save_pretrained(folder / "vision_tower")
-    sides = {"size": {"shortest_edge": shape.image}, "crop_size": {"height": shape.image, "width": shape.image}}
-    CLIPImageProcessorPil(**sides).save_pretrained(folder / "vision_tower")
     config = LlavaConfig(
         hidden_size=shape.width, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, vocab_size=shape.vocabulary, max_position_embeddings=4096, pad_token_id=0,
@@ -87,6 +82,33 @@ def write_checkpoint(folder: Path, shape: Shape, device: torch.device, dtype: to
         mm_vision_select_layer=-2, mm_vision_select_feature="patch", mm_use_im_start_end=False,
         mm_use_im_patch_token=False, image_aspect_ratio="pad",
     )  # fmt: skip
+    return config, tower
+
+
+def image_processor_of(shape: Shape) -> Any:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    side = shape.image
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def write_configs(folder: Path, shape: Shape) -> None:
+    """A checkpoint's folder without weights, from which memory is estimated and random models are made."""
+    config, tower = configs_of(shape)
+    config.save_pretrained(folder)
+    tower.save_pretrained(folder / "vision_tower")
+
+
+def write_checkpoint(folder: Path, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+    """Random weights in LLaVA's layout, the tower and a tokenizer of as many tokens beside them."""
+    from transformers import CLIPVisionModel
+
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    torch.manual_seed(0)
+    config, tower = configs_of(shape)
+    CLIPVisionModel(tower).to(dtype).save_pretrained(folder / "vision_tower")
+    image_processor_of(shape).save_pretrained(folder / "vision_tower")
     with device:
         LlavaLlamaForCausalLM._from_config(config, dtype=dtype).save_pretrained(folder)
     write_tokenizer(folder, shape.vocabulary)

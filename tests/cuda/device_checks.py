@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from llava.rehearsal.mode import NullMode, counts
@@ -95,9 +94,6 @@ PROGRAMS = {
     "log of a sigmoid": lambda x: torch.nn.functional.logsigmoid(x),
     "foreach": lambda x: torch._foreach_add([x, x + 1], 1.0)[1],
     "attention": lambda x: scaled_dot_product_attention(*[x[None, None]] * 3, is_causal=True),
-    "fewer queries": lambda x: scaled_dot_product_attention(
-        x[None, None, 4:], *[x[None, None]] * 2, attn_mask=causal_lower_right(2, 6)
-    ),
 }
 
 

@@ -14,6 +14,7 @@ from dama.shared_prefix import (
     varlen_attention,
     varlen_plan,
 )
+from dama.transfer import to_device
 
 LAYOUT = PackLayout.of([PackedPair(3, 2, 1), PackedPair(1, 1, 2)])
 
@@ -52,7 +53,7 @@ def test_half_precision_on_a_recent_gpu_is_what_the_kernels_are_for():
 def random_pack(seed, heads, key_heads, width=8, longest=9, device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, longest, (4, 3), generator=generator).tolist()
-    layout = PackLayout.of([PackedPair(*size) for size in sizes])
+    layout = to_device(PackLayout.of([PackedPair(*size) for size in sizes]), torch.device(device))
     shapes = [(1, n, layout.positions, width) for n in (heads, key_heads, key_heads)]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     return layout, *tensors
