@@ -24,7 +24,6 @@ def test_compiled_layers_are_the_eager_ones(in_golden, tmp_path):
     collate = DataCollatorForDPODataset(tokenizer, data.train, True, eager.get_vision_tower().tokens_per_image)
     for model in (eager, compiled):
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     torch._dynamo.reset()
     compile_layers(compiled)
     for items in (data.train.prepared[:2], data.train.prepared[2:7]):
