@@ -393,7 +393,9 @@ def write_model_card(folder: str | Path, provenance: dict[str, Any]) -> None:
     """README.md for people and PROVENANCE_FILE for programs."""
     flags = provenance["flags"]
     rows = "\n".join(f"| `--{name}` | {value} |" for name, value in flags.items())
-    step = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in provenance.get("training", {}).items())
+    step = "\n".join(
+        f"| {name.replace('_', ' ')} | {value} |" for name, value in provenance.get("training", {}).items()
+    )
     details = {name: value for name, value in provenance.items() if name not in ("flags", "base", "training")}
     task = "aligned with DAMA (arXiv 2502.01943)" if flags.get("task") == "DPO" else "fine-tuned on instructions"
     card = f"""---
