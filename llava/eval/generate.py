@@ -33,6 +33,7 @@ from llava.eval.questions import prompt_of_row, read_question_rows
 from llava.mm_utils import encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.fingerprint import digest_of_checkpoint
+from llava.supported import refuse_unsupported_model
 
 if TYPE_CHECKING:
     from dama.chat import ChatClient, ChatRequest, ChatSettings
@@ -544,6 +545,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p, args.samples, args.seed)
     shard = args.shard or Shard.from_launcher()
     try:
+        if args.backend == "local":
+            refuse_unsupported_model(args.model_path, "--model-path")
+            refuse_unsupported_model(args.model_base, "--model-base")
         requests = read_questions(args.question_file)
         manifest = run_answers(
             responder_of(args), requests, args.image_folder, args.out, decoding,
