@@ -20,7 +20,7 @@ DATA = {
     "LM": ["--data_path", "sft/records.json"],
     "DPO": ["--data_path", "dama/rlaifv_records.json", "--image_aspect_ratio", "square", "--delta_bar", "0.05"],
 }
-NOTICES = re.compile(r"Warning|\[WARNING\]|deprecat|kernels|pin_memory|CUDA|built successfully|\[transformers\]", re.I)
+NOTICES = re.compile(r"Warning|\[WARNING\]|deprecat|kernels|pin_memory|CUDA|\[transformers\]", re.I)
 
 
 def training(task, out, *more):
