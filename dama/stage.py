@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -28,6 +29,8 @@ Record = dict[str, Any]
 Flags = Mapping[str, str]  # the beginning of a field of a fingerprint -> the flag that sets it
 Summarise = Callable[[list[Record], list[Record]], Record]
 """(all records, what each shard handed to `conclude`) -> the summary in the manifest."""
+Place = Callable[[Record], int]
+"""A record -> where it belongs in the finished file, for stages whose chunks follow another order than their input."""
 
 
 NO_FLAGS: Flags = MappingProxyType({})
@@ -167,8 +170,11 @@ class Stage:
         with open(self.records_path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
-    def finish(self, summary: Record) -> Record:
-        """Marks the stage complete and returns its manifest; everything that depends on time is under "time"."""
+    def finish(self, summary: Record, places: Sequence[int] = ()) -> Record:
+        """Marks the stage complete and returns its manifest; everything that depends on time is under "time".
+
+        places: of a shard's records, where they belong in the merged file; kept in its manifest for the merge.
+        """
         if self._file is None:
             raise StageError(f"{self.name}: a stage that is complete or closed cannot be finished")
         if self.chunks_done != len(self.chunk_sizes):
@@ -183,26 +189,41 @@ class Stage:
                 "finished": _now(),
             },
         }
-        write_json(self.folder / MANIFEST, manifest)
+        write_json(self.folder / MANIFEST, manifest | ({"places": list(places)} if places else {}))
         self.close()
         self.complete = True
         return manifest
 
-    def conclude(self, summarise: Summarise, facts: Record) -> Record | None:
+    def conclude(self, summarise: Summarise, facts: Record, place: Place | None = None) -> Record | None:
         """Finishes what is not finished yet, and returns the whole stage's manifest or, while other shards are
         missing, None. The last shard to finish merges all. `facts` is what the summary needs besides the records.
+
+        With `place` the finished file is in that order; a stage that is complete already stays as it is.
         """
         if self.shard.count == 1:
-            return _read_manifest(self.folder) if self.complete else self.finish(summarise(self.records(), [facts]))
+            return _read_manifest(self.folder) if self.complete else self._finish_whole(summarise, facts, place)
         if not self.complete:
-            self.finish(facts)
-        return self._merge_if_last(summarise)
+            self.finish(facts, [place(record) for record in self.records()] if place else ())
+        return self._merge_if_last(summarise, place)
 
-    def _merge_if_last(self, summarise: Summarise) -> Record | None:
+    def _finish_whole(self, summarise: Summarise, facts: Record, place: Place | None) -> Record:
+        """Finish a stage that is not in shards, its records in their final order.
+
+        A kill after the file is replaced and before the manifest is written leaves all planned records in that order,
+        which a resumed run finds complete and orders once more.
+        """
+        if place is not None and self.chunks_done == len(self.chunk_sizes):
+            content = self.records_path.read_bytes()
+            ordered = _in_order(content, [place(record) for record in self.records()])
+            if ordered != content:
+                write_atomic(self.records_path, ordered)
+        return self.finish(summarise(self.records(), [facts]))
+
+    def _merge_if_last(self, summarise: Summarise, place: Place | None) -> Record | None:
         parts = [Shard(index, self.shard.count).folder(self.root) for index in range(self.shard.count)]
         missing = [part for part in parts if not self._is_finished_sibling(part)]
         if not missing:
-            return _merge(self.root, parts, self.name, summarise)
+            return _merge(self.root, parts, self.name, summarise, place)
         remedy = f"the last to finish merges them, or `python -m dama merge {self.root}` afterwards"
         say(f"{self.name}: shard {self.shard} is done, {len(missing)} others are not yet; {remedy}")
         return None
@@ -362,7 +383,7 @@ def merge_shards(folder: str | Path, name: str, summarise: Summarise) -> Record:
     return _merge(Path(folder), parts, name, summarise)
 
 
-def _merge(root: Path, parts: Sequence[Path], name: str, summarise: Summarise) -> Record:
+def _merge(root: Path, parts: Sequence[Path], name: str, summarise: Summarise, place: Place | None = None) -> Record:
     read = [(_read_manifest(part), part) for part in parts]
     faults = [f"  {part.name}: unfinished" for manifest, part in read if manifest is None or not manifest["complete"]]
     done = [(manifest, part) for manifest, part in read if manifest is not None and manifest["complete"]]
@@ -375,7 +396,7 @@ def _merge(root: Path, parts: Sequence[Path], name: str, summarise: Summarise) -
         raise StageError("\n".join([f"{name}: the shards in {root} do not fit together", *faults, f"Remedy: {remedy}"]))
     for manifest, part in done:
         _check_records(part / f"{name}.jsonl", manifest)
-    return _write_merged(root, done, name, summarise)
+    return _write_merged(root, done, name, summarise, place)
 
 
 def _foreign_inputs(done: Sequence[tuple[Record, Path]]) -> Iterator[str]:
@@ -402,7 +423,9 @@ def _gaps_and_overlaps(done: Sequence[tuple[Record, Path]]) -> Iterator[str]:
         yield f"  gap: chunks {position} to {total - 1} are in no finished shard"
 
 
-def _write_merged(root: Path, done: Sequence[tuple[Record, Path]], name: str, summarise: Summarise) -> Record:
+def _write_merged(
+    root: Path, done: Sequence[tuple[Record, Path]], name: str, summarise: Summarise, place: Place | None
+) -> Record:
     manifests = [manifest for manifest, _ in done]
     merged = {key: manifests[0][key] for key in ("stage", "complete", "records", "plan", "fingerprint")}
     merged["records"] = sum(manifest["records"] for manifest in manifests)
@@ -411,6 +434,10 @@ def _write_merged(root: Path, done: Sequence[tuple[Record, Path]], name: str, su
         # Two shards that finish together both merge and write the same; a kill in between leaves what can be continued.
         write_json(root / MANIFEST, merged | {"complete": False})
     content = b"".join((part / f"{name}.jsonl").read_bytes() for _, part in done)
+    if place is not None:
+        content = _in_order(content, [place(json.loads(line)) for line in content.splitlines()])
+    elif all("places" in manifest for manifest in manifests if manifest["records"]):
+        content = _in_order(content, [index for manifest in manifests for index in manifest.get("places", ())])
     write_atomic(root / f"{name}.jsonl", content)
     records = [json.loads(line) for line in content.splitlines()]
     seconds = max(manifest["time"]["seconds"] for manifest in manifests)  # they may have run beside each other
@@ -422,6 +449,12 @@ def _write_merged(root: Path, done: Sequence[tuple[Record, Path]], name: str, su
     write_json(root / MANIFEST, merged)
     say(f"{name}: {len(done)} shards with {merged['records']} records merged in {root}")
     return merged
+
+
+def _in_order(content: bytes, places: Sequence[int]) -> bytes:
+    """The lines of a JSONL file by their places; a line ends with a newline and with nothing else."""
+    lines = content.split(b"\n")[:-1]
+    return b"".join(line + b"\n" for _, line in sorted(zip(places, lines, strict=True), key=itemgetter(0)))
 
 
 def differences(old: Any, new: Any, flags: Flags = NO_FLAGS, field: str = "") -> list[str]:

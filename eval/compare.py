@@ -1,6 +1,7 @@
-"""What models differ in on one benchmark, with paired bootstrap intervals, and the published figures beside theirs.
+"""What models differ in on one benchmark, with paired bootstrap intervals; on request the published results, too.
 
     python -m eval.compare BASE/results.json ALIGNED/results.json [MORE/results.json ...] [--names A B ...] [--json]
+                           [--published]
 
 The first is the base: differences are every later result minus the first, on the same items; all of them meet the same
 pictures in each resample.
@@ -362,13 +363,19 @@ class Comparison:
 
     @property
     def text(self) -> str:
-        """Tables to be read: the published figures beside these, then each run against the first, then notes."""
+        return self.report()
+
+    def report(self, published: bool = False) -> str:
+        """Tables to be read: each run against the first, then notes, then on request the published results."""
         first = self.runs[0]
         head = f"{TITLES.get(first.benchmark, first.benchmark)}, {made_by(first)}; "
         head += f"{len(first.items)} answers about {self.pictures} pictures"
-        beside = [_published_table(self)] if self.published else []
+        beside = [_published_table(self)] if published and self.published else []
         tables = [_difference_table(self, number) for number in range(1, len(self.runs))]
-        return "\n\n".join([head, *beside, *tables, "\n".join(notes_on(self))])
+        notes = notes_on(self)
+        if not published and self.published:
+            notes = [*notes, f"--published shows {len(self.published)} published results of this benchmark below these"]
+        return "\n\n".join([head, *tables, "\n".join(notes), *beside])
 
     def record(self) -> dict[str, Any]:
         """The same for a program."""
@@ -591,11 +598,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="results.json of each model, the base first")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="one for each (default: its checkpoint's)")
+    parser.add_argument("--published", action="store_true", help="show published results below these (--json has them)")
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object instead of tables")
     args = parser.parse_args(argv)
     try:
         comparison = compare(args.results, args.names)
-        say(json.dumps(comparison.record(), indent=2, ensure_ascii=False) if args.json else comparison.text)
+        record = json.dumps(comparison.record(), indent=2, ensure_ascii=False) if args.json else None
+        say(record or comparison.report(args.published))
     except Exception as error:
         report_error(error, "compare")
         return 2

@@ -238,13 +238,13 @@ def labelled(task: Task, protocol: str, bench: Any, args: argparse.Namespace) ->
     return ", ".join([protocol, *dict.fromkeys(changes)])
 
 
-def say_results(task: Task, bench: Any, outcomes: Mapping[str, Outcome]) -> None:
+def say_results(task: Task, bench: Any, outcomes: Mapping[str, Outcome], published: bool = False) -> None:
     """The benchmark's own table, what two models differ in, and a page of all answers; beside the first's results."""
     names, paths = list(outcomes), [outcome.path for outcome in outcomes.values()]
     home = paths[0].parent
     lines = [task.module.format_table({name: outcome.score for name, outcome in outcomes.items()})]
     if len(outcomes) > 1:  # the base comes second here, and first in a comparison
-        lines.append(compare(paths[::-1], names[::-1]).text)
+        lines.append(compare(paths[::-1], names[::-1]).report(published))
     say("\n\n".join(lines))
     write_atomic(home / "table.txt", "\n\n".join(lines) + "\n")
     write_page(paths[-1], home / PAGE, image_folders(bench), paths[0] if len(paths) > 1 else None, names=names[::-1])
@@ -264,6 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--compare", metavar="BASE",
         help="the baseline, answered and scored as well; differences are CHECKPOINT minus BASE",
     )  # fmt: skip
+    parser.add_argument("--published", action="store_true", help="with --compare: show published results below these")
     parser.add_argument("--out", default="runs/eval", metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--mode",
@@ -434,7 +435,7 @@ def run(args: argparse.Namespace) -> None:
             if outcome is not None:
                 outcomes[task][name] = outcome
             if path == checkpoints(args)[-1] and outcomes[task]:
-                say_results(task, bench, outcomes[task])
+                say_results(task, bench, outcomes[task], args.published)
     if args.benchmark == "all" and any(outcomes.values()):
         paths = {task.name: {name: outcome.path for name, outcome in of.items()} for task, of in outcomes.items()}
         names = [get_model_name_from_path(path) for path in checkpoints(args)]

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 
 
 class HeldBack(logging.Filter):
@@ -35,3 +41,50 @@ def hold_back_quantization_notices() -> None:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     if QUANTIZATION_NOTICES not in logger.filters:
         logger.addFilter(QUANTIZATION_NOTICES)
+
+
+# transformers 5 renamed gradient checkpointing in a later release than the oldest that is supported; the old names work
+# in all of them. PEFT and this repository's flags use them.
+RENAMED_IN_TRANSFORMERS = r"`(gradient_checkpointing|is_gradient_checkpointing)\w*` is deprecated and will be removed"
+RENAMED_IN_TORCH = r"`torch\.distributed\.\w+` is deprecated"  # collectives that DeepSpeed and accelerate call
+NOT_ABOUT_THIS_RUN = {  # logger -> the beginning of a message about GPUs that a run on CPUs does not look for
+    "DeepSpeed": "Setting accelerator to CPU",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+
+
+class Unprinted(logging.Filter):
+    """Drop a logger's messages that begin with a given text, and nothing else of it."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self.beginning)
+
+
+def leave_out_library_notices() -> None:
+    """Install filters for notices that a user of this repository can do nothing about; each names its exact text.
+
+    With PYTHONWARNINGS or -W set, warnings are left to the user.
+    """
+    if not os.environ.get("PYTHONWARNINGS"):
+        for message in (RENAMED_IN_TRANSFORMERS, RENAMED_IN_TORCH):
+            warnings.filterwarnings("ignore", message, FutureWarning)
+    for name, beginning in NOT_ABOUT_THIS_RUN.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, Unprinted) for known in logger.filters):
+            logger.addFilter(Unprinted(beginning))
+
+
+@contextmanager
+def without_build_notices() -> Iterator[None]:
+    """A block whose lines on standard output come at its end, without DeepSpeed's on each op that it loaded."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        lines = printed.getvalue().splitlines(keepends=True)
+        sys.stdout.writelines(line for line in lines if not line.rstrip().endswith("built successfully"))

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -33,6 +33,7 @@ from llava.eval.questions import prompt_of_row, read_question_rows
 from llava.mm_utils import encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.fingerprint import digest_of_checkpoint
+from llava.supported import refuse_unsupported_model
 
 if TYPE_CHECKING:
     from dama.chat import ChatClient, ChatRequest, ChatSettings
@@ -332,9 +333,10 @@ def run_answers(
 ) -> Record | None:
     """Answers the shard's requests and keeps the answers in `out` as they come; resumes by batch.
 
-    Batches hold prompts of similar length. A line of `out`/answers.jsonl is {"question_id", "image_id", "prompt",
-    "text", "model_id", "sample"}, in the order of the batches; a server's also has its "finish_reason" and, where there
-    is no answer, the reason as "missing". Returns the manifest of the whole stage, or None while
+    Batches hold prompts of similar length, and so does answers.jsonl until the last answer is there; then it is put in
+    the order of the requests. A line of `out`/answers.jsonl is {"question_id", "image_id", "prompt", "text",
+    "model_id", "sample"}; a server's also has its "finish_reason" and, where there is no answer, the reason as
+    "missing". Returns the manifest of the whole stage, or None while
     other shards are unfinished; the last one merges.
     """
     fingerprint = fingerprint_of(responder, requests, image_folder, decoding, batch_size)
@@ -350,7 +352,13 @@ def run_answers(
                 torch.manual_seed(decoding.seed * 1_000_003 + number)
                 stage.append(_records(responder, chunk, image_folder, decoding))
                 bar.update(len(chunk))
-        return stage.conclude(summarise, {})
+        return stage.conclude(summarise, {}, place_of(requests, decoding.samples))
+
+
+def place_of(requests: Sequence[Request], samples: int) -> Callable[[Record], int]:
+    """Where an answer belongs in answers.jsonl: by its question, then by its sample."""
+    order = {request.id: i * samples for i, request in enumerate(requests)}
+    return lambda record: order[record["question_id"]] + record["sample"]
 
 
 def fingerprint_of(
@@ -396,8 +404,8 @@ def generate_answers(
 ) -> list[dict[str, Any]]:
     """All answers of `run_answers`, in the order of the requests."""
     run_answers(responder, requests, image_folder, out, decoding, batch_size=batch_size, overwrite=overwrite)
-    order = {request.id: i for i, request in enumerate(requests)}
-    return sorted(read_stage(out, STAGE)[1], key=lambda record: (order[record["question_id"]], record["sample"]))
+    # An earlier revision left them in the order of the batches.
+    return sorted(read_stage(out, STAGE)[1], key=place_of(requests, decoding.samples))
 
 
 def _records(
@@ -537,6 +545,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p, args.samples, args.seed)
     shard = args.shard or Shard.from_launcher()
     try:
+        if args.backend == "local":
+            refuse_unsupported_model(args.model_path, "--model-path")
+            refuse_unsupported_model(args.model_base, "--model-base")
         requests = read_questions(args.question_file)
         manifest = run_answers(
             responder_of(args), requests, args.image_folder, args.out, decoding,

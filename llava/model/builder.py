@@ -38,6 +38,7 @@ from llava.model.utils import (
     weight_files,
 )
 from llava.notices import QUANTIZATION_NOTICES
+from llava.supported import refuse_unsupported_model
 from llava.tokenization import load_tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -141,7 +142,9 @@ def fetch(source: str, cache_dir: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: neither a folder nor a repository that can be reached.
+        ValueError: the checkpoint is of another model; nothing large is downloaded then.
     """
+    refuse_unsupported_model(str(source), "checkpoint")
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, CLIPVisionConfig, GenerationConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dama.console import say, write_json
+from dama.console import report_error, say, write_json
 from dama.remote_code import remote_code_refused
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
@@ -39,6 +40,7 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.language_model.llava_llama import LlavaConfig
 from llava.model.multimodal_encoder.builder import locate_vision_tower
 from llava.model.utils import Weights, read_json, read_weights, write_weights
+from llava.supported import refuse_unsupported_model
 from llava.tokenization import SPACE, LlamaTokenizer, load_tokenizer
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -580,6 +582,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint: a folder or a hub name")
     parser.add_argument("destination", metavar="DST", help="new folder")
     args = parser.parse_args(argv)
+    try:
+        refuse_unsupported_model(args.source, "SRC")
+        refuse_unsupported_model(args.model_base, "--model-base")
+    except ValueError as error:
+        report_error(error, "export")
+        sys.exit(2)
     export(args.source, args.destination, args.to, args.model_base)
 
 

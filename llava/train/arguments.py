@@ -20,6 +20,7 @@ from dama.console import say
 from dama.pairs import missing_folders
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
 from llava.conversation import get_template
+from llava.notices import without_build_notices
 
 
 def described(default: Any, text: str, **metadata: Any) -> Any:
@@ -178,12 +179,14 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         self.optim = self.optim or ("adamw_torch_fused" if on_gpu else "adamw_torch")
+        self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu  # memory to copy to GPUs from
         super().__post_init__()
 
     @cached_property
     def _setup_devices(self) -> torch.device:
         """This process's own GPU: transformers would spread its batches over all that it sees (DataParallel)."""
-        device = super()._setup_devices
+        with without_build_notices():  # the ranks of a distributed run join here
+            device = super()._setup_devices
         if self.n_gpu > 1:
             say(
                 f"warning: {self.n_gpu} GPUs are visible and one process uses one; start one process for each, with "

@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
+from dataclasses import MISSING
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,15 @@ NOT_RECORDED = re.compile(
     r"|^model_name_or_path$|^data_path$|^hardness$|^reference$|^image_folder$|^deepspeed$|^use_cpu$"
     r"|^resume_from_checkpoint$|^trust_checkpoint$"
     # How a step is computed, not what.
-    r"|^auto_checkpointing$|^gradient_checkpointing$|^check_memory$|^debug_sync$|^compile_layers$|^float32_logits$"
+    r"|^auto_checkpointing$|^gradient_checkpointing$|^activation_checkpointing$|^check_memory$|^debug_sync$|^compile_layers$|^float32_logits$"
 )
+# transformers' flags that every result depends on; its others are recorded where they are not at their default.
+ALWAYS_RECORDED = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "bf16", "fp16", "seed", "full_determinism", "train_sampling_strategy",
+)  # fmt: skip
+DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")  # on CPUs and on GPUs
 
 
 def maybe_zero_3(param: Any, ignore_status: bool = False, name: str | None = None) -> Tensor:
@@ -142,12 +151,13 @@ def keep_tower_inside(model: Any, folder: str | Path) -> None:
 
 
 def provenance_of(arguments: Any, **more: Any) -> dict[str, Any]:
-    """Base model, flags, library versions, revision of this repository, and whatever else the task knows."""
+    """Base model, flags, step, library versions, revision of this repository, and whatever else the task knows."""
     model_args, data_args, args = arguments
     return {
         "base": model_args.model_name_or_path,
         **more,
         "flags": recorded_flags(model_args, data_args, args),
+        "training": step_settings(args),
         "versions": {name: version_of(name) for name in ("torch", "transformers", "accelerate", "deepspeed", "peft")},
         "python": platform.python_version(),
         "revision": repository_revision(),
@@ -225,16 +235,46 @@ def refuse_other_provenance(folder: Path, provenance: dict[str, Any]) -> None:
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         return
-    made = json.loads(path.read_text())
-    fields = ("base", "data", "flags")
-    made["flags"] = {name: value for name, value in made["flags"].items() if not NOT_RECORDED.search(name)}
-    current = json.loads(json.dumps({field: provenance.get(field) for field in fields}))
-    changed = differences({field: made.get(field) for field in fields}, current, FLAGS)
+    made, fields = json.loads(path.read_text()), ("base", "data", "flags")
+    old = {field: made.get(field) for field in fields}
+    new = json.loads(json.dumps({field: provenance.get(field) for field in fields}))
+    old["flags"], new["flags"] = comparable_flags(old["flags"] or {}, new["flags"] or {})
+    changed = differences(old, new, FLAGS)
     if changed:
         raise ValueError(
             f"--output_dir: {folder} holds a model of other inputs ({'; '.join(changed)}). "
             "Give another --output_dir, or remove that folder."
         )
+
+
+def comparable_flags(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two records of flags without those that only one of them has and that have their default there.
+
+    A revision that recorded fewer flags left out those at their default.
+    """
+    defaults = default_flags()
+
+    def compared(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in record.items()
+            if not NOT_RECORDED.search(name) and (name in other or value not in defaults.get(name, ()))
+        }
+
+    return compared(old, new), compared(new, old)
+
+
+def default_flags() -> dict[str, tuple[Any, ...]]:
+    """The value that each flag of training has where it is not given, or the values, where the machine decides."""
+    from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+
+    entries = [
+        entry
+        for group in (ModelArguments, DataArguments, TrainingArguments)
+        for entry in group.__dataclass_fields__.values()
+        if entry.default is not MISSING
+    ]
+    return {entry.name: (plain(entry.default),) for entry in entries} | {"optim": DEFAULT_OPTIMIZERS}
 
 
 def seal_checkpoint(checkpoint: str | Path, world_size: int) -> None:
@@ -291,19 +331,48 @@ def refuse_other_world(checkpoint: Path) -> None:
 
 
 def recorded_flags(*groups: Any) -> dict[str, Any]:
-    """The flags that a result depends on: this repository's own, and transformers' that are not at their default.
+    """The flags that a result depends on, as plain values: this repository's own and ALWAYS_RECORDED, defaults
+    included, and those of transformers that are not at their default.
 
     Left out are those that name places, print more or less, differ between ranks, or are secrets.
     """
     flags = {}
     for group in groups:
-        own = type(group).__annotations__
+        own = {*type(group).__annotations__, *ALWAYS_RECORDED}
         for name, entry in type(group).__dataclass_fields__.items():
             value = getattr(group, name, None)
             wanted = name in own or (entry.init and not name.startswith("_") and value != entry.default)
             if wanted and value not in ({}, [], None) and not NOT_RECORDED.search(name):
-                flags[name] = value if isinstance(value, int | float | bool | str) else str(value)
+                flags[name] = plain(value)
     return dict(sorted(flags.items()))
+
+
+def plain(value: Any) -> Any:
+    """A flag's value as JSON has it: an enum by its value, and whatever has no counterpart as text."""
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, list):
+        return str([plain(item) for item in value])
+    return value if value is None or isinstance(value, int | float | bool | str) else str(value)
+
+
+def step_settings(args: Any) -> dict[str, Any]:
+    """What an optimizer step consists of in this training, and what flags that were not given come to."""
+    micro_batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    items = micro_batch * args.world_size * accumulation
+    settings = {
+        "ranks": args.world_size,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "seed": args.seed,
+        "data_seed": args.seed if args.data_seed is None else args.data_seed,
+    }
+    if args.task != "DPO":
+        return settings | {"rows_per_step": items}
+    config = args.weighting()
+    selected = items if config.selects == "off" else config.count_kept(items)
+    return settings | {"pairs_per_step": items, "pairs_selected": selected}
 
 
 def repository_revision() -> str:
@@ -324,7 +393,10 @@ def write_model_card(folder: str | Path, provenance: dict[str, Any]) -> None:
     """README.md for people and PROVENANCE_FILE for programs."""
     flags = provenance["flags"]
     rows = "\n".join(f"| `--{name}` | {value} |" for name, value in flags.items())
-    details = {name: value for name, value in provenance.items() if name not in ("flags", "base")}
+    step = "\n".join(
+        f"| {name.replace('_', ' ')} | {value} |" for name, value in provenance.get("training", {}).items()
+    )
+    details = {name: value for name, value in provenance.items() if name not in ("flags", "base", "training")}
     task = "aligned with DAMA (arXiv 2502.01943)" if flags.get("task") == "DPO" else "fine-tuned on instructions"
     card = f"""---
 base_model: {provenance["base"]}
@@ -335,6 +407,10 @@ pipeline_tag: image-text-to-text
 # {Path(folder).resolve().name}
 
 A LLaVA-v1.5 model, {task}, from `{provenance["base"]}`.
+
+| training | value |
+|---|---|
+{step}
 
 | flag | value |
 |---|---|

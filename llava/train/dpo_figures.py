@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from dama.console import regular_file, write_atomic
+from dama.console import regular_file, say, write_atomic
 from dama.losses import reward_gap
 from dama.weighting import Weights
 from llava.train.throughput import Throughput
@@ -56,9 +56,26 @@ class StepLine(ProgressCallback):
         "grad_norm": "grad {:.3g}",
         "learning_rate": "lr {:.2e}",
         "speed/pairs_per_second": "{:.3g} pairs/s",
+        "speed/rows_per_second": "{:.3g} rows/s",
         "speed/tokens_per_second": "{:.0f} tokens/s",
         "speed/mfu": "MFU {:.1%}",
     }
+    LEGEND = (
+        "log: loss and grad (norm of the gradient) of a step, lr (learning rate), rate of training and time left",
+    )
+    PREFERENCE_LEGEND = (
+        "log: accuracy (share of pairs whose chosen answer has the higher reward), margin (chosen minus rejected "
+        "reward, beta times the log-ratio to the reference)",
+        "log: R (mean reward gap of the step's pairs in nats, without beta), R_bar (its running mean), alpha_M "
+        "(factor on beta from the model's response), beta (mean over pairs), kept (pairs selected) of (pairs seen)",
+    )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the columns mean, once, above the progress bar."""
+        if state.is_world_process_zero:
+            for line in self.LEGEND + (self.PREFERENCE_LEGEND if args.task == "DPO" else ()):
+                say(line)
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is None or not logs:
@@ -66,9 +83,17 @@ class StepLine(ProgressCallback):
         held_out = "eval_loss" in logs
         figures = {name.removeprefix("eval_"): value for name, value in logs.items()}
         parts = [text.format(float(figures[name])) for name, text in self.FIGURES.items() if name in figures]
+        if "speed/hours_left" in figures:
+            parts.append(f"{duration(figures['speed/hours_left'])} left")
         if parts and ("loss" in figures):
             place = "held-out" if held_out else "training"
             self.training_bar.write(f"step {state.global_step:>5} {place}: {'  '.join(parts)}")
+
+
+def duration(hours: float) -> str:
+    """Hours, minutes and seconds as 2:05:09."""
+    seconds = round(hours * 3600)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 class StopWatch(TrainerCallback):

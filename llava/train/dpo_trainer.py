@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import ProgressCallback
 
 from dama.console import write_json
 from dama.logps import AnswerLogps
@@ -36,15 +35,13 @@ from llava.train.dpo_figures import (
     NO_PAIR,
     PAIR_LOG,
     PairLog,
-    StepLine,
     StepTable,
-    StopWatch,
     preference_metrics,
     weighting_metrics,
 )
 from llava.train.llava_trainer import LLaVATrainer, watched
 from llava.train.steps import PICTURES_AT_ONCE, StepLoader, StepPlan, StepSampler, encode_pictures
-from llava.train.throughput import ModelSize, PairLength, Throughput, peak_flops, step_flops
+from llava.train.throughput import ModelSize, PairLength, peak_flops, step_flops
 
 POSITION = "position"  # of a micro-batch's pairs in their step
 IN_THE_PLAN = ("input_ids", "attention_mask", "targets", "image_index", "tails")  # a batch's ForwardPlan has it all
@@ -111,9 +108,6 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(StepLine)
         self.config = args.weighting()
         self.delta_bar = delta_bar
         self.reference_is_base = reference_is_base
@@ -130,9 +124,8 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         self._pairs: list[PreparedPair] = []  # of the step, in global order
         self._pictures: dict[str, Tensor] = {}  # of the step, on this rank
         self.model_size = ModelSize.of(self.model)
-        self.throughput = Throughput(peak_of_all(args))
+        self.throughput.unit, self.throughput.peak = "pairs", peak_of_all(args)
         self.pair_log = PairLog(Path(args.output_dir) / PAIR_LOG) if args.pair_log and args.should_save else None
-        self.add_callback(StopWatch(self.throughput))
 
     # --- Data ----------------------------------------------------------------------------------------------------
 
@@ -158,7 +151,6 @@ class LLaVA15DPOTrainer(LLaVATrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, None]:
         """The micro-batches of one optimiser step, decided upon where the decision needs all of them."""
-        self.throughput.start()
         group, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step % self.sampler.steps
         self._plan = self.sampler.plan(step)
@@ -314,6 +306,9 @@ class LLaVA15DPOTrainer(LLaVATrainer):
             self.pair_log.append(step, [item.pair.id for item in pairs], table, weights)
         return weights
 
+    def _count_rows(self, group: list[Any]) -> None:
+        """Nothing: pairs are counted where they are decided upon."""
+
     def _count_work(self, pairs: list[PreparedPair], weights: Weights) -> None:
         lengths = [self._length(pair) for pair in pairs]
         flops = step_flops(
@@ -425,7 +420,6 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         """Adds the means of the noted figures since the last training log."""
         if "loss" in logs:
             logs = logs | {name: sum(values) / len(values) for name, values in self._logged.items()}
-            logs |= self.throughput.take(self.state.max_steps - self.state.global_step)
             self._logged.clear()
         super().log(logs, start_time)
 

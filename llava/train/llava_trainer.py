@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
 
 from dama.console import say, writing
 from llava.model.export import VOCABULARY_TABLES
@@ -29,7 +30,9 @@ from llava.train.checkpoints import (
     without_frozen_tower,
     write_model_card,
 )
+from llava.train.dpo_figures import StepLine, StopWatch
 from llava.train.signing import refuse_unsigned
+from llava.train.throughput import Throughput
 
 __all__ = ["LLaVATrainer", "LengthGroupedSampler", "maybe_zero_3", "get_mm_adapter_state_maybe_zero_3"]
 
@@ -194,6 +197,22 @@ class LLaVATrainer(Trainer):
         self.provenance = provenance
         # As in LLaVA, a step's loss is the mean of its micro-batches' means.
         self.model_accepts_loss_kwargs = False
+        self.throughput = Throughput(unit="rows")
+        self.add_callback(StopWatch(self.throughput))
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(StepLine)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step, which the stopwatch times from here on."""
+        self.throughput.start()
+        group, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._count_rows(group)
+        return group, items
+
+    def _count_rows(self, group: list[Any]) -> None:
+        """Adds the rows of this step to the stopwatch's; every rank has as many."""
+        self.throughput.add(sum(len(batch["input_ids"]) for batch in group) * self.args.world_size)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         args, rows = self.args, train_dataset or self.train_dataset
@@ -321,7 +340,9 @@ class LLaVATrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The closing mean loss is of all steps, not only of those since an interruption."""
+        """Adds rate and time left; the closing mean loss is of all steps, not only of those since an interruption."""
+        if "loss" in logs:
+            logs = logs | self.throughput.take(self.state.max_steps - self.state.global_step)
         if "train_loss" in logs:
             total = sum_of_losses(self.state.log_history) + self._tr_loss.item()
             logs = logs | {"train_loss": total / max(1, self.state.global_step)}

@@ -324,6 +324,8 @@ def settle_memory(plan: Plan, shape: ModelShape, lengths: Sequence[PairLength], 
         wanted = min((with_it or without)[0], ENOUGH) if args.auto_micro_batch else plan.layout[0]
         if without[0] >= wanted:
             args.gradient_checkpointing, with_it = False, without
+            if hasattr(args, "activation_checkpointing"):  # what newer releases of transformers read
+                args.activation_checkpointing = False
     if args.auto_micro_batch and with_it:
         use_layout(args, with_it)
 

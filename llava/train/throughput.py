@@ -99,21 +99,25 @@ def step_flops(
     return sum(passes) + pictures * 2 * size.tower * size.patches
 
 
+COUNTS = ("pairs", "tokens", "flops")
+
+
 @dataclass
 class Throughput:
     """A stopwatch that runs during steps only: evaluation and saves are not counted."""
 
     peak: float | None = None  # FLOP/s of all ranks together
+    unit: str = "pairs"  # what `add` counts first
     seconds: float = 0.0
-    counts: dict[str, float] = field(default_factory=lambda: {"pairs": 0.0, "tokens": 0.0, "flops": 0.0})
+    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0.0))
     steps: int = 0
     _began: float | None = None
 
     def start(self) -> None:
         self._began = time.perf_counter()
 
-    def add(self, pairs: float, tokens: float, flops: float) -> None:
-        for name, value in (("pairs", pairs), ("tokens", tokens), ("flops", flops)):
+    def add(self, pairs: float, tokens: float = 0.0, flops: float = 0.0) -> None:
+        for name, value in zip(COUNTS, (pairs, tokens, flops), strict=True):
             self.counts[name] += value
 
     def stop(self) -> None:
@@ -127,11 +131,12 @@ class Throughput:
         if not self.steps or not self.seconds:
             return {}
         figures = {
-            "speed/pairs_per_second": self.counts["pairs"] / self.seconds,
-            "speed/tokens_per_second": self.counts["tokens"] / self.seconds,
+            f"speed/{self.unit}_per_second": self.counts["pairs"] / self.seconds,
             "speed/hours_left": steps_left * self.seconds / self.steps / 3600,
         }
-        if self.peak:
+        if self.counts["tokens"]:
+            figures["speed/tokens_per_second"] = self.counts["tokens"] / self.seconds
+        if self.peak and self.counts["flops"]:
             figures["speed/mfu"] = self.counts["flops"] / self.seconds / self.peak
         self.seconds, self.steps = 0.0, 0
         self.counts = dict.fromkeys(self.counts, 0.0)

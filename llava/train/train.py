@@ -25,6 +25,7 @@ from llava.train.checkpoints import (
     provenance_of,
     resume_point,
     safe_save_model_for_hf_trainer,
+    step_settings,
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preflight import preflight
@@ -89,6 +90,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     if is_finished(args.output_dir, provenance, checkpoint):
         return None
     preflight(arguments, read.rows)
+    provenance["training"] = step_settings(args)  # --auto_micro_batch has chosen the layout now
     model, tokenizer, image_processor = setup_model(arguments, attn_implementation)
     settings = supervised_settings(arguments, model, image_processor)
     used = supervised_rows(read, tokenizer, settings, model.get_vision_tower().tokens_per_image)

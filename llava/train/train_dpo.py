@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dama.console import end_on_interrupt, say
+from dama.weighting import Variant
 from llava.train.arguments import (
     BASE_AS_REFERENCE,
     Arguments,
@@ -95,6 +96,28 @@ def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:
     say(
         f"method: strategy {config.strategy}, variant {config.variant}, selection {config.selects}, "
         f"beta {config.beta}, gamma {config.gamma}, learning rate {args.learning_rate}"
+    )
+    if warning := single_pair_warning(args, len(data.train)):
+        say(warning)
+
+
+def single_pair_warning(args: Any, pairs: int) -> str | None:
+    """A warning where pairs are decided upon one at a time, although selection and R_bar need several; else None.
+
+    pairs: of the training data, of which an epoch's last step may have one left.
+    """
+    config = args.weighting()
+    micro_batches = 1 if config.variant is Variant.RELEASED else args.gradient_accumulation_steps
+    n = args.per_device_train_batch_size * args.world_size * micro_batches
+    if config.is_static or (n > 1 and pairs % n != 1):
+        return None
+    which = "every step has 1 pair" if n == 1 else f"the last step of an epoch has 1 pair ({pairs} in steps of {n})"
+    what = f"{which}: that pair is always selected, and R_bar follows it alone"
+    return (
+        f"warning: {what}; expected several (16 in the paper), raise --per_device_train_batch_size or "
+        "--gradient_accumulation_steps, or choose --strategy none or data"
+        if n == 1
+        else f"warning: {what}; a step size that leaves more avoids it"
     )
 
 

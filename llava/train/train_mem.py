@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dama.console import end_on_interrupt, report_error
+from llava.supported import refuse_unsupported_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> None:
     """Parses the flags and trains. What is imported here takes seconds."""
     refuse_missing_gpus(argv)
+    refuse_unsupported_model(value_of(argv, "model_name_or_path"), "--model_name_or_path")
     import transformers
 
     from llava.train import train as sft
@@ -53,6 +55,16 @@ def refuse_missing_gpus(argv: Sequence[str]) -> None:
             f"GPUs: {ranks} ranks need {ranks}, found {found} that torch can use; {fewer}train on CPUs with "
             "DS_ACCELERATOR=cpu in front of the command and --use_cpu True behind it"
         )
+
+
+def value_of(argv: Sequence[str], name: str) -> str | None:
+    """The last value given for a flag; None where it is not given."""
+    found = None
+    for word, value in zip(argv, [*argv[1:], ""]):
+        flag, has_value, given = word.partition("=")
+        if flag.replace("-", "_") == f"__{name}":
+            found = given if has_value else value
+    return found
 
 
 def wants_cpu(argv: Sequence[str]) -> bool:

@@ -325,7 +325,7 @@ def test_standing(tmp_path: Path, protocol: str | None, judge: str | None, judge
 
 def test_published_figures_beside_these(tmp_path: Path) -> None:
     """By rules: the rule figures come first and bare, those of judges are marked, and so is what is not stated."""
-    text = compare(pair(tmp_path, responses(0), responses(0))).text
+    text = compare(pair(tmp_path, responses(0), responses(0))).report(published=True)
     lines = [line.split() for line in text.splitlines()]
     assert ["LLaVA-1.5-7B", "objhal-rules;", "UE-DPO", "55.67", "15.96"] in lines
     assert ["LLaVA-1.5-7B", "objhal-llm;", "mDPO,", "TPR", "53.6*", "25.2*"] in lines
@@ -334,6 +334,17 @@ def test_published_figures_beside_these(tmp_path: Path) -> None:
     places = [next(i for i, line in enumerate(lines) if line[-1:] == [last]) for last in ("15.96", "54.5?", "25.2*")]
     assert places == sorted(places)
     assert "mDPO (text of the paper)" in text
+
+
+def test_published_results_come_on_request_and_last(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(path) for path in pair(tmp_path, responses(100, 100), responses(0, 0))]
+    assert main(paths) == 0
+    said = capsys.readouterr().out
+    assert "UE-DPO" not in said and "--published shows" in said
+    assert main([*paths, "--published"]) == 0
+    asked = capsys.readouterr().out
+    own, published = asked.index("aligned better"), asked.index("UE-DPO")
+    assert own < asked.index("published figures") < published and "--published shows" not in asked
 
 
 def test_every_published_figure_says_where_it_is_from() -> None:

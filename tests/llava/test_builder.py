@@ -207,7 +207,7 @@ def test_no_such_checkpoint(name):
 
 def test_of_another_kind(checkpoint):
     edit_config(checkpoint, model_type="bert")
-    with pytest.raises(ValueError, match="expected model_type 'llava_llama' or 'llama' in config.json, got 'bert'"):
+    with pytest.raises(ValueError, match="expected a LLaVA-1.5 model .*got model_type bert"):
         load(checkpoint)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dama import stage
+from dama.console import digest_of_file
 from dama.stage import Shard, StageError, merge_shards
 from llava.eval.generate import (
     Answerer,
@@ -85,6 +87,92 @@ def test_samples_differ_and_repeat_by_seed(answerer, tmp_path):
     same = generate_answers(answerer, REQUESTS[:2], GOLDEN / "images", tmp_path / "b", decoding)
     assert [r["sample"] for r in one] == [0, 1, 2] * 2 and one == same
     assert len({r["text"] for r in one}) > 2
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def in_file(folder):
+    """(question, sample) of every line of answers.jsonl."""
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    return [(row["question_id"], row["sample"]) for row in rows]
+
+
+def in_order(samples=1):
+    return [(request.id, k) for request in REQUESTS for k in range(samples)]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_answers_end_in_the_order_of_the_questions(answerer, tmp_path, samples):
+    decoding = Decoding(max_new_tokens=4, temperature=float(samples > 1), samples=samples)
+    inputs = answerer, REQUESTS, GOLDEN / "images"
+    run_answers(*inputs, tmp_path / "whole", decoding, batch_size=3)
+    assert in_file(tmp_path / "whole") == in_order(samples)
+    for index in (1, 0):
+        run_answers(*inputs, tmp_path / "parts", decoding, batch_size=3, shard=Shard(index, 2))
+    whole, merged = ((tmp_path / name / "answers.jsonl").read_bytes() for name in ("whole", "parts"))
+    assert whole == merged
+    (tmp_path / "parts" / "answers.jsonl").unlink()
+    merge_shards(tmp_path / "parts", "answers", summarise)  # as `dama merge`, which has no questions at hand
+    assert (tmp_path / "parts" / "answers.jsonl").read_bytes() == whole
+
+
+def test_answers_of_a_server_end_in_the_order_of_the_questions(tmp_path):
+    with ScriptedServer(lambda call: call.text) as base_url:
+        served = ServedAnswerer("m", base_url)
+        run_answers(served, REQUESTS, GOLDEN / "images", tmp_path, Decoding(4), batch_size=3)
+    assert in_file(tmp_path) == in_order()
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert all(row["text"] == row["prompt"] == request.prompt for row, request in zip(rows, REQUESTS, strict=True))
+
+
+@pytest.mark.parametrize("moment", ["write_atomic", "write_json"])
+def test_a_kill_while_answers_are_put_in_order_is_continued(answerer, tmp_path, monkeypatch, moment):
+    """Before the ordered file is written, and between it and the manifest."""
+    inputs = answerer, REQUESTS, GOLDEN / "images"
+    run_answers(*inputs, tmp_path / "whole", Decoding(4), batch_size=3)
+    real = getattr(stage, moment)
+
+    def killed(path, content):
+        if moment == "write_atomic" or content["complete"]:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(stage, moment, killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_answers(*inputs, tmp_path / "parts", Decoding(4), batch_size=3)
+    monkeypatch.undo()
+    monkeypatch.chdir(GOLDEN)
+    assert (in_file(tmp_path / "parts") == in_order()) is (moment == "write_json")
+    answerer.answer = None  # nothing is asked again
+    run_answers(*inputs, tmp_path / "parts", Decoding(4), batch_size=3)
+    assert (tmp_path / "parts" / "answers.jsonl").read_bytes() == (tmp_path / "whole" / "answers.jsonl").read_bytes()
+
+
+def test_a_folder_of_an_earlier_revision_is_read_in_order(answerer, tmp_path, capsys):
+    """It was complete in the order of its batches, and stays as it is."""
+    inputs = answerer, REQUESTS, GOLDEN / "images", tmp_path, Decoding(4)
+    whole = generate_answers(*inputs, batch_size=3)
+    path, manifest = tmp_path / "answers.jsonl", json.loads((tmp_path / "manifest.json").read_text())
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[3:] + lines[:3]))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"digest": digest_of_file(path)}))
+    assert generate_answers(*inputs, batch_size=3) == whole
+    assert "skipped" in capsys.readouterr().out and in_file(tmp_path)[0] == ("q3", 0)
+
+
+def test_shards_of_an_earlier_revision_are_merged_in_order(answerer, tmp_path):
+    inputs = answerer, REQUESTS, GOLDEN / "images", tmp_path, Decoding(4)
+    run_answers(*inputs, batch_size=3, shard=Shard(0, 2))
+    path = tmp_path / "shards" / "00000-of-00002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["places"]
+    path.write_text(json.dumps(manifest))
+    run_answers(*inputs, batch_size=3, shard=Shard(1, 2))
+    assert in_file(tmp_path) == in_order()
+    (tmp_path / "manifest.json").unlink()
+    merge_shards(tmp_path, "answers", summarise)  # nothing says where the first shard's belong
+    assert sorted(in_file(tmp_path)) == sorted(in_order())
 
 
 def test_other_decoding_is_refused(answerer, tmp_path):
@@ -211,9 +299,10 @@ def test_thoughts_are_left_out_and_missing_answers_named(tmp_path, capsys):
         served = ServedAnswerer("m", base_url, concurrency=1)
         manifest = run_answers(served, REQUESTS, GOLDEN / "images", tmp_path, Decoding(9), batch_size=4)
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [row["text"] for row in rows] == ["Yes", "", "", *["Yes"] * 7]
-    assert [row.get("missing", "") for row in rows[1:3]] == [
-        "thoughts without an answer, finish reason stop", "empty reply, finish reason stop",
+    assert [row["question_id"] for row in rows] == [request.id for request in REQUESTS]
+    assert sorted(row["text"] for row in rows) == ["", "", *["Yes"] * 8]
+    assert sorted(row["missing"] for row in rows if not row["text"]) == [
+        "empty reply, finish reason stop", "thoughts without an answer, finish reason stop",
     ]  # fmt: skip
     assert {row["finish_reason"] for row in rows} == {"stop"} and sum(manifest["summary"]["missing"].values()) == 2
 

@@ -167,6 +167,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             _, _, attention_mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
                 inputs, None, attention_mask, None, None, images, image_sizes, padding_side="left"
             )
+        if kwargs.get("max_new_tokens") is not None:
+            kwargs.setdefault("max_length", None)  # of the checkpoint's generation config, which it would only warn of
         return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
 

@@ -1,0 +1,50 @@
+"""Which checkpoints this repository runs, seen in their config.json before anything large is imported or fetched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SUPPORTED = ("llava_llama", "llava", "llama")  # LLaVA's layout, llava-hf's, and a language model to start LLaVA from
+
+
+def refuse_unsupported_model(source: str | None, flag: str) -> None:
+    """Raise ValueError where a checkpoint's config.json, or that of the base of an adapter, is of another model.
+
+    A checkpoint without config.json, or out of reach, is left to the loading itself, which names it.
+
+    Args:
+        source: folder or hub name; nothing is done for None. flag: what to call it in the error.
+    """
+    if not source:
+        return
+    kind = read_small_file(source, "config.json").get("model_type")
+    if kind is None:
+        base = read_small_file(source, "adapter_config.json").get("base_model_name_or_path")
+        kind = read_small_file(str(base), "config.json").get("model_type") if base else None
+    if kind is not None and kind not in SUPPORTED:
+        raise ValueError(
+            f"{flag} '{source}': expected a LLaVA-1.5 model in LLaVA's layout (model_type llava_llama; llama for the "
+            f"language model to start from) or llava-hf's (model_type llava), got model_type {kind}. Other models are "
+            "not supported; give for example liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
+        )
+
+
+def read_small_file(source: str, name: str) -> dict[str, Any]:
+    """A JSON object from a checkpoint's folder or hub repository; empty where there is none that can be read."""
+    try:
+        path = Path(source, name) if Path(source).is_dir() else download(source, name)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def download(source: str, name: str) -> Path:
+    """A file of a hub repository in the cache. Raises OSError or ValueError where it is out of reach."""
+    if source.count("/") > 1 or source.startswith((".", "/")):
+        raise FileNotFoundError(source)
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(source, name))

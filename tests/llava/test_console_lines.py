@@ -1,0 +1,116 @@
+"""What people read on the console: readable lines with a legend, warnings that concern them, no library's notices."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from llava.notices import without_build_notices
+from llava.train.arguments import parse_arguments
+from llava.train.dpo_figures import duration
+from llava.train.train_dpo import single_pair_warning
+from tests.conftest import GOLDEN
+from tests.llava.test_dpo_golden import flags
+
+ROOT = GOLDEN.parents[1]
+DATA = {
+    "LM": ["--data_path", "sft/records.json"],
+    "DPO": ["--data_path", "dama/rlaifv_records.json", "--image_aspect_ratio", "square", "--delta_bar", "0.05"],
+}
+NOTICES = re.compile(r"Warning|\[WARNING\]|deprecat|kernels|pin_memory|CUDA|\[transformers\]", re.I)
+
+
+def training(task, out, *more):
+    return [
+        str(ROOT / "llava/train/train_mem.py"), "--task", task, *DATA[task], "--model_name_or_path", "llava-v1.5-tiny",
+        "--image_folder", "images", "--output_dir", str(out), "--use_cpu", "True", "--max_steps", "2",
+        "--logging_steps", "1", "--per_device_train_batch_size", "2", "--gradient_checkpointing", "True", *more,
+    ]  # fmt: skip
+
+
+def printed(command, **environment):
+    """(standard output, standard error) of a command with nothing silenced from outside."""
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    plain |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=plain, cwd=GOLDEN)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def notices(*texts):
+    return [line for text in texts for line in text.splitlines() if NOTICES.search(line)]
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_a_training_has_readable_lines_one_legend_and_no_notices(tmp_path, task):
+    out, err = printed([sys.executable, *training(task, tmp_path / "out")])
+    assert notices(out, err) == []
+    unit = {"LM": "rows", "DPO": "pairs"}[task]
+    lines = [line for line in out.splitlines() if line.startswith("step  ")]
+    assert len(lines) == 2
+    for line in lines:
+        assert re.search(rf"training: loss \d+\.\d{{4}} .* lr \S+  [\d.]+ {unit}/s .*\d:\d\d:\d\d left$", line), line
+    legend = "\n".join(line for line in out.splitlines() if line.startswith("log: "))
+    assert legend.count("learning rate") == 1 and (legend.count("R_bar") == 1) is (task == "DPO")
+    for column in ("loss", "grad", "lr") + (("accuracy", "margin", "alpha_M", "beta", "kept") if task == "DPO" else ()):
+        assert column in legend, column
+    assert "{'loss'" not in out
+
+
+def test_ranks_under_deepspeed_print_no_notices(tmp_path):
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "28917",
+    ]
+    command = [*launcher, *training("LM", tmp_path / "out", "--deepspeed", str(ROOT / "scripts/zero2.json"))]
+    out, err = printed(command, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    assert notices(out, err) == []
+    assert out.count("log: loss") == 1 and len(re.findall("^step .* rows/s", out, re.M)) == 2
+
+
+def test_generation_prints_no_notices(tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "image": "wide.png", "text": "What?"}) + "\n")
+    command = [sys.executable, "-m", "llava.eval.generate", "--model-path", "llava-v1.5-tiny", "--question-file",
+               str(tmp_path / "q.jsonl"), "--image-folder", "images", "--max-new-tokens", "3", "--out",
+               str(tmp_path / "out")]  # fmt: skip
+    assert notices(*printed(command)) == []
+
+
+def test_other_lines_of_a_library_are_printed(capsys):
+    with pytest.raises(RuntimeError), without_build_notices():
+        sys.stdout.write("DeepSpeed op built successfully\nsomething else\n")
+        raise RuntimeError
+    assert capsys.readouterr().out == "something else\n"
+
+
+def test_hours_as_people_read_them():
+    assert [duration(hours) for hours in (0, 1 / 3600, 0.5, 27.0)] == ["0:00:00", "0:00:01", "0:30:00", "27:00:00"]
+
+
+@pytest.mark.parametrize(
+    ("more", "pairs", "expected"),
+    [
+        (["1", "--variant", "paper"], 8, "every step has 1 pair"),
+        (["1", "--variant", "paper", "--gradient_accumulation_steps", "4"], 8, None),
+        (["1", "--variant", "paper", "--gradient_accumulation_steps", "4"], 9, r"last .* 1 pair \(9 in steps of 4\)"),
+        (["1", "--variant", "released", "--gradient_accumulation_steps", "4"], 8, "every step has 1 pair"),
+        (["1", "--variant", "paper", "--strategy", "model"], 8, "every step has 1 pair"),
+        (["1", "--variant", "paper", "--strategy", "none"], 8, None),
+        (["1", "--variant", "paper", "--strategy", "data"], 8, None),
+        (["4", "--variant", "paper"], 8, None),
+        (["4", "--variant", "paper"], 5, "last step"),
+    ],
+)
+def test_a_step_of_a_single_pair_is_warned_of(in_golden, tmp_path, more, pairs, expected):
+    args = parse_arguments(flags(tmp_path, "--per_device_train_batch_size", *more))[2]
+    warning = single_pair_warning(args, pairs)
+    assert warning is None if expected is None else re.search(f"^warning: .*{expected}.*R_bar", warning)
