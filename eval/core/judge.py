@@ -224,7 +224,10 @@ def _finish(row: Mapping[str, Any]) -> str:
     return str(row.get("finish") or "")
 
 
-_MORE_NUMBERS = re.compile(r"[^\w\n(]*(?:(?:to|or|and|maybe|perhaps|possibly|even|between|out|of)\b[^\w\n(]*){0,3}\d")
+_LEADING_ON = r"(?:to|or|and|then|vs|versus|maybe|perhaps|possibly|could\s+be|but\s+(?:maybe|perhaps|possibly|could\s+be)|no|wait)"
+_MORE_NUMBERS = re.compile(
+    rf"[^\w\n(]*(?:\(\s*(?={_LEADING_ON}\b))?(?:(?:{_LEADING_ON}|even|between|out|of|as|high|low)\b[^\w\n(]*){{0,5}}\d"
+)
 
 
 def more_follow(text: str, end: int, scale: str) -> bool:
