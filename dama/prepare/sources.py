@@ -41,6 +41,7 @@ ANSWER_LAYOUTS = (
     {"chosen", "rejected"},
     {"conversations", "rejected_conversations"},
     {"messages", "rejected_response"},
+    {"conversations", "rejected_response"},
     {"messages", "rejected_messages"},
     {"response", "rejected_response"},
     {"text"},
@@ -56,6 +57,7 @@ SPLITS = {
 }
 """Split -> the words in a file's or folder's name that stand for it, as on the hub."""
 ALL_SPLITS = "all"
+_SET = re.compile("(?<=.)(?:split|set|data|file)s?$")  # as in "testset.parquet"
 
 Row = dict[str, Any]
 LeftAside = dict[str, str]
@@ -120,6 +122,7 @@ def split_of(name: str) -> str | None:
     """The split that a path names in its file or, from the innermost out, in a folder: data/train-00000.parquet."""
     for part in reversed(PurePosixPath(name).with_suffix("").parts):
         for word in re.findall("[a-z]+", part.lower()):
+            word = _SET.sub("", word)
             found = next((split for split, words in SPLITS.items() if word in words), None)
             if found is not None:
                 return found

@@ -224,9 +224,10 @@ def _finish(row: Mapping[str, Any]) -> str:
     return str(row.get("finish") or "")
 
 
-_LEADING_ON = r"(?:to|or|and|then|vs|versus|maybe|perhaps|possibly|could\s+be|but\s+(?:maybe|perhaps|possibly|could\s+be)|no|wait)"
+_DOUBT = r"(?:maybe|perhaps|possibly|could\s+be)"
+_NEXT = rf"(?:to|or|and|then|vs|versus|no|wait|{_DOUBT}|but\s+{_DOUBT})"
 _MORE_NUMBERS = re.compile(
-    rf"[^\w\n(]*(?:\(\s*(?={_LEADING_ON}\b))?(?:(?:{_LEADING_ON}|even|between|out|of|as|high|low)\b[^\w\n(]*){{0,5}}\d"
+    rf"[^\w\n(]*(?:\(\s*(?={_NEXT}\b))?(?:(?:{_NEXT}|even|between|out|of|as|high|low)\b[^\w\n(]*){{0,5}}\d"
 )
 
 

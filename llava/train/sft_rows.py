@@ -6,6 +6,7 @@ a first turn may be from "system".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from llava.train.preprocess import segments_of
 Row = dict[str, Any]
 
 TURNS = ("conversations", "messages")
+# Fields of other software that hold what a row shows.
+MEDIA = re.compile(r"(?:image|img|picture|photo|video|audio)s?(?:_?(?:path|file|filename|url)s?)?", re.IGNORECASE)
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -70,7 +73,8 @@ def row_of_record(record: Any) -> Row:
     gpt, a leading system turn or a field `system`, and `images` with one entry for `image`.
 
     Raises:
-        ValueError: naming the turn or the field that is no part of a conversation.
+        ValueError: naming the turn or the field that is no part of a conversation, or the field of another name that
+            an image, video or sound is in: the row would train as text.
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected a record with named fields, got {type(record).__name__}")
@@ -79,6 +83,8 @@ def row_of_record(record: Any) -> Row:
     image = image_of_record(record)
     if image is not None:
         row["image"] = image
+    elif media := sorted(name for name, value in row.items() if MEDIA.fullmatch(str(name)) and value not in ("", [])):
+        raise ValueError(f"field {media[0]}: expected what the row shows in 'image', one path; rename or remove it")
     turns = turns_of_record(record)
     system = row.get("system")
     if isinstance(system, str) and system.strip() and not (turns and turns[0]["from"] == "system"):
@@ -99,7 +105,10 @@ def turn_of(number: int, turn: Any) -> dict[str, str]:
     """Turn `number`, counted from 1, as {"from", "value"}."""
     if not isinstance(turn, dict):
         raise ValueError(f"turn {number}: expected 'from' and 'value', got {type(turn).__name__}")
-    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    speaker, text = (
+        next((turn[name] for name in names if turn.get(name) is not None), None)
+        for names in (("from", "role"), ("value", "content"))
+    )
     role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None or (role == "system" and number > 1):
         expected = "human or gpt (user, assistant)" if number > 1 else "system, human or gpt (user, assistant)"
