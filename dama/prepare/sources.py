@@ -87,9 +87,9 @@ def find_files(
     """The files of rows that folders, globs, files and hf://owner/name[@revision][/glob] lead to:
     local sources as they are given, then the hub's, the files of each in order of name.
 
-    Of a folder, a glob or a hub set whose names tell splits apart only `split` is read, by default train; a file that
-    is named by itself is read whatever its split, unless `split` is given. Files that are not read are added to
-    `left_aside`. Raises SourceError naming every source that leads to no file.
+    Of a folder, a glob, several files or a hub set whose names tell splits apart only `split` is read, by default
+    train; a file that is named by itself is read whatever its split, unless `split` is given. Files that are not read
+    are added to `left_aside`. Raises SourceError naming every source that leads to no file.
     """
     aside: LeftAside = {} if left_aside is None else left_aside
     local: list[Path] = []
@@ -105,8 +105,20 @@ def find_files(
             faults.append(str(error))
     if faults:
         raise SourceError("\n".join(faults))
+    local = _of_one_split(local, sources, split, aside)
     found = {file.path.resolve(): file for file in [*_named(local), *remote]}
     return list(found.values())
+
+
+def _of_one_split(paths: list[Path], sources: Sequence[str], split: str | None, aside: LeftAside) -> list[Path]:
+    """Without files of other splits, where single files are named and some are of train: a shell expands globs so."""
+    single = [Path(source) for source in sources if not source.startswith("hf:") and Path(source).is_file()]
+    base = os.path.commonpath([path.absolute().parent for path in single]) if single else ""
+    named = {path.absolute().relative_to(base).as_posix(): path for path in single}
+    if split is not None or not {"train"} < {split_of(name) for name in named} - {None}:
+        return paths
+    kept = _of_split(named, split, base, aside)
+    return [path for path in paths if path not in single or path in kept]
 
 
 def _named(paths: Sequence[Path]) -> list[SourceFile]:

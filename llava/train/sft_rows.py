@@ -73,8 +73,7 @@ def row_of_record(record: Any) -> Row:
     gpt, a leading system turn or a field `system`, and `images` with one entry for `image`.
 
     Raises:
-        ValueError: naming the turn or the field that is no part of a conversation, or the field of another name that
-            an image, video or sound is in: the row would train as text.
+        ValueError: naming the turn or the field that is no part of a conversation.
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected a record with named fields, got {type(record).__name__}")
@@ -83,8 +82,6 @@ def row_of_record(record: Any) -> Row:
     image = image_of_record(record)
     if image is not None:
         row["image"] = image
-    elif media := sorted(name for name, value in row.items() if MEDIA.fullmatch(str(name)) and value not in ("", [])):
-        raise ValueError(f"field {media[0]}: expected what the row shows in 'image', one path; rename or remove it")
     turns = turns_of_record(record)
     system = row.get("system")
     if isinstance(system, str) and system.strip() and not (turns and turns[0]["from"] == "system"):
@@ -137,7 +134,11 @@ def text_of_parts(number: int, parts: list[Any]) -> str:
 
 
 def image_of_record(record: Row) -> str | None:
-    """The path in `image`, or in `images`, where one entry is expected; None for a row without an image."""
+    """The path in `image`, or in `images`, where one entry is expected; None for a row without an image.
+
+    Raises:
+        ValueError: several images, no path, or what the row shows is in a field of another name.
+    """
     named = {name: record[name] for name in ("image", "images") if record.get(name) not in (None, [])}
     paths = []
     for name, value in named.items():
@@ -151,6 +152,9 @@ def image_of_record(record: Row) -> str | None:
         paths.append(path)
     if len(set(paths)) > 1:
         raise ValueError(f"fields image and images: expected the same path, got {paths[0]!r} and {paths[1]!r}")
+    media = sorted(name for name, value in record.items() if MEDIA.fullmatch(str(name)) and value not in (None, "", []))
+    if media and not paths:
+        raise ValueError(f"field {media[0]}: expected what the row shows in 'image', one path; rename or remove it")
     return paths[0] if paths else None
 
 
