@@ -400,27 +400,41 @@ def _reply(entry: Completion, *, cached: bool) -> ChatReply:
     return ChatReply("", entry.text, None, entry.model, *tokens, cached, entry.finish)
 
 
+_THOUGHTS = (
+    r"(?:think|thinking|thoughts?|reasoning(?:_content)?|reason|reflection|analysis|rationale|scratchpad|cot|"
+    r"(?:inner|internal)_(?:monologue|thoughts?))"
+)
 _TAG = re.compile(
-    r"<(?P<slash>/?)(?:seed:)?(?:think|thinking|thoughts?|reasoning)\s*>|\[(?P<square>/?)THINK\]|◁(?P<arrow>/?)think▷",
+    rf"<(?P<slash>/?)(?:seed:)?{_THOUGHTS}(?:\s[^<>]*)?>|\[(?P<square>/?)THINK\]|◁(?P<arrow>/?)think▷|"
+    rf"<\|(?:begin_of_|start_)?(?P<bar>/|end_of_|end_)?{_THOUGHTS}\|>|<unused9(?:4|(?P<unused>5))>",
     re.IGNORECASE,
 )
+_ANSWER = re.compile(  # what some templates put around the answer itself
+    r"(?:<(?:answer|conclusion)>|<\|(?:begin_of_(?:solution|box)|start_response)\|>)\s*(.*?)\s*"
+    r"(?:</(?:answer|conclusion)>|<\|(?:end_of_(?:solution|box)|end_response)\|>|\Z)\s*",
+    re.IGNORECASE | re.DOTALL,
+)
 _CHANNEL = "<|channel|>"
+_BARE_CHANNEL = re.compile(r"\A\s*(?:assistant)?analysis.*assistantfinal", re.DOTALL)  # the same without its markers
+_MARGIN = " \t\r\n\ufeff\u200b"
 
 
 def after_thoughts(text: str) -> str:
     """What a reasoning model says in the end, without the thoughts that some servers send along.
 
     Thoughts end with the last closing tag; the opening one may be missing, since some templates end with it. "" where
-    the thoughts are not closed.
+    the thoughts are not closed. Tags around all of the answer are left out.
     """
     if _CHANNEL in text:  # <|channel|>analysis<|message|>...<|end|>...<|channel|>final<|message|>...
         _, found, text = text.rpartition(f"{_CHANNEL}final<|message|>")
         return text.partition("<|")[0].strip() if found else ""
-    tags = list(_TAG.finditer(text))
-    closing = [tag for tag in tags if tag["slash"] or tag["square"] or tag["arrow"]]
-    rest = text[closing[-1].end() :] if closing else text
-    unclosed = _TAG.match(rest.lstrip())
-    return "" if unclosed else rest.strip()
+    text = _BARE_CHANNEL.sub("", text)
+    closing = [tag for tag in _TAG.finditer(text) if any(tag.groups())]
+    rest = (text[closing[-1].end() :] if closing else text).strip(_MARGIN)
+    if _TAG.match(rest):
+        return ""
+    answer = _ANSWER.fullmatch(rest)
+    return answer[1] if answer else rest.strip()
 
 
 _KEPT = ("text", "model", "prompt_tokens", "completion_tokens")

@@ -118,7 +118,7 @@ def _name_answers(row: NamedRow) -> None:
         _rename(row, "rejected", "rejected_conversations")
     elif "rejected_response" in row or "rejected_messages" in row:
         _rename(row, "rejected", "rejected_response" if "rejected_response" in row else "rejected_messages")
-        _rename(row, "chosen", "messages" if "messages" in row else "response")
+        _rename(row, "chosen", next((name for name in ("messages", "conversations") if name in row), "response"))
         _share_question(row)
         if row.get("history"):
             raise ValueError(f"field {row.name('history')}: expected no earlier turns, got {len(row['history'])}")
@@ -234,7 +234,7 @@ def _content(message: dict[str, Any]) -> Any:
 
 
 def _name_image(row: NamedRow) -> None:
-    """Set image from a list of one under any of its names."""
+    """Set image from a list of one under any of its names, or from {path, bytes} without bytes."""
     images = row.pop("images", None)
     if images is not None and "image" not in row and "image_path" not in row:
         row.put("image", images, called="images")
@@ -243,7 +243,9 @@ def _name_image(row: NamedRow) -> None:
         if isinstance(value, list):
             if len(value) != 1:
                 raise ValueError(f"field {row.name(name)}: expected a list of one picture, got {len(value)}")
-            row[name] = value[0]
+            value = row[name] = value[0]
+        if isinstance(value, dict) and isinstance(value.get("path"), str) and value.get("bytes") is None:
+            row[name] = value["path"]
 
 
 def _parsed_list(value: Any) -> Any:

@@ -54,7 +54,8 @@ _FIELDS = {
     "question": (str,),
     "gt_answer": (str,),
 }
-_RATING = re.compile(r"\brating\b\W{0,6}?(-?\d+(?:[.,]\d+)?)\w*")  # "Rating: 5", "**Rating**: 5", "rating 5,"
+# "Rating: 5", "**Rating**: 5", "rating 5,"
+_RATING = re.compile(r"\brating\b(?:\W{0,6}?|\s+(?:is|should\s+be|would\s+be|becomes)\s+)(-?\d+(?:[.,]\d+)?)\w*")
 _SCALE = re.compile(r"\brating\b\W{0,6}?[01]\s*(?:[-–]|to)\s*6\b")  # "rating (0-6)", which rates nothing
 _BEST = 6
 

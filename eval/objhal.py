@@ -176,7 +176,8 @@ def parse(text: str) -> list[str] | None:
     """The last list of strings in the reply, in whatever it is wrapped, with the names of lists inside it.
 
     "()" is the empty list. None without a list, and where it is not clear what is named: a list of strings that is
-    unfinished, without commas or with other things in it; or several lists with nothing said between them.
+    unfinished, without commas or with other things in it; or several lists that differ, unless the text before the
+    last says that it replaces the others.
     """
     text = after_thoughts(text)
     if re.fullmatch(r"\W*\(\s*\)\W*", text):  # what the prompt's rule 5 asks for
@@ -192,7 +193,7 @@ def parse(text: str) -> list[str] | None:
             opened = place
         else:
             inside = opened >= 0 and "]" not in text[opened:place]
-            if inside or (names is not None and _BESIDE.fullmatch(text, end, place)):
+            if inside or (names is not None and found != names and not _replaces(text[end:place])):
                 return None
             names, end = found, after
         place = text.find("[", after)
@@ -201,7 +202,13 @@ def parse(text: str) -> list[str] | None:
 
 _TOKEN = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\[\],])""", re.DOTALL)
 _OPENS_STRINGS = re.compile(r"""\[[\[\s]*["']""")
-_BESIDE = re.compile(r"""(?:[\W_]|\band\b)*(?:"[^"\n]*"\s*:\s*)?""")  # between the lists of one enumeration or object
+_FINAL = re.compile(r"\b(?:but|instead|final|finally|so|thus|hence|therefore|answer|result|output|corrected|revised)\b")
+_MORE = re.compile(r"\b(?:also|and|plus|or|other|well|too)\b")
+
+
+def _replaces(between: str) -> bool:
+    """Whether the text between two lists says that the second one counts."""
+    return bool(_FINAL.search(between.lower())) and not _MORE.search(between.lower())
 
 
 def _list_at(text: str, start: int) -> tuple[list[str] | None, int]:

@@ -38,6 +38,9 @@ FAMILIES: tuple[Mapping[str, int], ...] = (
     _numbered(" ".join("αβγδεζηθ")),
     _numbered(" ".join("ⅰⅱⅲⅳⅴⅵⅶⅷⅸⅹ")),
     _numbered(" ".join("ⅠⅡⅢⅣⅤⅥⅦⅧⅨⅩ")),
+    _numbered(" ".join("甲乙丙丁戊己庚辛壬癸")),
+    _numbered(" ".join("アイウエオカキクケコ")),
+    _numbered(" ".join("가나다라마바사아자차")),
 )
 """Marker -> its number, of each way to number."""
 SIGNS: tuple[Mapping[str, int], ...] = (
@@ -61,8 +64,11 @@ _SIGN = "|".join(re.escape(sign) for family in SIGNS for sign in family)
 _BULLET = "[-*•‣–+·∙◦▪▫●○■□◆◇►▶➤→✓✔★☆⁃]"
 # At the start of a line, perhaps behind a bullet or a heading's marks, and inside emphasis.
 _AT_START = re.compile(
-    rf"^(?P<before>[ \t]*(?:(?:{_BULLET}|\#{{1,6}})[ \t]+)?)(?P<emphasis>\*\*|__)?"
-    rf"(?:(?P<open>[(（\[]?)(?P<token>{_TOKEN})(?P<inner>(?P=emphasis))?(?P<close>[.)）:：．、\]])|(?P<sign>{_SIGN}))"
+    rf"^(?P<before>[ \t]*(?:(?:{_BULLET}|\#{{1,6}})[ \t]+)?)(?P<emphasis>\*\*|__|[*_])?"
+    r"(?:(?:(?:Item|Point|Number|No\.)[ \t]+)?(?P<open>(?P<hash>\#)|[(（\[【〔]?)"
+    rf"(?P<token>{_TOKEN})(?P<inner>(?P=emphasis))?"
+    r"(?P<close>\.\)|[.)）:：．、\]】〕/]|[ \t]+[-–—](?=[ \t])|(?(hash)(?=[ \t])|(?!)))"
+    rf"|(?P<sign>{_SIGN}))"
     r"(?P<end>(?P=emphasis))?(?P<space>[ \t]*)(?=\S)"
 )
 _INSIDE = re.compile(
@@ -118,7 +124,7 @@ def _markers(number: int, line: str) -> Iterator[_Marker]:
 def _may_be_followed(match: re.Match[str]) -> bool:
     """Without a space after it, "1." begins "1.5" and "A." an abbreviation."""
     following = match.string[match.end()]
-    if match["space"] or match["end"] or match["sign"] or match["close"] in "）：．、":
+    if match["space"] or match["end"] or match["sign"] or match["close"] in ("）", "：", "．", "、", "】", "〕"):
         return True
     return match["token"].isdecimal() and following.isalpha()
 

@@ -41,6 +41,7 @@ ANSWER_LAYOUTS = (
     {"chosen", "rejected"},
     {"conversations", "rejected_conversations"},
     {"messages", "rejected_response"},
+    {"conversations", "rejected_response"},
     {"messages", "rejected_messages"},
     {"response", "rejected_response"},
     {"text"},
@@ -56,6 +57,7 @@ SPLITS = {
 }
 """Split -> the words in a file's or folder's name that stand for it, as on the hub."""
 ALL_SPLITS = "all"
+_SET = re.compile("(?<=.)(?:split|set|data|file)s?$")  # as in "testset.parquet"
 
 Row = dict[str, Any]
 LeftAside = dict[str, str]
@@ -85,9 +87,9 @@ def find_files(
     """The files of rows that folders, globs, files and hf://owner/name[@revision][/glob] lead to:
     local sources as they are given, then the hub's, the files of each in order of name.
 
-    Of a folder, a glob or a hub set whose names tell splits apart only `split` is read, by default train; a file that
-    is named by itself is read whatever its split, unless `split` is given. Files that are not read are added to
-    `left_aside`. Raises SourceError naming every source that leads to no file.
+    Of a folder, a glob, several files or a hub set whose names tell splits apart only `split` is read, by default
+    train; a file that is named by itself is read whatever its split, unless `split` is given. Files that are not read
+    are added to `left_aside`. Raises SourceError naming every source that leads to no file.
     """
     aside: LeftAside = {} if left_aside is None else left_aside
     local: list[Path] = []
@@ -103,8 +105,20 @@ def find_files(
             faults.append(str(error))
     if faults:
         raise SourceError("\n".join(faults))
+    local = _of_one_split(local, sources, split, aside)
     found = {file.path.resolve(): file for file in [*_named(local), *remote]}
     return list(found.values())
+
+
+def _of_one_split(paths: list[Path], sources: Sequence[str], split: str | None, aside: LeftAside) -> list[Path]:
+    """Without files of other splits, where single files are named and some are of train: a shell expands globs so."""
+    single = [Path(source) for source in sources if not source.startswith("hf:") and Path(source).is_file()]
+    base = os.path.commonpath([path.absolute().parent for path in single]) if single else ""
+    named = {path.absolute().relative_to(base).as_posix(): path for path in single}
+    if split is not None or not {"train"} < {split_of(name) for name in named} - {None}:
+        return paths
+    kept = _of_split(named, split, base, aside)
+    return [path for path in paths if path not in single or path in kept]
 
 
 def _named(paths: Sequence[Path]) -> list[SourceFile]:
@@ -120,6 +134,7 @@ def split_of(name: str) -> str | None:
     """The split that a path names in its file or, from the innermost out, in a folder: data/train-00000.parquet."""
     for part in reversed(PurePosixPath(name).with_suffix("").parts):
         for word in re.findall("[a-z]+", part.lower()):
+            word = _SET.sub("", word)
             found = next((split for split, words in SPLITS.items() if word in words), None)
             if found is not None:
                 return found

@@ -224,7 +224,11 @@ def _finish(row: Mapping[str, Any]) -> str:
     return str(row.get("finish") or "")
 
 
-_MORE_NUMBERS = re.compile(r"[^\w\n(]*(?:(?:to|or|and|maybe|perhaps|possibly|even|between|out|of)\b[^\w\n(]*){0,3}\d")
+_DOUBT = r"(?:maybe|perhaps|possibly|could\s+be)"
+_NEXT = rf"(?:to|or|and|then|vs|versus|no|wait|{_DOUBT}|but\s+{_DOUBT})"
+_MORE_NUMBERS = re.compile(
+    rf"[^\w\n(]*(?:\(\s*(?={_NEXT}\b))?(?:(?:{_NEXT}|even|between|out|of|as|high|low)\b[^\w\n(]*){{0,5}}\d"
+)
 
 
 def more_follow(text: str, end: int, scale: str) -> bool:

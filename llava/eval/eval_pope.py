@@ -27,8 +27,8 @@ _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)?")
 # Negations that are about knowing and not about the image; what cannot be seen is not there, an image is.
 _ADVERBS = r"(?:\s+(?:\w+ly|quite|yet|even|so|very|too|100\s*%?|be|to|at|all|for|with|certainty))*"
 _KNOWING = (
-    r"(?:tell|say|saying|telling|determin\w*|know\w*|confirm\w*|verif\w+|identif\w+|answer\w*|judg\w+|decid\w+|discern\w*|"
-    r"ascertain\w*|assess\w*|make\s+out|sure|certain|help|assist|comply|provide|respond|process|interpret|analy\w+|"
+    r"(?:tell|say|saying|telling|determin\w*|know\w*|confirm\w*|verif\w+|answer\w*|judg\w+|decid\w+|ascertain\w*|assess\w*|"
+    r"(?:identif\w+|discern\w*|make\s+out)(?!\s+(?:an?|any)\b)|sure|certain|help|assist|comply|provide|respond|process|interpret|analy\w+|"
     r"understand|recall|remember|conclude|guess|speculate|"
     r"(?:see|view|open|access|load|display|look\s+at)\s+(?:(?:the|this|that|any|an|your|attached|actual)\s+)*"
     r"(?:images?|pictures?|photos?|photographs?|files?|attachments?)\b)"
@@ -43,10 +43,16 @@ _UNKNOWN = re.compile(
     r"provide\s+(?:enough|sufficient|any)|(?:see|have)\s+(?:the|an|any|a)\s+(?:image|picture|photo)\b)"
     r"|\bno\s+(?:idea|clue|way\s+(?:to|of)|telling|saying|information|(?:clear\s+)?answer|opinion|comment|"
     r"(?:image|picture|photo)(?:\s+(?:is|was))?\s+(?:provided|attached|given))\b"
+    r"|\b(?:\w+n't|not)\s+(?:have\s+|got\s+)*(?:an?|the|any)\s+(?:clue|idea|answer|opinion)\b"
+    r"|\b(?:doesn't|does\s+not|didn't|did\s+not)\s+(?:say|specify|state|tell|allow|make\s+(?:it|that|this)\s+clear|"
+    r"show\s+enough)\b"
+    r"|\b(?:insufficient|inconclusive|inadequate)\b|\bnot\s+applicable\b"
+    r"|\bthere\s+(?:is|are)\s+(?:an?\s+|some\s+)?(?:possib\w+|chance|uncertain\w*|ambigu\w+)"
+    r"|\b(?:may|might|could|can)\s+be\s+(?:an?\s+)?(?:yes|no)\b"
     r"|\b(?:nothing|none)\s+(?:can|could)\s+be\s+(?:said|determined|told|concluded)\b"
 )
 _OR = r"(?:\s*[/|]\s*|,?\s+(?:or|and)\s+)"
-_BOTH = re.compile(rf"\byes{_OR}no\b|\bno{_OR}yes\b")
+_BOTH = re.compile(rf"\byes{_OR}no\b|\bno{_OR}yes\b|\bneither\s+(?:yes\s+nor\s+no|no\s+nor\s+yes)\b")
 _DECIDED = re.compile(r"\b(?:yes|yeah|yep|no|nope|none|nothing)\b")
 
 

@@ -179,9 +179,10 @@ class Answerer:
         conversation.append_message(conversation.roles[1], None)
         return encode_prompt(conversation.get_prompt(), self.tokenizer)
 
-    def pixels(self, request: Request, image_folder: ImageFolder) -> Tensor:
+    def pixels(self, request: Request, image_folder: ImageFolder) -> tuple[Tensor, tuple[int, int]]:
+        """Pixel values [3, H, W], for "anyres" [crops, 3, H, W], and (width, height) of the image as it is."""
         picture = load_image(resolve_image(image_folder, str(request.image)))
-        return process_images([picture], self.image_processor, self.model.config)[0]
+        return process_images([picture], self.image_processor, self.model.config)[0], picture.size
 
     def answer(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> list[list[str]]:
         """`decoding.samples` answers to each request, stripped of white space at both ends."""
@@ -200,19 +201,24 @@ class Answerer:
             input_ids[i, width - len(row) :], mask[i, width - len(row) :] = row, True
         return self.model.generate(
             input_ids.to(self.device),
-            images=self._pictures([request for request in requests if request.image is not None], image_folder),
+            **self._pictures([request for request in requests if request.image is not None], image_folder),
             attention_mask=mask.to(self.device),
             pad_token_id=self.pad_token_id,
             **decoding.options(),
         )
 
-    def _pictures(self, requests: Sequence[Request], image_folder: ImageFolder) -> Tensor | None:
-        """[N, 3, H, W] on the model's device; decoded side by side, or else short answers wait for the pictures."""
+    def _pictures(self, requests: Sequence[Request], image_folder: ImageFolder) -> dict[str, Any]:
+        """images, [N, 3, H, W] or a list of [crops, 3, H, W] ("anyres"), on the model's device, and image_sizes.
+
+        They are decoded side by side, or else short answers wait for the pictures.
+        """
         if not requests:
-            return None
+            return {"images": None}
         with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
-            pictures = list(readers.map(lambda request: self.pixels(request, image_folder), requests))
-        return torch.stack(pictures).to(self.device, self.dtype)
+            pictures, sizes = zip(*readers.map(lambda request: self.pixels(request, image_folder), requests))
+        if pictures[0].dim() == 3:
+            return {"images": torch.stack(pictures).to(self.device, self.dtype)}
+        return {"images": [crops.to(self.device, self.dtype) for crops in pictures], "image_sizes": list(sizes)}
 
 
 class ServedAnswerer:

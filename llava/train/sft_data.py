@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dama.console import say
 from dama.images import open_image
 from dama.pairs import FILE_REMEDY, ImageFolder, PairsError, fault_list, load_image, resolve_image
+from dama.texts import visible_text
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Template, default_conversation, get_template
 from llava.mm_utils import get_anyres_image_grid_shape, literal, process_images
@@ -143,7 +144,7 @@ def supervision_of(
 ) -> tuple[int, str | None]:
     """(positions of a row, or a bound on them where it certainly fits; why it supervises no token, or None)."""
     limit = tokenizer.model_max_length
-    if not any(who == "gpt" and text.strip() for who, text in turns_of_row(row)[1:]):
+    if not any(who == "gpt" and visible_text(text) for who, text in turns_of_row(row)[1:]):
         return 0, "no answer with text in it"
     image = image_positions(row, data_args, per_image) if "image" in row else 0
     # No tokenizer in use makes more tokens than bytes of a text; the template's own words come on top.

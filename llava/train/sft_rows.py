@@ -6,6 +6,7 @@ a first turn may be from "system".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from llava.train.preprocess import segments_of
 Row = dict[str, Any]
 
 TURNS = ("conversations", "messages")
+# Fields of other software that hold what a row shows.
+MEDIA = re.compile(r"(?:image|img|picture|photo|video|audio)s?(?:_?(?:path|file|filename|url)s?)?", re.IGNORECASE)
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -99,7 +102,10 @@ def turn_of(number: int, turn: Any) -> dict[str, str]:
     """Turn `number`, counted from 1, as {"from", "value"}."""
     if not isinstance(turn, dict):
         raise ValueError(f"turn {number}: expected 'from' and 'value', got {type(turn).__name__}")
-    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    speaker, text = (
+        next((turn[name] for name in names if turn.get(name) is not None), None)
+        for names in (("from", "role"), ("value", "content"))
+    )
     role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None or (role == "system" and number > 1):
         expected = "human or gpt (user, assistant)" if number > 1 else "system, human or gpt (user, assistant)"
@@ -128,7 +134,11 @@ def text_of_parts(number: int, parts: list[Any]) -> str:
 
 
 def image_of_record(record: Row) -> str | None:
-    """The path in `image`, or in `images`, where one entry is expected; None for a row without an image."""
+    """The path in `image`, or in `images`, where one entry is expected; None for a row without an image.
+
+    Raises:
+        ValueError: several images, no path, or what the row shows is in a field of another name.
+    """
     named = {name: record[name] for name in ("image", "images") if record.get(name) not in (None, [])}
     paths = []
     for name, value in named.items():
@@ -142,6 +152,9 @@ def image_of_record(record: Row) -> str | None:
         paths.append(path)
     if len(set(paths)) > 1:
         raise ValueError(f"fields image and images: expected the same path, got {paths[0]!r} and {paths[1]!r}")
+    media = sorted(name for name, value in record.items() if MEDIA.fullmatch(str(name)) and value not in (None, "", []))
+    if media and not paths:
+        raise ValueError(f"field {media[0]}: expected what the row shows in 'image', one path; rename or remove it")
     return paths[0] if paths else None
 
 

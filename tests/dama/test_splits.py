@@ -28,7 +28,12 @@ NAMES = {
     "validation-00000-of-00001.parquet": "validation",
     "val2014.parquet": "validation",
     "dev/x.parquet": "validation",
+    "testset.parquet": "test",
+    "train_data/0.parquet": "train",
+    "evaldata-0.parquet": "test",
+    "trainsplit.parquet": "train",
     "latest.parquet": None,
+    "dataset.parquet": None,
     "pairs.parquet": None,
     "trained_on.parquet": None,
     "contest/0.parquet": None,
@@ -82,6 +87,14 @@ def test_a_file_that_is_named_by_itself_is_read(folder: Path, tmp_path: Path) ->
     assert ids(tmp_path / "out") == ["1"] and "left_aside" not in card(tmp_path / "out")
     with pytest.raises(SourceError, match="no file of the split train, only of test\nRemedy: --split"):
         prepare(folder / "test-0.parquet", "--split", "train", "--out", tmp_path / "other")
+
+
+def test_a_glob_that_the_shell_expands_is_read_like_any(folder: Path, tmp_path: Path) -> None:
+    files = sorted(folder.rglob("*.parquet"))
+    prepare(*files, "--out", tmp_path / "out")
+    assert ids(tmp_path / "out") == ["0", "3"] and len(card(tmp_path / "out")["left_aside"]) == 2
+    prepare(*files, "--split", "all", "--out", tmp_path / "all")
+    assert ids(tmp_path / "all") == ["0", "1", "2", "3"]
 
 
 def test_a_folder_without_the_split_is_an_error(folder: Path) -> None:

@@ -58,6 +58,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "rejected_messages": [assistant("A dog.")],
         "images": ["a.png"],
     },
+    "ms-swift, conversations": {
+        "conversations": [human(), gpt("A cat.")],
+        "rejected_response": "A dog.",
+        "images": [{"path": "a.png", "bytes": None}],
+    },
     "ms-swift, old": {
         "query": "<image>What is it?",
         "response": "A cat.",

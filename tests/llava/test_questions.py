@@ -59,6 +59,8 @@ def test_the_text_is_answered_under_its_own_name(tmp_path):
         (json.dumps(ASKED | {"text": " "}).encode(), "q.jsonl:1: expected question_id and text"),
         (json.dumps([PLAIN, "text"]).encode(), "q.jsonl, row 2: expected question_id and text"),
         (json.dumps(ASKED | {"image": ["a.png", "b.png"]}).encode(), "q.jsonl:1: field image: expected one"),
+        (json.dumps(PLAIN | {"image_path": "a.png"}).encode(), "q.jsonl:1: field image_path: expected what"),
+        (json.dumps(PLAIN | {"img": "a.png"}).encode(), "q.jsonl:1: field img: expected what the row shows"),
         (json.dumps(ASKED | {"image": 4}).encode(), "q.jsonl:1: field image: expected a path"),
         (json.dumps(PLAIN | {"text": "<image>\nWhat?"}).encode(), "q.jsonl:1: question b: expected an image, got 0"),
         (json.dumps(ASKED | {"text": "a <image> b"}).encode(), "q.jsonl:1: question 1: expected one <image> at an end"),

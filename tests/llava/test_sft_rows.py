@@ -12,7 +12,6 @@ from PIL import Image
 from dama.pairs import PairsError
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.model.splice import assign_images
 from llava.tokenization import load_tokenizer
 from llava.train import train
 from llava.train.preprocess import encode_turns, render_supervised
@@ -78,6 +77,8 @@ PARTS = [
         {"id": "a", "image": "wide.png", "images": None, "system": None, "conversations": [ASK, ANSWER]},
         {"id": "a", "image": "wide.png", "messages": SPOKEN},
         {"id": "a", "image": "wide.png", "conversations": None, "messages": PARTS},
+        {"id": "a", "image": "wide.png",
+         "messages": [{"from": None, "value": None, **SPOKEN[0]}, {"role": None, "content": None, **ANSWER}]},
         {"id": "a", "image": "wide.png", "conversations": [ASK | {"weight": None}, ANSWER | {"from": "Assistant"}]},
     ],
     ids=str,
@@ -87,6 +88,8 @@ def test_rows_that_mean_the_same(record):
 
 
 def test_null_images_are_no_images():
+    assert row_of_record(ROW | {"image_path": "x", "image_url": "y"})["image"] == ROW["image"]  # notes beside it
+    assert row_of_record(TEXT | {"image_id": 3, "video": [], "img": None}) == TEXT | {"image_id": 3, "video": []}
     for record in (TEXT | {"image": None}, TEXT | {"images": []}, TEXT | {"image": None, "images": None}):
         assert row_of_record(record) == TEXT
 
@@ -110,6 +113,12 @@ def test_null_images_are_no_images():
         (ROW | {"image": {"bytes": "QUJD", "path": None}}, "row a: field image: expected a path .*, got dict"),
         (ROW | {"image": ["wide.png", "tall.png"]}, "row a: field image: expected one image, got 2"),
         (ROW | {"images": ["tall.png"]}, "row a: fields image and images: expected the same path"),
+        (TEXT | {"image_path": "wide.png"}, "row t: field image_path: expected what the row shows in 'image'"),
+        (TEXT | {"Image": "wide.png"}, "row t: field Image: expected what the row shows in 'image'"),
+        (TEXT | {"img": "wide.png"}, "row t: field img: expected what the row shows in 'image'"),
+        (TEXT | {"image_file": "wide.png"}, "row t: field image_file: expected what the row shows in 'image'"),
+        (TEXT | {"image_paths": ["wide.png"]}, "row t: field image_paths: expected what the row shows in 'image'"),
+        (TEXT | {"video": "a.mp4"}, "row t: field video: expected what the row shows in 'image'"),
         (ROW | {"image": ""}, "row a: image : image path '' names no file"),
         ({"image": "wide.png", "conversations": talk(("human", "a"), ("gpt", "b"))}, "row 2: expected one <image>"),
         (TEXT | {"conversations": [ASK, ANSWER]}, "row t: expected one <image> .* got 1 in the text"),
@@ -283,6 +292,7 @@ IDLE = {
     "no turns": [],
     "no answer": talk(("human", "Hello")),
     "an empty answer": talk(("human", "Hello"), ("gpt", "")),
+    "an invisible answer": talk(("human", "Hello"), ("gpt", "\u200b\ufeff")),
     "blank answers": talk(("human", "Hello"), ("gpt", " \n"), ("human", "Hello?"), ("gpt", "\t")),
     "an opening answer only": talk(("gpt", "Hi."), ("human", "Hello")),
     "cut before the answer": talk(("human", "Why? " * 200), ("gpt", "So.")),
@@ -364,11 +374,3 @@ def test_images_are_assigned_by_row_whoever_shares_the_batch(in_golden, tmp_path
             together = model(**collate([items[i] for i in batch])).loss
             expected = sum(alone[i] * lengths[i] for i in batch) / sum(lengths[i] for i in batch)
             assert together == pytest.approx(expected.item(), abs=1e-5)
-
-
-def test_features_are_assigned_in_the_order_of_rows():
-    features = [torch.full((1, 1), float(i)) for i in range(4)]
-    by_row = assign_images([1, 0, 2], features)  # the row without a tag has an unused image
-    assert [[int(f) for f in row] for row in by_row] == [[0], [], [2, 3]]
-    by_row = assign_images([1, 0, 2], features[:3])
-    assert [[int(f) for f in row] for row in by_row] == [[0], [], [1, 2]]
