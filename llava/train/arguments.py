@@ -169,9 +169,9 @@ class TrainingArguments(transformers.TrainingArguments):
         True, "On GPUs in half precision: log-probs from float32 logits; off, each R has 0.3 to 0.7 nats of noise more."
     )
     compile_layers: bool = described(
-        False, "Compile each decoder layer's norms, rotary embedding and MLP into fused kernels (torch.compile; not with "
-        "gradient checkpointing)."
-    )
+        False, "Compile each decoder layer's norms, rotary embedding and MLP into fused kernels (torch.compile; has no "
+        "effect with gradient checkpointing)."
+    )  # fmt: skip
     debug_sync: str = described(
         "off", "Host-device synchronizations in the forward pass: off, warn (name each), or error."
     )

@@ -50,7 +50,7 @@ def setup_model(
     setup_vision(llava, tokenizer, arguments, dtype)
     llava.float32_logits = args.float32_logits
     if args.compile_layers and args.gradient_checkpointing:
-        say("warning: --compile_layers True has no effect with gradient checkpointing, whose hooks torch cannot compile")
+        say("warning: --compile_layers True has no effect with gradient checkpointing, whose hooks stay eager")
     elif args.compile_layers:
         compile_layers(llava)
     return model, tokenizer, llava.get_model().load_vision_tower().image_processor

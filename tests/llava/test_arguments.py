@@ -204,7 +204,7 @@ def test_old_names_with_dashes_are_mapped_too():
         ("--auto_find_batch_size True", "--auto_find_batch_size: not supported"),
         ("--ignore_data_skip True", "--ignore_data_skip: not supported"),
         ("--mm_vision_select_feature cls", "--mm_vision_select_feature: expected one of the default, patch, cls_patch"),
-        ("--mm_patch_merge_type unpad", "--mm_patch_merge_type: expected one of the default, flat, spatial, spatial_unpad"),
+        ("--mm_patch_merge_type unpad", "expected one of the default, flat, spatial, spatial_unpad, got 'unpad'"),
         ("--tune_mm_mlp_adapter True --mm_use_im_start_end True", "choose one of the two"),
         ("--tune_mm_mlp_adapter True --lora_enable True", "choose one of the two"),
         ("--pretrain_mm_mlp_adapter gone.bin", "--pretrain_mm_mlp_adapter: expected an existing file, got 'gone.bin'"),
