@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the one before alignment first"
     )
+    report.add_argument("--smoke", action="store_true", help="say in the report that so small a run shows nothing")
     benchmarks = commands.add_parser(
         "benchmarks",
         help="write Object HalBench, AMBER, POPE and MMHal-Bench about held-out scenes, in the official files' formats",
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.command == "scenes":
                 run.prepare(args.out, args.pairs, args.scenes, args.split)
             else:
-                run.report(args.run, run.parse_models(args.models))
+                run.report(args.run, run.parse_models(args.models), args.smoke)
     except Exception as error:
         report_error(error, "tinycoco")
         return 2
