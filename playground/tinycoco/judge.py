@@ -80,13 +80,13 @@ def completion(body: Any) -> dict[str, Any]:
     except ValueError as error:
         raise RequestError(400, str(error)) from error
     tokens = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split())}  # words stand for tokens
-    message = {"role": "assistant", "content": text}
+    reply = {"role": "assistant", "content": text}
     return {
         "id": "chatcmpl-rules",
         "object": "chat.completion",
         "created": 0,
         "model": VERSION,
-        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        "choices": [{"index": 0, "finish_reason": "stop", "message": reply}],
         "usage": tokens | {"total_tokens": sum(tokens.values())},
     }
 
