@@ -104,7 +104,10 @@ class Hardness:
 
 @dataclass(frozen=True)
 class Report:
-    """results: method -> key of `metrics` -> estimate. curves: method -> log rows with "step" and keys of `panels`."""
+    """results: method -> key of `metrics` -> estimate. curves: method -> log rows with "step" and keys of `panels`.
+
+    warning: what a reader must know before any number, shown above them.
+    """
 
     title: str
     how_to_read: str
@@ -116,6 +119,7 @@ class Report:
     hardness: Hardness | None = None
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     panels: Mapping[str, str] = field(default_factory=lambda: dict(PANELS))
+    warning: str = ""
 
 
 class _Plot(NamedTuple):
@@ -271,7 +275,7 @@ def _view(report: Report, pictures: Sequence[str], plots: Sequence[Mapping[str, 
 
 
 def _table(report: Report) -> dict[str, list[dict[str, Any]]]:
-    """method -> one cell per metric: text, interval, best, and the bar's ends and dot in percent."""
+    """method -> one cell per metric: text, interval, best, the bar's ends and dot in percent, and its scale."""
     for method, row in report.results.items():
         if row.keys() != report.metrics.keys():
             raise ValueError(
@@ -297,6 +301,7 @@ def _column(metric: Metric, estimates: Mapping[str, Estimate]) -> dict[str, dict
     cells = {}
     for method, (value, low, high) in estimates.items():
         cell: dict[str, Any] = {"text": "n/a", "interval": "", "best": False, "bar": None}
+        cell["scale"] = written(start), written(start + length)
         if value is not None:
             cell |= {"text": written(value), "best": written(value) == best}
         if value is not None and low is not None and high is not None:

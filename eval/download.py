@@ -81,11 +81,13 @@ def fetch(
 
 def unpublished(names: Sequence[str], folder: Path) -> dict[str, str]:
     """Path -> digest of the files that are accepted, because downloads.json says so, but are not the published ones."""
-    files = [
-        file for name in names for file in BENCHMARKS[name].files if file.sha256 and (folder / file.path).is_file()
-    ]
-    found = {file: digest(folder / file.path) for file in files}
-    return {file.path: sha256 for file, sha256 in found.items() if sha256 != file.sha256}
+    files = [file for name in names for file in BENCHMARKS[name].files]
+    present = [file for file in files if file.sha256 and (folder / file.path).is_file()]
+    found = {file: digest(folder / file.path) for file in present}
+    other = {file.path: sha256 for file, sha256 in found.items() if sha256 != file.sha256}
+    recorded = read_record(folder / RECORD)
+    replaced = [file.instead for file in files if file.instead in recorded and (folder / file.instead).is_file()]
+    return other | {path: digest(folder / path) for path in replaced}
 
 
 @dataclass

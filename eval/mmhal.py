@@ -33,6 +33,7 @@ from eval.core.judge import (
 )
 from eval.core.official import official_prompt, read_records, refuse_faults
 from eval.core.types import Answer, Benchmark, Question
+from eval.download import RECORD, read_record
 
 if TYPE_CHECKING:
     from llava.eval.generate import Request
@@ -45,6 +46,7 @@ METRICS = ("score", "hallucination_rate", "informativeness", *(f"score_{kind}" f
 HALLUCINATED_BELOW = 3  # ratings 0, 1 and 2 say that the answer hallucinates
 
 _PROMPT_SHA256 = "2db099baee2b452ef26411b0be54e390817430773b7024d03dde4d0f1b742a19"
+_PROMPT = "prompts/mmhal_judge.txt"
 _SLOTS = 4
 _FIELDS = {
     "question_type": (str,),
@@ -63,8 +65,9 @@ _BEST = 6
 def load(folder: str | Path) -> Benchmark:
     """Questions from folder/mmhal/mmhal-bench_answer_template.json, pictures in folder/mmhal/images.
 
-    The judge prompt: folder/prompts/mmhal_judge.txt, or a string in folder/mmhal/eval_gpt_mmhal.py. A picture is called
-    by its image_id, or as its Flickr page calls it. Raises ValueError, naming file and fields.
+    The judge prompt: folder/prompts/mmhal_judge.txt, or a string in folder/mmhal/eval_gpt_mmhal.py; the official one,
+    or one that folder/downloads.json records. A picture is called by its image_id, or as its Flickr page calls it.
+    Raises ValueError, naming file and fields.
     """
     home = Path(folder) / "mmhal"
     path = home / "mmhal-bench_answer_template.json"
@@ -77,7 +80,8 @@ def load(folder: str | Path) -> Benchmark:
     ids = [row["image_id"] for row in rows]
     faults += [f"record {i}: field 'image_id': {id_!r} is used before" for i, id_ in enumerate(ids) if id_ in ids[:i]]
     refuse_faults(path, faults)
-    prompt = official_prompt([Path(folder) / "prompts/mmhal_judge.txt", home / "eval_gpt_mmhal.py"], _PROMPT_SHA256)
+    recorded = read_record(Path(folder) / RECORD).get(_PROMPT, {}).get("sha256")  # of an edition such as TinyCOCO's
+    prompt = official_prompt([Path(folder) / _PROMPT, home / "eval_gpt_mmhal.py"], _PROMPT_SHA256, recorded)
     return Benchmark(tuple(_question(row, home / "images") for row in rows), prompt, home / "images")
 
 

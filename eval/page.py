@@ -238,6 +238,7 @@ def row_view(row: Row, runs: Sequence[Results]) -> dict[str, Any]:
             "words": words,
             "kind": words.split()[-1] if words.endswith(("better", "worse")) else "",
             "bar": _bar(difference),
+            "scale": _scale(difference, decimals),
         }
     return view
 
@@ -246,9 +247,20 @@ def _bar(difference: Interval) -> tuple[float, float, float] | None:
     """Left and right end of the interval and its dot, in percent from either side; zero is in the middle."""
     if difference.value is None or difference.low is None or difference.high is None:
         return None
-    reach = 1.05 * max(abs(difference.low), abs(difference.high)) or 1.0
+    reach = _reach(difference)
     left, right, dot = (50 + 50 * value / reach for value in (difference.low, difference.high, difference.value))
     return round(left, 1), round(100 - right, 1), round(dot, 1)
+
+
+def _reach(difference: Interval) -> float:
+    """The value at the right end of the bar; minus this at its left end."""
+    return 1.05 * max(abs(difference.low or 0.0), abs(difference.high or 0.0)) or 1.0
+
+
+def _scale(difference: Interval, decimals: int) -> tuple[str, str]:
+    """The values at both ends of the bar."""
+    reach = _reach(difference)
+    return signed(-reach, decimals), signed(reach, decimals)
 
 
 def is_of_kind(metric: str, tags: Iterable[str]) -> bool:

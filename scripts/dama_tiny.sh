@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # DAMA from preference pairs to a table and a report, on TinyCOCO: no download, no GPU, 2 cores.
 #   bash scripts/dama_tiny.sh            1,500 pairs, 300 held-out scenes: about 6 minutes after set-up
-#   bash scripts/dama_tiny.sh --smoke    the same stages on less data: about 2 minutes
+#   bash scripts/dama_tiny.sh --smoke    the same stages on less data, which shows only that they work: 2 minutes
 # A second call skips what is finished. RUN names the output folder; further arguments go to both trainings.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
-run=${RUN:-runs/tiny} pairs=1500 scenes=300 epochs=3
+run=${RUN:-runs/tiny} pairs=1500 scenes=300 epochs=3 smoke=()
 if [ "${1:-}" = --smoke ]; then
     shift
-    run=${RUN:-runs/tiny_smoke} pairs=160 scenes=60 epochs=1
+    run=${RUN:-runs/tiny_smoke} pairs=160 scenes=60 epochs=1 smoke=(--smoke)
 fi
 source scripts/tinycoco.sh
 
@@ -42,5 +42,5 @@ stage "captions: SFT" caption sft $world/llava
 stage "captions: DPO" caption dpo "$run/dpo"
 stage "captions: DAMA" caption dama "$run/dama"
 stage "table and report" python -m playground.tinycoco report --run "$run" \
-    --models "SFT=$world/llava" "DPO=$run/dpo" "DAMA=$run/dama"
+    --models "SFT=$world/llava" "DPO=$run/dpo" "DAMA=$run/dama" "${smoke[@]}"
 echo "all stages: $((SECONDS - began)) s"

@@ -11,11 +11,11 @@ cd "$(dirname "$0")/.."
 source scripts/checks.sh
 
 rounds=1 prompts=400 scenes=300 epochs=4
-folder=runs/synth_tiny
+folder=runs/synth_tiny smoke=()
 while [ $# -gt 0 ]; do
     case $1 in
         --rounds) digits --rounds "${2:-}" 1 && rounds=$2 && shift 2 ;;
-        --smoke) prompts=48 scenes=40 epochs=1 folder=runs/synth_smoke && shift ;;
+        --smoke) prompts=48 scenes=40 epochs=1 folder=runs/synth_smoke smoke=(--smoke) && shift ;;
         *) break ;;
     esac
 done
@@ -73,5 +73,5 @@ stage "truth: pairs" python -m playground.tinycoco.synth truth --pictures "$run/
 stage "truth: DAMA" align "$run/truth" $world/llava "$@"
 stage "captions: truth" caption truth "$run/truth/dama"
 stage "table and report" python -m playground.tinycoco.synth report --run "$run" \
-    --models "${models[@]}" "Truth=$run/truth/dama"
+    --models "${models[@]}" "Truth=$run/truth/dama" "${smoke[@]}"
 echo "all stages: $((SECONDS - began)) s"

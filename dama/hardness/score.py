@@ -396,5 +396,5 @@ def _record(
         record |= {f"{side}_statements": parts.statements, f"{side}_scores": list(of_side)}
         record[f"{side}_words"] = len(answer.split())
     fallbacks = {side: parts.fallback for side, parts in zip(SIDES, splits) if parts.fallback}
-    record |= {"kind": pair.kind, "source": pair.source, "image": pair.image}
+    record |= {"kind": pair.kind, "source": pair.source, "image": pair.image, "question": pair.question}
     return record | ({"fallbacks": fallbacks} if fallbacks else {})

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+RANDOM = "random"  # as in dama.hardness.clip, which imports torch
 SOURCES_SHOWN = 4  # the others are one group
 SPREAD = {"pairs": "{:d}", "mean": "{:+.4f}", "sd": "{:.4f}", "min": "{:+.4f}", "max": "{:+.4f}", "negative": "{:.1%}"}
 LEAD = (
@@ -170,7 +171,7 @@ def render(
     sources = {name: url_of(picture) for name, picture in pictures.items()}
     return render_page(
         "hardness.html.jinja",
-        report={"title": "Hardness of the preference pairs", "how_to_read": LEAD},
+        report={"title": "Hardness of the preference pairs", "how_to_read": LEAD, "warning": random_warning(manifest)},
         columns=list(SPREAD),
         rows={name: [form.format(row[key]) for key, form in SPREAD.items()] for name, row in rows.items()},
         notes=_notes(manifest, records),
@@ -184,6 +185,17 @@ def render(
     )  # fmt: skip
 
 
+def random_warning(manifest: Record) -> str:
+    """What the page says where CLIP's weights are random; "" where they are not."""
+    clip = manifest["fingerprint"].get("clip")
+    if not isinstance(clip, dict) or clip.get("pretrained") != RANDOM:
+        return ""
+    return (
+        f"RANDOM weights: the CLIP {clip.get('model', 'model')} was not trained, so that δ, the groups and the plots "
+        "below say nothing about these pairs. They show only that the stage runs."
+    )
+
+
 def _pair_view(record: Record, sources: dict[str, str]) -> dict[str, Any]:
     words = [word for word in (record["kind"], record["source"]) if word]
     words += [f"{side} split by rules ({reason})" for side, reason in record.get("fallbacks", {}).items()]
@@ -195,7 +207,7 @@ def _pair_view(record: Record, sources: dict[str, str]) -> dict[str, Any]:
         scored = [(f"{score:+.3f}", statement) for score, statement in zip(scores, statements)]
         sides.append({"name": name, "total": total, "statements": scored})
     return {key: record[key] for key in ("id", "delta", "image")} | {
-        "words": words, "sides": sides, "source": sources[record["image"]]
+        "words": words, "sides": sides, "source": sources[record["image"]], "question": record.get("question", "")
     }  # fmt: skip
 
 
@@ -217,7 +229,8 @@ def draw_sheet(
 
         figure = Figure(figsize=(_WIDTH, sum(heights)))
         parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        parts[0].suptitle(f"Hardness of {len(records)} preference pairs; mean {manifest['summary']['delta_bar']:.4f}")
+        title = f"Hardness of {len(records)} preference pairs; mean {manifest['summary']['delta_bar']:.4f}"
+        parts[0].suptitle(f"{title}; CLIP with RANDOM weights" if random_warning(manifest) else title)
         edges = {"left": 0.06, "right": 0.98, "bottom": 0.08, "top": 0.88, "hspace": 0.45, "wspace": 0.14}
         for axes, plot in zip(parts[0].subplots(2, 2, gridspec_kw=edges).flat, _plots(manifest, records)):
             plot.draw(axes)
@@ -250,6 +263,7 @@ def sheet_text(record: Record, width: int = 64) -> str:
     """delta and both answers' scored statements in lines of `width` characters, cut after some."""
     view = _pair_view(record, {record["image"]: ""})
     lines = [f"δ = {record['delta']:+.4f}   pair {record['id']}   {'   '.join(view['words'])}"[:width]]
+    lines += textwrap.wrap(view["question"], width, max_lines=2, placeholder=" …")
     for side in view["sides"]:
         said = [line for score, text in side["statements"] for line in _hanging(f"{score}  {text}", width)]
         more = [f"… {len(said) - _LINES + 1} more lines"] if len(said) > _LINES else []

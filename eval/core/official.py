@@ -17,10 +17,11 @@ Fields = Mapping[str, tuple[type, ...]]
 """Field name -> the types that its value may have."""
 
 
-def official_prompt(candidates: Iterable[Path], sha256: str) -> str:
+def official_prompt(candidates: Iterable[Path], sha256: str, recorded: str | None = None) -> str:
     """The text with this digest: the content of the first file that is there, or a string in it where it is a script.
 
-    A script is parsed and never run. White space around the text does not count. ValueError where it is not found.
+    A script is parsed and never run. White space around the text does not count. recorded: digest of another text
+    that is accepted, which downloads.json lists. ValueError where neither is found.
     """
     paths = list(candidates)
     path = next((path for path in paths if path.is_file()), None)
@@ -29,7 +30,7 @@ def official_prompt(candidates: Iterable[Path], sha256: str) -> str:
     texts = _strings(path) if path.suffix == ".py" else [path.read_text(encoding="utf-8")]
     for text in texts:
         for form in (text, text.strip()):
-            if digest_of_text(form) == sha256:
+            if digest_of_text(form) in (sha256, recorded):
                 return form
     got = f"none among its {len(texts)} strings" if path.suffix == ".py" else digest_of_text(texts[0])
     raise ValueError(f"official prompt in {path}: expected a text of SHA-256 {sha256}, got {got}\nRemedy: {REMEDY}")

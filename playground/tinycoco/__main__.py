@@ -1,4 +1,7 @@
-"""`python -m playground.tinycoco scenes | report | benchmarks | study | build | figures`: the miniature world."""
+"""The miniature world.
+
+    python -m playground.tinycoco scenes | report | benchmarks | judge | study | build | figures
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,18 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the one before alignment first"
     )
+    report.add_argument("--smoke", action="store_true", help="say in the report that so small a run shows nothing")
     benchmarks = commands.add_parser(
-        "benchmarks", help="write Object HalBench, AMBER and POPE about held-out scenes, in the official files' formats"
+        "benchmarks",
+        help="write Object HalBench, AMBER, POPE and MMHal-Bench about held-out scenes, in the official files' formats",
     )
     benchmarks.add_argument("--out", type=Path, required=True, help="folder; DAMA_BENCH_DATA for scripts/eval_*.sh")
     benchmarks.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: %(default)s)")
     benchmarks.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
+    judge = commands.add_parser(
+        "judge", help="serve a judge for that MMHal-Bench on 127.0.0.1: it rates by rules and is no language model"
+    )
+    judge.add_argument("--port", type=int, default=8765, help="default: %(default)s; 0 takes a free one")
     study = commands.add_parser("study", help="train DPO, DAMA and its parts on a grid, write a page: 4 core hours")
     study.add_argument("--quick", action="store_true", help="DPO and DAMA, two conditions, two seeds: about 10 minutes")
     study.add_argument("--out", type=Path, help="cells, kept (default: runs/study, or runs/study_quick)")
@@ -64,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from playground.tinycoco.benchmarks import write_benchmarks
 
             write_benchmarks(args.out, args.scenes, args.split)
+        elif args.command == "judge":
+            from playground.tinycoco.judge import serve
+
+            serve(args.port)
         elif args.command == "figures":
             from playground.tinycoco.build import judge, measure
 
@@ -74,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.command == "scenes":
                 run.prepare(args.out, args.pairs, args.scenes, args.split)
             else:
-                run.report(args.run, run.parse_models(args.models))
+                run.report(args.run, run.parse_models(args.models), args.smoke)
     except Exception as error:
         report_error(error, "tinycoco")
         return 2

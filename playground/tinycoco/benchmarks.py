@@ -1,10 +1,11 @@
-"""TinyCOCO editions of Object HalBench, AMBER and POPE: made from the scenes, in the official files' formats.
+"""TinyCOCO editions of Object HalBench, AMBER, POPE and MMHal-Bench: made from the scenes, in the official formats.
 
     python -m playground.tinycoco benchmarks --out runs/bench
     DAMA_BENCH_DATA=runs/bench bash scripts/eval_objhal.sh playground/tinycoco/weights/llava
 
-and eval_amber.sh, eval_pope.sh likewise. The files' digests are recorded as downloads' are, so that the commands accept
-them and label every figure with the digest of the data; such figures compare among themselves only.
+and eval_amber.sh, eval_pope.sh likewise; eval_mmhal.sh needs a judge as well (playground/tinycoco/judge.py). The files'
+digests are recorded as downloads' are, so that the commands accept them and label every figure with the digest of the
+data; such figures compare among themselves only.
 """
 
 from __future__ import annotations
@@ -22,39 +23,40 @@ from eval.core.homes import BENCHMARKS
 from eval.core.transfer import digest
 from eval.download import RECORD
 from playground.tinycoco.captions import PLURALS, QUESTIONS, article
+from playground.tinycoco.mmhal import CLEARLY_BESIDE, NUMBERS, write_mmhal
 from playground.tinycoco.scenes import Scene, SceneObject, draw, sample_scene
 from playground.tinycoco.vocabulary import CATEGORIES, PALETTES, SYNONYMS, companion_of
 
 DESCRIBE = "Describe this image."
 POSITIVES = 3  # questions with the answer yes about one scene, at most; and as many with the answer no
-NUMBERS = ("no", "one", "two", "three")
-CLEARLY_BESIDE = 14  # pixels between two centres
 
 Asked = tuple[str, str, str]
 """Type in AMBER's annotations, question, answer."""
 
 
 def write_benchmarks(folder: Path, scenes: int, split: str) -> None:
-    """Writes folder/objhal, amber, pope and the pictures, where the benchmarks look for them, of the first scenes."""
+    """Write the benchmarks about the first scenes, and the images, where the commands look for them in the folder."""
     chosen = [sample_scene(index, split) for index in range(scenes)]
-    coco, of_amber = folder / "coco/val2014", folder / "amber/images"
-    for home in (coco, of_amber):
+    coco, of_amber, of_mmhal = (folder / name for name in ("coco/val2014", "amber/images", "mmhal/images"))
+    for home in (coco, of_amber, of_mmhal):
         home.mkdir(parents=True, exist_ok=True)
     for index, scene in enumerate(chosen):
         picture = draw(scene)
-        for path in (coco / f"{scene.id}.png", of_amber / f"{scene.id}.png"):
-            picture.save(path)
+        for home in (coco, of_amber, of_mmhal):
+            picture.save(home / f"{scene.id}.png")
         picture.save(coco / f"COCO_val2014_{index:012d}.jpg", quality=95, subsampling=0)
     write_objhal(folder / "objhal", chosen)
     write_amber(folder / "amber", chosen)
     for home in (folder / "pope", folder / "pope/llava_variant"):
         write_pope(home, chosen)
+    write_mmhal(folder, chosen)
     write_record(folder)
 
 
 def write_record(folder: Path) -> None:
     """downloads.json, which says what the files are that are not the published ones."""
-    paths = {file.path: folder / file.path for name in ("objhal", "amber", "pope") for file in BENCHMARKS[name].files}
+    files = [file for name in ("objhal", "amber", "pope", "mmhal") for file in BENCHMARKS[name].files]
+    paths = {name: folder / name for file in files for name in (file.path, file.instead) if name}
     entries = {
         name: {"sha256": digest(path), "bytes": path.stat().st_size, "source": "TinyCOCO"}
         for name, path in paths.items()

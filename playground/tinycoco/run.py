@@ -37,6 +37,10 @@ PANELS = {
     "dama/R_bar": "R_bar, running mean of the reward gap",
     "dama/alpha_M": "alpha_M",
 }
+SMOKE = (
+    "Smoke run: it shows that the stages work and nothing about the methods. There are too few pairs, steps and scenes "
+    "for any difference below; run the script without --smoke for results."
+)
 HOW_TO_READ = (
     "Response-level: share of captions with at least one object that is not in the picture; mention-level: share of "
     "named objects that are not there; both should fall while object recall, the share of drawn objects that are "
@@ -89,11 +93,12 @@ def score_answers(answers: Path) -> ObjHalScore:
     return score_captions(captions, truth, vocabulary())
 
 
-def report(run: Path, models: dict[str, Path]) -> dict[str, ObjHalScore]:
+def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, ObjHalScore]:
     """Scores run/captions/NAME of each model, prints the table, writes results.json, report.html and report.md.
 
     Args:
         models: name in the table -> checkpoint folder, the one before alignment first.
+        smoke: say first that so small a run shows nothing about the methods.
     """
     scores: dict[str, ObjHalScore] = {}
     for name, checkpoint in models.items():
@@ -125,7 +130,10 @@ def report(run: Path, models: dict[str, Path]) -> dict[str, ObjHalScore]:
         hardness=hardness(run),
         curves={name: curve(folder) for name, folder in models.items() if (folder / "trainer_state.json").is_file()},
         panels=PANELS,
+        warning=SMOKE if smoke else "",
     )
+    if smoke:
+        say(SMOKE)
     html, markdown = write_report(page, run / "report")
     say(f"report: {html} (the same as Markdown: {markdown})")
     return scores

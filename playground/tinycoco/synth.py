@@ -227,8 +227,11 @@ def score(folder: Path, checkpoint: Path) -> ObjHalScore:
     return result
 
 
-def report(home: Path, models: dict[str, Path]) -> dict[str, ObjHalScore]:
-    """Prints the table and writes home/report. models: before alignment first, each round, ranked by truth last."""
+def report(home: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, ObjHalScore]:
+    """Print the table and write home/report. models: before alignment first, each round, ranked by truth last.
+
+    smoke: say first that so small a run shows nothing about the methods.
+    """
     scores = {name: score(home / "captions" / run.slug(name), folder) for name, folder in models.items()}
     say(format_table(scores))
     notes = run.notes(scores) + gain_notes(scores)
@@ -246,7 +249,10 @@ def report(home: Path, models: dict[str, Path]) -> dict[str, ObjHalScore]:
         gallery=run.gallery(scores, 12),
         curves={name: run.curve(folder) for name, folder in models.items() if name in list(models)[1:]},
         panels=run.PANELS,
+        warning=run.SMOKE if smoke else "",
     )
+    if smoke:
+        say(run.SMOKE)
     html, markdown = write_report(page, home / "report")
     say(f"report: {html} (the same as Markdown: {markdown})")
     return scores
@@ -269,6 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     table = commands.add_parser("report", help="score captions, print the table, write the report")
     table.add_argument("--run", type=Path, required=True, help="folder with pictures/, round-1/, captions/")
     table.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="before first, truth last")
+    table.add_argument("--smoke", action="store_true", help="say in the report that so small a run shows nothing")
     return parser
 
 
@@ -282,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "truth":
             write_true_pairs(args.pictures, args.answers, args.out)
         else:
-            report(args.run, run.parse_models(args.models))
+            report(args.run, run.parse_models(args.models), args.smoke)
     except Exception as error:
         report_error(error, "tinycoco synth")
         return 1

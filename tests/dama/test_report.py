@@ -242,3 +242,19 @@ def test_drawings_stay_exact_and_photographs_become_small():
     assert Image.open(io.BytesIO(content)).size == (640, 320)
     embedded = re.search(r'src="data:image/png;base64,([^"]+)"', render_html(small_report())).group(1)
     assert Image.open(io.BytesIO(base64.b64decode(embedded))).size == (8, 8)
+
+
+def test_a_warning_stands_above_every_number_on_the_page_and_in_markdown():
+    warned = small_report(warning="Smoke run: it shows <nothing>.")
+    page, markdown = render_html(warned), render_markdown(warned, "report")[0]
+    assert page.index("Smoke run: it shows &lt;nothing&gt;.") < page.index("<table>")
+    assert markdown.index("Smoke run: it shows") < markdown.index("58.3")
+    assert 'role="note"' not in render_html(small_report())
+    assert "****" not in render_markdown(small_report(), "report")[0]
+
+
+def test_the_scale_of_a_bar_is_its_columns_range():
+    """Rate: intervals from 16 to 64; recall: 88 to 92; words: 25 to 31. No scale where there is no bar."""
+    scale = r'class="scale" aria-hidden="true"><span>(.*?)</span><span>(.*?)</span>'
+    found = re.findall(scale, render_html(small_report()))
+    assert found == [("16.0", "64.0"), ("88.0", "92.0"), ("25.0", "31.0"), ("16.0", "64.0"), ("25.0", "31.0")]

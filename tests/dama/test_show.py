@@ -216,3 +216,29 @@ def test_a_constant_delta_has_no_correlation() -> None:
     assert manifest["summary"]["correlations"] == {"statements": None, "words": None}
     picture = {"red.png": Image.new("RGB", (8, 8), "red")}
     assert draw_sheet(manifest, rows, pick_groups(rows, 3), picture).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("pretrained", ["random", "openai"])
+def test_random_weights_are_named_before_any_number(tmp_path: Path, pretrained: str) -> None:
+    """In the page's text above the first table, and only where the weights are random."""
+    folder = write_stage(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["fingerprint"]["clip"] = {"model": "ViT-B-32", "pretrained": pretrained}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    page, _ = write_hardness_page(folder, tmp_path, tmp_path / "images")
+    text = Reader(page.read_text()).text
+    before = text[: text.index("RANDOM weights")] if "RANDOM weights" in text else ""
+    assert ("RANDOM weights: the CLIP ViT-B-32 was not trained" in text) is (pretrained == "random")
+    assert bool(before) is (pretrained == "random") and "+0.1400" not in before
+
+
+def test_every_pair_shows_its_question(tmp_path: Path) -> None:
+    """As text, markup and all; a stage of an earlier version, whose records have none, says so."""
+    questions = ["What is it?", ATTACK, "Two\nlines?", "Which \N{DOG FACE}?", ""]
+    rows = [row | {"question": question} for row, question in zip(RECORDS, questions)]
+    page, _ = write_hardness_page(write_stage(tmp_path / "new", rows), tmp_path / "new", tmp_path / "new/images")
+    reader = Reader(page.read_text())
+    assert all(f"Question: {question}" in reader.text for question in questions[:4]) and not reader.scripts
+    assert "What is it?" in sheet_text(rows[0])
+    page, _ = write_hardness_page(write_stage(tmp_path / "old"), tmp_path / "old", tmp_path / "old/images")
+    assert "Question: not recorded by the version that wrote this stage" in Reader(page.read_text()).text

@@ -414,3 +414,55 @@ def test_one_run_and_its_kinds(browser: Any, tmp_path: Path, benchmark: str) -> 
     if benchmark == "mmhal":
         screen.find(".verdicts summary")[0].click()
         assert screen.texts(".verdicts p")[0] == "Rating: 1"
+
+
+@pytest.fixture
+def phone(browser: Any) -> Iterator[Any]:
+    """The browser with a screen of 390 x 844 CSS pixels."""
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield browser
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def box_of(element: Any) -> tuple[float, float]:
+    """Left and right edge in CSS pixels of the window."""
+    edges = element.parent.execute_script(
+        "const box = arguments[0].getBoundingClientRect(); return [box.left, box.right]", element
+    )
+    return edges[0], edges[1]
+
+
+def test_on_a_phone_the_verdict_is_one_hinted_scroll_away(phone: Any, two_runs: Path) -> None:
+    """The page itself does not scroll sideways; after a scroll of the table a row has its name and its verdict."""
+    screen = Screen(phone, two_runs)
+    assert phone.execute_script("return document.documentElement.scrollWidth") == 390
+    (hint,) = screen.find(".sideways")
+    assert hint.is_displayed() and "verdict" in hint.text
+    name, verdict = screen.find("table.two tbody th")[0], screen.find("table.two td.words")[0]
+    assert box_of(verdict)[0] > 390
+    phone.execute_script("document.querySelector('.figures').scrollLeft = 10000")
+    assert 0 <= box_of(name)[0] < box_of(name)[1] <= box_of(verdict)[0] and box_of(verdict)[1] <= 390
+    region = screen.find(".figures")[0]
+    assert (region.get_attribute("tabindex"), region.get_attribute("role")) == ("0", "region")
+
+
+def test_wide_there_is_no_hint_and_a_single_run_has_none(browser: Any, two_runs: Path, tmp_path: Path) -> None:
+    screen = Screen(browser, two_runs)
+    assert not screen.find(".sideways")[0].is_displayed() and screen.texts("table.two thead th")[-1] == "Verdict"
+    path, images = run_of(tmp_path, "objhal")
+    assert Screen(browser, write_page(path, tmp_path / "page.html", images)).find(".sideways") == []
+
+
+def test_every_interval_bar_has_a_scale_that_fits_its_numbers(browser: Any, two_runs: Path) -> None:
+    """A dot at x percent between the ends -r and +r is the difference: -r + 2 r x / 100."""
+    screen = Screen(browser, two_runs)
+    rows = [row for row in screen.find("table.two tbody tr") if row.find_elements("css selector", ".bar")]
+    assert rows
+    for row in rows:
+        low, zero, high = (float(text.text.replace("\N{MINUS SIGN}", "-")) for text in
+                           row.find_elements("css selector", ".scale span"))  # fmt: skip
+        dot = browser.execute_script("return parseFloat(arguments[0].querySelector('.bar b').style.left)", row)
+        shown = row.find_elements("css selector", ".value")[-1].text.replace("\N{MINUS SIGN}", "-")
+        assert (low, zero) == (-high, 0)
+        assert low + 2 * high * dot / 100 == pytest.approx(float(shown), abs=0.15 + high / 500)

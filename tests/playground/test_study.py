@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +18,11 @@ from dama.pairs import read_pairs
 from playground.tinycoco.__main__ import main
 from playground.tinycoco.study import analysis, grid, mechanism, runner
 from playground.tinycoco.study.analysis import RECALL, RESPONSE, Curve, Point, Study, verdict
-from playground.tinycoco.study.claims import OPEN, borne_out, claims_of, summary
+from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, OPEN, VERDICTS, borne_out, claims_of, summary
 from playground.tinycoco.study.data import THIRDS, Pool, draw_ids, given_row, rows_of
 from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, SEEDS, Cell, Scale, declare
-from playground.tinycoco.study.page import write_study
+from playground.tinycoco.study.page import SIGNS, marks_of, tone_of, write_study
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Scale(steps=4, stops=(2, 4), pool=96, pairs=24, small=8, probes=4, test=6, validation=4)
@@ -405,8 +408,6 @@ def test_another_scale_is_another_result(folder: Path) -> None:
 
 
 def test_a_cell_that_fails_is_listed_and_the_others_go_on(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(folder, tmp_path / "study")
     bad = Cell("clean", DPO, -1.0, 0)
     world = runner.read_world(tmp_path / "study", SMALL)
@@ -445,3 +446,47 @@ def test_readme_quotes_the_committed_study() -> None:
     assert set(data["cells"]) == {cell.name for cell in declare()} and not data["missing"] and not data["failed"]
     for row in data["claims"]:
         assert row["figures"].replace("'", "&#39;") in page
+
+
+def test_verdicts_differ_in_color_and_sign_and_every_plot_is_explained() -> None:
+    tones = {words: tone_of(words) for words in (HOLDS, CONTRARY, OPEN, NONE, *VERDICTS)}
+    assert tones == {
+        HOLDS: "positive", CONTRARY: "negative", OPEN: "open", NONE: "negative", "clearly better": "positive",
+        "clearly worse": "negative", "no clear difference": "open", "not comparable": "open",
+    }  # fmt: skip
+    page = (ROOT / "docs/study.html").read_text()
+    for row in json.loads((ROOT / "docs/study.json").read_text())["claims"]:
+        tone = tone_of(row["verdict"])
+        assert f'<span class="verdict {tone}">{SIGNS[tone]} {row["verdict"]}</span>' in page
+    titles = [html.unescape(title) for title in re.findall(r"<figcaption>(.*?)</figcaption>", page)]
+    assert len(titles) == page.count("<svg") and all(marks_of(title) in html.unescape(page) for title in titles)
+    assert all("Horizontal: " in marks_of(title) for title in titles)
+
+
+def test_the_study_in_a_browser(tmp_path: Path) -> None:
+    """Three colors of verdicts in light and dark; on a phone the tables have a hint and the page fits."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert chromium and driver, "needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)"
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", f"user-data-dir={tmp_path}"):
+        options.add_argument(f"--{flag}")
+    with webdriver.Chrome(options=options, service=Service(driver)) as chrome:
+        chrome.get((ROOT / "docs/study.html").as_uri())
+        for scheme in ("light", "dark"):
+            features = [{"name": "prefers-color-scheme", "value": scheme}]
+            chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+            colors = {
+                chrome.execute_script("return getComputedStyle(document.querySelector(arguments[0])).color", selector)
+                for selector in (".verdict.positive", ".verdict.negative", ".verdict.open")
+            }
+            assert len(colors) == 3
+        size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert chrome.execute_script("return document.documentElement.scrollWidth") == 390
+        hints = chrome.find_elements("css selector", ".sideways")
+        assert len(hints) == len(chrome.find_elements("css selector", ".results")) > 0
+        assert all(hint.is_displayed() for hint in hints)

@@ -12,7 +12,7 @@ from playground.tinycoco.study.analysis import SHOWN_LEVEL, verdict
 from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import DAMA, DPO, RATE
 
-HOLDS, CONTRARY, OPEN = "holds", "the contrary holds", "not shown either way"
+HOLDS, CONTRARY, OPEN, NONE = "holds", "the contrary holds", "not shown either way", "none does"
 VERDICTS = ("clearly better", "no clear difference", "clearly worse", "not comparable")
 LENGTH_FREE = {"DAMA, mean": DAMA, "DAMA, logit mean": "DAMA, logit"}
 """Variations of delta that take means -> the same with sums."""
@@ -36,7 +36,7 @@ def claims_of(findings: Findings) -> list[Claim]:
     if tried := {row["method"] for row in (*findings.ablations, *findings.variations)} - {DAMA}:
         better = "; ".join(findings.better_than_both)
         told = f"Of {len(tried)} tried on clean pairs, clearly better at the same recall: {better or 'none'}."
-        found.append(Claim("Some variant beats both DPO and DAMA", HOLDS if better else "none does", told))
+        found.append(Claim("Some variant beats both DPO and DAMA", HOLDS if better else NONE, told))
     return found
 
 

@@ -15,7 +15,7 @@ from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.scenes import draw
 from playground.tinycoco.study import analysis, mechanism
 from playground.tinycoco.study.analysis import LEVELS, METRICS, RECALL, RESPONSE, SHOWN_LEVEL, Curve, verdict
-from playground.tinycoco.study.claims import claims_of, written
+from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, claims_of, written
 from playground.tinycoco.study.data import THIRDS, Pool
 from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, RATE
@@ -31,6 +31,34 @@ LEAD = (
     "invents fewer objects at the same recall, for saying less is the cheap way to invent less."
 )
 SHOWN_PAIRS = 1  # of each third
+TONES = {HOLDS: "positive", "clearly better": "positive", CONTRARY: "negative", NONE: "negative",
+         "clearly worse": "negative"}  # fmt: skip
+SIGNS = {"positive": "✓", "negative": "✗", "open": "?"}
+MARKS = {
+    "Trade-off": (
+        "Horizontal: object recall in %, higher on the left. Vertical: response-level hallucination in %; lower "
+        "is better. A dot is a stop of a training, a thin line one learning rate from the common start (SFT) "
+        "through its stops, mean over seeds. The cross is the end of the learning rate chosen on validation; its "
+        "arms are 95 % intervals."
+    ),
+    "Against": (
+        "Horizontal: response-level minus DPO's at equal recall, in points; left of the zero line is better than "
+        "DPO. Dot: mean; bar: 95 % interval. Blue: the interval excludes zero; gray: no clear difference."
+    ),
+    "Margins": (
+        "Horizontal: optimizer step. Vertical: reward margin of pairs that are not trained on, mean over seeds. "
+        "Solid: DPO; dashed: DAMA. Color: third of the pairs by delta."
+    ),
+    "Reward gap": (
+        "Horizontal: delta, in tenths of the pairs from hard to easy. Vertical: multiple of the mean, 1 at the "
+        "thin line. A dot is a tenth: its reward gap R over the mean, by method; gray: DAMA's alpha_D."
+    ),
+    "The model-aware": (
+        "Horizontal: optimizer step. Vertical: the value of alpha_M (no unit, 1 leaves beta as it is) and of "
+        "R_bar, the running mean of the reward gap."
+    ),
+}
+"""Beginning of a plot's title -> what its axes and marks are."""
 
 
 # --- Plots ------------------------------------------------------------------------------------------------------------
@@ -130,7 +158,20 @@ def render(findings: Findings, numbers: Mapping[str, Any]) -> str:
         plots={title: svg_of(f"study-{n}", plot) for n, (title, plot) in enumerate(_plots(findings))},
         cost=analysis.RECALL_COST,
         written=written,
+        tone_of=tone_of,
+        marks_of=marks_of,
+        SIGNS=SIGNS,
     )
+
+
+def tone_of(words: str) -> str:
+    """The class of a verdict: positive, negative, or open where the data do not decide."""
+    return TONES.get(words, "open")
+
+
+def marks_of(title: str) -> str:
+    """What the axes and marks of a plot are. Raises KeyError for a plot without an explanation."""
+    return MARKS[next((start for start in MARKS if title.startswith(start)), title)]
 
 
 def _plots(findings: Findings) -> Iterator[tuple[str, Callable[[Axes], None]]]:
