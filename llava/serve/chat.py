@@ -103,6 +103,8 @@ def download(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECO
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "llava"})
         with _web_only(sockets, deadline).open(request, timeout=min(10.0, max_seconds)) as reply:
+            if time.monotonic() > deadline:  # a connection that was shut here looks like the end of the headers
+                raise TimeoutError
             kind = reply.headers.get_content_type()
             if not kind.startswith("image/") and kind != "application/octet-stream":
                 raise ValueError(f"{shown}: expected a picture, the server sends {kind}")

@@ -186,7 +186,7 @@ def test_a_chain_of_slow_redirects_ends_too(web):
 
 
 def test_an_address_is_shown_without_its_credentials(web):
-    for address in (f"{web.replace('//', '//user:S3CRET@')}/ok", f"{web}/gone?api_key=S3CRET", f"{web}/gone?key=S3CRET"):
+    for address in (f"{web.replace('//', '//user:S3CRET@')}/ok", "http://127.0.0.1:9/a?api_key=S3CRET"):
         with pytest.raises(ValueError, match="cannot be downloaded") as caught:
             load_image(address)
         assert "S3CRET" not in str(caught.value)

@@ -17,7 +17,7 @@ from llava.train.checkpoints import PROVENANCE_FILE, SEAL_FILE, lacking_in_check
 from llava.train.signing import KEY_FILE, key_path, refuse_unsigned, signing_key, why_unsigned
 from tests.llava.test_distributed import ROOT
 from tests.llava.test_resume import SAVES
-from tests.llava.test_sft_golden import arguments, flags_of
+from tests.llava.test_sft_golden import arguments
 
 NAMES = ["latest", "global_step2/mp_rank_00_model_states.pt", "rng_state.pth", "model.safetensors", "optimizer.pt",
          PROVENANCE_FILE]  # fmt: skip
@@ -213,7 +213,7 @@ attack_deepspeed(Path(sys.argv[1]))
 
 def attack_deepspeed(folder):
     """In a process of its own: a run under ZeRO-2, its shard exchanged for code, resumed without and with trust."""
-    words = ["--deepspeed", ROOT / "scripts/zero2.json", *SAVES, "--max_steps", "1", "--per_device_train_batch_size", "1"]
+    words = ["--deepspeed", ROOT / "scripts/zero2.json", *SHORT, "--max_steps", "1"]
     train.run(arguments(folder / "out", *words))
     (folder / "out" / PROVENANCE_FILE).unlink()
     shard = next((folder / "out/checkpoint-1").glob("global_step1/*mp_rank_00_model_states.pt"))
