@@ -347,4 +347,4 @@ def test_a_served_model_answers_and_failures_are_empty(tmp_path, picture, capsys
             questions, picture.parent, Sampling(samples=2, temperature=0.7), 5
         )
     assert answers == [["seed 5", "seed 1005"], ["", ""]]
-    assert "2 of 4 requests without reply" in capsys.readouterr().out
+    assert "2 of 4 requests without answer" in capsys.readouterr().out
