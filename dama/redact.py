@@ -20,22 +20,44 @@ _HEADERS = r"(?:proxy-)?authorization|(?:set-)?cookie"
 # Repetitions are bounded, since otherwise a long text would take quadratic time.
 _FIELDS = (
     r"(?:[a-z]{1,20}[-_]){0,5}(?:api[-_ ]?key|access[-_]?key|secret|password|passwd|pwd|credential|signature|token)"
-    r"|aws_(?:secret_)?access_key(?:_id)?|sig"
+    r"|(?:[a-z]{1,20}[-_]){0,5}(?:(?:secret|private|subscription|account)[-_]?key|passphrase|j?session[-_]?id)"
+    r"|(?-i:[a-z]{1,20}(?:Token|Secret|Password|ApiKey|AccessKey))|x-auth|aws_(?:secret_)?access_key(?:_id)?|sig"
 )
-_SPLIT = r"\\{0,4}[\"']?\s{0,4}[:=]\s{0,4}"  # between name and value; quotes may be escaped, for JSON stands in JSON
+# Those of the fields that are no words of other texts, in lists and markup too.
+_SURE = rf"{_HEADERS}|(?:[a-z]{{1,20}}[-_]){{0,5}}(?:api[-_ ]?key|access[-_]?key|secret|password|auth[-_]token)"
+_ENTITY = r"(?:&quot;|&apos;|&#0{0,4}3[49];|&#x0{0,4}2[27];)"  # a quote in an HTML page
+# Between name and value; quotes may be escaped, for JSON stands in JSON, and all of it may stand in HTML or in a URL.
+_SPLIT = rf"(?:\\{{0,4}}[\"']|{_ENTITY})?\s{{0,40}}(?:[:=]>?|&#0{{0,4}}58;|%3[ad])\s{{0,40}}{_ENTITY}?"
+_PARAMETER = r"[\w-]{1,60}=(?:\\?\"[^\"\r\n]{0,2000}\"|'[^'\r\n]{0,2000}'|[^\s,;=\"'\\]{1,2000}(?![=\w]))[,;\s]{0,4}"
 _RULES = (
     # User and password of a URL, up to the last @ before the path: passwords may contain one.
     (r"\b([a-z][a-z0-9+.-]{0,20}:/{1,2})[^\s/?#\"'<>]{0,500}@", rf"\1{HIDDEN}@"),
     (r"(?<![:\w/])(//)[^\s/?#\"'<>@]{1,500}@", rf"\1{HIDDEN}@"),
-    (rf"(?<![a-z0-9])((?:{_HEADERS}){_SPLIT}\\*[\"']?)[^\"'\\\r\n]+", rf"\1{HIDDEN}"),
-    (r"\b(bearer\s+)[\w.~+/=:-]{6,}", rf"\1{HIDDEN}"),
+    (r"(%3a(?:%2f){1,2})(?:(?!%2f)[^\s/?#\"'<>&]){1,500}%40", rf"\1{HIDDEN}%40"),
+    # The same without a scheme, as in the errors of resolvers.
+    (r"(?<![\w:/.%+@-])(?!mailto:)[\w.%+~-]{1,100}:[^\s/?#\"'<>@:,]{1,200}@"
+     r"(?=[\w.-]{1,99}(?:\.\w|:\d|[\"']))", f"{HIDDEN}@"),
+    (r"(?<!\S)((?:-u|--user|--proxy-user)[\s=]\s{0,4})[^\s:]{0,200}:\S+", rf"\1{HIDDEN}"),
+    # Authorization: Digest username="...", response="..."
+    (rf"(?<![a-z0-9])((?:{_HEADERS}){_SPLIT})(?:[a-z0-9-]{{1,20}}\s{{1,4}})?(?:{_PARAMETER})+", rf"\1{HIDDEN} "),
+    # ["Authorization", "..."] and {"Authorization": ["..."]}
+    (rf"(?<![a-z0-9])((?:{_SURE})\\*[\"']\s{{0,4}},\s{{0,4}}b?\\*[\"'])"
+     rf"(?!\[redacted\])[^\"'\\\r\n]+", rf"\1{HIDDEN}"),
+    (rf"(?<![a-z0-9])((?:{_SURE}){_SPLIT}[\[(])(?!\[?redacted\])[^\])\r\n]+", rf"\1{HIDDEN}"),
+    # <api_key>...</api_key> and <td>Authorization</td><td>...</td>
+    (rf"(?<![a-z0-9/])((?:{_SURE})(?:>|</\w{{1,20}}>\s{{0,4}}<\w{{1,20}}>)\s{{0,4}})"
+     rf"(?!\[redacted\])[^<\r\n]+", rf"\1{HIDDEN}"),
+    (rf"(?<![a-z0-9])((?:{_HEADERS}){_SPLIT}\\*[\"']?)(?![\s\[])[^\"'\\\r\n]+", rf"\1{HIDDEN}"),
+    (r"\b(bearer\s+[\"']?)[\w.~+/=:-]{6,}", rf"\1{HIDDEN}"),
     (r"\b(basic\s+)(?-i:(?=[a-z/+]*[A-Z0-9=]))[\w+/=]{8,}", rf"\1{HIDDEN}"),
     (rf"(?<![a-z0-9])((?:{_FIELDS}){_SPLIT})(\\*[\"'])(?!\[redacted\])(?:(?!\2).)+", rf"\1\2{HIDDEN}"),
     (rf"(?<![a-z0-9])((?:{_FIELDS}){_SPLIT})(?!\[redacted\])[^\s\"'\\,;&}}<>]+", rf"\1{HIDDEN}"),
     (rf"(?<!\S)(--?(?:{_FIELDS})\s+)(?!-)\S+", rf"\1{HIDDEN}"),
     # Keys of known form.
+    (r"(-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----)(?:(?!-----)[\s\S]){1,9999}", rf"\1{HIDDEN}"),
     (r"\b[spr]k[-_][a-z0-9_-]{8,}", HIDDEN),
     (r"\b(?:hf_[a-z0-9]{8,}|gh[oprsu]_[a-z0-9]{16,}|github_pat_\w{16,}|gsk_\w{8,}|nvapi-[\w-]{8,})", HIDDEN),
+    (r"\b(?:glpat-[\w-]{12,}|xai-\w{16,}|npm_\w{16,}|r8_\w{16,})", HIDDEN),
     (r"\b(?-i:AIza[\w-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|xox[a-z]-[\w-]{8,}|eyJ[\w-]{4,}\.[\w-]{4,}\.[\w-]*)", HIDDEN),
 )
 # ?key=... and &auth=... of an address

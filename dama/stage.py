@@ -500,7 +500,7 @@ def _read_manifest(folder: Path) -> Record | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, too many brackets
         raise _damaged(path, f"not JSON ({error})") from error
     if not isinstance(manifest, dict) or not {"stage", "complete", "records", "plan", "fingerprint"} <= set(manifest):
         raise _damaged(path, "not the manifest of a stage")
@@ -563,6 +563,6 @@ def _is_finite(value: Any) -> bool:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:  # UnicodeDecodeError and JSONDecodeError are both one
+    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         return False
     return True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,9 @@ class TextTokens:
     context_length: int  # tokens, start and end token counted
 
     def ids(self, text: str) -> list[int]:
-        """Token ids with start and end token, of any length."""
+        """Token ids with start and end token, of any length; "<end_of_text>" in the text is text."""
         if hasattr(self.tokenizer, "encode"):
-            return [self.tokenizer.sot_token_id, *self.tokenizer.encode(text), self.tokenizer.eot_token_id]
+            return [self.tokenizer.sot_token_id, *_encode_as_text(self.tokenizer, text), self.tokenizer.eot_token_id]
         ids = self.tokenizer.tokenizer(self.tokenizer.clean_fn(text)).input_ids
         # In this mode a start, an end and, after the padding, a class token come in place of the tokenizer's own.
         return [*ids, 0, 0, 0] if self.tokenizer.tokenizer_mode == "clips" else list(ids)
@@ -59,6 +61,28 @@ class TextTokens:
         for place, row in zip(batch, rows):
             place[: len(row)] = torch.tensor(row)
         return batch
+
+
+def _encode_as_text(tokenizer: Any, text: str) -> list[int]:
+    """open_clip's ids of a text, in which the spelling of a special token stays text.
+
+    The spellings are sought after cleaning, which makes "&lt;end_of_text&gt;" one of them.
+    """
+    text = tokenizer.clean_fn(text)
+    spellings = [re.escape(tokenizer.decoder[token]) for token in tokenizer.all_special_ids]
+    # Cut behind the first character of each, a bracket, where a word ends anyway.
+    cuts = [match.start() + 1 for match in re.finditer(f"(?={'|'.join(spellings)})", text)]
+    if not cuts:
+        return _encode_clean(tokenizer, text)
+    ends = [*cuts, len(text)]
+    return [token for start, end in zip([0, *cuts], ends) for token in _encode_clean(tokenizer, text[start:end])]
+
+
+def _encode_clean(tokenizer: Any, text: str) -> list[int]:
+    """open_clip's ids without cleaning: done twice it would turn "&amp;lt;" into a bracket after all."""
+    plain = copy(tokenizer)
+    plain.clean_fn = str
+    return plain.encode(text)
 
 
 @dataclass(frozen=True)
@@ -241,6 +265,8 @@ def _load_clip(model: str, pretrained: str | None, device: torch.device, precisi
             raise ClipError(f"CLIP {model} ({tag or 'its own weights'}): {error}\nRemedy: {remedy}") from error
     tokenizer = open_clip.get_tokenizer(name)
     _refuse_cutting_tokenizers(tokenizer, model)
+    if hasattr(tokenizer, "tokenizer"):  # Hugging Face's inside
+        tokenizer.tokenizer.split_special_tokens = True  # "</s>" in an answer is text
     config = network.visual.preprocess_cfg
     identity = {
         "model": Path(model).name if folder else model,

@@ -22,6 +22,7 @@ from dama.hardness.clip import PRECISIONS, weights_digest
 from dama.hardness.markers import numbered_markers
 from dama.hardness.split import BULLET, Split, as_statement, split_statements
 from dama.remote_code import remote_code_refused
+from dama.special_tokens import escaped
 
 PROMPT = """\
 Split the text at the end into statements, one on each line.
@@ -88,7 +89,7 @@ def local_splitter(folder: str | Path, cache: str | Path, device: str = "cpu", p
     def generate(batch: Sequence[str]) -> list[str]:
         with torch.inference_mode():
             made = chat(
-                [[_message(answer)] for answer in batch], batch_size=LOCAL_BATCH, do_sample=False,
+                [[_message(escaped(answer, tokenizer))] for answer in batch], batch_size=LOCAL_BATCH, do_sample=False,
                 max_new_tokens=REPLY_TOKENS, return_full_text=False,
             )  # fmt: skip
         return [reply[0]["generated_text"] for reply in made]

@@ -69,6 +69,9 @@ class DiffusersPainter:
         dtype = torch.float16 if self.device.startswith("cuda") else torch.float32
         with remote_code_refused(f"text-to-image {self.name}", "give a pipeline that needs no code of its own"):
             pipeline = DiffusionPipeline.from_pretrained(self.name, dtype=dtype, use_safetensors=True)
+        for tokenizer in (pipeline.components.get(name) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")):
+            if tokenizer is not None:
+                tokenizer.split_special_tokens = True  # "<|endoftext|>" in a prompt is text
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 

@@ -13,6 +13,7 @@ from dama.completion import well_formed
 from dama.console import digest_of, say
 from dama.pairs import load_image, resolve_image
 from dama.remote_code import remote_code_refused
+from dama.special_tokens import escaped, placeholders
 from dama.stage import Record, open_stage
 from dama.synth.prompts import (
     RANK_IMAGES,
@@ -99,17 +100,15 @@ class HfResponder:
 
         processor, model = self._loaded
         pictures = [load_image(resolve_image(images, question.image)) for question in questions]
-        turns = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
-            for question in questions
-        ]
+        texts = [escaped(question.text, processor.tokenizer, *placeholders(processor)) for question in questions]
+        turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
         prompts = processor.apply_chat_template(turns, add_generation_prompt=True)
         inputs = processor(text=prompts, images=pictures, padding=True, return_tensors="pt").to(model.device)
         torch.manual_seed(seed)
         with torch.inference_mode():
             ids = model.generate(**inputs, **self._options(sampling))
-        texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return chunks_of([text.strip() for text in texts], sampling.samples)
+        answers = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return chunks_of([answer.strip() for answer in answers], sampling.samples)
 
     @staticmethod
     def _options(sampling: Sampling) -> dict[str, Any]:

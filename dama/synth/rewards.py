@@ -24,6 +24,7 @@ from dama.hardness.clip import ClipScorer, load_clip
 from dama.pairs import load_image
 from dama.redact import redacted, secrets_of_url
 from dama.remote_code import remote_code_refused
+from dama.special_tokens import escaped
 from dama.stage import Record
 from dama.synth.prompts import checkpoint_identity
 
@@ -119,8 +120,9 @@ class TextReward:
     def _encoded(self, item: Judged) -> Any:
         tokenizer, _ = self._loaded
         if tokenizer.chat_template is None:
-            return tokenizer(item.question, item.text, return_tensors="pt")
-        turns = [{"role": "user", "content": item.question}, {"role": "assistant", "content": item.text}]
+            return tokenizer(item.question, item.text, return_tensors="pt", split_special_tokens=True)
+        question, text = escaped(item.question, tokenizer), escaped(item.text, tokenizer)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         return tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
 
 
@@ -196,6 +198,7 @@ class ImageTextReward:
         with remote_code_refused(f"reward {self.checkpoint}", TRUST):
             processor = AutoProcessor.from_pretrained(self.checkpoint, **trust)
             model = AutoModel.from_pretrained(self.checkpoint, **trust)
+        processor.tokenizer.split_special_tokens = True  # "<|endoftext|>" in an answer is text
         return processor, model.to(self.device).eval()
 
     def identity(self) -> Record:

@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, too many brackets
         raise ValueError(f"{where}: not JSON ({error})\nRemedy: {REMEDY}") from error
 
 

@@ -54,9 +54,9 @@ def read_answers(path: str | Path) -> list[Answer]:
 def _parse_answer(line: str, where: str) -> Answer:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, too many brackets
         raise ValueError(
-            f"{where}: expected one JSON object, got {line[:60]!r} ({error.msg}); "
+            f"{where}: expected one JSON object, got {line[:60]!r} ({getattr(error, 'msg', error)}); "
             "if the run that wrote it was killed, resume it or delete the line"
         ) from error
     if not isinstance(row, dict):

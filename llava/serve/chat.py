@@ -16,10 +16,10 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dama.images import FORMATS, ImageFault, open_image
 from dama.pairs import MAX_PIXELS, UNREADABLE, as_rgb, exceeded_limit
-from dama.redact import redacted
+from dama.redact import redacted, secrets_of_url
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, encode_base64, get_template
 from llava.eval.generate import Decoding
@@ -83,7 +83,7 @@ def load_image(image_file: str) -> Image.Image:
         ValueError: no such file, it cannot be downloaded within the limits, or `read_image` refuses it.
     """
     if image_file.startswith(("http://", "https://")):
-        return read_image(download(image_file), image_file)
+        return read_image(download(image_file), redacted(image_file))
     try:
         return read_image(Path(image_file).read_bytes(), image_file)
     except OSError as error:
@@ -91,38 +91,77 @@ def load_image(image_file: str) -> Image.Image:
 
 
 def download(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS) -> bytes:
-    """The picture's bytes. Raises ValueError: unreachable, another content type, too large or too slow."""
-    deadline = time.monotonic() + max_seconds
+    """The picture's bytes. Raises ValueError: unreachable, another content type, too large or too slow.
+
+    The time is that of all: connections, redirects, headers and content, however many bytes the server sends meanwhile.
+    """
+    deadline, shown = time.monotonic() + max_seconds, redacted(url)
+    sockets: list[socket.socket] = []
+    timer = Timer(max_seconds, _shut, [sockets])
+    timer.daemon = True
+    timer.start()
     try:
-        with _web_only().open(urllib.request.Request(url, headers={"User-Agent": "llava"}), timeout=10) as reply:
+        request = urllib.request.Request(url, headers={"User-Agent": "llava"})
+        with _web_only(sockets, deadline).open(request, timeout=min(10.0, max_seconds)) as reply:
+            if time.monotonic() > deadline:  # a connection that was shut here looks like the end of the headers
+                raise TimeoutError
             kind = reply.headers.get_content_type()
             if not kind.startswith("image/") and kind != "application/octet-stream":
-                raise ValueError(f"{url}: expected a picture, the server sends {kind}")
-            return _read_within(reply, url, max_bytes, deadline)
+                raise ValueError(f"{shown}: expected a picture, the server sends {kind}")
+            return _read_within(reply, shown, max_bytes, deadline)
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
-        raise ValueError(f"{url}: cannot be downloaded ({getattr(error, 'reason', None) or error})") from error
+        if time.monotonic() > deadline:
+            raise ValueError(f"{shown}: not downloaded in time; the server is too slow") from error
+        problem = redacted(str(getattr(error, "reason", None) or error), secrets_of_url(url))
+        raise ValueError(f"{shown}: cannot be downloaded ({problem})") from error
+    finally:
+        timer.cancel()
 
 
-def _web_only() -> urllib.request.OpenerDirector:
-    """urllib's opener without ftp:, file: and data:, to which a server may redirect."""
+def _web_only(sockets: list[socket.socket], deadline: float) -> urllib.request.OpenerDirector:
+    """urllib's opener without ftp:, file: and data:, to which a server may redirect; `sockets` gets what it opens."""
+
+    def watched(base: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
+        class Connection(base):  # type: ignore[misc, valid-type]
+            def connect(self) -> None:
+                if time.monotonic() > deadline:  # the timer will not come again
+                    raise TimeoutError("no time left")
+                super().connect()
+                sockets.append(self.sock)
+
+        return Connection
+
+    class Plain(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(watched(http.client.HTTPConnection), req)
+
+    class Secure(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> Any:
+            return self.do_open(watched(http.client.HTTPSConnection), req)
+
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
-        urllib.request.HTTPDefaultErrorHandler, urllib.request.UnknownHandler,
+        urllib.request.ProxyHandler, Plain, Secure, urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler, urllib.request.UnknownHandler,
     ):  # fmt: skip
         opener.add_handler(handler())
     return opener
 
 
-def _read_within(reply: Any, url: str, max_bytes: int, deadline: float) -> bytes:
+def _shut(sockets: Iterable[socket.socket]) -> None:
+    for each in sockets:
+        with suppress(OSError):  # closed already
+            each.shutdown(socket.SHUT_RDWR)
+
+
+def _read_within(reply: Any, shown: str, max_bytes: int, deadline: float) -> bytes:
     content = bytearray()
     while block := reply.read1(1 << 16):
         content += block
         if len(content) > max_bytes:
-            raise ValueError(f"{url}: more than {max_bytes / 2**20:.0f} MiB")
-        if time.monotonic() > deadline:
-            raise ValueError(f"{url}: not downloaded in time; the server is too slow")
+            raise ValueError(f"{shown}: more than {max_bytes / 2**20:.0f} MiB")
+    if time.monotonic() > deadline:  # where the connection was shut from here, what came may be a part
+        raise ValueError(f"{shown}: not downloaded in time; the server is too slow")
     return bytes(content)
 
 

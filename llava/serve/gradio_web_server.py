@@ -251,6 +251,7 @@ class Page:
         import gradio as gr
 
         self.file = gr.File(label="Picture", file_types=list(SUFFIXES), type="filepath", height=130, elem_id="upload")
+        refuse_addresses(self.file)
         self.notice = gr.Markdown(f"{', '.join(FORMATS)}; at most {MAX_BYTES >> 20} MiB", elem_id="notice")
         self.preview = gr.Image(
             show_label=False, interactive=False, format="jpeg", height=280, buttons=[], visible=False, elem_id="preview"
@@ -334,12 +335,12 @@ class Page:
         return [*chats, *(gr.update(interactive=value) for value in active)]
 
     def ask(
-        self, session: Session, question: str, listed: str, temperature: float, top_p: float, max_tokens: int
+        self, session: Session, question: str, listed: str | None, temperature: float, top_p: float, max_tokens: int
     ) -> Iterator[list[Any]]:
         import gradio as gr
 
         try:
-            session.listed = limited("the list of objects", listed, LISTED_LENGTH)
+            session.listed = self.objects(listed)
             question = limited("the question", question, QUESTION_LENGTH)
             decoding = decoding_of(temperature, top_p, max_tokens)
             if not question.strip() or session.busy:
@@ -357,7 +358,7 @@ class Page:
             yield [gr.skip() if not isinstance(question, str) else question[:QUESTION_LENGTH], *self.view(session)]
 
     def regenerate(
-        self, session: Session, listed: str, temperature: float, top_p: float, max_tokens: int
+        self, session: Session, listed: str | None, temperature: float, top_p: float, max_tokens: int
     ) -> Iterator[list[Any]]:
         """The last question once more."""
         question = "" if session.busy or not session.turns else session.turns.pop().question
@@ -368,8 +369,12 @@ class Page:
         session.begin(session.image)
         return self.view(session)
 
-    def relist(self, session: Session, listed: str) -> Any:
-        session.listed = limited("the list of objects", listed, LISTED_LENGTH)
+    def objects(self, listed: str | None) -> str:
+        """The list that a visitor typed. A page without vocabulary does not show its field, and sends None for it."""
+        return "" if listed is None else limited("the list of objects", listed, LISTED_LENGTH)
+
+    def relist(self, session: Session, listed: str | None) -> Any:
+        session.listed = self.objects(listed)
         chats = [messages(session, i, self.vocabulary) for i in range(len(self.models))]
         return chats if len(chats) > 1 else chats[0]
 
@@ -386,6 +391,20 @@ class Page:
             Path(path).unlink(missing_ok=True)  # Gradio's own copy of what was uploaded
         session.begin(image)
         return [None, gr.update(value=image, visible=True), as_text(notice), *self.view(session)]
+
+
+def refuse_addresses(component: Any) -> None:
+    """Let a component take uploaded files only. Gradio would download a "file" that names an address, of any size."""
+    import gradio as gr
+
+    taken = component.async_move_resource_to_block_cache
+
+    async def uploaded(path: Any) -> str | None:
+        if "://" in str(path):
+            raise gr.Error("expected an uploaded file, got an address")
+        return await taken(path)
+
+    component.async_move_resource_to_block_cache = uploaded
 
 
 def warn(message: str) -> None:

@@ -42,7 +42,7 @@ class Guard:
         max_bytes: of an uploaded file. quota: bytes of all files in `folder`.
         names: host names, in lower case, that lead to the page besides loopback ones; the caller may add to them.
         any_name: take every name, for a page that listens on more than loopback.
-        at_once: uploads under way. upload_s: seconds that an upload may take.
+        at_once: uploads under way. upload_s: seconds until the body of a request, an upload or not, must be there.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Guard:
             return
         self.uploading += is_upload
         try:
-            deadline = time.monotonic() + self.upload_s if is_upload else None
+            deadline = time.monotonic() + self.upload_s if scope["type"] == "http" else None
             await self.app(scope, _bounded(receive, limit, deadline), _with_headers(send))
         finally:
             self.uploading -= is_upload

@@ -312,10 +312,10 @@ def lacking_in_checkpoint(checkpoint: str | Path) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None where it is absent or cut short."""
+    """A JSON object from a file; None where it is absent, cut short or none that can be read."""
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return None
 
 

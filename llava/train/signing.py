@@ -86,11 +86,11 @@ def _create_key(path: Path) -> None:
 
 
 def files_to_seal(folder: Path) -> list[str]:
-    """The files of a checkpoint that its seal lists, relative to it.
+    """The files of a checkpoint that its seal lists, relative to it; a link to a folder counts as a file.
 
     Names with a dot in front are what an interrupted save left of files on their way; no loader looks at them.
     """
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return [n.as_posix() for n in names if n.name not in (SEAL_FILE, TRAINER_STATE) and not n.name.startswith(".")]
 
 
@@ -146,14 +146,15 @@ def why_unsigned(checkpoint: Path) -> str | None:
     """What keeps a checkpoint from being this user's own; None where nothing does."""
     try:
         seal = json.loads((checkpoint / SEAL_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{SEAL_FILE} is missing or damaged"
     if not isinstance(seal, dict) or not isinstance(seal.get("sha256"), dict) or "signature" not in seal:
         return f"{SEAL_FILE} has no signature"
     key = signing_key(create=False)
     if key is None:
         return f"this user has no key to check it with ('{key_path()}')"
-    if not hmac.compare_digest(str(seal["signature"]), signature(seal, key)):
+    found = str(seal["signature"]).encode("utf-8", "replace")
+    if not hmac.compare_digest(found, signature(seal, key).encode("ascii")):
         return f"the signature in {SEAL_FILE} is not of this user's key ('{key_path()}')"
     there, listed = set(files_to_seal(checkpoint)), set(seal["sha256"])
     if there != listed:

@@ -17,6 +17,17 @@ SECRETS = [
     "X-Amz-Signature=S3CRET", "Incorrect API key provided: sk-proj-S3CRETS3CRET", "key sk_live_S3CRETS3CRET rejected",
     "hf_S3CRETS3CRETS3", "ghp_S3CRETS3CRETS3CRETS3CRET", "AIzaS3CRETS3CRETS3CRETS3CRET", "AKIAS3CRETS3CRETS3",
     "eyJhbGciS3CRET.eyJzdWIS3CRET.S3CRET", "ApiKey='S3CRET'", "API key: S3CRET",
+    # Quoted parameters, lists, markup, encodings, and addresses without a scheme.
+    'Authorization: Digest username="ann", response="S3CRET"', "Proxy-Authorization: Digest a='b', nonce='S3CRET'",
+    'Authorization: Token token="S3CRET"', 'Set-Cookie: a="S3CRET"; Path=/', "[('authorization', 'S3CRET')]",
+    "(b'x-api-key', b'S3CRET')", '{"Authorization": ["Bearer", "S3CRET"]}', "{'api_key': ('S3CRET',)}",
+    "{&quot;api_key&quot;: &quot;S3CRET&quot;}", "Authorization&#58; S3CRET", "api_key%3DS3CRET&x=1",
+    "http%3A%2F%2Fuser%3AS3CRET%40host", "Failed to resolve 'user:S3CRET@host'", "no route to user:S3CRET@10.0.0.1:80",
+    "<td>Authorization</td><td>S3CRET</td>", "<Authorization>S3CRET</Authorization>", "password => 'S3CRET'",
+    "SECRET_KEY=S3CRET", "private_key: S3CRET", "Ocp-Apim-Subscription-Key: S3CRET", "AccountKey=S3CRET;",
+    "passphrase: S3CRET", "accessToken: S3CRET", "JSESSIONID=S3CRET", "X-Auth: S3CRET", "api_key:          S3CRET",
+    "curl -u user:S3CRET http://h", "Bearer 'S3CRETS3CRET'", "glpat-S3CRETS3CRETS3CRET", "npm_S3CRETS3CRETS3CRETS3",
+    "-----BEGIN RSA PRIVATE KEY-----\nS3CRET\nS3CRET\n-----END RSA PRIVATE KEY-----",
 ]  # fmt: skip
 
 
@@ -31,6 +42,7 @@ def test_a_secret_is_gone(text):
     "http://127.0.0.1:8000/v1", "see https://a.b/c@d and mail a@b.c", "max_tokens: 512, 3 tokens, token ids: 7",
     "a bearer of bad news", "Basic instructions", "[redacted]", "status 404 for 'm': no such model", "",
     "row 7: the answer is empty", "file:///tmp/a.png", "secretary: Ann", "tokenizer: llama", "sk-1",
+    "mailto:ann@b.c", "12:30@noon", "columns ['token', 'text']", "a <b>secret</b> garden", "primaryKey: id",
 ])  # fmt: skip
 def test_other_texts_stay(text):
     assert redacted(text) == text
@@ -47,7 +59,8 @@ def test_the_keys_of_this_process(monkeypatch):
     assert redacted("bad key correct horse, none left") == "bad key [redacted], none left"
 
 
-@pytest.mark.parametrize("part", ["a_", "http:", "a:/", "token ", "bearer ", "sk-", "authorization:'", "\\\"", "eyJa."])
+@pytest.mark.parametrize("part", ["a_", "http:", "a:/", "token ", "bearer ", "sk-", "authorization:'", "\\\"", "eyJa.",
+                                  "a=b,", "cookie:a=", "user:a", "api_key:[", "password>", "%3a%2f", "-u a:"])
 def test_a_long_text_takes_no_long(part):
     begun = time.monotonic()
     redacted(part * 20_000)

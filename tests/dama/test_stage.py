@@ -360,3 +360,11 @@ def test_a_folder_tells_its_stage(tmp_path: Path) -> None:
     assert stage_of(tmp_path) == "toy"
     run_shard(tmp_path, Shard(1, 2))
     assert stage_of(tmp_path) == "toy"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"stage": ' + "9" * 5000 + "}", "[]", '"a"', "null", "\xff"])
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    """Nested without end, a number of too many digits, another kind of JSON, no UTF-8."""
+    (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(StageError, match=r"manifest\.json: not .*\nRemedy"):
+        open_stage(tmp_path, "toy", INPUTS, SIZES)

@@ -206,14 +206,19 @@ def test_clip_reward_is_the_mean_cosine_of_the_statements(tmp_path, picture):
     assert reward.sees_image and math.isnan(reward.score([Judged(picture, "", " ")])[0])
 
 
-def test_image_text_reward_is_the_models_logit(tmp_path, picture):
+def write_image_text_reward(folder):
     torch.manual_seed(0)
     text = CLIPTextConfig(max_position_embeddings=24, **TEXT_IDS, **TOWER)
     vision = CLIPVisionConfig(**PICTURE, **TOWER)
     model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).eval()
     processor = CLIPProcessor(CLIPImageProcessor(size=32, crop_size=32), word_tokenizer(24))
-    model.save_pretrained(tmp_path / "clip")
-    processor.save_pretrained(tmp_path / "clip")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return processor, model
+
+
+def test_image_text_reward_is_the_models_logit(tmp_path, picture):
+    processor, model = write_image_text_reward(tmp_path / "clip")
     parts = split_statements(ANSWER)
     inputs = processor(text=parts, images=Image.open(picture), return_tensors="pt", padding="max_length")
     expected = model(**inputs).logits_per_image.mean().item()
@@ -301,7 +306,7 @@ def test_an_endpoint_is_sent_pictures_and_texts(endpoint, picture):
 # --------------------------------------------------------------------------------------------------------- responders
 
 
-def test_an_image_text_to_text_model_answers(tmp_path, picture):
+def write_responder(folder):
     torch.manual_seed(0)
     tokenizer = word_tokenizer(512)
     tokenizer.chat_template = VISION_TEMPLATE
@@ -312,12 +317,16 @@ def test_an_image_text_to_text_model_answers(tmp_path, picture):
         text_config=LlamaConfig(max_position_embeddings=64, num_key_value_heads=2, **TEXT_IDS, **TOWER),
         image_token_index=token, image_seq_length=4, vision_feature_layer=-1,
     )  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
     LlavaProcessor(
         CLIPImageProcessor(size=32, crop_size=32), tokenizer, patch_size=16, vision_feature_select_strategy="default",
         chat_template=VISION_TEMPLATE, num_additional_image_tokens=1,
-    ).save_pretrained(tmp_path / "model")  # fmt: skip
-    model = HfResponder(str(tmp_path / "model"))
+    ).save_pretrained(folder)  # fmt: skip
+    return HfResponder(str(folder))
+
+
+def test_an_image_text_to_text_model_answers(tmp_path, picture):
+    model = write_responder(tmp_path / "model")
     questions = [Question("1", picture.name, "what is there ?"), Question("2", picture.name, "what is red")]
     sampling = Sampling(samples=3, max_new_tokens=6)
     answers = model.answer(questions, picture.parent, sampling, seed=1)
@@ -338,4 +347,4 @@ def test_a_served_model_answers_and_failures_are_empty(tmp_path, picture, capsys
             questions, picture.parent, Sampling(samples=2, temperature=0.7), 5
         )
     assert answers == [["seed 5", "seed 1005"], ["", ""]]
-    assert "2 of 4 requests without reply" in capsys.readouterr().out
+    assert "2 of 4 requests without answer" in capsys.readouterr().out

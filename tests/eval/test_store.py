@@ -66,6 +66,14 @@ def test_faulty_rows_are_named(tmp_path, row, message):
         read_answers(write_lines(tmp_path / "answers.jsonl", row))
 
 
+@pytest.mark.parametrize("row", ["[" * 100_000, '{"question_id": ' + "9" * 5000 + "}", '{"question_id": 1'])
+def test_rows_that_json_does_not_read_are_named(tmp_path, row):
+    """Nested without end, a number of too many digits, a torn one."""
+    (tmp_path / "answers.jsonl").write_text(row + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: expected one JSON object, got .*delete the line"):
+        read_answers(tmp_path / "answers.jsonl")
+
+
 def test_a_question_answered_twice_is_refused(tmp_path):
     row = {"question_id": 1, "prompt": "p", "text": "t"}
     with pytest.raises(ValueError, match="line 2: question_id '1' occurs a second time"):

@@ -9,6 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from gradio import processing_utils
 
 from llava.eval.generate import Decoding
 from llava.serve import gradio_web_server as page
@@ -252,6 +253,27 @@ def test_limits_hold_without_the_browser(site, upstream, data):
     assert len(upstream.asked) == before
 
 
+@pytest.mark.parametrize("listed", [None, ""])
+def test_a_page_without_vocabulary_answers(site, upstream, listed):
+    """A browser sends None for the field that such a page does not show."""
+    before = len(upstream.asked)
+    until_done(events(site, ask_function(site), [None, "fine", listed, 0, 0.7, 64], f"listed-{listed}")[0])
+    assert upstream.asked[before:] == ["fine"]
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:9/a.png", "https://evil.example/a.png", "HTTP://evil.example/a.png"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_page_fetches_no_address(site, path, stream, monkeypatch):
+    """Gradio would download a "file" that names an address, of any size; only what was uploaded is a picture."""
+    fetched = []
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda url, cache_dir: fetched.append(url))
+    config = json.loads(call(site, "GET", "/config")[0].read())
+    choose = next(d["id"] for d in config["dependencies"] if any(t[1] == "upload" for t in d["targets"]))
+    picture = {"path": path, "meta": {"_type": "gradio.FileData"}, "is_stream": stream}
+    said = until_done(events(site, choose, [None, picture], f"address-{time.monotonic()}")[0])
+    assert fetched == [] and '"success":false' in said
+
+
 def test_hung_answers_free_their_places_when_their_readers_leave(site, upstream):
     fn = ask_function(site)
     hung = [events(site, fn, [None, "hang", "", 0, 0.7, 64], f"hung-{i}") for i in range(4)]
@@ -273,8 +295,8 @@ def test_hung_answers_free_their_places_when_their_readers_leave(site, upstream)
 # --------------------------------------------------------------------------------------------------------------- guard
 
 
-def guarded(folder, chunks, delay=0.0, headers=(), **limits):
-    """(status, bytes that reached the page) of one upload of these chunks through a Guard."""
+def guarded(folder, chunks, delay=0.0, headers=(), path="/gradio_api/upload", **limits):
+    """(status, bytes that reached the page) of one POST of these chunks through a Guard."""
     reached, sent = bytearray(), []
 
     async def app(scope, receive, send):
@@ -299,7 +321,7 @@ def guarded(folder, chunks, delay=0.0, headers=(), **limits):
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/gradio_api/upload",
+        "path": path,
         "headers": [(b"host", b"localhost"), *headers],
     }
     asyncio.run(Guard(app, folder, 1000, names=set(), **limits)(scope, receive, send))
@@ -312,8 +334,10 @@ def test_a_body_without_length_ends_at_the_limit(tmp_path):
     assert status is None and reached <= 1000 + (1 << 16)
 
 
-def test_a_slow_upload_ends(tmp_path):
-    assert guarded(tmp_path, [b"x"] * 1000, delay=0.02, upload_s=0.2)[0] is None
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join", "/"])
+def test_a_slow_upload_ends(tmp_path, path):
+    """So does any other request whose body comes byte by byte."""
+    assert guarded(tmp_path, [b"x"] * 200, delay=0.02, path=path, upload_s=0.2)[0] is None
 
 
 def test_the_disk_quota(tmp_path):

@@ -16,6 +16,7 @@ from llava.eval.generate import Answerer, Decoding, Request
 from llava.serve import cli, gradio_web_server
 from llava.serve.chat import LocalModel, ObjectVocabulary, download, load_image, read_image, replies_together
 from tests.conftest import GOLDEN
+from tests.dama.test_untrusted_server import Dripping
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 GREEDY = Decoding(max_new_tokens=12)
@@ -113,7 +114,8 @@ class Pages(BaseHTTPRequestHandler):
 
     def do_GET(self):
         kind = {"/page": "text/html; charset=utf-8"}.get(self.path, "image/png")
-        moved = {"/moved": "/ok", "/to-file": "file:///etc/passwd", "/to-ftp": "ftp://127.0.0.1/a.png"}
+        moved = {"/slowly-round": "/slowly-round", "/moved": "/ok", "/to-file": "file:///etc/passwd", "/to-ftp": "ftp://127.0.0.1/a.png"}
+        time.sleep(0.2 if self.path == "/slowly-round" else 0)
         self.send_response(302 if self.path in moved else 404 if self.path == "/gone" else 200)
         self.send_header("Content-Type", kind)
         if self.path in moved:
@@ -157,6 +159,37 @@ def test_picture_from_a_url(web):
 def test_downloads_have_limits(web, page, reason):
     with pytest.raises(ValueError, match=reason):
         download(f"{web}/{page}", max_bytes=2000, max_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nX-Padding: ",
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 5,
+        b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+def test_a_server_that_drips_its_headers_ends_too(head):
+    """A byte now and then, before the status, in a header or in the content, keeps no limit from firing."""
+    with Dripping(head) as url:
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match="not downloaded in time"):
+            download(f"{url}/a.png", max_seconds=0.4)
+    assert time.monotonic() - begun < 3
+
+
+def test_a_chain_of_slow_redirects_ends_too(web):
+    with pytest.raises(ValueError, match="slowly-round: not downloaded in time"):
+        download(f"{web}/slowly-round", max_seconds=0.5)
+
+
+def test_an_address_is_shown_without_its_credentials(web):
+    for address in (f"{web.replace('//', '//user:S3CRET@')}/ok", "http://127.0.0.1:9/a?api_key=S3CRET"):
+        with pytest.raises(ValueError, match="cannot be downloaded") as caught:
+            load_image(address)
+        assert "S3CRET" not in str(caught.value)
 
 
 def test_unreachable_and_missing(tmp_path):

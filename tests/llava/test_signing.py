@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -12,11 +13,11 @@ import pytest
 import torch
 
 from llava.train import train
-from llava.train.checkpoints import PROVENANCE_FILE, SEAL_FILE, seal_checkpoint
+from llava.train.checkpoints import PROVENANCE_FILE, SEAL_FILE, lacking_in_checkpoint, seal_checkpoint
 from llava.train.signing import KEY_FILE, key_path, refuse_unsigned, signing_key, why_unsigned
-from tests.llava.test_distributed import launch
+from tests.llava.test_distributed import ROOT
 from tests.llava.test_resume import SAVES
-from tests.llava.test_sft_golden import arguments, flags_of
+from tests.llava.test_sft_golden import arguments
 
 NAMES = ["latest", "global_step2/mp_rank_00_model_states.pt", "rng_state.pth", "model.safetensors", "optimizer.pt",
          PROVENANCE_FILE]  # fmt: skip
@@ -84,18 +85,39 @@ def test_a_link_to_a_file_outside_is_refused(checkpoint, tmp_path):
     assert "dangling" in why_unsigned(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["adapter", "global_step9", "global_step2/more"])
+def test_a_link_to_a_folder_outside_is_refused(checkpoint, tmp_path, name):
+    (tmp_path / "outside").mkdir()
+    (checkpoint / name).symlink_to(tmp_path / "outside")
+    assert why_unsigned(checkpoint) == f"its files are not those that were signed ({name})"
+
+
+def test_a_folder_cannot_be_exchanged_for_a_link(checkpoint, tmp_path):
+    """Though the files behind the link are those that were signed: they may change after they are checked."""
+    (checkpoint / "global_step2").rename(tmp_path / "outside")
+    (checkpoint / "global_step2").symlink_to(tmp_path / "outside")
+    assert why_unsigned(checkpoint).startswith("its files are not those that were signed")
+
+
 def test_the_seal_cannot_be_edited_forged_or_left_out(checkpoint, key):
     path = checkpoint / SEAL_FILE
     seal = json.loads(path.read_text())
-    for change in ({"world_size": 2}, {"sha256": {}}, {"sizes": {}}, {"signature": "0" * 64}, {"signature": None}):
+    for change in ({"world_size": 2}, {"sha256": {}}, {"sizes": {}}, {"signature": "0" * 64}, {"signature": None},
+                   {"signature": "é"}, {"signature": "\ud800"}, {"signature": [1]}, {"world_size": "1"}):
         path.write_text(json.dumps(seal | change))
         assert "not of this user's key" in why_unsigned(checkpoint), change
     for content in ('{"world_size": 1, "sizes": {}}', '{"sha256": {}}', "[]"):
         path.write_text(content)
         assert why_unsigned(checkpoint) == f"{SEAL_FILE} has no signature"
-    path.write_text("{")
-    assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
+    for content in ("{", "[" * 100_000, '{"sha256": ' + "9" * 5000 + "}"):
+        path.write_text(content)
+        assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
+        assert lacking_in_checkpoint(checkpoint) == [SEAL_FILE]
     path.unlink()
+    path.mkdir()
+    assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
+    assert lacking_in_checkpoint(checkpoint) == [SEAL_FILE]
+    path.rmdir()
     assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
 
 
@@ -181,17 +203,44 @@ def test_a_foreign_checkpoint_is_not_resumed_though_its_provenance_is_deleted(in
     assert train.run(arguments(out, *SHORT)) is None  # neither flag is part of what a model is made of
 
 
-def test_code_in_a_deepspeed_checkpoint_does_not_run(in_golden, tmp_path):
-    """A real run under ZeRO-2 on two ranks, its optimizer shard exchanged for a pickle with code."""
-    words = flags_of(tmp_path / "out", *SAVES, "--max_steps", "1", "--per_device_train_batch_size", "1")
-    assert (done := launch(words)).returncode == 0, done.stderr[-3000:]
-    checkpoint = tmp_path / "out" / "checkpoint-1"
-    (tmp_path / "out" / PROVENANCE_FILE).unlink()
-    shard = next(checkpoint.glob("global_step1/*mp_rank_00_model_states.pt"))
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.llava.test_signing import attack_deepspeed
+attack_deepspeed(Path(sys.argv[1]))
+"""
+
+
+def attack_deepspeed(folder):
+    """In a process of its own: a run under ZeRO-2, its shard exchanged for code, resumed without and with trust."""
+    words = ["--deepspeed", ROOT / "scripts/zero2.json", *SHORT, "--max_steps", "1"]
+    train.run(arguments(folder / "out", *words))
+    (folder / "out" / PROVENANCE_FILE).unlink()
+    shard = next((folder / "out/checkpoint-1").glob("global_step1/*mp_rank_00_model_states.pt"))
     size = shard.stat().st_size
-    torch.save(Touch(tmp_path / "pwned"), shard)
+    torch.save(Touch(folder / "pwned"), shard)
     with open(shard, "ab") as file:
         file.write(bytes(size - shard.stat().st_size))
-    done = launch(words)
-    assert done.returncode != 0 and "model_states.pt changed after it was signed" in done.stderr
-    assert not (tmp_path / "pwned").exists()
+    with pytest.raises(ValueError, match="model_states.pt changed after it was signed"):
+        train.run(arguments(folder / "out", *words))
+    assert not (folder / "pwned").exists()
+    torch.save(Touch(folder / "pwned"), shard)  # whole again, so that DeepSpeed can read it
+    seal_checkpoint(folder / "out/checkpoint-1", world_size=1)
+    with pytest.raises(Exception):  # noqa: B017 - whatever DeepSpeed says of a shard that holds no tensors
+        train.run(arguments(folder / "out", *words))
+    assert (folder / "pwned").exists()  # it is real code: signed by the user, it runs
+
+
+def test_code_in_a_deepspeed_checkpoint_does_not_run(in_golden, tmp_path):
+    """A real run under ZeRO-2, its optimizer shard exchanged for a pickle with code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = alone | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], env=os.environ | environment,
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
