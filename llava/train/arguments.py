@@ -179,7 +179,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         self.optim = self.optim or ("adamw_torch_fused" if on_gpu else "adamw_torch")
-        self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu  # memory to copy to GPUs from
+        self.dataloader_pin_memory: bool = self.dataloader_pin_memory and on_gpu  # memory to copy to GPUs from
         super().__post_init__()
 
     @cached_property
