@@ -150,6 +150,8 @@ _NAME_THE_FILE = "There is no default file: it has to be named."
 _ANY_DEVICE = "Not given, it is cuda where there is one, else cpu."
 _THIS_MACHINE = "Reached from this machine only, unless another address is given."
 _ONE_PROCESS = "One process answers, so fewer at the same time; the others wait."
+_SEVERAL_FOLDERS = "It may be given more than once, so that links from one folder into another are followed."
+_FUSED = "Not given, it is adamw_torch on CPUs and adamw_torch_fused on GPUs: the same steps in one kernel."
 _NO_EFFECT = "Taken and without effect: rows are always tokenised when needed, and show whether they have an image."
 
 CHANGED: Mapping[str, str] = {
@@ -161,6 +163,8 @@ CHANGED: Mapping[str, str] = {
     "llava/serve/gradio_web_server.py:--host": _THIS_MACHINE,
     "llava/serve/gradio_web_server.py:--concurrency-count": _ONE_PROCESS,
     "scripts/extract_mm_projector.py:--output": _NAME_THE_FILE,
+    "llava/eval/model_vqa*.py:--image-folder": _SEVERAL_FOLDERS,
+    "llava/train/train.py:TrainingArguments.optim": _FUSED,
     "llava/train/train.py:ModelArguments.version": _V1_5,
     "llava/train/train.py:ModelArguments.mm_use_im_patch_token": _V1_5,
     "llava/train/train.py:TrainingArguments.model_max_length": _V1_5,

@@ -88,7 +88,7 @@ def _own_image_folder(folder: Path, manifest: Record) -> Path:
     """The image folder that the manifest names. Raises StageError where it is outside the stage's own folder."""
     named = manifest["summary"].get("image_folder")
     remedy = "give the folder that holds the images as --image_folder"
-    if not isinstance(named, str) or not Path(named).resolve().is_relative_to(folder.resolve()):
+    if not isinstance(named, str) or not Path(named).resolve().is_relative_to(folder.resolve()):  # a list neither
         got = f"{named!r}, which is not inside {folder}"
         raise StageError(f"{folder / MANIFEST}: image_folder is {got}, so it is not read unasked\nRemedy: {remedy}")
     return Path(named)

@@ -84,7 +84,7 @@ def _path_fault(error: Exception, name: str) -> str:
     if isinstance(error, OSError):
         known = {errno.ENAMETOOLONG: "image path is too long", errno.EACCES: "image cannot be read (permission denied)"}
         return f"{known.get(error.errno or 0, 'image cannot be read')}: {name}"
-    return re.sub(r" \(it leads to .*\)$", "", str(error), flags=re.DOTALL)
+    return re.sub(r" \(it leads to .*$", "", str(error), flags=re.DOTALL)
 
 
 class ImageStore:

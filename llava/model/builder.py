@@ -137,14 +137,15 @@ def take_apart(source: str, base: str | None = None) -> tuple[Parts, Any]:
 # --- What a folder holds ---------------------------------------------------------------------------------------------
 
 
-def fetch(source: str, cache_dir: str | None = None) -> Path:
+def fetch(source: str, cache_dir: str | None = None, *, is_tower: bool = False) -> Path:
     """The folder of a checkpoint: itself, or its copy in the hub's cache, downloaded where it is not there yet.
 
     Raises:
         FileNotFoundError: neither a folder nor a repository that can be reached.
         ValueError: the checkpoint is of another model; nothing large is downloaded then.
     """
-    refuse_unsupported_model(str(source), "checkpoint")
+    if not is_tower:
+        refuse_unsupported_model(str(source), "checkpoint")
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

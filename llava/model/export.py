@@ -323,7 +323,7 @@ def complete_tower(parts: Parts) -> tuple[CLIPVisionConfig, Weights, CLIPImagePr
         return parts.tower_config, parts.tower, parts.image_processor
     from llava.model.builder import fetch
 
-    folder = fetch(locate_vision_tower(parts.config.mm_vision_tower, parts.config._name_or_path))
+    folder = fetch(locate_vision_tower(parts.config.mm_vision_tower, parts.config._name_or_path), is_tower=True)
     weights = parts.tower or {
         f"vision_model.{name.removeprefix('vision_model.')}": t
         for name, t in read_weights(folder).items()

@@ -207,7 +207,7 @@ def test_settings_come_back():
     def settings():
         cuda = torch.backends.cuda
         return (torch.backends.cudnn.enabled, cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(),
-                cuda.cudnn_sdp_enabled(), torch.nn.attention.bias.CausalBias)  # fmt: skip
+                cuda.cudnn_sdp_enabled())  # fmt: skip
 
     before = settings()
     with NullMode():

@@ -102,7 +102,7 @@ def test_every_command_takes_several_folders(linked, tmp_path, capsys):
     assert main(["hardness", *data, "--image_folder", folders[0], "--image-folder", folders[1]]) == 0
     manifest = json.loads((tmp_path / "hardness/manifest.json").read_text())
     assert manifest["summary"]["image_folder"] == folders
-    assert all(page.is_file() for page in write_hardness_page(tmp_path / "hardness", tmp_path / "page"))
+    assert all(page.is_file() for page in write_hardness_page(tmp_path / "hardness", tmp_path / "page", folders))
 
     flags = ["--model_name_or_path", "m", "--data_path", data[1], "--output_dir", "o", "--use_cpu", "True"]
     for words in (["--image_folder", *folders], ["--image_folder", folders[0], f"--image_folder={folders[1]}"]):

@@ -250,7 +250,7 @@ def broken(path: Path, **changes: Any) -> Path:
         ({"id": 7}, "item 0: field 'id': expected str, got int"),
         ({"wrong": "no"}, "item 0: field 'wrong': expected bool or NoneType, got str"),
         ({"parts": {"a": [1.0]}}, r"item 0: parts of 'a': expected two numbers, got \[1.0\]"),
-        ({"parts": {"a": [float("nan"), 1.0]}}, r"item 0: parts of 'a': expected two numbers, got \[nan, 1.0\]"),
+        ({"parts": {"a": [float("nan"), 1.0]}}, r"not JSON compliant: 1 fault\n  items, q0, parts, a, 0: nan"),
         ({"spans": [[2, 9]]}, r"item 0: spans: expected \[start, end\] within 6 characters, got \[2, 9\]"),
         ({"spans": [[-1, 2]]}, r"got \[-1, 2\]"),
         ({"id": "q1"}, "items: 1 ids are used twice"),

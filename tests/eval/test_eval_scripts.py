@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def checkout(tmp_path):
     """This repository as a checkout that is set up already: the environment in use for its .venv."""
     (tmp_path / "scripts").mkdir()
-    for script in (ROOT / "scripts").glob("eval_*.sh"):
+    for script in (*(ROOT / "scripts").glob("eval_*.sh"), ROOT / "scripts/help.sh"):
         (tmp_path / "scripts" / script.name).write_text(script.read_text())
     (tmp_path / "scripts/setup.sh").write_text("exit 0\n")
     (tmp_path / ".venv").symlink_to(sys.prefix)

@@ -143,7 +143,7 @@ def test_a_bare_tower_is_fetched_whatever_its_form(checkpoint, hub):
     tower = checkpoint / "clip-vit-tiny-patch14-56"
     as_bin(tower)
     hub.repositories["owner/clip"] = tower
-    assert (fetch("owner/clip") / "pytorch_model.bin").is_file()
+    assert (fetch("owner/clip", is_tower=True) / "pytorch_model.bin").is_file()
 
 
 # --- Indexes ---------------------------------------------------------------------------------------------------------
