@@ -176,7 +176,8 @@ def training_signs(folder: Path) -> dict[Sign, int]:
     text = log.read_text(errors="replace") if log.is_file() else ""
     done = [int(step) for step in re.findall(r"step +(\d+) training:", text)]
     signs = {Sign("step", n + 1) if n % SAVE_EVERY else Sign("evaluation", n): 0 for n in done}
-    for checkpoint in out.glob("checkpoint-*"):
+    # Not out.glob: the trial save makes and removes the folder while this looks.
+    for checkpoint in (out / name for name in files_in(out) if re.fullmatch(r"checkpoint-\d+", name)):
         number = int(checkpoint.name.rpartition("-")[2])
         # A folder that a kill left is written anew: its newest file tells when.
         signs[Sign("save", number)] = max((stamp(checkpoint / name) for name in files_in(checkpoint)), default=0)

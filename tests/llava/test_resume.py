@@ -155,7 +155,7 @@ def test_the_last_checkpoint_can_be_asked_for(whole, tmp_path, capsys):
 def test_a_checkpoint_that_cannot_be_continued_is_refused(whole, tmp_path, damage):
     checkpoint, more = tmp_path / "whole" / "checkpoint-2", []
     message = {"weights": "found no whole model.safetensors", "seal": "found no whole dama_seal.json",
-               "other flags": "flags.weight_decay: .*0.1", "no optimizer": "saved with --save_only_model"}  # fmt: skip
+               "other flags": "--weight_decay: .*0.1", "no optimizer": "saved with --save_only_model"}  # fmt: skip
     if damage == "weights":
         (checkpoint / "model.safetensors").write_bytes(b"")
     elif damage == "seal":
