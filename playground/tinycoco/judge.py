@@ -125,6 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not (length.isascii() and length.isdigit()):
             raise RequestError(411, "request: expected a Content-Length, got none")
         if len(length) > 9 or int(length) > LARGEST_REQUEST:
+            self.rfile.read(min(int(length[:9]), 4 * LARGEST_REQUEST))  # or a client that still sends sees no answer
             raise RequestError(413, f"request: expected at most {LARGEST_REQUEST} bytes, got {length[:20]}")
         try:
             return json.loads(self.rfile.read(int(length)))
