@@ -1,5 +1,7 @@
 """The packed pass: its bookkeeping on paper, its attention against the two rows that it stands for."""
 
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,6 +12,7 @@ from dama.shared_prefix import (
     PackLayout,
     attention_backend,
     common_prefix,
+    flash_attn_problem,
     shared_prefix_attention,
     varlen_attention,
     varlen_plan,
@@ -48,6 +51,18 @@ def test_varlen_sequences_on_paper():
 def test_half_precision_on_a_recent_gpu_is_what_the_kernels_are_for():
     assert attention_backend(torch.device("cpu"), torch.bfloat16) == SDPA
     assert attention_backend(torch.device("cuda"), torch.float32) == SDPA
+
+
+@pytest.mark.parametrize("text", ["", "raise ImportError('undefined symbol: _ZN3c10')", "raise OSError('libcudart')"])
+def test_a_flash_attn_without_its_kernel_is_named_and_not_used(tmp_path, monkeypatch, text):
+    """Another version's package, or one built for another torch."""
+    (tmp_path / "flash_attn.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    flash_attn_problem.cache_clear()
+    assert str(flash_attn_problem()).startswith("installed, but not usable: ")
+    flash_attn_problem.cache_clear()
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
 
 
 def random_pack(seed, heads, key_heads, width=8, longest=9, device="cpu", dtype=torch.float32):
