@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,11 +94,11 @@ def test_a_resumed_run_ends_in_the_same_bits(in_golden, tmp_path, name):
 
 
 def test_two_resumed_ranks_end_in_the_same_bits(in_golden, tmp_path):
-    """Several samplers in one start of two ranks, which runs this file."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-               str(free_port()), __file__, str(tmp_path)]  # fmt: skip
+    """Several samplers in one start of two ranks, which runs this file as a module of the checkout."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command = [*launcher, str(free_port()), "-m", __name__, str(tmp_path)]
     write_rows(tmp_path)
-    done = subprocess.run(command, cwd=GOLDEN, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=GOLDEN.parents[1], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("same bits on rank") == 2 * len(ON_TWO_RANKS)
 
@@ -210,6 +211,7 @@ def weights_of(folder):
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
+    os.chdir(GOLDEN)  # the golden configs name their vision tower relative to that folder
     torch.distributed.init_process_group("gloo")
     for sampler in ON_TWO_RANKS:
         check_sampler(sampler, place / sampler, place / "rows.json", ranks=2, epochs=2)
