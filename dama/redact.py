@@ -35,18 +35,27 @@ _RULES = (
     (r"(?<![:\w/])(//)[^\s/?#\"'<>@]{1,500}@", rf"\1{HIDDEN}@"),
     (r"(%3a(?:%2f){1,2})(?:(?!%2f)[^\s/?#\"'<>&]){1,500}%40", rf"\1{HIDDEN}%40"),
     # The same without a scheme, as in the errors of resolvers.
-    (r"(?<![\w:/.%+@-])(?!mailto:)[\w.%+~-]{1,100}:[^\s/?#\"'<>@:,]{1,200}@"
-     r"(?=[\w.-]{1,99}(?:\.\w|:\d|[\"']))", f"{HIDDEN}@"),
+    (
+        r"(?<![\w:/.%+@-])(?!mailto:)[\w.%+~-]{1,100}:[^\s/?#\"'<>@:,]{1,200}@"
+        r"(?=[\w.-]{1,99}(?:\.\w|:\d|[\"']))",
+        f"{HIDDEN}@",
+    ),
     (r"(?<!\S)((?:-u|--user|--proxy-user)[\s=]\s{0,4})[^\s:]{0,200}:\S+", rf"\1{HIDDEN}"),
     # Authorization: Digest username="...", response="..."
     (rf"(?<![a-z0-9])((?:{_HEADERS}){_SPLIT})(?:[a-z0-9-]{{1,20}}\s{{1,4}})?(?:{_PARAMETER})+", rf"\1{HIDDEN} "),
     # ["Authorization", "..."] and {"Authorization": ["..."]}
-    (rf"(?<![a-z0-9])((?:{_SURE})\\*[\"']\s{{0,4}},\s{{0,4}}b?\\*[\"'])"
-     rf"(?!\[redacted\])[^\"'\\\r\n]+", rf"\1{HIDDEN}"),
+    (
+        rf"(?<![a-z0-9])((?:{_SURE})\\*[\"']\s{{0,4}},\s{{0,4}}b?\\*[\"'])"
+        rf"(?!\[redacted\])[^\"'\\\r\n]+",
+        rf"\1{HIDDEN}",
+    ),
     (rf"(?<![a-z0-9])((?:{_SURE}){_SPLIT}[\[(])(?!\[?redacted\])[^\])\r\n]+", rf"\1{HIDDEN}"),
     # <api_key>...</api_key> and <td>Authorization</td><td>...</td>
-    (rf"(?<![a-z0-9/])((?:{_SURE})(?:>|</\w{{1,20}}>\s{{0,4}}<\w{{1,20}}>)\s{{0,4}})"
-     rf"(?!\[redacted\])[^<\r\n]+", rf"\1{HIDDEN}"),
+    (
+        rf"(?<![a-z0-9/])((?:{_SURE})(?:>|</\w{{1,20}}>\s{{0,4}}<\w{{1,20}}>)\s{{0,4}})"
+        rf"(?!\[redacted\])[^<\r\n]+",
+        rf"\1{HIDDEN}",
+    ),
     (rf"(?<![a-z0-9])((?:{_HEADERS}){_SPLIT}\\*[\"']?)(?![\s\[])[^\"'\\\r\n]+", rf"\1{HIDDEN}"),
     (r"\b(bearer\s+[\"']?)[\w.~+/=:-]{6,}", rf"\1{HIDDEN}"),
     (r"\b(basic\s+)(?-i:(?=[a-z/+]*[A-Z0-9=]))[\w+/=]{8,}", rf"\1{HIDDEN}"),

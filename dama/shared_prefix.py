@@ -242,9 +242,7 @@ def varlen_kernel(backend: str) -> VarlenKernel:
     accepted = inspect.signature(varlen_attn).parameters
     causal = {"is_causal": True} if "is_causal" in accepted else {"window_size": (-1, 0)}
 
-    def torch_varlen(
-        q: Tensor, k: Tensor, v: Tensor, bq: Tensor, bk: Tensor, nq: int, nk: int, scale: float
-    ) -> Tensor:
+    def torch_varlen(q: Tensor, k: Tensor, v: Tensor, bq: Tensor, bk: Tensor, nq: int, nk: int, scale: float) -> Tensor:
         options: dict[str, Any] = dict(causal)
         if "scale" in accepted:
             options["scale"] = scale

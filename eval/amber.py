@@ -355,9 +355,7 @@ def _noun_finder(tagger: Tagger, vocabulary: Collection[str], official_quirks: b
     return nouns
 
 
-def _described(
-    question: Question, answer: Answer, amber: Amber, find: Callable[[str], list[Noun]]
-) -> dict[str, Any]:
+def _described(question: Question, answer: Answer, amber: Amber, find: Callable[[str], list[Noun]]) -> dict[str, Any]:
     objects, nouns = amber.objects[question.id], find(answer.text)
     description = describe([noun for noun, _, _ in nouns], objects, amber)
     found = list(zip(nouns, description.hallucinated))

@@ -51,7 +51,7 @@ def test_a_missing_number_is_named(script, before, name):
 
 
 def digits(*words):
-    source = f"source {SCRIPTS / 'checks.sh'}; digits \"$@\"; echo passed"
+    source = f'source {SCRIPTS / "checks.sh"}; digits "$@"; echo passed'
     return subprocess.run(["bash", "-c", source, "bash", *words], capture_output=True, text=True, check=False)
 
 

@@ -45,17 +45,20 @@ FAMILIES: tuple[Mapping[str, int], ...] = (
 """Marker -> its number, of each way to number."""
 SIGNS: tuple[Mapping[str, int], ...] = (
     {f"{digit}\ufe0f\u20e3": digit for digit in range(1, 10)},  # a keycap
-    *({chr(first + index): index + 1 for index in range(count)} for first, count in (
-        (0x2460, 20),  # ①
-        (0x2474, 20),  # ⑴
-        (0x2488, 20),  # ⒈
-        (0x249C, 26),  # ⒜
-        (0x24B6, 26),  # Ⓐ
-        (0x24D0, 26),  # ⓐ
-        (0x2776, 10),  # ❶
-        (0x2780, 10),  # ➀
-        (0x278A, 10),  # ➊
-    )),
+    *(
+        {chr(first + index): index + 1 for index in range(count)}
+        for first, count in (
+            (0x2460, 20),  # ①
+            (0x2474, 20),  # ⑴
+            (0x2488, 20),  # ⒈
+            (0x249C, 26),  # ⒜
+            (0x24B6, 26),  # Ⓐ
+            (0x24D0, 26),  # ⓐ
+            (0x2776, 10),  # ❶
+            (0x2780, 10),  # ➀
+            (0x278A, 10),  # ➊
+        )
+    ),
 )
 """The same of signs that need no dot or bracket after them."""
 

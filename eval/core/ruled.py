@@ -38,9 +38,7 @@ class Score:
         return ratio_interval(above, below, [item["image_id"] for item in having])
 
 
-def record(
-    question: Question, answer: Answer, *, wrong: bool | None, parts: Parts, **extras: Any
-) -> dict[str, Any]:
+def record(question: Question, answer: Answer, *, wrong: bool | None, parts: Parts, **extras: Any) -> dict[str, Any]:
     """An answer's record in results.json; `extras` replace or follow the fields that all benchmarks have."""
     return {
         "id": question.id,

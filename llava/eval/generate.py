@@ -473,7 +473,9 @@ def read_questions(path: str | Path) -> list[Request]:
     """The requests of a question file, see `llava.eval.questions`. image_id is the image where a row has none."""
     return [
         Request(
-            str(row["question_id"]), prompt_of_row(row), row.get("image"),
+            str(row["question_id"]),
+            prompt_of_row(row),
+            row.get("image"),
             str(row.get("image_id", row.get("image", ""))),
         )
         for row in read_question_rows(path)

@@ -1,6 +1,6 @@
 """LLaVA's layout <-> llava-hf's (LlavaForConditionalGeneration), a LoRA merged on the way, checked by equal logits.
 
-    python -m llava.model.export --to hf|llava [--model-base BASE] SRC DST
+python -m llava.model.export --to hf|llava [--model-base BASE] SRC DST
 """
 
 from __future__ import annotations

@@ -14,7 +14,11 @@ from dama.console import say, write_json
 
 Weights = dict[str, Tensor]
 # First line of the text that Git LFS leaves in a clone in place of a large file, in its three versions.
-LFS_HEADERS = (b"version https://git-lfs.github.com/", b"version https://hawser.github.com/", b"version http://git-media")
+LFS_HEADERS = (
+    b"version https://git-lfs.github.com/",
+    b"version https://hawser.github.com/",
+    b"version http://git-media",
+)
 LFS_POINTER_BYTES = 1024  # a pointer is smaller, by Git LFS's specification
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -92,10 +96,7 @@ def files_of_index(index: str | Path) -> list[str]:
 def is_plain_weight_file(name: str) -> bool:
     """Whether a name is of a weight file at or below the folder that it is relative to."""
     return (
-        name.endswith(WEIGHT_SUFFIXES)
-        and name.isprintable()
-        and not set(name) & set("\\:*?[]")
-        and stays_inside(name)
+        name.endswith(WEIGHT_SUFFIXES) and name.isprintable() and not set(name) & set("\\:*?[]") and stays_inside(name)
     )
 
 

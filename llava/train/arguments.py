@@ -95,9 +95,7 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str | None = described(None, "Folder for downloads.")
-    optim: str | None = described(
-        None, "Optimizer. Default: adamw_torch_fused on GPUs, adamw_torch on CPUs."
-    )
+    optim: str | None = described(None, "Optimizer. Default: adamw_torch_fused on GPUs, adamw_torch on CPUs.")
     logging_nan_inf_filter: bool = described(
         False, "Log a loss of NaN or infinity as the loss of the step before (it hides a training that failed, and the "
         "host waits for the GPU twice in every micro-batch)."

@@ -160,7 +160,6 @@ class DataCollatorForDPODataset:
             "delta": torch.tensor([item.delta for item in instances], dtype=torch.float64),
         }
 
-
     def _plan(
         self, rows: Sequence[EncodedTurns], index: list[int], images: int, tails: Sequence[tuple[int, int]]
     ) -> ForwardPlan:
@@ -181,9 +180,7 @@ def answer_logps_of(model: Any, batch: dict[str, Any], logp_chunk: int) -> Answe
         logp_chunk: answer positions whose logits exist at one time.
     """
     kind = "features" if "features" in batch else "images"
-    return model(
-        plan=batch["plan"], images=batch[kind], images_encoded=kind == "features", logp_chunk=logp_chunk
-    )
+    return model(plan=batch["plan"], images=batch[kind], images_encoded=kind == "features", logp_chunk=logp_chunk)
 
 
 def shown_images(items: Sequence[PreparedPair]) -> list[str]:

@@ -1,6 +1,6 @@
 """The miniature world.
 
-    python -m playground.tinycoco scenes | report | benchmarks | judge | study | build | figures
+python -m playground.tinycoco scenes | report | benchmarks | judge | study | build | figures
 """
 
 from __future__ import annotations

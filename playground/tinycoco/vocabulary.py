@@ -10,13 +10,34 @@ from typing import NamedTuple
 
 # Category -> every surface form a caption may use, the category's own name first (the format of CHAIR's synonym list).
 SYNONYMS: dict[str, tuple[str, ...]] = {
-    "person": ("person", "people", "persons", "man", "men", "woman", "women", "boy", "boys", "girl", "girls", "child",
-               "children", "pedestrian", "pedestrians"),
+    "person": (
+        "person",
+        "people",
+        "persons",
+        "man",
+        "men",
+        "woman",
+        "women",
+        "boy",
+        "boys",
+        "girl",
+        "girls",
+        "child",
+        "children",
+        "pedestrian",
+        "pedestrians",
+    ),
     "bicycle": ("bicycle", "bicycles", "bike", "bikes"),
     "car": ("car", "cars", "automobile", "automobiles"),
     "bus": ("bus", "buses"),
-    "traffic light": ("traffic light", "traffic lights", "traffic signal", "traffic signals", "stoplight",
-                      "stoplights"),
+    "traffic light": (
+        "traffic light",
+        "traffic lights",
+        "traffic signal",
+        "traffic signals",
+        "stoplight",
+        "stoplights",
+    ),
     "stop sign": ("stop sign", "stop signs"),
     "dog": ("dog", "dogs", "puppy", "puppies"),
     "cat": ("cat", "cats", "kitten", "kittens"),
@@ -49,18 +70,44 @@ CATEGORIES: tuple[str, ...] = tuple(SYNONYMS)
 
 # Context -> category -> its usual companion there.
 CONTEXTS: dict[str, dict[str, str]] = {
-    "street": {"car": "traffic light", "traffic light": "car", "bus": "stop sign", "stop sign": "bus",
-               "bicycle": "person", "person": "bicycle"},
+    "street": {
+        "car": "traffic light",
+        "traffic light": "car",
+        "bus": "stop sign",
+        "stop sign": "bus",
+        "bicycle": "person",
+        "person": "bicycle",
+    },
     "park": {"person": "dog", "dog": "person", "bench": "bird", "bird": "bench", "kite": "person", "bicycle": "bench"},
     "field": {"cow": "sheep", "sheep": "cow", "horse": "person", "person": "horse", "dog": "sheep", "bird": "cow"},
-    "beach": {"person": "surfboard", "surfboard": "person", "umbrella": "bird", "boat": "bird", "bird": "boat",
-              "kite": "person"},
+    "beach": {
+        "person": "surfboard",
+        "surfboard": "person",
+        "umbrella": "bird",
+        "boat": "bird",
+        "bird": "boat",
+        "kite": "person",
+    },
     "table": {"pizza": "fork", "fork": "pizza", "cup": "bottle", "bottle": "cup", "apple": "banana", "banana": "apple"},
-    "kitchen": {"refrigerator": "oven", "oven": "refrigerator", "cup": "bottle", "bottle": "cup", "apple": "banana",
-                "banana": "apple", "clock": "oven", "cat": "refrigerator"},
+    "kitchen": {
+        "refrigerator": "oven",
+        "oven": "refrigerator",
+        "cup": "bottle",
+        "bottle": "cup",
+        "apple": "banana",
+        "banana": "apple",
+        "clock": "oven",
+        "cat": "refrigerator",
+    },
     "room": {"couch": "tv", "tv": "couch", "cat": "couch", "dog": "couch", "potted plant": "clock", "clock": "tv"},
-    "office": {"laptop": "mouse", "mouse": "laptop", "keyboard": "mouse", "cup": "laptop", "clock": "potted plant",
-               "potted plant": "laptop"},
+    "office": {
+        "laptop": "mouse",
+        "mouse": "laptop",
+        "keyboard": "mouse",
+        "cup": "laptop",
+        "clock": "potted plant",
+        "potted plant": "laptop",
+    },
 }
 
 # Context -> the looks it comes in: the weather, the colour of the walls, the table's top.
@@ -71,9 +118,17 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
 }
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (210, 48, 44), "blue": (48, 96, 200), "green": (56, 150, 72), "yellow": (244, 200, 46),
-    "orange": (238, 132, 40), "purple": (134, 78, 176), "pink": (238, 130, 168), "white": (242, 242, 238),
-    "black": (46, 46, 52), "gray": (140, 146, 154), "brown": (136, 88, 52),
+    "red": (210, 48, 44),
+    "blue": (48, 96, 200),
+    "green": (56, 150, 72),
+    "yellow": (244, 200, 46),
+    "orange": (238, 132, 40),
+    "purple": (134, 78, 176),
+    "pink": (238, 130, 168),
+    "white": (242, 242, 238),
+    "black": (46, 46, 52),
+    "gray": (140, 146, 154),
+    "brown": (136, 88, 52),
 }
 
 # Category -> colours it comes in; an empty tuple means that captions never name a colour for it.

@@ -204,9 +204,7 @@ def trl_step(
         per_device_train_batch_size=settings.pairs, report_to="none", use_cpu=settings.device.type == "cpu",
     )  # fmt: skip
     kind_of_row = Dataset.from_list([{"images": [], "prompt": "", "chosen": "", "rejected": ""}])
-    trainer: Any = DPOTrainer(
-        model, reference, args=config, train_dataset=kind_of_row, processing_class=processor
-    )
+    trainer: Any = DPOTrainer(model, reference, args=config, train_dataset=kind_of_row, processing_class=processor)
     batch = trl_batch(settings, processor)
     if reference_given:
         trainer.precompute_ref_logps = True

@@ -234,7 +234,7 @@ def test_each_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_server_splits_the_answers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """"A cat." is split well; to "1." a word is added, to "2." and "0." there is no statement: rules split those."""
+    """ "A cat." is split well; to "1." a word is added, to "2." and "0." there is no statement: rules split those."""
 
     def reply(call: Call) -> str:
         answer = call.text.removeprefix(PROMPT)

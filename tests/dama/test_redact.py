@@ -59,8 +59,27 @@ def test_the_keys_of_this_process(monkeypatch):
     assert redacted("bad key correct horse, none left") == "bad key [redacted], none left"
 
 
-@pytest.mark.parametrize("part", ["a_", "http:", "a:/", "token ", "bearer ", "sk-", "authorization:'", "\\\"", "eyJa.",
-                                  "a=b,", "cookie:a=", "user:a", "api_key:[", "password>", "%3a%2f", "-u a:"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a_",
+        "http:",
+        "a:/",
+        "token ",
+        "bearer ",
+        "sk-",
+        "authorization:'",
+        '\\"',
+        "eyJa.",
+        "a=b,",
+        "cookie:a=",
+        "user:a",
+        "api_key:[",
+        "password>",
+        "%3a%2f",
+        "-u a:",
+    ],
+)
 def test_a_long_text_takes_no_long(part):
     begun = time.monotonic()
     redacted(part * 20_000)

@@ -72,9 +72,7 @@ def score_of(run: JudgeRun, benchmark: Benchmark | None = None, *, otherwise: fl
         run,
         ("mean", "even", "odd"),
         parse=number,
-        parts=lambda question, values: {
-            name: [sum(values) / len(values), 1.0] for name in ("mean", *question.kinds)
-        },
+        parts=lambda question, values: {name: [sum(values) / len(values), 1.0] for name in ("mean", *question.kinds)},
         wrong=lambda values: sum(values) / len(values) < 5,
         otherwise=otherwise,
     )

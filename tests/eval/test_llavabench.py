@@ -44,8 +44,7 @@ def golden() -> tuple[Benchmark, list[Answer]]:
     home = Path(BENCH, "llava_bench")
     rows = [json.loads(line) for line in (home / "questions_recovered.jsonl").read_text().splitlines()]
     questions = (
-        Question(str(r["question_id"]), "", r["text"], "", (r["category"].removeprefix("llava_bench_"),))
-        for r in rows
+        Question(str(r["question_id"]), "", r["text"], "", (r["category"].removeprefix("llava_bench_"),)) for r in rows
     )
     answers = read_answers(home / "golden/answers/llava-v1.5-7b.jsonl")
     return Benchmark(tuple(questions), llavabench._rule(home / "rule.json")), answers

@@ -261,7 +261,9 @@ def test_a_page_without_vocabulary_answers(site, upstream, listed):
     assert upstream.asked[before:] == ["fine"]
 
 
-@pytest.mark.parametrize("path", ["http://127.0.0.1:9/a.png", "https://evil.example/a.png", "HTTP://evil.example/a.png"])
+@pytest.mark.parametrize(
+    "path", ["http://127.0.0.1:9/a.png", "https://evil.example/a.png", "HTTP://evil.example/a.png"]
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_page_fetches_no_address(site, path, stream, monkeypatch):
     """Gradio would download a "file" that names an address, of any size; only what was uploaded is a picture."""

@@ -218,9 +218,7 @@ def pointer(path):
     path.write_text(POINTER)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "tokenizer.model", "clip-vit-tiny-patch14-56/model.safetensors"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "clip-vit-tiny-patch14-56/model.safetensors"])
 def test_a_git_lfs_pointer_is_named_when_a_model_is_loaded(checkpoint, name):
     pointer(checkpoint / name)
     with pytest.raises(ValueError, match=rf"expected the content of {Path(name).name}, got Git LFS .* `git lfs "):

@@ -114,7 +114,12 @@ class Pages(BaseHTTPRequestHandler):
 
     def do_GET(self):
         kind = {"/page": "text/html; charset=utf-8"}.get(self.path, "image/png")
-        moved = {"/slowly-round": "/slowly-round", "/moved": "/ok", "/to-file": "file:///etc/passwd", "/to-ftp": "ftp://127.0.0.1/a.png"}
+        moved = {
+            "/slowly-round": "/slowly-round",
+            "/moved": "/ok",
+            "/to-file": "file:///etc/passwd",
+            "/to-ftp": "ftp://127.0.0.1/a.png",
+        }
         time.sleep(0.2 if self.path == "/slowly-round" else 0)
         self.send_response(302 if self.path in moved else 404 if self.path == "/gone" else 200)
         self.send_header("Content-Type", kind)

@@ -102,8 +102,17 @@ def test_a_folder_cannot_be_exchanged_for_a_link(checkpoint, tmp_path):
 def test_the_seal_cannot_be_edited_forged_or_left_out(checkpoint, key):
     path = checkpoint / SEAL_FILE
     seal = json.loads(path.read_text())
-    for change in ({"world_size": 2}, {"sha256": {}}, {"sizes": {}}, {"signature": "0" * 64}, {"signature": None},
-                   {"signature": "é"}, {"signature": "\ud800"}, {"signature": [1]}, {"world_size": "1"}):
+    for change in (
+        {"world_size": 2},
+        {"sha256": {}},
+        {"sizes": {}},
+        {"signature": "0" * 64},
+        {"signature": None},
+        {"signature": "é"},
+        {"signature": "\ud800"},
+        {"signature": [1]},
+        {"world_size": "1"},
+    ):
         path.write_text(json.dumps(seal | change))
         assert "not of this user's key" in why_unsigned(checkpoint), change
     for content in ('{"world_size": 1, "sizes": {}}', '{"sha256": {}}', "[]"):

@@ -111,7 +111,6 @@ class CLIPVisionTower(nn.Module):
         return self.num_patches + (self.select_feature == "cls_patch")
 
 
-
 def refuse_other_towers(kind: str | None, source: str) -> None:
     """Raises unless it is a CLIP: weights of another model would be left at random."""
     if kind not in ("clip", "clip_vision_model"):

@@ -134,10 +134,7 @@ def line_of(figures: dict[str, Any]) -> str:
     """What a finished cell says: response-level and recall on the test scenes at its last stop."""
     last, cell = last_stop(figures)["test"], Cell(**figures["cell"])
     response, recall = (plain_ratio([last], metric) for metric in ("response_level", "object_recall"))
-    return (
-        f"{cell.name:<44} response-level {response:5.1f}  recall {recall:5.1f}  "
-        f"{figures['seconds']:5.0f} s"
-    )
+    return f"{cell.name:<44} response-level {response:5.1f}  recall {recall:5.1f}  {figures['seconds']:5.0f} s"
 
 
 def run_again(cells: Sequence[Cell], world: World, folder: Path, count: int) -> int:
