@@ -1,15 +1,16 @@
-"""One pass over [prefix | chosen | rejected]: image and question are computed once for both answers of a pair.
+"""One pass over [prefix | answer | answer ...]: image and question are computed once for all answers of a group.
 
-The pairs of a micro-batch lie one after the other in a single row, without padding. The rejected answer attends to the
-prefix and itself, not to the chosen one, and its positions go on where the prefix ends; so its log-probs are those of
-a row of its own.
+The groups of a micro-batch lie one after the other in a single row, without padding. Every answer attends to its
+group's prefix and to itself, not to the other answers, and its positions continue where the prefix ends; so its
+log-probs are those of a row of its own. DPO has one group [prefix | chosen | rejected] for each pair; an objective that
+also looks at a second image has a second group for it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
@@ -22,89 +23,124 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from dama.logps import IGNORE_INDEX, AnswerIndex
 
 
-class PackedPair(NamedTuple):
-    """Positions of the three parts of a pair."""
+class PackedGroup(NamedTuple):
+    """Number of positions of a prefix, its image included, and of each answer that continues it."""
 
     prefix: int
-    chosen: int
-    rejected: int
+    answers: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return self.prefix + sum(self.answers)
 
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """The sequences of a pack, [prefix | chosen] and [rejected] of each pair in turn, as varlen kernels want them."""
+    """The sequences of a pack, [prefix | first answer] and each further answer, as varlen kernels want them.
+
+    Shapes: S sequences, one for each answer.
+    """
 
     keys: Tensor  # [Tk] which position of the pack each key is
-    query_bounds: Tensor  # [2B + 1] int32, where each sequence's queries begin
-    key_bounds: Tensor  # [2B + 1] int32
+    query_bounds: Tensor  # [S + 1] int32, where each sequence's queries begin
+    key_bounds: Tensor  # [S + 1] int32
     longest_query: int
     longest_key: int
 
 
 @dataclass(frozen=True)
 class PackLayout:
-    """Where the parts of each pair lie in the packed row of T positions."""
+    """Where the prefix and the answers of each group lie in the packed row of T positions.
 
-    pairs: tuple[PackedPair, ...]
+    Attributes:
+        owners: the row of the log-probs that each answer belongs to, in the order in which the answers lie.
+    """
+
+    groups: tuple[PackedGroup, ...]
+    owners: tuple[int, ...]
     varlen: VarlenPlan
 
     @staticmethod
-    def of(pairs: Sequence[PackedPair]) -> PackLayout:
-        """The layout of pairs that lie one after the other."""
-        return PackLayout(tuple(pairs), varlen_plan(pairs))
+    def of(groups: Sequence[PackedGroup], owners: Sequence[int] | None = None) -> PackLayout:
+        """Lay groups out one after the other.
+
+        Args:
+            owners: by default the first answers of all groups come first, then the second ones, and so on.
+        """
+        if owners is None:
+            owners = rows_by_answer([len(group.answers) for group in groups])
+        return PackLayout(tuple(groups), tuple(owners), varlen_plan(groups))
 
     @cached_property
     def starts(self) -> list[int]:
-        """First position of each pair."""
-        return [0, *accumulate(sum(pair) for pair in self.pairs)][:-1]
+        """First position of each group."""
+        return [0, *accumulate(group.positions for group in self.groups)][:-1]
 
     @property
     def positions(self) -> int:
-        return sum(sum(pair) for pair in self.pairs)
+        return sum(group.positions for group in self.groups)
 
     def position_ids(self) -> Tensor:
-        """[1, T]: both answers go on where their prefix ends."""
+        """[1, T]: every answer continues where its prefix ends."""
         parts = []
-        for prefix, chosen, rejected in self.pairs:
-            parts += [torch.arange(prefix + chosen), torch.arange(prefix, prefix + rejected)]
+        for prefix, answers in self.groups:
+            parts.append(torch.arange(prefix))
+            parts += [torch.arange(prefix, prefix + answer) for answer in answers]
         return torch.cat(parts)[None]
 
     def predictors(self) -> Tensor:
-        """[T] the position whose hidden state predicts each position's token; -1 for the first of a pair."""
+        """[T] the position whose hidden state predicts each position's token; -1 for the first of a group."""
         previous = torch.arange(self.positions) - 1
-        for start, (prefix, chosen, _) in zip(self.starts, self.pairs):
+        for start, (prefix, answers) in zip(self.starts, self.groups):
             previous[start] = -1
-            if start + prefix + chosen < self.positions:
-                previous[start + prefix + chosen] = start + prefix - 1
+            offsets = list(accumulate(answers, initial=start + prefix))
+            for offset, length in zip(offsets, answers):
+                if length and prefix:
+                    previous[offset] = start + prefix - 1
         return previous
 
     def rows(self) -> Tensor:
-        """[T] the answer that each position belongs to: i for the chosen of pair i (and its prefix), B + i rejected."""
-        count = len(self.pairs)
-        owner = torch.tensor([n for i in range(count) for n in (i, count + i)])
-        repeats = torch.tensor([n for prefix, chosen, rejected in self.pairs for n in (prefix + chosen, rejected)])
-        return owner.repeat_interleave(repeats)
+        """[T] the row of the log-probs that each position belongs to; a prefix belongs to its first answer's."""
+        repeats = [length for first, *others in self._answers_with_prefix() for length in (first, *others)]
+        return torch.tensor(self.owners).repeat_interleave(torch.tensor(repeats))
+
+    def _answers_with_prefix(self) -> Iterator[tuple[int, ...]]:
+        for prefix, (first, *others) in self.groups:
+            yield prefix + first, *others
 
     def answers(self, labels: Tensor) -> AnswerIndex:
-        """The supervised tokens of 2B answers, those of the chosen ones first.
+        """Index the supervised tokens of all answers, row by row of `owners`.
 
         Args:
             labels: [T], IGNORE_INDEX where nothing is predicted.
         """
         supervised = (labels != IGNORE_INDEX).nonzero().flatten()
         rows = self.rows()[supervised]
-        tokens = rows.bincount(minlength=2 * len(self.pairs))
+        tokens = rows.bincount(minlength=len(self.owners))
         return AnswerIndex(self.predictors()[supervised], labels[supervised], rows, tokens)
 
 
-def varlen_plan(pairs: Sequence[PackedPair]) -> VarlenPlan:
-    """The sequences of pairs that lie one after the other."""
-    queries, keys, start = [], [], 0
-    for prefix, chosen, rejected in pairs:
-        second = start + prefix + chosen
-        queries += [prefix + chosen, rejected]
-        keys += [range(start, second), [*range(start, start + prefix), *range(second, second + rejected)]]
-        start = second + rejected
+def rows_by_answer(counts: Sequence[int]) -> list[int]:
+    """The rows of groups with these numbers of answers: all first answers, then all second ones, and so on."""
+    order = sorted((answer, group) for group, count in enumerate(counts) for answer in range(count))
+    row = {place: number for number, place in enumerate(order)}
+    return [row[answer, group] for group, count in enumerate(counts) for answer in range(count)]
+
+
+def varlen_plan(groups: Sequence[PackedGroup]) -> VarlenPlan:
+    """Plan the sequences of groups that lie one after the other."""
+    queries: list[int] = []
+    keys: list[list[int]] = []
+    start = 0
+    for prefix, (first, *others) in groups:
+        shared, end = range(start, start + prefix), start + prefix + first
+        queries.append(prefix + first)
+        keys.append([*range(start, end)])
+        for answer in others:
+            queries.append(answer)
+            keys.append([*shared, *range(end, end + answer)])
+            end += answer
+        start = end
     lengths = [len(positions) for positions in keys]
 
     def bounds(lengths: list[int]) -> Tensor:
@@ -114,10 +150,11 @@ def varlen_plan(pairs: Sequence[PackedPair]) -> VarlenPlan:
     return VarlenPlan(gathered, bounds(queries), bounds(lengths), max(queries), max(lengths))
 
 
-def common_prefix(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """How many leading tokens two rows have in common, at least one being left for each."""
-    limit = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+def common_prefix(*rows: Sequence[int]) -> int:
+    """How many leading tokens the rows have in common, at least one being left for each."""
+    limit = min(len(row) for row in rows) - 1
+    first, *others = rows
+    return next((i for i in range(limit) if any(row[i] != first[i] for row in others)), limit)
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -172,7 +209,7 @@ def shared_prefix_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Causal attention within [prefix | chosen] and within [prefix | rejected] of every pair.
+    """Causal attention within [prefix | answer] for every answer of every group.
 
     Args:
         query: [1, heads, T, d]; key, value: [1, key heads, T, d], fewer heads under grouped-query attention.
@@ -190,19 +227,24 @@ def shared_prefix_attention(
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scale: float) -> Tensor:
-    """Two calls a pair, no mask tensor: queries [prefix, chosen] on keys [prefix, chosen]; queries [rejected] on keys
-    [prefix, rejected], the causal triangle aligned to the bottom right."""
+    """One call for each answer, no mask tensor: queries [prefix, first answer] on the same keys; queries of a further
+    answer on keys [prefix, that answer], the causal triangle aligned to the bottom right."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     # Pieces by split: the gradient of a slice is as large as the whole row.
-    queries = query.split([n for prefix, chosen, rejected in layout.pairs for n in (prefix + chosen, rejected)], dim=2)
-    keys, values = (t.split([n for pair in layout.pairs for n in pair], dim=2) for t in (key, value))
+    queries = iter(
+        query.split([n for first, *others in layout._answers_with_prefix() for n in (first, *others)], dim=2)
+    )
+    parts = [n for prefix, answers in layout.groups for n in (prefix, *answers)]
+    pieces = iter(zip(*(t.split(parts, dim=2) for t in (key, value))))
     outputs = []
-    for i, pair in enumerate(layout.pairs):
-        k, v = (torch.cat(pieces[3 * i : 3 * i + 2], dim=2) for pieces in (keys, values))
-        outputs.append(scaled_dot_product_attention(queries[2 * i], k, v, is_causal=True, **options))
-        k, v = (torch.cat(pieces[3 * i : 3 * i + 3 : 2], dim=2) for pieces in (keys, values))
-        triangle = q_sees_k(pair.rejected, pair.prefix, query.device)
-        outputs.append(scaled_dot_product_attention(queries[2 * i + 1], k, v, attn_mask=triangle, **options))
+    for prefix, (_, *others) in layout.groups:
+        shared = next(pieces)
+        k, v = (torch.cat(pair, dim=2) for pair in zip(shared, next(pieces)))
+        outputs.append(scaled_dot_product_attention(next(queries), k, v, is_causal=True, **options))
+        for answer in others:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(shared, next(pieces)))
+            triangle = q_sees_k(answer, prefix, query.device)
+            outputs.append(scaled_dot_product_attention(next(queries), k, v, attn_mask=triangle, **options))
     return torch.cat(outputs, dim=2)
 
 
@@ -214,13 +256,14 @@ def q_sees_k(answer: int, prefix: int, device: torch.device) -> Tensor:
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scale: float, kernel: VarlenKernel
 ) -> Tensor:
-    """One call for all pairs: two sequences a pair, the queries as they lie, the keys of the prefix gathered twice."""
+    """One call for all groups: a sequence for each answer, the queries as they lie, the prefix's keys gathered for
+    each."""
     plan, width = layout.varlen, query.shape[-1]
     # Zeros that fill a head up to the kernel's width change no score and add nothing to the output.
     query, key, value = (pad(t, (0, -width % EVEN_HEAD)) if width % EVEN_HEAD else t for t in (query, key, value))
     # squeeze, not t[0]: the gradient of an index is a copy of the whole.
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    # Not k[keys]: its gradient sorts; at most two terms meet in this one's, so their order does not matter.
+    # Not k[keys]: its gradient sorts. Where two answers share a prefix, two terms meet in this one's, in any order.
     k, v = (t.index_select(0, plan.keys) for t in (k, v))
     out = kernel(q, k, v, plan.query_bounds, plan.key_bounds, plan.longest_query, plan.longest_key, scale)
     return out[..., :width].transpose(0, 1)[None]

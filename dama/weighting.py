@@ -1,6 +1,6 @@
 """How strongly each pair counts in one step: alpha_D, alpha_M, the selection of pairs, and R_bar as explicit state.
 
-Sources: DAMA (arXiv 2502.01943, Eq. 3-16 and Algorithm 1), the released code's behaviour (variant `released`) and
+Sources: DAMA (arXiv 2502.01943, Eq. 3-16 and Algorithm 1), the released code's behavior (variant `released`) and
 beta-DPO (arXiv 2407.08639), on whose batch statistics the model-aware part builds. Everything here is without
 gradient, in float64 on the CPU, so that every rank of a run comes to the same decision from the same numbers.
 """
@@ -8,12 +8,15 @@ gradient, in float64 on the CPU, so that every rank of a run comes to the same d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+BETA_DPO_KEEP = 0.8  # K / N of beta-DPO's filtering
 
 
 class Strategy(StrEnum):
@@ -90,12 +93,13 @@ class WeightingConfig:
         """K for a step of N pairs: 12 of 16; int(0.8 N) in the released code; never none."""
         if self.variant is Variant.RELEASED:
             return max(1, int(0.8 * n))
-        return max(1, round(self.keep * n))
+        keep = BETA_DPO_KEEP if self.strategy is Strategy.BETA_DPO else self.keep
+        return max(1, round(keep * n))
 
 
 @dataclass(frozen=True)
 class WeightingState:
-    """What one step hands to the next; saved in every checkpoint."""
+    """What one step passes to the next; saved in every checkpoint."""
 
     step: int = 0
     R_bar: float = 0.0
@@ -201,6 +205,56 @@ def _draw_as_released(config: WeightingConfig, state: WeightingState, R: Tensor,
 # --- One step --------------------------------------------------------------------------------------------------------
 
 
+class StepGaps(NamedTuple):
+    """What a strategy sees of one step."""
+
+    R: Tensor  # [N] reward gaps of all pairs
+    selected: Tensor  # [K] those of the selected pairs
+    delta: Tensor | None  # [N] hardness
+    delta_bar: float
+    R_bar: float  # as the strategy defines it: before this step (DAMA), or with it (beta-DPO)
+
+
+def weigh_none(config: WeightingConfig, gaps: StepGaps) -> tuple[Tensor, float]:
+    """(alpha_D [N], alpha_M) of plain DPO: no factor on beta."""
+    return torch.ones_like(gaps.R), 1.0
+
+
+def weigh_data(config: WeightingConfig, gaps: StepGaps) -> tuple[Tensor, float]:
+    """(alpha_D, 1): the data-aware factor alone (Eq. 7)."""
+    if gaps.delta is None:
+        raise ValueError(f"strategy '{config.strategy}': expected the hardness delta of every pair, got none")
+    return alpha_data(_checked("hardness delta", gaps.delta), gaps.delta_bar), 1.0
+
+
+def weigh_model(config: WeightingConfig, gaps: StepGaps) -> tuple[Tensor, float]:
+    """(1, alpha_M): the model-aware factor alone (Eq. 13); the released code averages sigma(R) instead of R."""
+    if config.variant is Variant.RELEASED:
+        alpha_M = float(torch.sigmoid(gaps.selected).mean()) / _sigmoid(gaps.R_bar)
+    else:
+        alpha_M = alpha_model(float(gaps.selected.mean()), gaps.R_bar)
+    return torch.ones_like(gaps.R), alpha_M
+
+
+def weigh_both(config: WeightingConfig, gaps: StepGaps) -> tuple[Tensor, float]:
+    """(alpha_D, alpha_M): DAMA (Eq. 15)."""
+    return weigh_data(config, gaps)[0], weigh_model(config, gaps)[1]
+
+
+def weigh_beta_dpo(config: WeightingConfig, gaps: StepGaps) -> tuple[Tensor, float]:
+    """(1, 1 + a (mean of R over the selected - R_bar)): beta-DPO (arXiv 2407.08639, Eq. 6)."""
+    return torch.ones_like(gaps.R), 1 + config.beta_dpo_a * (float(gaps.selected.mean()) - gaps.R_bar)
+
+
+STRATEGIES: dict[Strategy, Callable[[WeightingConfig, StepGaps], tuple[Tensor, float]]] = {
+    Strategy.NONE: weigh_none,
+    Strategy.DATA: weigh_data,
+    Strategy.MODEL: weigh_model,
+    Strategy.BOTH: weigh_both,
+    Strategy.BETA_DPO: weigh_beta_dpo,
+}
+
+
 def weigh(
     config: WeightingConfig,
     state: WeightingState,
@@ -213,7 +267,7 @@ def weigh(
     """beta_C,i = beta alpha_D,i alpha_M, clamped from below (Eq. 15), and the state after the step.
 
     Args:
-        R: [N] reward gaps of all pairs of the optimiser step (variant `released`: of the gathered micro-batch), in the
+        R: [N] reward gaps of all pairs of the optimizer step (variant `released`: of the gathered micro-batch), in the
             sampler's global order.
         delta: [N] hardness of the pairs (Eq. 6), needed by the strategies `data` and `both`.
         delta_bar: mean of delta over the training set.
@@ -223,58 +277,19 @@ def weigh(
         ValueError: R or delta is not finite, or delta is missing.
     """
     R = _checked("reward gaps R", R)
-    if config.uses_delta and delta is None:
-        raise ValueError(f"strategy '{config.strategy}': expected the hardness delta of every pair, got none")
-    if config.strategy is Strategy.BETA_DPO:
-        return _weigh_beta_dpo(config, state, R, drawn)
-
-    index, near_tie = select(config, state, R) if drawn is None else (torch.tensor(drawn), False)
-    kept = R[index]
-    R_B = float(kept.mean())
-    ones = torch.ones_like(R)
-    alpha_D = ones
-    if config.uses_delta and delta is not None:
-        alpha_D = alpha_data(_checked("hardness delta", delta), delta_bar)
-    alpha_M = 1.0
-    if config.strategy in (Strategy.MODEL, Strategy.BOTH):
-        if config.variant is Variant.RELEASED:
-            alpha_M = float(torch.sigmoid(kept).mean()) / _sigmoid(state.R_bar)
-        else:
-            alpha_M = alpha_model(R_B, state.R_bar)
-    raw = config.beta * alpha_D * alpha_M
-    mean_for_update = float(R.mean()) if config.variant is Variant.RELEASED else R_B
-    after = replace(state, step=state.step + 1, R_bar=update_R_bar(state.R_bar, mean_for_update, config.gamma))
-    return _weights(config, R, raw, index, alpha_D, alpha_M, R_B, near_tie), after
-
-
-def _weigh_beta_dpo(
-    config: WeightingConfig, state: WeightingState, R: Tensor, drawn: Sequence[int] | None
-) -> tuple[Weights, WeightingState]:
-    """beta-DPO: beta (1 + a (mean of R over the kept - R_bar)), R_bar and s updated before the loss."""
-    spread = float(R.std()) if len(R) > 1 else state.R_std
-    state = replace(
-        state,
-        step=state.step + 1,
-        R_bar=update_R_bar(state.R_bar, float(R.mean()), config.gamma),
-        R_std=update_R_bar(state.R_std, spread, config.gamma),
-    )
-    if drawn is None:
-        index, near_tie = select(replace(config, keep=0.8), replace(state, step=state.step - 1), R)
-    else:
-        index, near_tie = torch.tensor(drawn), False
+    # beta-DPO compares with statistics that include this step, DAMA with those of the steps before.
+    seen = _moved_beta_dpo(config, state, R) if config.strategy is Strategy.BETA_DPO else state
+    index, near_tie = select(config, seen, R) if drawn is None else (torch.tensor(drawn), False)
+    alpha_D, alpha_M = STRATEGIES[config.strategy](config, StepGaps(R, R[index], delta, delta_bar, seen.R_bar))
     R_B = float(R[index].mean())
-    factor = 1 + config.beta_dpo_a * (R_B - state.R_bar)
-    ones = torch.ones_like(R)
-    return _weights(config, R, config.beta * factor * ones, index, ones, factor, R_B, near_tie), state
-
-
-def _weights(
-    config: WeightingConfig, R: Tensor, raw: Tensor, index: Tensor, alpha_D: Tensor, alpha_M: float, R_B: float,
-    near_tie: bool,
-) -> Weights:  # fmt: skip
+    after = seen
+    if config.strategy is not Strategy.BETA_DPO:
+        moved_by = float(R.mean()) if config.variant is Variant.RELEASED else R_B
+        after = replace(state, R_bar=update_R_bar(state.R_bar, moved_by, config.gamma))
+    raw = config.beta * alpha_D * alpha_M
     selected = torch.zeros(len(R), dtype=torch.bool)
     selected[index] = True
-    return Weights(
+    weights = Weights(
         beta=raw.clamp(min=config.beta_min),
         selected=selected,
         alpha_D=alpha_D,
@@ -283,6 +298,17 @@ def _weights(
         R_B=R_B,
         clamped=float((raw < config.beta_min).double().mean()),
         near_tie=near_tie,
+    )
+    return weights, replace(after, step=state.step + 1)
+
+
+def _moved_beta_dpo(config: WeightingConfig, state: WeightingState, R: Tensor) -> WeightingState:
+    """beta-DPO's running mean and standard deviation of R, this step's included."""
+    spread = float(R.std()) if len(R) > 1 else state.R_std
+    return replace(
+        state,
+        R_bar=update_R_bar(state.R_bar, float(R.mean()), config.gamma),
+        R_std=update_R_bar(state.R_std, spread, config.gamma),
     )
 
 

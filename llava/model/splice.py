@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dama.logps import AnswerIndex
-from dama.shared_prefix import PackedPair, PackLayout
+from dama.shared_prefix import PackedGroup, PackLayout
 from dama.transfer import to_device
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
@@ -51,7 +51,7 @@ class ForwardPlan:
 
     splice: SplicePlan
     answers: AnswerIndex
-    pack: PackLayout | None = None  # of a row that holds pairs
+    pack: PackLayout | None = None  # of a row whose answers share prefixes
 
     def to(self, device: torch.device, non_blocking: bool = True) -> ForwardPlan:
         """The plan on a device, in one copy that the host does not wait for (`non_blocking` is implied)."""
@@ -70,22 +70,24 @@ class ForwardPlan:
         return ForwardPlan(spliced, AnswerIndex.of(spliced.labels))
 
     @staticmethod
-    def of_pairs(
+    def of_groups(
         input_ids: Sequence[Tensor],
         labels: Sequence[Tensor],
         images: Sequence[Sequence[int]],
         lengths: Sequence[int],
         tails: Sequence[Sequence[int]],
+        owners: Sequence[int] | None = None,
     ) -> ForwardPlan:
-        """For pairs [prefix | chosen | rejected], one after the other in a single row without padding.
+        """For groups [prefix | answer | answer ...], one after the other in a single row without padding.
 
         Args:
-            tails: (chosen, rejected) token ids at the end of each row. Others: see `plan_splice`.
+            tails: token ids of each answer at the end of each row. owners: see PackLayout. Others: see `plan_splice`.
         """
         each = zip(input_ids, labels, images, strict=True)
         rows = [plan_splice([ids], [targets], [shown], lengths) for ids, targets, shown in each]
         sizes = [row.source.shape[1] for row in rows]
-        layout = PackLayout.of([PackedPair(size - c - r, c, r) for size, (c, r) in zip(sizes, tails)])
+        groups = [PackedGroup(size - sum(tail), tuple(tail)) for size, tail in zip(sizes, tails, strict=True)]
+        layout = PackLayout.of(groups, owners)
         joined = concatenate(rows, sum(lengths))
         spliced = SplicePlan(*joined, torch.ones(1, layout.positions, dtype=torch.bool), layout.position_ids())
         return ForwardPlan(spliced, layout.answers(spliced.labels[0]), layout)

@@ -197,7 +197,7 @@ def random_batch(plan: Plan, pairs: Sequence[PairLength]) -> dict[str, Any]:
     images, lengths = [[i] for i in range(len(pairs))], [patches] * len(pairs)
     if dpo and args.shared_prefix:
         tails = [(pair.chosen, pair.rejected) for pair in pairs]
-        forward_plan = ForwardPlan.of_pairs(ids, labels, images, lengths, tails)
+        forward_plan = ForwardPlan.of_groups(ids, labels, images, lengths, tails)
     else:
         forward_plan = ForwardPlan.of_rows(ids * (1 + dpo), labels * (1 + dpo), images * (1 + dpo), lengths)
     side = tower.image_size

@@ -91,7 +91,7 @@ class PairSource:
         ids = [torch.cat([i.chosen.input_ids, i.rejected.input_ids[-shape.pair.rejected :]]) for i in items]
         labels = [torch.cat([i.chosen.labels, i.rejected.labels[-shape.pair.rejected :]]) for i in items]
         tails = [(shape.pair.chosen, shape.pair.rejected)] * count
-        plan = ForwardPlan.of_pairs(ids, labels, [[i] for i in range(count)], [shape.patches] * count, tails)
+        plan = ForwardPlan.of_groups(ids, labels, [[i] for i in range(count)], [shape.patches] * count, tails)
         pictures = random_pictures(shape, PAIRS)[start : start + count]
         return {"plan": plan.to(torch.device("cuda", 0)), "images": pictures.to("cuda")}
 

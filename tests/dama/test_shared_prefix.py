@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dama.shared_prefix import (
     SDPA,
-    PackedPair,
+    PackedGroup,
     PackLayout,
     attention_backend,
     common_prefix,
@@ -19,7 +19,7 @@ from dama.shared_prefix import (
 )
 from dama.transfer import to_device
 
-LAYOUT = PackLayout.of([PackedPair(3, 2, 1), PackedPair(1, 1, 2)])
+LAYOUT = PackLayout.of([PackedGroup(3, (2, 1)), PackedGroup(1, (1, 2))])
 
 
 def test_bookkeeping_on_paper():
@@ -34,6 +34,18 @@ def test_bookkeeping_on_paper():
     assert answers.rows.tolist() == [0, 0, 2, 1, 3, 3] and answers.tokens.tolist() == [2, 1, 1, 2]
 
 
+def test_groups_of_different_numbers_of_answers_on_paper():
+    """Two images of a pair, [prefix 2 | chosen 1 | rejected 2] and [prefix 1 | chosen 1], of two pairs, of which each
+    image's rows are asked for in the order chosen 0, chosen 1, rejected 0, rejected 1, second image 0, second image 1."""
+    groups = [PackedGroup(2, (1, 2)), PackedGroup(1, (1,)), PackedGroup(1, (1, 1)), PackedGroup(2, (1,))]
+    layout = PackLayout.of(groups, owners=[0, 2, 4, 1, 3, 5])
+    assert layout.starts == [0, 5, 7, 10] and layout.positions == 13
+    assert layout.position_ids()[0].tolist() == [0, 1, 2, 2, 3, 0, 1, 0, 1, 1, 0, 1, 2]
+    assert layout.predictors().tolist() == [-1, 0, 1, 1, 3, -1, 5, -1, 7, 7, -1, 10, 11]
+    assert layout.rows().tolist() == [0, 0, 0, 2, 2, 4, 4, 1, 1, 3, 5, 5, 5]
+    assert PackLayout.of(groups).owners == (0, 4, 1, 2, 5, 3)  # first answers, then second ones
+
+
 def test_common_prefix_on_paper():
     assert common_prefix([1, 2, 3, 4], [1, 2, 9]) == 2
     assert common_prefix([1, 2, 3], [1, 2, 3, 4]) == 2  # one token is left for each
@@ -42,7 +54,7 @@ def test_common_prefix_on_paper():
 
 def test_varlen_sequences_on_paper():
     """LAYOUT's four sequences: queries 0..4 on keys 0..4, 5 on 0 1 2 5, 6 7 on 6 7, 8 9 on 6 8 9."""
-    plan = varlen_plan(LAYOUT.pairs)
+    plan = varlen_plan(LAYOUT.groups)
     assert plan.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 6, 8, 9]
     assert plan.query_bounds.tolist() == [0, 5, 6, 8, 10] and plan.key_bounds.tolist() == [0, 5, 9, 11, 14]
     assert (plan.longest_query, plan.longest_key) == (5, 5)
@@ -65,10 +77,11 @@ def test_a_flash_attn_without_its_kernel_is_named_and_not_used(tmp_path, monkeyp
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
 
 
-def random_pack(seed, heads, key_heads, width=8, longest=9, device="cpu", dtype=torch.float32):
+def random_pack(seed, heads, key_heads, width=8, longest=9, device="cpu", dtype=torch.float32, answers=2):
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(1, longest, (4, 3), generator=generator).tolist()
-    layout = to_device(PackLayout.of([PackedPair(*size) for size in sizes]), torch.device(device))
+    sizes = torch.randint(1, longest, (4, 1 + answers), generator=generator).tolist()
+    groups = [PackedGroup(prefix, tuple(lengths)) for prefix, *lengths in sizes]
+    layout = to_device(PackLayout.of(groups), torch.device(device))
     shapes = [(1, n, layout.positions, width) for n in (heads, key_heads, key_heads)]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     return layout, *tensors
@@ -77,8 +90,9 @@ def random_pack(seed, heads, key_heads, width=8, longest=9, device="cpu", dtype=
 def rows_of_their_own(query, key, value, layout):
     """What the pack stands for: every answer with its prefix as one causal row."""
     expected = torch.empty_like(query)
-    for start, (prefix, chosen, rejected) in zip(layout.starts, layout.pairs):
-        for first, length in ((start + prefix, chosen), (start + prefix + chosen, rejected)):
+    for start, (prefix, answers) in zip(layout.starts, layout.groups):
+        for number, length in enumerate(answers):
+            first = start + prefix + sum(answers[:number])
             row = [*range(start, start + prefix), *range(first, first + length)]
             repeat = query.shape[1] // key.shape[1]
             k, v = (t[:, :, row].repeat_interleave(repeat, dim=1) for t in (key, value))
@@ -108,8 +122,9 @@ def one_sequence_at_a_time(q, k, v, query_bounds, key_bounds, longest_query, lon
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("way", ["sdpa", "varlen"])
-def test_attention_is_that_of_separate_rows(key_heads, seed, way):
-    layout, *inputs = random_pack(seed, 4, key_heads)
+@pytest.mark.parametrize("answers", [1, 2, 3])
+def test_attention_is_that_of_separate_rows(key_heads, seed, way, answers):
+    layout, *inputs = random_pack(seed, 4, key_heads, answers=answers)
     if way == "sdpa":
         packed = shared_prefix_attention(*inputs, layout)
     else:

@@ -42,10 +42,10 @@ def test_pairs_lie_one_after_the_other():
     """Two pairs [1 <image> 2 | 3 | 4] and [5 <image> | 6 | 7], each with an image of 2 positions."""
     ids = [torch.tensor([1, IMAGE, 2, 3, 4]), torch.tensor([5, IMAGE, 6, 7])]
     labels = [torch.tensor([-100, -100, -100, 3, 4]), torch.tensor([-100, -100, 6, 7])]
-    plan = ForwardPlan.of_pairs(ids, labels, [[1], [0]], [2, 2], [[1, 1], [1, 1]])
+    plan = ForwardPlan.of_groups(ids, labels, [[1], [0]], [2, 2], [[1, 1], [1, 1]])
     assert plan.splice.text_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert plan.splice.source.tolist() == [[0, 9, 10, 1, 2, 3, 4, 7, 8, 5, 6]]
-    assert plan.pack.pairs == ((4, 1, 1), (3, 1, 1))
+    assert plan.pack.groups == ((4, (1, 1)), (3, (1, 1)))
     assert plan.answers.targets.tolist() == [3, 4, 6, 7] and plan.answers.rows.tolist() == [0, 2, 1, 3]
 
 
@@ -107,7 +107,7 @@ def test_the_forward_pass_of_7b_asks_for_no_value(shared_prefix):
     labels = ids.clone()
     labels[:, :60] = -100
     rows = (list(ids), list(labels), [[i] for i in range(4)], [576] * 4)
-    plan = ForwardPlan.of_pairs(*rows, [[120, 110]] * 4) if shared_prefix else ForwardPlan.of_rows(*rows)
+    plan = ForwardPlan.of_groups(*rows, [[120, 110]] * 4) if shared_prefix else ForwardPlan.of_rows(*rows)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = seven_b().train()
         began = time.perf_counter()

@@ -167,13 +167,13 @@ def test_parameters_are_counted_without_weights_or_random_numbers(in_golden, tmp
 
 def saved_by_layer(config, run, pairs):
     """Bytes of the distinct tensors that a decoder layer keeps for its backward pass, weights left out."""
-    from dama.shared_prefix import PackedPair, PackLayout
+    from dama.shared_prefix import PackedGroup, PackLayout
 
     model = LlavaLlamaForCausalLM(config).model
     layer = (
         model.layers[0].to(torch.bfloat16 if run.weight == HALF else torch.float32).requires_grad_(run.method == "full")
     )
-    pack = PackLayout.of([PackedPair(pair.prefix, pair.chosen, pair.rejected) for pair in pairs])
+    pack = PackLayout.of([PackedGroup(pair.prefix, (pair.chosen, pair.rejected)) for pair in pairs])
     x = torch.randn(1, pack.positions, config.hidden_size, dtype=next(layer.parameters()).dtype, requires_grad=True)
     cosines = model.rotary_emb(x, position_ids=pack.position_ids())
     kept = {}

@@ -74,7 +74,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             tails: [B, 2] token ids at the end of each row that are the chosen and the rejected answer: the row is a
                 pair [prefix | chosen | rejected], see dama.shared_prefix.
             plan: what ids, labels, `image_index` and `tails` amount to, which then are not looked at. A data loader
-                makes it (ForwardPlan.of_rows, of_pairs); without one the host waits for the device here.
+                makes it (ForwardPlan.of_rows, of_groups); without one the host waits for the device here.
             logits_to_keep: positions at the end, or their indices, that get logits; 0 for all. `generate` asks for one.
 
         Returns:
@@ -121,7 +121,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         rows = rows_on_cpu(input_ids, attention_mask, labels)
         lengths = [self.get_model().vision_tower.tokens_per_image] * len(images)
         shown = shown_images(rows[0], len(images), image_index)
-        return ForwardPlan.of_pairs(*rows, shown, lengths, tails.tolist()).to(input_ids.device)
+        return ForwardPlan.of_groups(*rows, shown, lengths, tails.tolist()).to(input_ids.device)
 
     def _planned_forward(
         self, plan: ForwardPlan, images: Any, image_sizes: Any, images_encoded: bool, logp_chunk: int | None
