@@ -31,7 +31,7 @@ from llava.rehearsal.mode import NullMode
 from llava.train.memory import Load, ModelShape
 from llava.train.preflight import Plan, configs_of, lengths_of, look_at_memory, size
 from llava.train.setup_model import precision_of_weights, with_lora
-from llava.train.throughput import PairLength
+from dama.train.throughput import PairLength
 
 STEPS = 2  # what the first step leaves behind is in the way of the second
 

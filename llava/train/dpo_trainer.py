@@ -31,7 +31,7 @@ from llava.train.dpo_data import (
     common_length,
     shown_images,
 )
-from llava.train.dpo_figures import (
+from dama.train.metrics import (
     NO_PAIR,
     PAIR_LOG,
     PairLog,
@@ -40,8 +40,8 @@ from llava.train.dpo_figures import (
     weighting_metrics,
 )
 from llava.train.llava_trainer import LLaVATrainer, watched
-from llava.train.steps import PICTURES_AT_ONCE, StepLoader, StepPlan, StepSampler, encode_pictures
-from llava.train.throughput import ModelSize, PairLength, peak_flops, step_flops
+from dama.train.steps import PICTURES_AT_ONCE, StepLoader, StepPlan, StepSampler, encode_pictures
+from dama.train.throughput import ModelSize, PairLength, peak_flops, step_flops
 
 POSITION = "position"  # of a micro-batch's pairs in their step
 IN_THE_PLAN = ("input_ids", "attention_mask", "targets", "image_index", "tails")  # a batch's ForwardPlan has it all

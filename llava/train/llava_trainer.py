@@ -30,9 +30,9 @@ from llava.train.checkpoints import (
     without_frozen_tower,
     write_model_card,
 )
-from llava.train.dpo_figures import StepLine, StopWatch
+from dama.train.metrics import StepLine, StopWatch
 from llava.train.signing import refuse_unsigned
-from llava.train.throughput import Throughput
+from dama.train.throughput import Throughput
 
 __all__ = ["LLaVATrainer", "LengthGroupedSampler", "maybe_zero_3", "get_mm_adapter_state_maybe_zero_3"]
 

@@ -31,7 +31,7 @@ from llava.train.dpo_data import PreparedPair, common_length, encode_pair
 from llava.train.memory import FP32, ModelShape, Training, Zero, estimate_step, trained_parameters
 from llava.train.preprocess import preprocess, preprocess_multimodal
 from llava.train.sft_data import Row
-from llava.train.throughput import PairLength
+from dama.train.throughput import PairLength
 
 GIB = 1 << 30
 CONTEXT = int(1.5 * GIB)  # of a GPU: CUDA's context and the collectives' buffers

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dama.console import end_on_interrupt, say, write_json
 from llava.eval.generate import Answerer, Decoding, Request, by_length
-from llava.train.throughput import PairLength
+from dama.train.throughput import PairLength
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # playground is not installed
 from playground.tinycoco.captions import QUESTIONS

@@ -19,7 +19,7 @@ from dama.pairs import PreferencePair
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.train.dpo_data import PreparedPair
 from llava.train.preprocess import EncodedTurns
-from llava.train.throughput import PairLength
+from dama.train.throughput import PairLength
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "playground/tinycoco/weights/llava"
 SPECIAL_TOKENS = 3

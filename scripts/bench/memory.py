@@ -24,7 +24,7 @@ import torch
 from measure import SHAPES, Shape, random_pairs, write_checkpoint, write_pictures
 
 from dama.console import end_on_interrupt, say, write_json
-from llava.train.throughput import PairLength
+from dama.train.throughput import PairLength
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2  # the optimiser's states are there from the first one's end on

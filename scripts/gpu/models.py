@@ -20,7 +20,7 @@ from llava.rehearsal.launch import is_rehearsed
 from llava.train.arguments import parse_arguments
 from llava.train.memory import ModelShape, Training, Zero, estimate
 from llava.train.preflight import Plan, configs_of
-from llava.train.throughput import ModelSize, PairLength, peak_flops, step_flops
+from dama.train.throughput import ModelSize, PairLength, peak_flops, step_flops
 
 REPEATS = 1 if is_rehearsed() else 3  # steps that are timed, after one that warms up
 

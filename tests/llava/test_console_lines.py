@@ -10,7 +10,7 @@ import pytest
 
 from llava.notices import without_build_notices
 from llava.train.arguments import parse_arguments
-from llava.train.dpo_figures import duration
+from dama.train.metrics import duration
 from llava.train.train_dpo import single_pair_warning
 from tests.conftest import GOLDEN
 from tests.llava.test_dpo_golden import flags

@@ -26,7 +26,7 @@ from llava.train.preflight import (
     trial_save,
     use_layout,
 )
-from llava.train.throughput import PairLength
+from dama.train.throughput import PairLength
 from tests.llava.test_dpo_golden import flags
 from tests.llava.test_memory import SHAPE
 from tests.llava.test_sft_golden import arguments as sft_arguments

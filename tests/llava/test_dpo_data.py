@@ -6,7 +6,7 @@ import pytest
 
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import hold_out
-from llava.train.steps import StepPlan, StepSampler
+from dama.train.steps import StepPlan, StepSampler
 from llava.train.train_dpo import run
 from tests.llava.test_dpo_golden import flags, prepare
 

@@ -34,7 +34,7 @@ from llava.train.memory import (
     trained_parameters,
     weight_bytes,
 )
-from llava.train.throughput import PairLength
+from dama.train.throughput import PairLength
 from tests.llava.test_dpo_golden import flags, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
