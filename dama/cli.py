@@ -602,8 +602,9 @@ def reference(args: argparse.Namespace) -> None:
         faults.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
     shard = pick_shard(args.shard, faults)
     pairs, skipped = load_pairs(args, faults)
+    from dama.train.reference import describe
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-    from llava.train.reference import describe, run_reference
+    from llava.train.reference import run_reference
 
     arguments = (
         ModelArguments(

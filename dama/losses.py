@@ -69,6 +69,23 @@ class LossConfig:
     bco_shift: float = 0.0  # bco_pair: d, the running mean of b r; set by the trainer before each step's loss
 
 
+@dataclass(frozen=True)
+class RunningMean:
+    """Mean of b r over both answers of all pairs so far: d of bco_pair, one value for a step on all ranks."""
+
+    mean: float = 0.0
+    count: int = 0
+
+    def updated(self, logps: ViewLogps, beta: Tensor) -> RunningMean:
+        """With the N pairs of one more step; beta: [N]."""
+        values = torch.cat([beta * logps.r(CHOSEN), beta * logps.r(REJECTED)]).double()
+        count = self.count + len(values)
+        return RunningMean(self.mean + (float(values.sum()) - len(values) * self.mean) / count, count)
+
+    def as_dict(self) -> dict[str, float]:
+        return {"mean": self.mean, "count": self.count}
+
+
 # --- The pair's own image --------------------------------------------------------------------------------------------
 
 

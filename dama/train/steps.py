@@ -1,21 +1,19 @@
-"""One optimiser step over ranks and micro-batches: which pairs lie where, and each picture encoded once."""
+"""One optimizer step over ranks and micro-batches: which pairs lie where."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-PICTURES_AT_ONCE = 32  # in one call of the vision tower
+IMAGES_AT_ONCE = 32  # in one call of the vision tower
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How the pairs of one optimiser step are spread: a contiguous block of the global order for each (micro-batch,
+    """How the pairs of one optimizer step are spread: a contiguous block of the global order for each (micro-batch,
     rank), sizes differing by at most one. No pair is given twice."""
 
     pairs: int
@@ -86,28 +84,3 @@ class StepLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-
-
-@torch.no_grad()
-def encode_pictures(
-    tower: Any, pixels: Mapping[str, Tensor], dtype: torch.dtype, calls: int | None = None
-) -> dict[str, Tensor]:
-    """The frozen tower's features of every picture, in batches.
-
-    Args:
-        pixels: name -> [3, H, W], or [F, 3, H, W] for a picture in crops.
-        dtype: of the features.
-        calls: how often to call the tower; under ZeRO-3, where each call is a collective, the same on all ranks.
-
-    Returns:
-        name -> [P, width], or [F, P, width].
-    """
-    names = list(pixels)
-    pieces = -(-len(names) // PICTURES_AT_ONCE) if calls is None else calls
-    features: dict[str, Tensor] = {}
-    for piece in range(pieces):
-        batch = names[piece::pieces] or names[:1]
-        crops = [pixels[name] if pixels[name].ndim == 4 else pixels[name][None] for name in batch]
-        encoded = tower(torch.cat(crops).to(tower.device, dtype)).split([len(crop) for crop in crops])
-        features |= {name: part if pixels[name].ndim == 4 else part[0] for name, part in zip(batch, encoded)}
-    return features

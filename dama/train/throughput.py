@@ -6,10 +6,12 @@ The work is counted as in PaLM (Chowdhery et al. 2022, appendix B): what the mat
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+
+from dama.shared_prefix import PackedGroup
 
 # Dense bf16 matrix products with fp32 sums, TFLOP/s, from the makers' data sheets; the first name found counts.
 PEAK_TFLOPS = {
@@ -36,31 +38,12 @@ class ModelSize:
     attention: int  # layers x heads x width of a head
     tower: int
     projector: int
-    patches: int  # positions of a picture
-
-    @staticmethod
-    def of(model: Any) -> ModelSize:
-        config, tower = model.config, model.get_vision_tower()
-        width, heads = config.hidden_size, config.num_attention_heads
-        head = getattr(config, "head_dim", None) or width // heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        layer = 2 * width * head * (heads + key_heads) + 3 * width * config.intermediate_size
-        vision = tower.config
-        vision_layer = (4 * vision.hidden_size + 2 * vision.intermediate_size) * vision.hidden_size
-        linear = [m for m in model.get_model().mm_projector.modules() if isinstance(m, torch.nn.Linear)]
-        return ModelSize(
-            decoder=config.num_hidden_layers * layer,
-            output=width * config.vocab_size,
-            attention=config.num_hidden_layers * heads * head,
-            tower=vision.num_hidden_layers * vision_layer,
-            projector=sum(m.in_features * m.out_features for m in linear),
-            patches=tower.tokens_per_image,
-        )
+    patches: int  # tokens of an image
 
 
 @dataclass(frozen=True)
 class PairLength:
-    """Positions of a pair's parts, the picture's included."""
+    """Tokens of the parts of a pair of two answers to one image, the image's included."""
 
     prefix: int
     chosen: int
@@ -70,33 +53,44 @@ class PairLength:
     def positions(self) -> int:
         return self.prefix + self.chosen + self.rejected
 
+    @property
+    def groups(self) -> tuple[PackedGroup, ...]:
+        """The pair as the trainer packs it."""
+        return (PackedGroup(self.prefix, (self.chosen, self.rejected)),)
 
-def forward_flops(size: ModelSize, pair: PairLength) -> float:
-    """One pass over the distinct positions of a pair, its picture not counted.
 
-    2 FLOPs a matrix parameter and position; in attention 4 a query, key and channel (scores and weighted sum); logits
-    at the answers' positions.
+def forward_flops(size: ModelSize, groups: Sequence[PackedGroup]) -> float:
+    """One pass over the distinct tokens of a pair's groups, without encoding their images.
+
+    2 FLOPs a matrix parameter and token; in attention 4 a query, key and channel (scores and weighted sum); logits at
+    the answers' tokens.
     """
-    first = pair.prefix + pair.chosen
-    queries_times_keys = first * (first + 1) / 2 + pair.rejected * (pair.prefix + (pair.rejected + 1) / 2)
+    tokens = sum(group.positions for group in groups)
+    answers = sum(sum(group.answers) for group in groups)
     return (
-        2 * size.decoder * pair.positions
-        + 4 * size.attention * queries_times_keys
-        + 2 * size.output * (pair.chosen + pair.rejected)
-        + 2 * size.projector * size.patches
+        2 * size.decoder * tokens
+        + 4 * size.attention * sum(map(queries_times_keys, groups))
+        + 2 * size.output * answers
+        + 2 * size.projector * size.patches * len(groups)
     )
 
 
+def queries_times_keys(group: PackedGroup) -> float:
+    """Pairs of a query and a key that it sees: causal within the prefix and each answer, each answer on the prefix."""
+    prefix, answers = group
+    return prefix * (prefix + 1) / 2 + sum(n * (prefix + (n + 1) / 2) for n in answers)
+
+
 def step_flops(
-    size: ModelSize, pairs: list[PairLength], trained: list[bool], pictures: int, frozen_weights: bool
+    size: ModelSize, pairs: Sequence[Sequence[PackedGroup]], trained: Sequence[bool], images: int, frozen_weights: bool
 ) -> float:
-    """The work of one optimiser step: all pairs forward, the trained ones backward, every picture once.
+    """The work of one optimizer step: all pairs forward, the trained ones backward, every image encoded once.
 
     A backward pass is two forward passes, or one where weights are frozen (LoRA) and only activations have gradients.
     """
     backward = 1 if frozen_weights else 2
     passes = (forward_flops(size, pair) * (1 + backward * learns) for pair, learns in zip(pairs, trained, strict=True))
-    return sum(passes) + pictures * 2 * size.tower * size.patches
+    return sum(passes) + images * 2 * size.tower * size.patches
 
 
 COUNTS = ("pairs", "tokens", "flops")

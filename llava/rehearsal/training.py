@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, is_dee
 
 from dama.console import report_error, say
 from dama.losses import preference_loss
+from dama.train.throughput import PairLength
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.attention import SHARED_PREFIX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -31,7 +32,6 @@ from llava.rehearsal.mode import NullMode
 from llava.train.memory import Load, ModelShape
 from llava.train.preflight import Plan, configs_of, lengths_of, look_at_memory, size
 from llava.train.setup_model import precision_of_weights, with_lora
-from dama.train.throughput import PairLength
 
 STEPS = 2  # what the first step leaves behind is in the way of the second
 

@@ -17,7 +17,9 @@ import transformers
 from transformers import HfArgumentParser
 
 from dama.console import say
+from dama.losses import MIXTURES, OBJECTIVES, Loss
 from dama.pairs import missing_folders
+from dama.train.reference import BASE_AS_REFERENCE
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
 from llava.conversation import get_template
 from llava.notices import without_build_notices
@@ -122,6 +124,10 @@ class TrainingArguments(transformers.TrainingArguments):
 
     dpo_beta: float = described(0.1, "beta of the paper: strength of the pull towards the reference.")
     dpo_use_average: bool = described(False, "Mean instead of sum of the answer's token log-probs.")
+    loss: list[str] = field(
+        default_factory=lambda: ["dpo"],
+        metadata={"help": f"Objective, or NAME:WEIGHT for each term of a sum: {', '.join([*OBJECTIVES, *MIXTURES])}."},
+    )
     strategy: Strategy = described(
         Strategy.BOTH, "What sets beta per pair: none (plain DPO), data (alpha_D), model (alpha_M), both (DAMA), "
         "beta_dpo (Wu et al. 2024)."
@@ -193,6 +199,10 @@ class TrainingArguments(transformers.TrainingArguments):
             self._n_gpu: int = 1
         return device
 
+    def preference_loss(self) -> Loss:
+        """The objective, or the weighted sum of several, that the flags name."""
+        return Loss.parse(self.loss)
+
     def weighting(self) -> WeightingConfig:
         """The method's constants as the flags give them."""
         return WeightingConfig(
@@ -209,7 +219,6 @@ class TrainingArguments(transformers.TrainingArguments):
 
 # --train_sampling_strategy, by whether the task is DPO
 SAMPLING = {False: ("random", "sequential", "group_by_length"), True: ("random", "sequential")}
-BASE_AS_REFERENCE = "base"  # of --reference: the model with its adapters off
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 

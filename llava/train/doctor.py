@@ -36,6 +36,7 @@ from dama.pairs import (
     parse_pairs,
     resolve_image,
 )
+from dama.train.family import shown_images
 from llava.conversation import get_template
 from llava.train.arguments import (
     Arguments,
@@ -44,7 +45,8 @@ from llava.train.arguments import (
     translate_flags,
 )
 from llava.train.checkpoints import version_of
-from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset, answer_logps_of
+from llava.train.dpo_data import DPODataset, PairCollator
+from llava.train.family import ImagePreparation
 from llava.train.memory import (
     FP32,
     ModelShape,
@@ -355,8 +357,9 @@ def first_batch(
     model_args, data_args, args = arguments
     if args.task == "DPO":
         pairs = longest_items(items, arguments, tokenizer, patches)[:count]
-        data = DPODataset(pairs, data_args.image_folder or [], processor, model.config)
-        return DataCollatorForDPODataset(tokenizer, data, args.shared_prefix, patches)(pairs)
+        data = DPODataset(pairs, data_args.image_folder or [], ImagePreparation(processor, model.config))
+        images = torch.stack([data.pixels(image) for image in shown_images(pairs)])
+        return PairCollator(patches, args.shared_prefix)(pairs) | {"images": images}
     template, rows = get_template(str(model_args.version)), longest_rows(items, patches)[:count]
     settings = supervised_settings(arguments, model, processor)
     module = make_supervised_data_module(tokenizer, settings, template=template, rows=rows)
@@ -365,7 +368,7 @@ def first_batch(
 
 def first_loss(model: Any, batch: dict[str, Tensor], args: Any) -> Tensor:
     """The DPO loss of a model that is its own reference: log 2, with the gradient of a first step."""
-    sums = answer_logps_of(model, batch, args.logp_chunk)
+    sums = model(**batch, logp_chunk=args.logp_chunk)
     chosen, rejected = sums.logps.chunk(2)
     R = reward_gap(chosen, rejected, chosen.detach(), rejected.detach())
     return preference_loss(R, args.dpo_beta).mean()

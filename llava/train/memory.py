@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dama.shared_prefix import SDPA, attention_backend
-from dama.weighting import Variant
-from dama.train.steps import PICTURES_AT_ONCE, StepPlan
+from dama.train.steps import IMAGES_AT_ONCE, StepPlan
 from dama.train.throughput import PairLength
+from dama.weighting import Variant
 
 FP32, HALF = 4, 2  # bytes
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # ... 64 weights have a scale of one byte, 256 scales one of four
@@ -374,7 +374,7 @@ def predictions_of(run: Training, pairs: Sequence[PairLength]) -> int:
 
 def picture_bytes(shape: ModelShape, run: Training, pictures: int) -> int:
     """While the frozen tower runs: every layer's output (LLaVA reads one of the last), and the MLP of one."""
-    rows = min(pictures, PICTURES_AT_ONCE) * (shape.patches + 1) * run.weight
+    rows = min(pictures, IMAGES_AT_ONCE) * (shape.patches + 1) * run.weight
     return rows * ((shape.tower_layers + 1) * shape.tower_width + 2 * shape.tower_intermediate)
 
 

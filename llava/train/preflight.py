@@ -24,14 +24,17 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from dama.console import say, write_json, writing
 from dama.pairs import PreferencePair
 from dama.shared_prefix import TORCH_VARLEN, attention_backend, flash_attn_problem
+from dama.train.data import images_of
+from dama.train.family import PreparedPair, common_length
+from dama.train.throughput import PairLength
+from dama.views import PAIR_VIEWS
 from llava.conversation import get_template
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
-from llava.train.dpo_data import PreparedPair, common_length, encode_pair
+from llava.train.dpo_data import encode_pair
 from llava.train.memory import FP32, ModelShape, Training, Zero, estimate_step, trained_parameters
 from llava.train.preprocess import preprocess, preprocess_multimodal
 from llava.train.sft_data import Row
-from dama.train.throughput import PairLength
 
 GIB = 1 << 30
 CONTEXT = int(1.5 * GIB)  # of a GPU: CUDA's context and the collectives' buffers
@@ -225,14 +228,14 @@ def longest_items(
     for pair in sorted(pairs, key=lambda p: -len(p.question + p.chosen + p.rejected)):
         both = encode_pair(pair, tokenizer, template, bool(model_args.mm_use_im_start_end))
         if max(len(answer.input_ids) for answer in both) - 1 + patches <= args.model_max_length:
-            found.append(PreparedPair(pair, *both, 0.0, 0.0, 0.0))
+            found.append(PreparedPair(pair, both, images_of(pair, PAIR_VIEWS)))
         if len(found) == LONGEST:
             break
     return found
 
 
 def length_of(item: PreparedPair, patches: int) -> PairLength:
-    shared = common_length(item)
+    shared = common_length(item.rows)
     chosen, rejected = (len(answer.input_ids) - shared for answer in (item.chosen, item.rejected))
     return PairLength(shared - 1 + patches, chosen, rejected)
 

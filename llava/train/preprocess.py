@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from dama.train.family import EncodedRow
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -33,12 +34,7 @@ Source = Sequence[Mapping[str, str]]  # a conversation of a data file: {"from": 
 Batch = dict[str, Any]  # "input_ids" and "labels": LongTensors [B, T], or lists of B LongTensors [T]
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedTurns:
-    """A conversation for the model: ids [T], IMAGE_TOKEN_INDEX for an image, and labels [T], IGNORE_INDEX if none."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
+EncodedTurns = EncodedRow  # a conversation: ids, IMAGE_TOKEN_INDEX for an image, and labels
 
 
 def encode_turns(

@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from dama.console import end_on_interrupt, say
+from dama.train.data import (
+    PreferenceData,
+    data_fingerprint,
+    hardness_of_pairs,
+    join_pairs,
+    read_checked_pairs,
+)
+from dama.train.reference import BASE_AS_REFERENCE, reference_of_pairs
 from dama.weighting import Variant
 from llava.train.arguments import (
-    BASE_AS_REFERENCE,
     Arguments,
     DataArguments,
     ModelArguments,
@@ -20,18 +27,10 @@ from llava.train.arguments import (
 )
 from llava.train.base_model import validate_base
 from llava.train.checkpoints import is_finished, provenance_of, resume_point
-from llava.train.dpo_data import (
-    DataCollatorForDPODataset,
-    DPODataset,
-    PreferenceData,
-    data_fingerprint,
-    hardness_of_pairs,
-    join_pairs,
-    read_checked_pairs,
-)
+from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
+from llava.train.family import LlavaFamily
 from llava.train.preflight import preflight
-from llava.train.reference import reference_of_pairs
 from llava.train.setup_model import setup_model
 from llava.train.train import train_and_save
 
@@ -56,9 +55,10 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     preflight(arguments, pairs)
     fingerprint = data_fingerprint(pairs, data_args)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, args.weighting().uses_delta)
-    model, tokenizer, image_processor = setup_model(arguments, attn_implementation)
-    reference = reference_of_pairs(pairs, arguments, fingerprint, model, tokenizer)
-    data = join_pairs(pairs, hardness, reference, arguments, tokenizer, image_processor, model)
+    model, tokenizer, _ = setup_model(arguments, attn_implementation)
+    family = LlavaFamily.of(arguments, model, tokenizer)
+    reference = reference_of_pairs(pairs, data_args, fingerprint, family)
+    data = join_pairs(pairs, hardness, reference, family, data_args, args)
     skipped = skipped + data.skipped
     made_from = data.provenance | {"delta_bar": data.delta_bar, "pairs": len(data.train), "skipped": len(skipped)}
     provenance = provenance_of(arguments, data=made_from)
@@ -71,6 +71,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
         args,
         train_dataset=data.train,
         eval_dataset=data.held_out,
+        family=family,
         delta_bar=data.delta_bar,
         reference_is_base=data_args.reference == BASE_AS_REFERENCE,
         provenance=provenance,
@@ -94,8 +95,8 @@ def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:
         f"{args.gradient_accumulation_steps} micro-batch(es), {kept} selected"
     )
     say(
-        f"method: strategy {config.strategy}, variant {config.variant}, selection {config.selects}, "
-        f"beta {config.beta}, gamma {config.gamma}, learning rate {args.learning_rate}"
+        f"method: loss {args.preference_loss().name}, strategy {config.strategy}, variant {config.variant}, "
+        f"selection {config.selects}, beta {config.beta}, gamma {config.gamma}, learning rate {args.learning_rate}"
     )
     if warning := single_pair_warning(args, len(data.train)):
         say(warning)

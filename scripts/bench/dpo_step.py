@@ -51,7 +51,8 @@ from tqdm import tqdm
 from dama.console import end_on_interrupt, say, write_json
 from dama.logps import get_batch_logps
 from dama.losses import preference_loss, reward_gap
-from dama.train.throughput import ModelSize, step_flops
+from dama.train.throughput import step_flops
+from llava.train.family import size_of
 
 BETA = 0.1
 PAIRS_A_STEP = 16  # of a full training step
@@ -172,12 +173,11 @@ def plain_step(model: Any, batch: dict[str, Tensor]) -> Step:
 
 def ours(settings: Settings) -> tuple[Any, Step]:
     from llava.model.attention import SHARED_PREFIX
-    from llava.train.dpo_data import answer_logps_of
 
     model, batch = llava(settings, SHARED_PREFIX), batch_of(settings, shared_prefix=True)
 
     def step() -> Tensor:
-        return backward(answer_logps_of(model, batch, logp_chunk=1024).logps, batch)
+        return backward(model(plan=batch["plan"], images=batch["images"], logp_chunk=1024).logps, batch)
 
     return model, step
 
@@ -261,9 +261,9 @@ def prepare(settings: Settings, with_trl: bool) -> Floor:
     if with_trl:
         (settings.folder / "hf").mkdir()
         write_hf(*take_apart(str(settings.folder)), settings.folder / "hf")
-    size = ModelSize.of(llava(settings, "sdpa"))
-    pairs = [settings.shape.pair] * settings.pairs
-    flops = step_flops(size, pairs, [True] * len(pairs), pictures=len(pairs), frozen_weights=False)
+    size = size_of(llava(settings, "sdpa"))
+    pairs = [settings.shape.pair.groups] * settings.pairs
+    flops = step_flops(size, pairs, [True] * len(pairs), images=len(pairs), frozen_weights=False)
     return Floor(flops, matmul_rate(settings.device, settings.dtype))
 
 
@@ -289,6 +289,7 @@ def train_fully(settings: Settings) -> Training | None:
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_data import DPODataset
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
+    from llava.train.family import ImagePreparation
     from llava.train.setup_model import setup_model
 
     folder, on_gpu = str(settings.folder), settings.device.type == "cuda"
@@ -304,7 +305,7 @@ def train_fully(settings: Settings) -> Training | None:
         model, tokenizer, processor = setup_model(arguments)
         pairs = random_pairs(settings.shape, PAIRS_A_STEP)
         write_pictures(settings.folder, settings.shape, PAIRS_A_STEP)
-        dataset = DPODataset(pairs, folder, processor, model.config)
+        dataset = DPODataset(pairs, folder, ImagePreparation(processor, model.config))
         trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=dataset)
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dama.console import end_on_interrupt, say, write_json
-from llava.eval.generate import Answerer, Decoding, Request, by_length
 from dama.train.throughput import PairLength
+from llava.eval.generate import Answerer, Decoding, Request, by_length
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # playground is not installed
 from playground.tinycoco.captions import QUESTIONS

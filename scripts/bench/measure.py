@@ -16,10 +16,12 @@ from torch import Tensor
 
 from dama.logps import IGNORE_INDEX
 from dama.pairs import PreferencePair
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.train.dpo_data import PreparedPair
-from llava.train.preprocess import EncodedTurns
+from dama.train.data import images_of
+from dama.train.family import PreparedPair
 from dama.train.throughput import PairLength
+from dama.views import PAIR_VIEWS
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.train.preprocess import EncodedTurns
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "playground/tinycoco/weights/llava"
 SPECIAL_TOKENS = 3
@@ -147,7 +149,10 @@ def random_pairs(shape: Shape, count: int) -> list[PreparedPair]:
         chosen, rejected = (answer(prefix, length) for length in (shape.pair.chosen, shape.pair.rejected))
         names = PreferencePair(str(number), f"{number}.png", "", "", "")
         return PreparedPair(
-            names, chosen, rejected, 0.0, per_token * shape.pair.chosen, per_token * shape.pair.rejected
+            names,
+            (chosen, rejected),
+            images_of(names, PAIR_VIEWS),
+            (per_token * shape.pair.chosen, per_token * shape.pair.rejected),
         )
 
     return [pair(number) for number in range(count)]

@@ -101,12 +101,13 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_data import DPODataset
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
+    from llava.train.family import ImagePreparation
     from llava.train.memory import ModelShape, TensorPeak, estimate_step
     from llava.train.setup_model import setup_model
 
     arguments = parse_arguments(flags_of(case, folder))
     model, tokenizer, processor = setup_model(arguments)
-    pairs = DPODataset(random_pairs(shape, PAIRS), folder, processor, model.config)
+    pairs = DPODataset(random_pairs(shape, PAIRS), folder, ImagePreparation(processor, model.config))
     trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=pairs)
     with TensorPeak(arguments[2].device, [*model.parameters(), *model.buffers()]) as needed:
         trainer.train()

@@ -34,12 +34,13 @@ from measure import (
 from tqdm import tqdm
 
 from dama.console import end_on_interrupt, say, write_json
+from dama.train.reference import plan_batches
+from dama.train.throughput import PairLength, forward_flops
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava
 from llava.train.doctor import first_loss
-from llava.train.dpo_data import DataCollatorForDPODataset
-from llava.train.reference import logps_of_batch, plan_batches
-from dama.train.throughput import ModelSize, PairLength, forward_flops
+from llava.train.dpo_data import PairCollator
+from llava.train.family import size_of
 
 PAIRS, ANSWERS, PREFIX = (0.5, 1, 2, 4), (0.25, 0.5, 1, 2), (1, 1.25, 1.5, 2)  # multiples of the shape's own
 LINE = "{:<8}{:>6}{:>8}{:>11}{:>8}{:>31}{:>15}{:>9}{:>31}"
@@ -89,28 +90,27 @@ def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_
 
     Of a training step the same with gradients: micro-batches forward and backward, without optimiser.
     """
-    tokenizer: Any = SimpleNamespace(pad_token_id=0)
-    dataset: Any = None  # pictures are not read from files here
-    collate = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix, model.get_vision_tower().tokens_per_image)
+    collate = PairCollator(model.get_vision_tower().tokens_per_image, shared_prefix)
     settings = SimpleNamespace(device=model.device, logp_chunk=1024, dpo_beta=0.1)
     batches = plan_batches(random_pairs(replace(shape, pair=case.length), case.pairs), args.batch_size)
     pictures = random_pictures(shape, args.batch_size)
 
     def run() -> None:
         for items in batches:
-            batch = collate.rows(items) | {"images": pictures[: len(items)]}
+            batch = send_to_device(collate(items) | {"images": pictures[: len(items)]}, model.device)
             if args.step:
-                first_loss(model, send_to_device(batch, model.device), settings).backward()
+                first_loss(model, batch, settings).backward()
             else:
-                logps_of_batch(model, batch, items, settings)
+                with torch.no_grad():
+                    model(**batch, logp_chunk=settings.logp_chunk).logps.tolist()
 
     return run
 
 
 def measure(model: Any, shape: Shape, case: Case, rate: float, args: argparse.Namespace) -> Row:
-    size = ModelSize.of(model)
+    size = size_of(model)
     passes = 3 if args.step else 1
-    flops = case.pairs * (passes * forward_flops(size, case.length) + 2 * size.tower * size.patches)
+    flops = case.pairs * (passes * forward_flops(size, case.length.groups) + 2 * size.tower * size.patches)
     shared, plain = (work(model, shape, case, args, way) for way in (True, False))
     shared(), plain()
     times = [[time_of(way, model.device).on(model.device) for way in (shared, plain)] for _ in range(args.repeats)]

@@ -15,12 +15,13 @@ import torch
 from measure import SHAPES, Shape, write_configs
 from torch import Tensor
 
+from dama.train.throughput import ModelSize, PairLength, peak_flops, step_flops
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.arguments import parse_arguments
+from llava.train.family import size_of
 from llava.train.memory import ModelShape, Training, Zero, estimate
 from llava.train.preflight import Plan, configs_of
-from dama.train.throughput import ModelSize, PairLength, peak_flops, step_flops
 
 REPEATS = 1 if is_rehearsed() else 3  # steps that are timed, after one that warms up
 
@@ -136,13 +137,13 @@ def measure_step(
     found["peak_bytes"] = torch.cuda.max_memory_allocated()
     found["reserved_bytes"] = torch.cuda.max_memory_reserved()
     found["ms"] = {phase: round(statistics.median(t[phase] for t in times), 2) for phase in times[0]}
-    add_rates(found, ModelSize.of(llava), lengths, bool(args.lora_enable))
+    add_rates(found, size_of(llava), lengths, bool(args.lora_enable))
 
 
 def add_rates(found: dict[str, Any], size: ModelSize, lengths: list[PairLength], frozen_weights: bool) -> None:
     """Pairs a second, and MFU where the card's peak is known; an optimizer's time is not counted."""
     seconds = sum(found["ms"][phase] for phase in ("tower", "forward", "backward")) / 1000
-    flops = step_flops(size, lengths, [True] * len(lengths), len(lengths), frozen_weights)
+    flops = step_flops(size, [pair.groups for pair in lengths], [True] * len(lengths), len(lengths), frozen_weights)
     peak = peak_flops(torch.device("cuda", 0))
     found["pairs_per_second"] = round(len(lengths) / seconds, 3)
     found["mfu"] = peak and round(flops / seconds / peak, 4)

@@ -1,7 +1,7 @@
 """Rounding noise of bf16: log-probs and R of the same pairs packed 4 at a time, alone, and in fp32.
 
 The reference stage and training's first step judge differences by nats per square root of tokens
-(llava.train.reference.TOLERANCE, llava.train.dpo_trainer.REFERENCE_DRIFT); this is what they would see. The frozen
+(dama.train.reference.TOLERANCE, dama.train.trainer.REFERENCE_DRIFT); this is what they would see. The frozen
 vision tower is in bf16 everywhere, as in training.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dama.train.reference import TOLERANCE
+from dama.train.trainer import REFERENCE_DRIFT
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
-from llava.train.dpo_trainer import REFERENCE_DRIFT
 from llava.train.preflight import Plan
-from llava.train.reference import TOLERANCE
 from scripts.gpu.block import Report
 from scripts.gpu.models import free, plan_of, shape_of
 

@@ -36,7 +36,7 @@ def test_bookkeeping_on_paper():
 
 def test_groups_of_different_numbers_of_answers_on_paper():
     """Two images of a pair, [prefix 2 | chosen 1 | rejected 2] and [prefix 1 | chosen 1], of two pairs, of which each
-    image's rows are asked for in the order chosen 0, chosen 1, rejected 0, rejected 1, second image 0, second image 1."""
+    image's rows are wanted in the order chosen 0, chosen 1, rejected 0, rejected 1, second image 0, second image 1."""
     groups = [PackedGroup(2, (1, 2)), PackedGroup(1, (1,)), PackedGroup(1, (1, 1)), PackedGroup(2, (1,))]
     layout = PackLayout.of(groups, owners=[0, 2, 4, 1, 3, 5])
     assert layout.starts == [0, 5, 7, 10] and layout.positions == 13

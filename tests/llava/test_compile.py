@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from llava.train.arguments import parse_arguments
-from llava.train.dpo_data import DataCollatorForDPODataset, answer_logps_of
+from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.setup_model import compile_layers
 from tests.llava.test_dpo_golden import flags, prepare
 
 
 def logps_and_gradients(model, batch):
     model.zero_grad()
-    sums = answer_logps_of(model, batch, logp_chunk=64)
+    sums = model(plan=batch["plan"], images=batch["images"], logp_chunk=64)
     (sums.logps * torch.linspace(-1, 1, len(sums.logps))).sum().backward()
     return sums.logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from dama.train.callbacks import duration
 from llava.notices import without_build_notices
 from llava.train.arguments import parse_arguments
-from dama.train.metrics import duration
 from llava.train.train_dpo import single_pair_warning
 from tests.conftest import GOLDEN
 from tests.llava.test_dpo_golden import flags

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dama.pairs import read_pairs
+from dama.train.throughput import PairLength
 from llava.train import doctor, train
 from llava.train import preflight as preflight_module
 from llava.train.arguments import parse_arguments
@@ -26,7 +27,6 @@ from llava.train.preflight import (
     trial_save,
     use_layout,
 )
-from dama.train.throughput import PairLength
 from tests.llava.test_dpo_golden import flags
 from tests.llava.test_memory import SHAPE
 from tests.llava.test_sft_golden import arguments as sft_arguments

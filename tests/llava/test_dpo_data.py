@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from llava.train.arguments import parse_arguments
-from llava.train.dpo_data import hold_out
+from dama.train.data import hold_out
 from dama.train.steps import StepPlan, StepSampler
+from llava.train.arguments import parse_arguments
 from llava.train.train_dpo import run
 from tests.llava.test_dpo_golden import flags, prepare
 

@@ -9,17 +9,13 @@ from safetensors.torch import load_file
 
 from dama.logps import get_batch_logps
 from dama.losses import preference_loss, reward_gap
+from dama.train.data import data_fingerprint, hardness_of_pairs, join_pairs, read_checked_pairs
+from dama.train.reference import reference_of_pairs
 from dama.weighting import Variant, WeightingConfig, WeightingState, weigh
 from llava.train.arguments import parse_arguments
-from llava.train.dpo_data import (
-    DataCollatorForDPODataset,
-    data_fingerprint,
-    hardness_of_pairs,
-    join_pairs,
-    read_checked_pairs,
-)
+from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
-from llava.train.reference import reference_of_pairs
+from llava.train.family import LlavaFamily
 from llava.train.setup_model import setup_model
 from tests.conftest import GOLDEN
 
@@ -40,11 +36,12 @@ def flags(tmp_path, *more):
 
 def prepare(arguments):
     pairs, _ = read_checked_pairs(arguments[1])
-    model, tokenizer, processor = setup_model(arguments)
+    model, tokenizer, _ = setup_model(arguments)
     fingerprint = data_fingerprint(pairs, arguments[1])
     hardness = hardness_of_pairs(pairs, None, fingerprint, True)
-    reference = reference_of_pairs(pairs, arguments, fingerprint, model, tokenizer)
-    data = join_pairs(pairs, hardness, reference, arguments, tokenizer, processor, model)
+    family = LlavaFamily.of(arguments, model, tokenizer)
+    reference = reference_of_pairs(pairs, arguments[1], fingerprint, family)
+    data = join_pairs(pairs, hardness, reference, family, arguments[1], arguments[2])
     return model, tokenizer, data
 
 
@@ -68,7 +65,7 @@ def test_ids_labels_and_images_are_the_released_codes(in_golden, tmp_path):
             assert answer.input_ids.tolist() == recorded[name]["input_ids"]
             assert answer.labels.tolist() == recorded[name]["labels"]
         if f"image.{i}" in pixels:
-            torch.testing.assert_close(data.train.pixels(item.pair.image), pixels[f"image.{i}"], atol=1e-6, rtol=0)
+            torch.testing.assert_close(data.train.pixels(item.images[0]), pixels[f"image.{i}"], atol=1e-6, rtol=0)
         assert item.delta == pytest.approx(recorded["win"]["vlm_win_logits"] - recorded["rej"]["vlm_rej_logits"])
 
 

@@ -15,7 +15,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import ForwardPlan, plan_splice
 from llava.train.arguments import parse_arguments
-from llava.train.dpo_data import DataCollatorForDPODataset, answer_logps_of
+from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.preflight import CLIP_SHAPE, SHAPES
 from tests.llava.test_dpo_golden import flags, prepare
 
@@ -70,7 +70,7 @@ def test_a_planned_batch_gives_the_log_probs_of_its_ids(in_golden, tmp_path, sha
     image_tokens = model.get_vision_tower().tokens_per_image
     collate = DataCollatorForDPODataset(tokenizer, data.train, shared_prefix, image_tokens)
     batch = collate(data.train.prepared[:5])
-    planned = answer_logps_of(model, batch, logp_chunk=7)
+    planned = model(plan=batch["plan"], images=batch["images"], logp_chunk=7)
     (planned.logps * torch.linspace(-1, 1, 10)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

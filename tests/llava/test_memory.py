@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig
 
+from dama.train.throughput import PairLength
 from llava.model.attention import SHARED_PREFIX, no_mask
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.arguments import parse_arguments
@@ -34,7 +35,7 @@ from llava.train.memory import (
     trained_parameters,
     weight_bytes,
 )
-from dama.train.throughput import PairLength
+from llava.train.preflight import length_of
 from tests.llava.test_dpo_golden import flags, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,7 +226,7 @@ def test_a_real_steps_peak_is_estimated_within_15_percent(in_golden, tmp_path, w
     trainer = LLaVA15DPOTrainer(model, tokenizer, args, train_dataset=data.train, delta_bar=data.delta_bar)
     with TensorPeak(args.device, [*model.parameters(), *model.buffers()]) as needed:
         trainer.train()
-    lengths = [trainer._length(pair) for pair in data.train.prepared]
+    lengths = [length_of(pair, trainer.family.image_tokens) for pair in data.train.prepared]
     layout = args.per_device_train_batch_size, args.gradient_accumulation_steps
     estimated = estimate_step(arguments, ModelShape.of(*golden_configs(in_golden)), lengths, 1, False, layout)
     assert estimated.peak == pytest.approx(needed.peak, rel=0.15)

@@ -12,10 +12,11 @@ import torch
 
 from dama.cli import main
 from dama.stage import read_stage
+from dama.train.reference import TOLERANCE, compare, sample_of
+from dama.train.trainer import PairLoader
+from llava.model.fingerprint import digest_of_checkpoint
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
-from llava.train.dpo_data import DataCollatorForDPODataset
-from llava.train.reference import TOLERANCE, compare, digest_of_checkpoint, sample_of
 from tests.conftest import GOLDEN
 from tests.llava.test_dpo_golden import DATASET, flags
 
@@ -236,14 +237,13 @@ def test_noise_of_half_precision_passes():
 
 def test_log_probs_that_depend_on_the_batch_stop_the_stage(world, capsys, monkeypatch):
     """A collator that gives every pair of a batch the first one's image, as a bug in batching would."""
-    original = DataCollatorForDPODataset.__call__
+    original = PairLoader.__call__
 
     def first_image_for_all(self, instances):
         batch = original(self, instances)
-        batch["images"] = batch["images"][:1].expand_as(batch["images"])
-        return batch
+        return batch | {"images": dict.fromkeys(batch["images"], next(iter(batch["images"].values())))}
 
-    monkeypatch.setattr(DataCollatorForDPODataset, "__call__", first_image_for_all)
+    monkeypatch.setattr(PairLoader, "__call__", first_image_for_all)
     assert reference(world, "--batch_size", "8") == 1
     said = capsys.readouterr().err
     assert "reference: pairs computed again" in said and "alone; expected a difference of at most" in said
@@ -252,7 +252,7 @@ def test_log_probs_that_depend_on_the_batch_stop_the_stage(world, capsys, monkey
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_all_pairs_alone_agree_with_their_batch(world, capsys, monkeypatch, precision):
-    monkeypatch.setattr("llava.train.reference.VERIFIED_SHARE", 1.0)
+    monkeypatch.setattr("dama.train.reference.VERIFIED_SHARE", 1.0)
     assert reference(world, "--precision", precision) == 0
     said = capsys.readouterr().out
     assert f"8 pairs in {'float32' if precision == 'fp32' else 'bfloat16'}" in said

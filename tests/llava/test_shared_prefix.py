@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dama.train.family import join_answers
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.attention import SHARED_PREFIX
 from llava.train.arguments import parse_arguments
-from llava.train.dpo_data import DataCollatorForDPODataset, join_answers
+from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.preprocess import EncodedTurns
 from tests.llava.test_dpo_golden import flags, prepare
 
@@ -108,7 +109,7 @@ def random_pair(item, generator, question, pictures=1):
     shown = [torch.tensor([-200, *tokens(2).tolist()])[: 1 if pictures == 1 else 3] for _ in range(pictures)]
     prefix = torch.cat([torch.tensor([1]), *shown, tokens(question)])
     chosen, rejected = (row(prefix, n) for n in torch.randint(1, 41, (2,), generator=generator).tolist())
-    return replace(item, chosen=chosen, rejected=rejected)
+    return replace(item, rows=(chosen, rejected))
 
 
 def test_several_pictures_and_a_long_question(world):
@@ -121,7 +122,7 @@ def test_several_pictures_and_a_long_question(world):
 def test_answers_that_begin_alike_share_no_supervised_token(world):
     _, _, data = world
     item = data.train[0]
-    joined, (chosen, rejected) = join_answers(item)
+    joined, (chosen, rejected) = join_answers(item.rows)
     k = len(item.chosen.input_ids) - chosen
     assert (joined.labels[:k] == -100).all() and joined.labels[k] != -100
     assert joined.input_ids[k : k + chosen].tolist() == item.chosen.input_ids[k:].tolist()

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dama.weighting import Weights
-from dama.train.metrics import PairLog, StepTable
+from dama.losses import ViewLogps
+from dama.train.callbacks import PairLog
+from dama.train.metrics import StepTable
 from dama.train.throughput import ModelSize, PairLength, Throughput, forward_flops, peak_flops, step_flops
+from dama.views import PAIR_VIEWS
+from dama.weighting import Weights
+from llava.train.family import size_of
 
 SIZE = ModelSize(decoder=10, output=6, attention=2, tower=7, projector=3, patches=4)
 
@@ -16,13 +20,13 @@ SIZE = ModelSize(decoder=10, output=6, attention=2, tower=7, projector=3, patche
 def test_forward_pass_on_paper():
     """Prefix 2, answers 1 and 2: 5 positions x 2 x 10 = 100. Causal [prefix | chosen]: 1 + 2 + 3 = 6 query-key pairs;
     rejected: 3 + 4 = 7; 13 x 4 x 2 = 104. Logits at 3 positions x 2 x 6 = 36. Projector 4 x 2 x 3 = 24. Sum 264."""
-    assert forward_flops(SIZE, PairLength(2, 1, 2)) == 264
+    assert forward_flops(SIZE, PairLength(2, 1, 2).groups) == 264
 
 
 def test_step_on_paper():
     """Two pairs forward, one also backward (2 x): 264 x (1 + 3) = 1056; one picture 2 x 7 x 4 = 56. Under LoRA the
     backward pass is one forward pass: 264 x 3 + 56."""
-    pairs = [PairLength(2, 1, 2)] * 2
+    pairs = [PairLength(2, 1, 2).groups] * 2
     assert step_flops(SIZE, pairs, [True, False], 1, frozen_weights=False) == 1112
     assert step_flops(SIZE, pairs, [True, False], 1, frozen_weights=True) == 848
 
@@ -32,7 +36,7 @@ def test_size_of_a_model_is_that_of_its_matrices(in_golden):
 
     model = load_llava("llava-v1.5-tiny", dtype=torch.float32)
     model.get_model().load_vision_tower()
-    size = ModelSize.of(model)
+    size = size_of(model)
     layers = [p for name, p in model.get_model().layers.named_parameters() if p.ndim == 2]
     encoder = model.get_vision_tower().vision_tower.encoder
     assert size.decoder == sum(p.numel() for p in layers)
@@ -66,7 +70,8 @@ def test_peak_is_known_by_name(monkeypatch):
 
 def test_pair_log_forgets_the_steps_that_are_taken_again(tmp_path):
     column = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    table = StepTable(column, column * 3, column, column, column, column, column)
+    policy = torch.stack([column * 3, column])
+    table = StepTable(column, column, ViewLogps(PAIR_VIEWS, policy, torch.stack([column, column]), policy))
     weights = Weights(column, torch.tensor([True, False]), column, 1.0, 0.0, 0.0, 0.0)
     log = PairLog(tmp_path / "out" / "pair_log.jsonl")
     log.rewind(0)

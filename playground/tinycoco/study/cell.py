@@ -94,15 +94,17 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
 
 def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> tuple[Any, Look]:
     """The trainer as train_mem.py would build it, told to be looked at on its way."""
+    from dama.train.data import hardness_of_pairs, join_pairs, read_checked_pairs
+    from dama.train.reference import reference_of_pairs
     from llava.eval.generate import Answerer
     from llava.train.arguments import parse_arguments
-    from llava.train.dpo_data import hardness_of_pairs, join_pairs, read_checked_pairs
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
-    from llava.train.reference import reference_of_pairs
+    from llava.train.family import LlavaFamily
     from llava.train.setup_model import setup_model
 
     arguments = parse_arguments(flags_of(cell, world, work), task="DPO")
     model, tokenizer, processor = setup_model(arguments)
+    family = LlavaFamily.of(arguments, model, tokenizer)
 
     def prepared(rows: Sequence[Row], name: str) -> Any:
         """What training would make of these rows."""
@@ -110,8 +112,8 @@ def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> 
         write_json(arguments[1].data_path, list(rows))
         pairs, _ = read_checked_pairs(arguments[1])
         hardness = hardness_of_pairs(pairs, None, {}, needed=True)
-        reference = reference_of_pairs(pairs, arguments, {}, model, tokenizer)
-        return join_pairs(pairs, hardness, reference, arguments, tokenizer, processor, model)
+        reference = reference_of_pairs(pairs, arguments[1], {}, family)
+        return join_pairs(pairs, hardness, reference, family, arguments[1], arguments[2])
 
     data = prepared(rows, "pairs")
     trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=data.train, delta_bar=data.delta_bar)

@@ -1,0 +1,171 @@
+"""What watches training: the progress line, the stopwatch, and the observers of each step's decision."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+
+from dama.console import regular_file, say, write_atomic
+from dama.train.family import ModelFamily, PreparedPair, shown_images
+from dama.train.metrics import StepTable, preference_metrics, weighting_metrics
+from dama.train.throughput import Throughput, step_flops
+from dama.views import CHOSEN, REJECTED
+from dama.weighting import Weights
+
+PAIR_LOG = "pair_log.jsonl"  # in the output folder, with --pair_log True
+
+
+class StepLine(ProgressCallback):
+    """The progress bar with time left, and one readable line for each log instead of a dictionary."""
+
+    FIGURES = {
+        "loss": "loss {:.4f}",
+        "rewards/accuracies": "accuracy {:.2f}",
+        "rewards/margins": "margin {:+.4f}",
+        "dama/R_mean": "R {:+.3f}",
+        "dama/R_bar": "R_bar {:+.3f}",
+        "dama/alpha_M": "alpha_M {:.3f}",
+        "dama/beta": "beta {:.4f}",
+        "dama/selected": "kept {:g}",
+        "dama/pairs": "of {:g}",
+        "grad_norm": "grad {:.3g}",
+        "learning_rate": "lr {:.2e}",
+        "speed/pairs_per_second": "{:.3g} pairs/s",
+        "speed/rows_per_second": "{:.3g} rows/s",
+        "speed/tokens_per_second": "{:.0f} tokens/s",
+        "speed/mfu": "MFU {:.1%}",
+    }
+    LEGEND = (
+        "log: loss and grad (norm of the gradient) of a step, lr (learning rate), rate of training and time left",
+    )
+    PREFERENCE_LEGEND = (
+        "log: accuracy (share of pairs whose chosen answer has the higher reward), margin (chosen minus rejected "
+        "reward, beta times the log-ratio to the reference)",
+        "log: R (mean reward gap of the step's pairs in nats, without beta), R_bar (its running mean), alpha_M "
+        "(factor on beta from the model's response), beta (mean over pairs), kept (pairs selected) of (pairs seen)",
+    )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the columns mean, once, above the progress bar."""
+        if state.is_world_process_zero:
+            for line in self.LEGEND + (self.PREFERENCE_LEGEND if args.task == "DPO" else ()):
+                say(line)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is None or not logs:
+            return
+        held_out = "eval_loss" in logs
+        figures = {name.removeprefix("eval_"): value for name, value in logs.items()}
+        parts = [text.format(float(figures[name])) for name, text in self.FIGURES.items() if name in figures]
+        if "speed/hours_left" in figures:
+            parts.append(f"{duration(figures['speed/hours_left'])} left")
+        if parts and ("loss" in figures):
+            place = "held-out" if held_out else "training"
+            self.training_bar.write(f"step {state.global_step:>5} {place}: {'  '.join(parts)}")
+
+
+def duration(hours: float) -> str:
+    """Hours, minutes and seconds as 2:05:09."""
+    seconds = round(hours * 3600)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+class StopWatch(TrainerCallback):
+    def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.throughput.stop()
+
+
+# --- Observers of decisions ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A decision on the pairs of one step (or of one gathered micro-batch), for those who log it.
+
+    Attributes:
+        step: number of decisions before this one. pairs: in the order of the table. R_bar: after the step.
+    """
+
+    step: int
+    pairs: Sequence[PreparedPair]
+    table: StepTable
+    weights: Weights
+    R_bar: float
+
+
+class Observer(Protocol):
+    """Is called with every decision; alike on all ranks."""
+
+    def on_decision(self, decided: Decided) -> None: ...
+
+
+class MetricMeans:
+    """The means of the metrics of all decisions since the last log line."""
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self.values: dict[str, list[float]] = defaultdict(list)
+
+    def on_decision(self, decided: Decided) -> None:
+        metrics = preference_metrics(decided.table, self.beta) | weighting_metrics(decided.weights, decided.R_bar)
+        for name, value in metrics.items():
+            self.values[name].append(value)
+
+    def take(self) -> dict[str, float]:
+        """The means, which are then forgotten."""
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        self.values.clear()
+        return means
+
+
+class WorkCount:
+    """Counts pairs, tokens and FLOPs for the stopwatch."""
+
+    def __init__(self, family: ModelFamily, throughput: Throughput, frozen_weights: bool) -> None:
+        self.family, self.throughput, self.frozen_weights = family, throughput, frozen_weights
+        self.size = family.size()
+
+    def on_decision(self, decided: Decided) -> None:
+        groups = [self.family.groups(pair) for pair in decided.pairs]
+        trained = decided.weights.selected.tolist()
+        flops = step_flops(self.size, groups, trained, len(shown_images(decided.pairs)), self.frozen_weights)
+        tokens = sum(group.positions for pair in groups for group in pair)
+        self.throughput.add(len(groups), tokens, flops)
+
+
+class PairLog:
+    """Writes one line for every pair of every step: its rewards and the method's decision on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Remove what was written at `step` and later: a resumed run takes these steps again."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+        whole = (line for line in lines if line.endswith("\n"))
+        write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] < step))
+
+    def on_decision(self, decided: Decided) -> None:
+        self.append(decided.step, [item.pair.id for item in decided.pairs], decided.table, decided.weights)
+
+    def append(self, step: int, ids: list[str], table: StepTable, weights: Weights) -> None:
+        """Add the lines of one step: rewards are log-ratios to the reference in nats, without beta."""
+        views = [(view.name, table.logps.r(view)) for view in table.logps.views if view not in (CHOSEN, REJECTED)]
+        columns = {
+            "R": table.R, "chosen": table.logps.r(CHOSEN), "rejected": table.logps.r(REJECTED), **dict(views),
+            "delta": table.delta, "alpha_D": weights.alpha_D, "beta": weights.beta, "selected": weights.selected,
+        }  # fmt: skip
+        values = zip(*(column.tolist() for column in columns.values()))
+        rows = ({"step": step, "id": id} | dict(zip(columns, row)) for id, row in zip(ids, values, strict=True))
+        with open(self.path, "a", encoding="utf-8", opener=regular_file) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

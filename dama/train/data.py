@@ -1,0 +1,235 @@
+"""Preference data for training: pairs encoded, joined with hardness and reference log-probs, checked, split."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dama.console import digest_of
+from dama.hardness.score import load_hardness
+from dama.pairs import (
+    ImageFolder,
+    PreferencePair,
+    SkippedPair,
+    check_pairs,
+    fault_list,
+    image_digests,
+    load_image,
+    pairs_fingerprint,
+    read_pairs,
+    resolve_image,
+)
+from dama.stage import differences
+from dama.train.family import EncodedRow, ImageRef, ModelFamily, PreparedPair
+from dama.views import View
+
+# What to call the fields of data_fingerprint and of a family's fingerprint in errors.
+DATA_FLAGS = {
+    "pairs": "--data_path (content)", "images": "--image_folder (content)", "template": "--version",
+    "model": "--model_name_or_path (content)", "vision_tower": "--vision_tower (content)",
+    "tokenizer": "--model_name_or_path (tokenizer)", "image_aspect_ratio": "--image_aspect_ratio",
+    "image_processor": "--vision_tower (image processor)", "mm_use_im_start_end": "--mm_use_im_start_end",
+}  # fmt: skip
+
+
+class PairDataset(Dataset):
+    """Preference pairs, encoded once; images are read and prepared when they are asked for.
+
+    Args:
+        prepared: the pairs. image_folder: where their image paths start.
+        prepare_image: one RGB image to pixels, as ModelFamily.prepare_image.
+    """
+
+    def __init__(
+        self,
+        prepared: Sequence[PreparedPair],
+        image_folder: ImageFolder,
+        prepare_image: Callable[[Image.Image], Tensor],
+    ) -> None:
+        self.prepared = list(prepared)
+        self.image_folder = image_folder
+        self.prepare_image = prepare_image
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    def __getitem__(self, i: int) -> PreparedPair:
+        return self.prepared[i]
+
+    def pixels(self, image: ImageRef) -> Tensor:
+        """[3, H, W], or [F, 3, H, W] in crops: an image as the model's vision tower takes it."""
+        return self.prepare_image(load_image(resolve_image(self.image_folder, image.path)))
+
+
+def images_of(pair: PreferencePair, views: Sequence[View]) -> tuple[ImageRef, ...]:
+    """The image of each view."""
+    return tuple(ImageRef(pair.image) for _ in views)
+
+
+def read_checked_pairs(data_args: Any) -> tuple[list[PreferencePair], list[SkippedPair]]:
+    """The pairs of --data_path, every image verified."""
+    pairs = read_pairs(data_args.data_path)
+    return check_pairs(pairs, data_args.image_folder, data_args.on_bad_image, subject=str(data_args.data_path))
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """The rows of all views of every pair, and which pairs fit into the model."""
+
+    rows: list[tuple[EncodedRow, ...]]
+    fits: list[int]  # indices of the pairs that fit
+    long: list[SkippedPair]
+
+
+def encode_pairs(pairs: Sequence[PreferencePair], family: ModelFamily, data_args: Any) -> EncodedPairs:
+    """Encode every pair. Nothing is ever cut: what is too long with its images is left out or an error.
+
+    Raises:
+        ValueError: with --on_long_pair fail, naming every pair that is too long.
+    """
+    rows = [family.encode(pair) for pair in pairs]
+    fits, long = [], []
+    for i, (pair, views) in enumerate(zip(pairs, rows)):
+        length = max(family.tokens(row) for row in views)
+        if length <= family.max_tokens:
+            fits.append(i)
+        else:
+            long.append(SkippedPair(pair.id, f"{length} tokens with its image, the model takes {family.max_tokens}"))
+    if long and data_args.on_long_pair == "fail":
+        errors = [f"pair {skip.id}: {skip.reason}" for skip in long]
+        remedy = "raise --model_max_length as far as the model allows, or --on_long_pair skip"
+        raise ValueError(fault_list(str(data_args.data_path), errors, remedy))
+    return EncodedPairs(rows, fits, long)
+
+
+@dataclass(frozen=True)
+class PairValues:
+    """A value for every pair, and where the values come from."""
+
+    values: Sequence[Any]
+    source: dict[str, Any]
+
+
+def hardness_of_pairs(
+    pairs: Sequence[PreferencePair], folder: str | None, data: dict[str, str], needed: bool
+) -> PairValues:
+    """delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed.
+
+    `data` is their `data_fingerprint`.
+    """
+    if folder:
+        hardness = load_hardness(folder)
+        refuse_other_inputs("hardness", folder, hardness.fingerprint, data)
+        return PairValues([hardness.delta[pair.id] for pair in pairs], hardness.fingerprint)
+    without = [pair.id for pair in pairs if pair.clip_scores is None]
+    if not without:
+        scores = [pair.clip_scores for pair in pairs if pair.clip_scores is not None]
+        return PairValues([sum(chosen) - sum(rejected) for chosen, rejected in scores], {"scores": "in the data file"})
+    if not needed:
+        return PairValues([0.0] * len(pairs), {})
+    raise ValueError(
+        f"hardness: expected delta for every pair, got none for {len(without)} of {len(pairs)} (first: {without[0]}). "
+        "Run `python -m dama hardness` and pass its folder as --hardness, or train with --strategy none or model."
+    )
+
+
+def data_fingerprint(pairs: Sequence[PreferencePair], data_args: Any) -> dict[str, str]:
+    """Digests of the pairs and of the bytes of their images."""
+    images = digest_of(image_digests(pairs, data_args.image_folder))
+    return {"pairs": pairs_fingerprint(pairs), "images": images}
+
+
+def refuse_other_inputs(stage: str, folder: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise ValueError where a stage's folder was made from other inputs than training uses now, naming each field."""
+    shared = [name for name in current if name in recorded]
+    was, now = ({name: fingerprint[name] for name in shared} for fingerprint in (recorded, current))
+    changed = differences(was, now, DATA_FLAGS)
+    if changed:
+        raise ValueError(
+            f"--{stage} {folder}: made from other inputs than this training's ({'; '.join(changed)}). "
+            f"Run `python -m dama {stage}` for these inputs into a new folder, or use the inputs it was made from."
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """What training reads, and what the provenance records of it."""
+
+    train: PairDataset
+    held_out: PairDataset | None
+    delta_bar: float
+    skipped: list[SkippedPair]
+    provenance: dict[str, Any]
+
+
+def join_pairs(
+    pairs: Sequence[PreferencePair],
+    hardness: PairValues,
+    reference: PairValues,
+    family: ModelFamily,
+    data_args: Any,
+    args: Any,
+) -> PreferenceData:
+    """Encode the pairs, join them with delta and reference log-probs, and hold some out.
+
+    Args:
+        reference: for each pair a value for each of the family's views, or None where the stage left the pair out.
+    """
+    encoded = encode_pairs(pairs, family, data_args)
+    without = [pairs[i].id for i in encoded.fits if reference.values[i] is None]
+    if without:
+        raise ValueError(
+            f"reference: expected log-probs for every pair, got none for {len(without)} of {len(encoded.fits)} (first: "
+            f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
+            "folder as --reference."
+        )
+    prepared = [
+        PreparedPair(
+            pairs[i], encoded.rows[i], images_of(pairs[i], family.views), reference.values[i], hardness.values[i]
+        )
+        for i in encoded.fits
+    ]
+    if not prepared:
+        raise ValueError(f"{data_args.data_path}: expected pairs to train on, got none of {len(pairs)}")
+    train, held_out = hold_out(prepared, data_args.eval_pairs, args.seed)
+
+    def dataset(items: list[PreparedPair]) -> PairDataset:
+        return PairDataset(items, data_args.image_folder, family.prepare_image)
+
+    mean = sum(item.delta for item in train) / len(train)
+    return PreferenceData(
+        train=dataset(train),
+        held_out=dataset(held_out) if held_out else None,
+        delta_bar=mean if args.delta_bar is None else args.delta_bar,
+        skipped=encoded.long,
+        provenance={"data": str(data_args.data_path), "hardness": hardness.source, "reference": reference.source},
+    )
+
+
+def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[PreparedPair], list[PreparedPair]]:
+    """Split off about `amount` pairs (a share below 1, or a number), keeping all pairs of an image on one side."""
+    wanted = round(amount * len(items)) if amount < 1 else int(amount)
+    if wanted == 0:
+        return items, []
+    images = sorted({item.pair.image for item in items})
+    random.Random(seed).shuffle(images)
+    counts = {image: 0 for image in images}
+    for item in items:
+        counts[item.pair.image] += 1
+    held: set[str] = set()
+    taken = 0
+    for image in images:
+        if taken >= wanted:
+            break
+        held.add(image)
+        taken += counts[image]
+    train = [item for item in items if item.pair.image not in held]
+    if not train:
+        raise ValueError(f"--eval_pairs {amount}: holds out all {len(items)} pairs; leave some to train on")
+    return train, [item for item in items if item.pair.image in held]

@@ -1,0 +1,175 @@
+"""What preference training asks of a model family, and the values that pass between them.
+
+A family is one object that knows its model, tokenizer and image preparation. The trainer, the reference stage, the
+memory estimate and the benches know only this protocol; LLaVA-1.5's implementation is llava.train.family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dama.logps import IGNORE_INDEX, AnswerLogps
+from dama.pairs import PreferencePair
+from dama.shared_prefix import PackedGroup, common_prefix
+from dama.train.throughput import ModelSize
+from dama.views import View, by_image
+
+
+class ImageRef(NamedTuple):
+    """An image as a view shows it: a file, and what is done to it before the model sees it."""
+
+    path: str  # relative to the image folder
+    corruption: str = ""  # a name of dama.corruptions; "" for the image as it is
+    pair: str = ""  # id of the pair, on which a corruption's random numbers depend
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Prompt and answer for the model: ids [T], and labels [T], IGNORE_INDEX where nothing is supervised."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+    @property
+    def unsupervised(self) -> int:
+        """Number of tokens before the first supervised one."""
+        return int((self.labels != IGNORE_INDEX).nonzero()[0])
+
+
+@dataclass(frozen=True)
+class PreparedPair:
+    """A pair as the trainer needs it; what belongs to its views is in their order.
+
+    Attributes:
+        rows, images: what each view reads and shows.
+        reference: sum of log pi_ref over the answer's tokens of each view, in nats.
+        delta: hardness (Eq. 6).
+    """
+
+    pair: PreferencePair
+    rows: tuple[EncodedRow, ...]
+    images: tuple[ImageRef, ...]
+    reference: tuple[float, ...] = (0.0, 0.0)
+    delta: float = 0.0
+
+    @property
+    def chosen(self) -> EncodedRow:
+        return self.rows[0]
+
+    @property
+    def rejected(self) -> EncodedRow:
+        return self.rows[1]
+
+
+class ModelFamily(Protocol):
+    """Everything that training on preference pairs needs of one kind of model.
+
+    Attributes:
+        module: what is trained; a PeftModel with adapters.
+        views: the views that each pair is read in.
+        encodes_ahead: whether image features are computed once a step, without gradient, by `encode_images`.
+        max_tokens: the longest row in tokens, its images included.
+        prepare_image: an RGB image to pixels, [3, H, W], or [F, 3, H, W] in crops.
+        collate: a batch of pairs without its images, which `shown_images` lists. Both run in loader workers and do
+            not hold the model.
+    """
+
+    @property
+    def module(self) -> Any: ...
+
+    @property
+    def views(self) -> tuple[View, ...]: ...
+
+    @property
+    def encodes_ahead(self) -> bool: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def prepare_image(self) -> Callable[[Image.Image], Tensor]: ...
+
+    @property
+    def collate(self) -> Callable[[Sequence[PreparedPair]], dict[str, Any]]: ...
+
+    def encode(self, pair: PreferencePair) -> tuple[EncodedRow, ...]:
+        """One row for each view. Raises ValueError naming the pair where it cannot be encoded."""
+
+    def tokens(self, row: EncodedRow) -> int:
+        """Number of tokens of a row, its images included."""
+
+    def groups(self, item: PreparedPair) -> tuple[PackedGroup, ...]:
+        """The lengths of a pair's prefixes and answers, in tokens with images included."""
+
+    def encode_images(self, pixels: Mapping[ImageRef, Tensor], calls: int | None = None) -> dict[ImageRef, Tensor]:
+        """Features of a frozen tower, in batches; `calls` fixes their number where each is a collective (ZeRO-3)."""
+
+    def answer_logps(
+        self, model: Any, batch: dict[str, Any], images: Sequence[Tensor], encoded: bool, chunk: int
+    ) -> AnswerLogps:
+        """Summed log-probs of V x B answers: all pairs of the first view, then all of the second, and so on.
+
+        Args:
+            model: `module`, wrapped or not. batch: of `collate`, on the model's device.
+            images: pixels of the batch's `shown_images`; where `encoded`, their features of `encode_images`.
+            chunk: answer tokens whose logits exist at one time.
+        """
+
+    def size(self) -> ModelSize:
+        """What a forward pass costs."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Whatever a log-prob depends on besides the pairs: weights, tokenizer, template, image preparation."""
+
+
+def shown_images(items: Iterable[PreparedPair]) -> list[ImageRef]:
+    """The distinct images of pairs, in order of appearance."""
+    return list(dict.fromkeys(image for item in items for image in item.images))
+
+
+def common_length(rows: Sequence[EncodedRow]) -> int:
+    """How many tokens rows begin with alike and none supervises."""
+    unsupervised = min(row.unsupervised for row in rows)
+    if len(rows) == 1:
+        return unsupervised
+    return min(unsupervised, common_prefix(*(row.input_ids.tolist() for row in rows)))
+
+
+def join_answers(rows: Sequence[EncodedRow]) -> tuple[EncodedRow, tuple[int, ...]]:
+    """One row [prefix | answer | answer ...] of rows of one image, and how many tokens each answer has."""
+    k = common_length(rows)
+    first, *others = rows
+    joined = EncodedRow(
+        torch.cat([first.input_ids, *(row.input_ids[k:] for row in others)]),
+        torch.cat([first.labels, *(row.labels[k:] for row in others)]),
+    )
+    return joined, tuple(len(row.input_ids) - k for row in rows)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The groups of a batch of pairs: every image of a pair with the answers that are read with it."""
+
+    rows: tuple[EncodedRow, ...]
+    tails: tuple[tuple[int, ...], ...]  # tokens of each answer at the end of each row
+    images: tuple[ImageRef, ...]  # of each row
+    owners: tuple[int, ...]  # of each answer: view x pairs + pair
+
+    @staticmethod
+    def of(items: Sequence[PreparedPair], views: Sequence[View]) -> PackedRows:
+        """Pack pairs one after the other, each image's group in turn."""
+        rows, tails, images, owners = [], [], [], []
+        for number, item in enumerate(items):
+            for group in by_image(views):
+                row, tail = join_answers([item.rows[v] for v in group])
+                rows.append(row)
+                tails.append(tail)
+                images.append(item.images[group[0]])
+                owners += [v * len(items) + number for v in group]
+        return PackedRows(tuple(rows), tuple(tails), tuple(images), tuple(owners))

@@ -1,0 +1,253 @@
+"""The reference log-probs: log pi_ref(y | m, x) of every view of every pair, as a resumable, sharded stage.
+
+Uses the training's own model family, so that a step of training that starts from the same weights finds R_i = 0 up to
+rounding. Batches hold pairs of similar length; answers to an image share one image encoding. Pairs of the first batch,
+and at the end of each shard a sample, are computed again, each alone, and must be the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dama.console import say
+from dama.pairs import PreferencePair, SkippedPair, fault_list
+from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
+from dama.train.data import (
+    DATA_FLAGS,
+    PairDataset,
+    PairValues,
+    data_fingerprint,
+    encode_pairs,
+    images_of,
+    refuse_other_inputs,
+)
+from dama.train.family import ModelFamily, PreparedPair, shown_images
+from dama.train.trainer import PairLoader
+from dama.views import PAIR_VIEWS
+
+BASE_AS_REFERENCE = "base"  # --reference: log-probs of the base under LoRA adapters, on the fly
+STAGE = "reference"
+FLAGS = DATA_FLAGS | {
+    "pairs": "--data (content)", "precision": "--precision", "batch_size": "--batch_size",
+}  # fmt: skip
+VERIFIED_SHARE = 0.005
+# Nats per square root of tokens by which answers' sums may differ between their batch and alone, as a root mean square
+# of a sample: rounding errors of tokens add up like a random walk, 0.03 to 0.04 nats a token in bf16. A single answer
+# may differ OUTLIER times as much.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+OUTLIER = 4
+
+
+def run_reference(
+    family: ModelFamily,
+    data_args: Any,
+    args: Any,
+    pairs: Sequence[PreferencePair],
+    skipped: Sequence[SkippedPair],
+    out: str | Path,
+    batch_size: int,
+    *,
+    shard: Shard = WHOLE,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Record | None:
+    """Compute log-probs of every pair and write them to `out`; return the manifest, or None while other shards are
+    missing.
+
+    Args:
+        family: whose `module`, on its device and in evaluation mode, is pi_ref.
+        data_args, args: as for training.
+        pairs, skipped: what `dama.pairs.check_pairs` made of --data_path.
+        batch_size: pairs in one forward pass (twice as many sequences).
+
+    Raises:
+        ValueError: a pair computed alone has other log-probs than in its batch.
+    """
+    encoded = encode_pairs(pairs, family, data_args)
+    skipped = [*skipped, *encoded.long]
+    prepared = [PreparedPair(pairs[i], encoded.rows[i], images_of(pairs[i], family.views)) for i in encoded.fits]
+    batches = plan_batches(prepared, batch_size)
+    sizes = [len(batch) for batch in batches]
+    prepared = [item for batch in batches for item in batch]
+    dataset = PairDataset(prepared, data_args.image_folder or [], family.prepare_image)
+    load = PairLoader(family, dataset)
+
+    def logps_alone(item: PreparedPair) -> Record:
+        return logps_of_batch(family, load([item]), [item], args)[0]
+
+    dtype = family.module.dtype
+    fingerprint = data_fingerprint(pairs, data_args) | family.fingerprint() | views_fingerprint(family)
+    fingerprint |= {"precision": str(dtype).removeprefix("torch."), "batch_size": batch_size}
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
+        starts = [0, *accumulate(sizes)]
+        positions = [list(range(starts[number], starts[number + 1])) for number in stage.to_do]
+        loader = DataLoader(
+            dataset, batch_sampler=positions, collate_fn=load, num_workers=args.dataloader_num_workers
+        )  # fmt: skip
+        with tqdm(total=stage.total, initial=stage.records_done, desc=STAGE, unit="pair", disable=not progress) as bar:
+            for number, batch in zip(stage.to_do, loader):
+                records = logps_of_batch(family, batch, batches[number], args)
+                if number == stage.to_do[0]:  # hours later would be late
+                    compare(records, list(map(logps_alone, batches[number])), TOLERANCE[dtype])
+                stage.append(records)
+                bar.update(sizes[number])
+        facts: Record = {"skipped": [{"id": skip.id, "reason": skip.reason} for skip in skipped]}
+        if not stage.complete:
+            sample = sample_of(stage.records(), f"{args.seed} {shard}")
+            items = {item.pair.id: item for item in prepared}
+            again = [logps_alone(items[record["id"]]) for record in sample]
+            facts["verified"] = compare(sample, again, TOLERANCE[dtype])
+        return stage.conclude(summarize, facts)
+
+
+def views_of(record: Record) -> list[str]:
+    """Names of the views whose log-probs a record holds."""
+    return [name.removesuffix("_logp") for name in record if name.endswith("_logp")]
+
+
+def views_fingerprint(family: ModelFamily) -> dict[str, Any]:
+    """The views beyond those of a pair itself, whose log-probs a stage's records hold."""
+    extra = [view.name for view in family.views[len(PAIR_VIEWS) :]]
+    return {"views": extra} if extra else {}
+
+
+def plan_batches(prepared: Sequence[PreparedPair], batch_size: int) -> list[list[PreparedPair]]:
+    """Pairs of similar length together, the batches in a fixed random order, so that every shard gets as much to do."""
+    if not prepared:
+        raise ValueError("reference: expected pairs, got none that fits; see --model_max_length and --on_long_pair")
+
+    def length(item: PreparedPair) -> tuple[int, str]:
+        return max(len(row.input_ids) for row in item.rows), item.pair.id
+
+    ordered = sorted(prepared, key=length)
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    random.Random(0).shuffle(batches)
+    return batches
+
+
+def sample_of(records: Sequence[Record], seed: str) -> list[Record]:
+    """0.5 % of the records of a shard, at least one where it has any."""
+    return random.Random(seed).sample(list(records), math.ceil(VERIFIED_SHARE * len(records)))
+
+
+def compare(records: Sequence[Record], again: Sequence[Record], tolerance: float) -> Record:
+    """How far log-probs computed in a batch are from the same pairs' alone.
+
+    Args:
+        tolerance: nats per square root of an answer's tokens, for the root mean square of all answers.
+
+    Returns:
+        {"pairs", "max_difference" in nats, "drift": the root mean square in nats per square root of tokens}.
+
+    Raises:
+        ValueError: the drift is above the tolerance, or an answer's own above OUTLIER times that; those are named.
+    """
+    largest, drifts, outliers = 0.0, [], []
+    for record, alone in zip(records, again, strict=True):
+        for side in views_of(record):
+            was, now, tokens = record[f"{side}_logp"], alone[f"{side}_logp"], record[f"{side}_tokens"]
+            largest, drift = max(largest, abs(was - now)), abs(was - now) / math.sqrt(tokens)
+            drifts.append(drift)
+            if not drift <= OUTLIER * tolerance or alone[f"{side}_tokens"] != tokens:
+                allowed = f"expected a difference of at most {OUTLIER * tolerance * math.sqrt(tokens):.4f}"
+                got = f"{was:.4f} in its batch, {now:.4f} alone; {allowed}"
+                outliers.append(f"pair {record['id']}, {side} answer of {tokens} tokens: {got}")
+    mean = math.sqrt(sum(drift**2 for drift in drifts) / max(1, len(drifts)))
+    if not outliers and not mean <= tolerance:
+        outliers = [
+            f"{len(drifts)} answers: {mean:.2g} nats per square root of tokens apart (root mean square), expected at "
+            f"most {tolerance:g}"
+        ]
+    if outliers:
+        remedy = "another --batch_size, or --precision fp32; where it stays, do not trust this device's kernels"
+        raise ValueError(fault_list("reference: pairs computed again", outliers, remedy))
+    return {"pairs": len(records), "max_difference": largest, "drift": mean}
+
+
+def summarize(records: Sequence[Record], facts: Sequence[Record]) -> Record:
+    """Counts, tokens, means, and what the shards' verifications found."""
+    checks = [fact["verified"] for fact in facts]
+    return {
+        "pairs": len(records),
+        "skipped": facts[0]["skipped"],
+        "tokens": {side: sum(r[f"{side}_tokens"] for r in records) for side in views_of(records[0])},
+        "mean_logp": {side: sum(r[f"{side}_logp"] for r in records) / len(records) for side in views_of(records[0])},
+        "verified": {
+            "pairs": sum(check["pairs"] for check in checks),
+            "max_difference": max(check["max_difference"] for check in checks),
+            "drift": max(check.get("drift", 0.0) for check in checks),
+        },
+    }
+
+
+@torch.no_grad()
+def logps_of_batch(
+    family: ModelFamily, batch: dict[str, Any], items: Sequence[PreparedPair], args: Any
+) -> list[dict[str, Any]]:
+    """One record a pair: its id, and for each view VIEW_logp (nats, summed) and VIEW_tokens."""
+    device = args.device
+    inputs = {name: value.to(device) for name, value in batch.items() if name != "images"}
+    images = [batch["images"][image].to(device) for image in shown_images(items)]
+    sums = family.answer_logps(family.module, inputs, images, False, args.logp_chunk)
+    logps, tokens = (values.view(len(family.views), -1).tolist() for values in sums)
+    names = [view.name for view in family.views]
+    columns = {f"{name}_logp": column for name, column in zip(names, logps)}
+    columns |= {f"{name}_tokens": column for name, column in zip(names, tokens)}
+    rows = zip(*columns.values())
+    return [{"id": item.pair.id} | dict(zip(columns, row)) for item, row in zip(items, rows, strict=True)]
+
+
+def reference_of_pairs(
+    pairs: Sequence[PreferencePair], data_args: Any, data: dict[str, str], family: ModelFamily
+) -> PairValues:
+    """log pi_ref of every view of every pair, from --reference or else from the data file.
+
+    None for a pair that the stage left out as too long. `data` is the pairs' `data_fingerprint`.
+
+    Raises:
+        ValueError: made from other inputs (each field named), or missing.
+    """
+    if data_args.reference == BASE_AS_REFERENCE:
+        zeros = (0.0,) * len(family.views)
+        return PairValues([zeros] * len(pairs), {"logps": "of the base, on the fly"})
+    if data_args.reference:
+        manifest, records = read_stage(data_args.reference, STAGE)
+        current = data | family.fingerprint()
+        refuse_other_inputs(STAGE, data_args.reference, manifest["fingerprint"], current)
+        names = [f"{view.name}_logp" for view in family.views]
+        logps = {record["id"]: tuple(record[name] for name in names) for record in records}
+        return PairValues([logps.get(pair.id) for pair in pairs], manifest["fingerprint"])
+    without = [pair.id for pair in pairs if pair.reference is None]
+    if without:
+        raise ValueError(
+            f"reference: expected log-probs for every pair, got none for {len(without)} of {len(pairs)} (first: "
+            f"{without[0]}). Run `python -m dama reference` and pass its folder as --reference."
+        )
+    given = [pair.reference for pair in pairs if pair.reference is not None]
+    return PairValues([(logps.chosen, logps.rejected) for logps in given], {"logps": "in the data file"})
+
+
+def describe(manifest: dict[str, Any], out: str | Path) -> None:
+    """The stage's closing lines."""
+    summary, verified = manifest["summary"], manifest["summary"]["verified"]
+    say(
+        f"reference: {summary['pairs']} pairs in {manifest['fingerprint']['precision']}, {len(summary['skipped'])} "
+        f"skipped, {summary['tokens']['chosen']} + {summary['tokens']['rejected']} answer tokens, mean log-prob "
+        f"{summary['mean_logp']['chosen']:.2f} / {summary['mean_logp']['rejected']:.2f} (chosen / rejected), "
+        f"{manifest['time']['seconds']:.1f} s -> {out}"
+    )
+    say(
+        f"reference: {verified['pairs']} pairs computed again, each alone: log-probs differ by at most "
+        f"{verified['max_difference']:.2g} nats"
+    )
+    for skip in summary["skipped"]:
+        say(f"  skipped {skip['id']}: {skip['reason']}")
