@@ -503,7 +503,7 @@ shards that were brought together from several disks. Gaps, overlaps and shards 
 """
 SUMMARISED_BY = {  # stage -> the module whose `summarise` makes its summary
     "hardness": "dama.hardness.score",
-    "reference": "llava.train.reference",
+    "reference": "dama.train.reference",
     "answers": "llava.eval.generate",
 }
 

@@ -106,7 +106,7 @@ def run_reference(
             items = {item.pair.id: item for item in prepared}
             again = [logps_alone(items[record["id"]]) for record in sample]
             facts["verified"] = compare(sample, again, TOLERANCE[dtype])
-        return stage.conclude(summarize, facts)
+        return stage.conclude(summarise, facts)
 
 
 def views_of(record: Record) -> list[str]:
@@ -173,7 +173,7 @@ def compare(records: Sequence[Record], again: Sequence[Record], tolerance: float
     return {"pairs": len(records), "max_difference": largest, "drift": mean}
 
 
-def summarize(records: Sequence[Record], facts: Sequence[Record]) -> Record:
+def summarise(records: Sequence[Record], facts: Sequence[Record]) -> Record:
     """Counts, tokens, means, and what the shards' verifications found."""
     checks = [fact["verified"] for fact in facts]
     return {
