@@ -17,7 +17,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from dama.console import say
-from dama.pairs import missing_folders
+from dama.images import missing_folders
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
 from llava.conversation import get_template
 from llava.notices import without_build_notices

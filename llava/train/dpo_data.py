@@ -14,20 +14,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of
+from dama.errors import error_list
 from dama.hardness.score import load_hardness
+from dama.images import ImageFolder, load_image, resolve_image
 from dama.logps import AnswerLogps
-from dama.pairs import (
-    ImageFolder,
-    PreferencePair,
-    SkippedPair,
-    check_pairs,
-    fault_list,
-    image_digests,
-    load_image,
-    pairs_fingerprint,
-    read_pairs,
-    resolve_image,
-)
+from dama.pairs import PreferencePair, SkippedPair, check_pairs, image_digests, pairs_fingerprint, read_pairs
 from dama.shared_prefix import common_prefix
 from dama.stage import differences
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
@@ -257,7 +248,7 @@ def encode_pairs(
     if long and data_args.on_long_pair == "fail":
         faults = [f"pair {skip.id}: {skip.reason}" for skip in long]
         remedy = "raise --model_max_length as far as the model allows, or --on_long_pair skip"
-        raise ValueError(fault_list(str(data_args.data_path), faults, remedy))
+        raise ValueError(error_list(str(data_args.data_path), faults, remedy))
     return EncodedPairs(answers, fits, long)
 
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of, say
-from dama.pairs import PreferencePair, SkippedPair, fault_list
+from dama.errors import error_list
+from dama.pairs import PreferencePair, SkippedPair
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.model.fingerprint import digest_of_checkpoint
 from llava.train.arguments import BASE_AS_REFERENCE, Arguments
@@ -166,7 +167,7 @@ def compare(records: Sequence[Record], again: Sequence[Record], tolerance: float
         ]
     if outliers:
         remedy = "another --batch_size, or --precision fp32; where it stays, do not trust this device's kernels"
-        raise ValueError(fault_list("reference: pairs computed again", outliers, remedy))
+        raise ValueError(error_list("reference: pairs computed again", outliers, remedy))
     return {"pairs": len(records), "max_difference": largest, "drift": mean}
 
 
