@@ -16,15 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dama.console import end_on_interrupt, report_error, say
-from dama.pairs import (
-    PairsError,
-    PreferencePair,
-    SkippedPair,
-    check_pairs,
-    distinct_images,
-    missing_folders,
-    parse_pairs,
-)
+from dama.images import missing_folders
+from dama.pairs import PairsError, PreferencePair, SkippedPair, check_pairs, distinct_images, parse_pairs
 from dama.stage import Shard
 
 DESCRIPTION = """\

@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import struct
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO, NamedTuple
-
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from dama.console import digest_of
-from dama.images import ImageFault, open_image
+from dama.errors import error_list
+from dama.images import ImageFolder, find_image_errors, missing_folders, resolve_image
 from dama.styles import NamedRow, has_half_character, json_field, named_fields, text_of
 from dama.texts import IMAGE_TOKEN, visible_text, without_image_token
 
-MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: above it a small file can fill the memory
-# Padding squares the longer side, and resizing multiplies by the ratio of the sides: both are bounded, as the area is.
-MAX_SIDE = int(MAX_PIXELS**0.5)
-MAX_RATIO = 200
-SHOWN_FAULTS = 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TOO_DEEP = "its values are nested too deep"
 FILE_REMEDY = "correct or remove these rows"
-BOMB = Image.DecompressionBombError
-# What Pillow raises for damaged files; SyntaxError is its way of saying "broken PNG".
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, struct.error, BOMB)
-
-
-ImageFolder = str | Path | Sequence[str | Path]  # where image paths start; links may lead into any of several
 
 
 class PairsError(ValueError):
@@ -74,15 +58,6 @@ class SkippedPair:
     reason: str
 
 
-def fault_list(subject: str, faults: Sequence[str], remedy: str) -> str:
-    """One message for many faults: how many, the first 20, what to do."""
-    lines = [f"{subject}: {len(faults)} fault{'s' if len(faults) != 1 else ''}"]
-    lines += [f"  {fault}" for fault in faults[:SHOWN_FAULTS]]
-    if len(faults) > SHOWN_FAULTS:
-        lines.append(f"  ... and {len(faults) - SHOWN_FAULTS} more")
-    return "\n".join([*lines, f"Remedy: {remedy}"])
-
-
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
@@ -96,7 +71,7 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
     """
     pairs, faults = parse_pairs(path)
     if faults:
-        raise PairsError(fault_list(str(path), faults, FILE_REMEDY))
+        raise PairsError(error_list(str(path), faults, FILE_REMEDY))
     return pairs
 
 
@@ -244,134 +219,6 @@ def _clip_scores(row: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, .
 # ----------------------------------------------------------------------------------------------------------- images
 
 
-def folders_of(image_folder: ImageFolder) -> list[Path]:
-    """The folder, or each of several."""
-    return [Path(folder) for folder in ([image_folder] if isinstance(image_folder, str | Path) else image_folder)]
-
-
-def missing_folders(image_folder: ImageFolder) -> list[Path]:
-    """Those of the image folders that are no folders."""
-    return [folder for folder in folders_of(image_folder) if not folder.is_dir()]
-
-
-def plain_folder(image_folder: ImageFolder) -> str | list[str]:
-    """The folder as text, or a list of several, for a JSON file."""
-    folders = [str(folder) for folder in folders_of(image_folder)]
-    return folders[0] if len(folders) == 1 else folders
-
-
-def resolve_image(folder: ImageFolder, relative: str) -> Path:
-    """The image's path, symbolic links followed; it need not exist.
-
-    Of several folders the last that holds the path counts, as a flag given later does; links may lead from one into
-    another.
-
-    Raises:
-        ValueError: the path leaves the folders. It does where ".." takes it out of the folder that it starts from.
-    """
-    if not relative or "\0" in relative:
-        raise ValueError(f"image path {relative!r} names no file")
-    if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).is_absolute():
-        raise ValueError(f"image path {relative} is absolute, expected one relative to the image folder")
-    roots = [root.resolve() for root in reversed(folders_of(folder))]
-    climbs = ".." in PurePosixPath(relative).parts
-    paths = [(root / relative).resolve() for root in roots]
-    outside = [p for root, p in zip(roots, paths) if not _is_inside(p, [root] if climbs else roots)]
-    found = [p for p in paths if p not in outside and (len(roots) == 1 or p.exists())]
-    if outside and not found:
-        remedy = "" if climbs else "; to follow this link, add the folder it leads into by a further --image_folder"
-        raise ValueError(f"image path {relative} leaves the image folder (it leads to {outside[0]}){remedy}")
-    return (found or paths)[0]
-
-
-def _is_inside(path: Path, folders: Sequence[Path]) -> bool:
-    return any(path.is_relative_to(folder) for folder in folders)
-
-
-def exceeded_limit(size: tuple[int, int]) -> str | None:
-    """The limit that an image of this width and height exceeds, None where it can be padded and resized."""
-    short, long = sorted(size)
-    limits = [
-        (short * long > MAX_PIXELS, f"more than {MAX_PIXELS:,} pixels"),
-        (long > MAX_SIDE, f"a side longer than {MAX_SIDE:,} pixels"),
-        (long > MAX_RATIO * short, f"one side more than {MAX_RATIO} times the other"),
-    ]
-    return next((limit for exceeded, limit in limits if exceeded), None)
-
-
-def validate_size(image: Image.Image, name: str = "image") -> None:
-    """Raises ImageFault where an image exceeds a limit; its header is enough, nothing is decoded."""
-    limit = exceeded_limit(image.size)
-    if limit is not None:
-        bomb = " (decompression bomb?)" if image.width * image.height > MAX_PIXELS else ""
-        raise ImageFault(f"{name} has {image.width} x {image.height} pixels, {limit}{bomb}; make it smaller or crop it")
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """The image as RGB. EXIF rotation is not applied and transparency is dropped: LLaVA's models saw images so.
-
-    Raises:
-        ImageFault: it is too large or too narrow, see `exceeded_limit`.
-    """
-    with open_image(path) as image:
-        validate_size(image, f"image {path}")
-        return as_rgb(image)
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel. 16-bit grey is scaled, where Pillow would clip it to white; 32 bits are refused."""
-    if image.mode in ("I", "F"):
-        raise ImageFault(f"the image has 32 bits a pixel (mode {image.mode}), expected 8 or 16 a channel")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
-
-
-class ImageFacts(NamedTuple):
-    """What decoding an image tells: its size in pixels and Pillow's name of its format."""
-
-    width: int
-    height: int
-    format: str
-
-
-def probe_image(source: Path | BinaryIO) -> ImageFacts:
-    """Decodes all of the image, a JPEG at an eighth of its size: that is quick, and sees a truncated one.
-
-    Raises ImageFault saying what is wrong, in words that do not depend on the path or on Pillow's version.
-    """
-    try:
-        with open_image(source) as image:
-            facts = ImageFacts(image.width, image.height, image.format or "")
-            validate_size(image)
-            image.draft(image.mode, (1, 1))
-            as_rgb(image)
-    except ImageFault:
-        raise
-    except BOMB as error:
-        size = f"more than {2 * MAX_PIXELS} pixels"
-        raise ImageFault(f"image is unreadable (DecompressionBombError: {size}, a decompression bomb?)") from error
-    except PermissionError as error:
-        raise ImageFault("image is unreadable (permission denied)") from error
-    except UNREADABLE as error:
-        kind = type(error).__name__  # without its message, which may hold a path or a memory address
-        raise ImageFault(f"image is unreadable ({kind}: image file is truncated or damaged)") from error
-    return facts
-
-
-def _image_fault(path: Path) -> str | None:
-    """Why the image cannot be used, or None."""
-    if not os.path.exists(path):  # a name too long is no error here, as it is for Path.exists
-        return "image is missing"
-    if not path.is_file():
-        return "image is a folder"
-    try:
-        probe_image(path)
-    except ImageFault as fault:
-        return str(fault)
-    return None
-
-
 def distinct_images(pairs: Iterable[PreferencePair]) -> list[str]:
     """Relative paths in order of first use."""
     return list(dict.fromkeys(pair.image for pair in pairs))
@@ -419,19 +266,19 @@ def check_pairs(
         raise PairsError(f"image folder {folder}: no such folder\nRemedy: {remedy}")
     texts = [_fault(pair, reason) for pair in pairs for reason in text_faults(pair)]
     faults = [*faults, *_duplicate_faults(pairs), *texts]
-    outside, bad = find_image_faults(distinct_images(pairs), image_folder, workers, progress)
+    outside, bad = find_image_errors(distinct_images(pairs), image_folder, workers, progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
     faults += [_fault(pair, blocking[pair.image]) for pair in pairs if pair.image in blocking]
     if faults:
         remedy = FILE_REMEDY
         if not outside and bad and on_bad_image == "fail":
             remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
-        raise PairsError(fault_list(subject, faults, remedy))
+        raise PairsError(error_list(subject, faults, remedy))
     good = [pair for pair in pairs if pair.image not in bad]
     skipped = [SkippedPair(pair.id, f"{bad[pair.image]}: {pair.image}") for pair in pairs if pair.image in bad]
     if not good:
         reasons = [f"row {skip.id}: {skip.reason}" for skip in skipped]
-        raise PairsError(fault_list(subject, reasons, "no pair is left; is this the right image folder?"))
+        raise PairsError(error_list(subject, reasons, "no pair is left; is this the right image folder?"))
     return good, skipped
 
 
@@ -459,21 +306,3 @@ def text_faults(pair: PreferencePair) -> Iterator[str]:
     for name, text in {"question": pair.question, **answers}.items():
         if IMAGE_TOKEN in text:
             yield f"{name}: {IMAGE_TOKEN} inside the text would be read as one more image"
-
-
-def find_image_faults(
-    names: Sequence[str], folder: ImageFolder, workers: int = 4, progress: bool = False
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Reasons by relative path: (paths outside the folder, missing or unreadable images inside it)."""
-    outside: dict[str, str] = {}
-    inside: dict[str, Path] = {}
-    for name in names:
-        try:
-            inside[name] = resolve_image(folder, name)
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError, OSError: a loop of links, a name too long
-            outside[name] = str(error)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        checks = pool.map(_image_fault, inside.values())
-        bar = tqdm(checks, "checking images", total=len(inside), unit="image", disable=not progress, leave=False)
-        bad = {name: fault for name, fault in zip(inside, bar, strict=True) if fault is not None}
-    return outside, bad

@@ -22,7 +22,7 @@ from types import NoneType
 from typing import Any, Literal, NamedTuple
 
 from dama.console import report_error, say
-from dama.pairs import fault_list
+from dama.errors import error_list
 from eval.core.judge import QUIRKS
 from eval.core.official import Fields, field_faults
 from eval.core.ruled import aligned, cell, ratios
@@ -179,9 +179,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error})\nRemedy: {remedy}") from error
     if places := list(not_finite(content)):  # Python reads them, browsers and other programs do not
-        raise ValueError(fault_list(f"{path}: not JSON compliant", places, remedy))
+        raise ValueError(error_list(f"{path}: not JSON compliant", places, remedy))
     if faults := _content_faults(content):
-        raise ValueError(fault_list(str(path), faults, remedy))
+        raise ValueError(error_list(str(path), faults, remedy))
     return content
 
 
@@ -246,7 +246,7 @@ def refuse_different(runs: Sequence[Results]) -> None:
             f"score both in one way, as `python -m eval.evaluate {first.benchmark} CHECKPOINT --compare BASE` does; "
             "figures of other protocols, judges or questions are not comparable"
         )
-        raise ValueError(fault_list("not comparable", faults, remedy))
+        raise ValueError(error_list("not comparable", faults, remedy))
 
 
 def _conditions(run: Results) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from urllib.parse import quote, urlsplit
 from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic, write_json
-from dama.pairs import fault_list, probe_image, resolve_image
+from dama.errors import error_list
+from dama.images import probe_image, resolve_image
 from dama.redact import redacted
 from eval.core.homes import BENCHMARKS, File, Pictures
 from eval.core.transfer import Received, digest, download
@@ -268,7 +269,7 @@ def read_record(path: Path) -> dict[str, dict[str, Any]]:
         if not (isinstance(entry, dict) and re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))))
     ]
     if faults:
-        raise DownloadError(fault_list(str(path), faults, remedy))
+        raise DownloadError(error_list(str(path), faults, remedy))
     return entries
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import digest_of, report_error, say, write_atomic
-from dama.pairs import fault_list
+from dama.errors import error_list
 from dama.stage import Shard, read_stage
 from eval.compare import compare
 from eval.core.answering import ensure_answers
@@ -346,7 +346,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         faults += _task_faults(task, args)
     faults += [f"checkpoint {path!r}: {fault}" for path in checkpoints(args) if (fault := _name_fault(path))]
     if faults:
-        raise EvaluateError(fault_list("evaluate", faults, "see python -m eval.evaluate --help"))
+        raise EvaluateError(error_list("evaluate", faults, "see python -m eval.evaluate --help"))
     if args.processes is None:
         args.processes = _processes(args)
     return args

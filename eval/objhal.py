@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dama.chat import ChatRequest, ChatSettings
 from dama.console import say
-from dama.pairs import fault_list
+from dama.errors import error_list
 from eval.core.judge import QUIRKS, JudgeRun, OfficialJudge, after_thoughts, ask_judge
 from eval.core.nouns import FALLBACK, Tagger, rule_tagger, spacy_tagger
 from eval.core.objects import Mention, ObjectVocabulary
@@ -406,7 +406,7 @@ def _extracted(
     faults = [f"answer {id_!r}: no verdict" for id_ in sorted(long - verdicts.keys())]
     faults += [f"verdict on {id_!r}: there is no such answer" for id_ in sorted(verdicts.keys() - long)]
     if faults:
-        raise ValueError(fault_list("verdicts", faults, "score the answers that the judge was asked about"))
+        raise ValueError(error_list("verdicts", faults, "score the answers that the judge was asked about"))
     return {answer.id: read(verdicts[answer.id] or "") if answer.id in long else [] for answer in answers}
 
 

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic
-from dama.images import open_image
-from dama.pairs import UNREADABLE, ImageFolder, as_rgb, folders_of, resolve_image, validate_size
+from dama.images import UNREADABLE, ImageFolder, as_rgb, folders_of, open_image, resolve_image, validate_size
 from dama.report import cut_at_spans
 from eval.compare import (
     TITLES,

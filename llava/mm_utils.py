@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-from dama.images import open_image
-from dama.pairs import validate_size
+from dama.images import open_image, validate_size
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 Size = tuple[int, int]  # width, height in pixels, as in PIL
@@ -25,7 +24,7 @@ Item = TypeVar("Item")
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The image in base64 text. Raises ImageFault for one too large or too narrow, see `dama.pairs.exceeded_limit`."""
+    """The image in base64 text. Raises ImageError for one too large or too narrow, see `dama.images.exceeded_limit`."""
     opened = open_image(BytesIO(base64.b64decode(image)))
     validate_size(opened)
     return opened
@@ -35,7 +34,7 @@ def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
     """The image in the middle of a square of that colour, or itself when it is square.
 
     Raises:
-        ImageFault: the square would be too large, see `dama.pairs.exceeded_limit`.
+        ImageError: the square would be too large, see `dama.images.exceeded_limit`.
     """
     validate_size(pil_img)
     width, height = pil_img.size
@@ -57,7 +56,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
         float [N, 3, H, W] ("anyres": [N, patches, 3, H, W], or a list of N where their numbers of patches differ).
 
     Raises:
-        ImageFault: an image is too large or too narrow, see `dama.pairs.exceeded_limit`.
+        ImageError: an image is too large or too narrow, see `dama.images.exceeded_limit`.
     """
     for number, image in enumerate(images, start=1):
         validate_size(image, f"image {number} of {len(images)}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dama.console import digest_of
-from dama.pairs import load_image
+from dama.images import load_image
 from dama.remote_code import remote_code_refused
 
 DEFAULT_MODEL = "ViT-L-14-336-quickgelu"  # the vision tower of LLaVA-1.5; the paper scores with the same CLIP

@@ -18,20 +18,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dama.console import digest_of
+from dama.errors import error_list
 from dama.hardness import split
 from dama.hardness.clip import ClipError, ClipScorer, TextTokens, fetch_later
-from dama.pairs import (
-    ImageFolder,
-    PairsError,
-    PreferencePair,
-    SkippedPair,
-    distinct_images,
-    fault_list,
-    image_digests,
-    pairs_fingerprint,
-    plain_folder,
-    resolve_image,
-)
+from dama.images import ImageFolder, plain_folder, resolve_image
+from dama.pairs import PairsError, PreferencePair, SkippedPair, distinct_images, image_digests, pairs_fingerprint
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 
 if TYPE_CHECKING:
@@ -243,7 +234,7 @@ def _require_scores(pairs: Sequence[PreferencePair]) -> None:
     faults = score_faults(pairs)
     if faults:
         remedy = "complete these rows, or drop --from_scores and have a CLIP score all"
-        raise PairsError(fault_list("pairs with given scores", faults, remedy))
+        raise PairsError(error_list("pairs with given scores", faults, remedy))
 
 
 def _encode_chunks(

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dama.console import write_atomic
-from dama.images import ImageFault
-from dama.pairs import probe_image, resolve_image
+from dama.images import ImageError, probe_image, resolve_image
 from dama.styles import NamedRow
 
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
@@ -56,25 +55,25 @@ def image_of_row(row: dict[str, Any]) -> RowImage:
 
 
 def image_bytes(image: RowImage, folder: Path) -> bytes:
-    """The picture's bytes, from the row or from the first of its names. Raises ImageFault saying why not."""
+    """The picture's bytes, from the row or from the first of its names. Raises ImageError saying why not."""
     if image.data is not None:
         return image.data
     if not image.names:
-        raise ImageFault("the row has no picture")
+        raise ImageError("the row has no picture")
     name = image.names[0]
     try:
         path = resolve_image(folder, name)
         if not path.exists():
-            raise ImageFault(f"image is missing: {name}")
+            raise ImageError(f"image is missing: {name}")
         if not path.is_file():
-            raise ImageFault(f"image is no regular file: {name}")
+            raise ImageError(f"image is no regular file: {name}")
         if path.stat().st_size > MAX_BYTES:
-            raise ImageFault(f"image has {path.stat().st_size} bytes, more than {MAX_BYTES}: {name}")
+            raise ImageError(f"image has {path.stat().st_size} bytes, more than {MAX_BYTES}: {name}")
         return path.read_bytes()
-    except ImageFault:
+    except ImageError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        raise ImageFault(_path_fault(error, name)) from error
+        raise ImageError(_path_fault(error, name)) from error
 
 
 def _path_fault(error: Exception, name: str) -> str:
@@ -95,22 +94,22 @@ class ImageStore:
         self._known: dict[str, StoredImage | str] = {}  # by digest; a text says what is wrong
 
     def add(self, data: bytes, digest: str) -> StoredImage:
-        """Checks and writes the picture with these bytes and their SHA-256. Raises ImageFault saying what is wrong."""
+        """Checks and writes the picture with these bytes and their SHA-256. Raises ImageError saying what is wrong."""
         if digest not in self._known:
             try:
                 self._known[digest] = self._store(data, digest)
-            except ImageFault as fault:
+            except ImageError as fault:
                 self._known[digest] = str(fault)
         known = self._known[digest]
         if isinstance(known, str):
-            raise ImageFault(known)
+            raise ImageError(known)
         return known
 
     def _store(self, data: bytes, digest: str) -> StoredImage:
         if not data:
-            raise ImageFault("image is empty (0 bytes)")
+            raise ImageError("image is empty (0 bytes)")
         if len(data) > MAX_BYTES:
-            raise ImageFault(f"image has {len(data)} bytes, more than {MAX_BYTES}")
+            raise ImageError(f"image has {len(data)} bytes, more than {MAX_BYTES}")
         facts = probe_image(io.BytesIO(data))
         ending = ENDINGS["JPEG" if facts.format == MPO else facts.format]
         name = f"{digest[:2]}/{digest}.{ending}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import digest_of
-from dama.images import ImageFault
+from dama.images import ImageError
 from dama.pairs import TOO_DEEP, PreferencePair, id_of_row, pair_of_fields, text_faults
 from dama.prepare.card import NOT_STATED
 from dama.prepare.contamination import Benchmarks, contamination
@@ -111,7 +111,7 @@ def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) 
         digest = sha256(data)
         pair = _checked_pair(row, digest)
         stored = store.add(data, digest)
-    except ImageFault as fault:
+    except ImageError as fault:
         raise LeftOut(BAD_IMAGE, str(fault)) from fault
     return {
         "idx": pair.id,

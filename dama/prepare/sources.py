@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dama.console import say
-from dama.pairs import PairsError, fault_list, read_rows
+from dama.errors import error_list
+from dama.pairs import PairsError, read_rows
 from dama.styles import FIELDS, NamedRow
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _local_files(source: str, split: str | None, aside: LeftAside) -> list[Path]
         raise SourceError(f"{source}: no such file or folder\nRemedy: give Parquet, JSON, JSON lines, CSV, or hf://...")
     wrong = [str(file) for file in paths if not _is_table(file)]
     if wrong:
-        raise SourceError(fault_list(source, wrong, f"expected files that end in {', '.join(ENDINGS)}"))
+        raise SourceError(error_list(source, wrong, f"expected files that end in {', '.join(ENDINGS)}"))
     if path.is_file() and split is None:
         return paths
     base = os.path.commonpath([file.absolute().parent for file in paths])
@@ -306,7 +307,7 @@ def _check_schema(file: SourceFile, schema: Schema, columns: Mapping[str, str]) 
         faults.append("no column 'image', 'images' or 'image_path'")
     if faults:
         remedy = f"it has {', '.join(schema.names)}; name others as in --column question=COLUMN"
-        raise SourceError(fault_list(file.name, faults, remedy))
+        raise SourceError(error_list(file.name, faults, remedy))
 
 
 def _holds_messages(schema: Schema, column: str) -> bool:

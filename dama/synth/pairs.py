@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dama.console import write_atomic, write_json
-from dama.pairs import IMAGE_TOKEN, resolve_image
+from dama.images import resolve_image
 from dama.stage import Record, open_stage
 from dama.synth.prompts import (
     RANK_IMAGES,
@@ -36,6 +36,7 @@ from dama.synth.rank import (
     score_all,
 )
 from dama.synth.rewards import Judged, Reward
+from dama.texts import IMAGE_TOKEN
 
 PAIRS, PDS_DPO, DROPPED, SUMMARY = "pairs.jsonl", "pds_dpo.json", "dropped.jsonl", "summary.json"
 SAME_ANSWER = "the same text as another answer"

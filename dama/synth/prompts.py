@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import digest_of, digest_of_file
-from dama.pairs import IMAGE_TOKEN, fault_list, read_rows
+from dama.errors import error_list
+from dama.pairs import read_rows
 from dama.stage import MANIFEST, Record, StageError, read_stage
+from dama.texts import IMAGE_TOKEN
 
 IMAGES, RANK_IMAGES, RESPOND, RANK_RESPONSES = STEPS = ("images", "rank-images", "respond", "rank-responses")
 _SAFE_ID = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
@@ -58,7 +60,7 @@ def read_prompts(files: Sequence[str | Path], questions: Sequence[str | Path] = 
     twice = [id_ for id_, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     faults += [f"id {id_} is used more than once" for id_ in twice]
     if faults or not prompts:
-        raise SynthError(fault_list("prompts", faults or ["none in the files"], _REMEDY))
+        raise SynthError(error_list("prompts", faults or ["none in the files"], _REMEDY))
     return prompts
 
 

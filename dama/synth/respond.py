@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, picture
 from dama.completion import well_formed
 from dama.console import digest_of, say
-from dama.pairs import load_image, resolve_image
+from dama.images import load_image, resolve_image
 from dama.remote_code import remote_code_refused
 from dama.special_tokens import escaped, placeholders
 from dama.stage import Record, open_stage

@@ -21,7 +21,7 @@ from dama.completion import well_formed
 from dama.console import digest_of
 from dama.hardness import split
 from dama.hardness.clip import ClipScorer, load_clip
-from dama.pairs import load_image
+from dama.images import load_image
 from dama.redact import redacted, secrets_of_url
 from dama.remote_code import remote_code_refused
 from dama.special_tokens import escaped

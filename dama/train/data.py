@@ -12,19 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dama.console import digest_of
+from dama.errors import error_list
 from dama.hardness.score import load_hardness
-from dama.pairs import (
-    ImageFolder,
-    PreferencePair,
-    SkippedPair,
-    check_pairs,
-    fault_list,
-    image_digests,
-    load_image,
-    pairs_fingerprint,
-    read_pairs,
-    resolve_image,
-)
+from dama.images import ImageFolder, load_image, resolve_image
+from dama.pairs import PreferencePair, SkippedPair, check_pairs, image_digests, pairs_fingerprint, read_pairs
 from dama.stage import differences
 from dama.train.family import EncodedRow, ImageRef, ModelFamily, PreparedPair
 from dama.views import View
@@ -104,7 +95,7 @@ def encode_pairs(pairs: Sequence[PreferencePair], family: ModelFamily, data_args
     if long and data_args.on_long_pair == "fail":
         errors = [f"pair {skip.id}: {skip.reason}" for skip in long]
         remedy = "raise --model_max_length as far as the model allows, or --on_long_pair skip"
-        raise ValueError(fault_list(str(data_args.data_path), errors, remedy))
+        raise ValueError(error_list(str(data_args.data_path), errors, remedy))
     return EncodedPairs(rows, fits, long)
 
 

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dama.console import say
-from dama.pairs import PreferencePair, SkippedPair, fault_list
+from dama.errors import error_list
+from dama.pairs import PreferencePair, SkippedPair
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from dama.train.data import (
     DATA_FLAGS,
@@ -169,7 +170,7 @@ def compare(records: Sequence[Record], again: Sequence[Record], tolerance: float
         ]
     if outliers:
         remedy = "another --batch_size, or --precision fp32; where it stays, do not trust this device's kernels"
-        raise ValueError(fault_list("reference: pairs computed again", outliers, remedy))
+        raise ValueError(error_list("reference: pairs computed again", outliers, remedy))
     return {"pairs": len(records), "max_difference": largest, "drift": mean}
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dama.console import write_atomic
-from dama.pairs import ImageFolder, fault_list, folders_of
+from dama.errors import error_list
+from dama.images import ImageFolder, folders_of
 from dama.stage import StageError, read_stage
 from llava.eval.generate import STAGE, Decoding, Request, Responder, fingerprint_of, run_answers
 
@@ -101,5 +102,5 @@ def spawn(count: int, command: Sequence[str]) -> None:
     failed = [f"process {rank} of {count} ended with status {code}" for rank, code in status.items() if code]
     if failed:
         raise AnsweringError(
-            fault_list("generation", failed, "see its messages above; run the same again, it continues")
+            error_list("generation", failed, "see its messages above; run the same again, it continues")
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from dama.chat import ChatClient, ChatReply, ChatRequest, ChatSettings, ChatUsage
 from dama.chat import after_thoughts as after_thoughts  # read by every benchmark's parse
 from dama.console import digest_of, write_atomic
-from dama.pairs import fault_list
+from dama.errors import error_list
 from eval.core.official import Fields, field_faults, read_json
 from eval.core.statistics import Interval, ratio_interval
 from eval.core.types import Answer, Benchmark, Question
@@ -192,7 +192,7 @@ def replay(folder: str | Path, requests: Sequence[ChatRequest]) -> JudgeRun:
         raise ValueError(f"{path}: missing\nRemedy: {remedy}")
     rows = read_json(path)
     if faults := [fault for i, row in enumerate(rows, 1) for fault in field_faults(f"line {i}", row, _LINE)]:
-        raise ValueError(fault_list(str(path), faults, remedy))
+        raise ValueError(error_list(str(path), faults, remedy))
     judges = {(row["judge"], row["temperature"], row["prompt_digest"]) for row in rows}
     names = [each.name for each in fields(Verdict)]  # files of earlier versions have no finish reason
     verdicts = tuple(Verdict(**{name: row.get(name) for name in names} | {"finish": _finish(row)}) for row in rows)
@@ -202,7 +202,7 @@ def replay(folder: str | Path, requests: Sequence[ChatRequest]) -> JudgeRun:
     if len(judges) != 1:
         faults.append(f"expected the verdicts of one judge, got {sorted(map(str, judges))}")
     if faults:
-        raise ValueError(fault_list(str(path), faults, remedy))
+        raise ValueError(error_list(str(path), faults, remedy))
     return JudgeRun(*judges.pop(), verdicts)
 
 
@@ -338,7 +338,7 @@ def _joined(
         verdicts.get(verdict.id, []).append(verdict)
     faults += [f"answer {id_!r}: no verdict" for id_, found in verdicts.items() if not found]
     if faults:
-        raise ValueError(fault_list("verdicts", faults, "score the answers that the judge was asked about"))
+        raise ValueError(error_list("verdicts", faults, "score the answers that the judge was asked about"))
     return [(question, answer, verdicts[question.id]) for question, answer in given]
 
 

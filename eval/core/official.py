@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dama.pairs import fault_list
+from dama.errors import error_list
 
 REMEDY = "download the official files with `python -m eval.download`, or give their folder as DAMA_BENCH_DATA"
 
@@ -90,4 +90,4 @@ def field_faults(where: str, row: Any, fields: Fields) -> list[str]:
 def refuse_faults(path: Path, faults: Sequence[str]) -> None:
     """ValueError for all of them, if there are any."""
     if faults:
-        raise ValueError(fault_list(str(path), faults, REMEDY))
+        raise ValueError(error_list(str(path), faults, REMEDY))

@@ -11,7 +11,7 @@ from typing import Any
 
 from dama.completion import well_formed
 from dama.console import write_atomic
-from dama.pairs import fault_list
+from dama.errors import error_list
 from eval.core.types import Answer
 
 
@@ -105,5 +105,5 @@ def write_results(
     content = {"provenance": asdict(provenance), "metrics": dict(metrics), "items": list(items)}
     if places := list(not_finite(content)):
         remedy = "the old file, if any, is as it was; report this, since an undefined metric must be null"
-        raise ValueError(fault_list(f"{path}: not JSON compliant", places, remedy))
+        raise ValueError(error_list(f"{path}: not JSON compliant", places, remedy))
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dama.pairs import fault_list
+from dama.errors import error_list
 from eval.core.official import digest_of_text
 
 if TYPE_CHECKING:
@@ -105,6 +105,6 @@ class Benchmark:
             elif answer.prompt.split() != asked.split():
                 faults.append(f"answer {answer.id!r}: to {answer.prompt[:60]!r}, but the question is {asked[:60]!r}")
         if faults:
-            raise ValueError(fault_list("answers", faults, "give the answers that were made for this benchmark"))
+            raise ValueError(error_list("answers", faults, "give the answers that were made for this benchmark"))
         given = {answer.id: answer for answer in answers if not answer.missing}
         return [(question, given[question.id]) for question in self.questions if question.id in given]

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dama.console import report_error, say
-from dama.pairs import fault_list, read_rows
+from dama.errors import error_list
+from dama.pairs import read_rows
 
 Reply = Literal["yes", "no"]
 
@@ -165,7 +166,7 @@ def eval_pope(answers: Sequence[Mapping[str, Any]], label_file: str | Path, *, o
     if len(given) < len(answers):
         faults.append(f"{len(answers) - len(given)} answers more than numbers: some are answered twice")
     if faults:
-        raise ValueError(fault_list(str(label_file), faults, "give the answers to this file's questions"))
+        raise ValueError(error_list(str(label_file), faults, "give the answers to this file's questions"))
     read = official_reading if official_quirks else read_answer
     counts = count((read(str(row["text"])), labels[number]["label"]) for number, row in given.items())
     _say_figures(counts, missing=len(labels) - len(given))

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dama.console import digest_of, digest_of_file, report_error, say
-from dama.images import open_image
-from dama.pairs import ImageFolder, fault_list, find_image_faults, load_image, resolve_image
+from dama.errors import error_list
+from dama.images import ImageFolder, find_image_errors, load_image, open_image, resolve_image
 from dama.redact import redacted
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
@@ -272,7 +272,7 @@ class ServedAnswerer:
         faults = [f"{reply.id}: {reply.error}" for reply in replies if reply.text is None]
         if faults:
             server = client.settings.shown_url
-            raise ValueError(fault_list(f"server {server}", faults, "run the same again, it continues"))
+            raise ValueError(error_list(f"server {server}", faults, "run the same again, it continues"))
         read = [Reply(reply.answer, reply.finish, reply.missing) for reply in replies]
         return [read[i : i + decoding.samples] for i in range(0, len(read), decoding.samples)]
 
@@ -462,10 +462,10 @@ def check_requests(requests: Sequence[Request], image_folder: ImageFolder) -> di
     for request in requests:
         if request.image is not None:
             askers.setdefault(request.image, request.id)
-    outside, bad = find_image_faults(list(askers), image_folder)
+    outside, bad = find_image_errors(list(askers), image_folder)
     faults += [f"question {askers[name]}: image {name}: {fault}" for name, fault in (outside | bad).items()]
     if faults:
-        raise ValueError(fault_list("questions", faults, "correct the question file or the image folder"))
+        raise ValueError(error_list("questions", faults, "correct the question file or the image folder"))
     return {name: digest_of_file(resolve_image(image_folder, name)) for name in askers}
 
 

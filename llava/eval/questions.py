@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dama.pairs import PairsError, fault_list, read_rows
+from dama.errors import error_list
+from dama.pairs import PairsError, read_rows
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.train.sft_rows import image_of_record
 
@@ -35,7 +36,7 @@ def read_question_rows(path: str | Path) -> list[dict[str, Any]]:
             where = f":{place.removeprefix('line ')}" if place.startswith("line ") else f", {place}"
             faults.append(f"{path}{where}: {error}")
     if faults:
-        raise PairsError(fault_list(str(path), faults, "correct or remove these questions"))
+        raise PairsError(error_list(str(path), faults, "correct or remove these questions"))
     if not rows:
         remedy = "expected one JSON object with question_id and text a line"
         raise PairsError(f"{path}: no questions in it\nRemedy: {remedy}")

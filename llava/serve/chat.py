@@ -27,8 +27,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from dama.images import FORMATS, ImageFault, open_image
-from dama.pairs import MAX_PIXELS, UNREADABLE, as_rgb, exceeded_limit
+from dama.images import FORMATS, MAX_PIXELS, UNREADABLE, ImageError, as_rgb, exceeded_limit, open_image
 from dama.redact import redacted, secrets_of_url
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, encode_base64, get_template
@@ -68,7 +67,7 @@ def read_image(data: bytes, name: str) -> Image.Image:
             return as_rgb(image)
     except ImageRefused:
         raise
-    except ImageFault as error:
+    except ImageError as error:
         raise ValueError(f"{name}: not a picture that can be read; expected {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller") from error

@@ -17,8 +17,8 @@ import transformers
 from transformers import HfArgumentParser
 
 from dama.console import say
+from dama.images import missing_folders
 from dama.losses import MIXTURES, OBJECTIVES, Loss
-from dama.pairs import missing_folders
 from dama.train.reference import BASE_AS_REFERENCE
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
 from llava.conversation import get_template

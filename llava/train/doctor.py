@@ -25,17 +25,9 @@ import torch
 from torch import Tensor
 
 from dama.console import report_error, say
+from dama.images import ImageFolder, load_image, missing_folders, resolve_image
 from dama.losses import preference_loss, reward_gap
-from dama.pairs import (
-    ImageFolder,
-    PairsError,
-    PreferencePair,
-    distinct_images,
-    load_image,
-    missing_folders,
-    parse_pairs,
-    resolve_image,
-)
+from dama.pairs import PairsError, PreferencePair, distinct_images, parse_pairs
 from dama.train.family import shown_images
 from llava.conversation import get_template
 from llava.train.arguments import (

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dama.console import say
-from dama.images import open_image
-from dama.pairs import FILE_REMEDY, ImageFolder, PairsError, fault_list, load_image, resolve_image
+from dama.errors import error_list
+from dama.images import ImageFolder, load_image, open_image, resolve_image
+from dama.pairs import FILE_REMEDY, PairsError
 from dama.texts import visible_text
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Template, default_conversation, get_template
@@ -101,7 +102,7 @@ def _load(data_path: str, template: Template) -> list[Row]:
     named, faults = load_rows(data_path)
     faults += [f"{name}: {fault}" for name, row in named for fault in row_faults(row, template)]
     if faults:
-        raise PairsError(fault_list(data_path, faults, FILE_REMEDY))
+        raise PairsError(error_list(data_path, faults, FILE_REMEDY))
     return [row for _, row in named]
 
 
@@ -133,7 +134,7 @@ def supervised_rows(data: SftRows, tokenizer: PreTrainedTokenizerBase, data_args
     if idle and (data_args.on_long_pair == "fail" or not kept):
         remedy = "correct these rows, raise --model_max_length as far as the model allows, or --on_long_pair skip"
         faults = [f"{name}: {reason}" for name, reason in idle]
-        raise ValueError(fault_list(str(data_args.data_path), faults, remedy))
+        raise ValueError(error_list(str(data_args.data_path), faults, remedy))
     if cut:
         say(f"rows: {len(cut)} are cut at --model_max_length {tokenizer.model_max_length}, the first is {cut[0]}")
     return SftRows([data.rows[i] for i in kept], [data.names[i] for i in kept], [*data.skipped, *idle])

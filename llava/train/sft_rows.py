@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dama.pairs import FILE_REMEDY, ImageFolder, PairsError, fault_list, find_image_faults, missing_folders, read_rows
+from dama.errors import error_list
+from dama.images import ImageFolder, find_image_errors, missing_folders
+from dama.pairs import FILE_REMEDY, PairsError, read_rows
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Template, default_conversation
 from llava.train.preprocess import segments_of
@@ -182,19 +184,19 @@ def checked_rows(
     named, faults = load_rows(data_path)
     faults += [f"{name}: {fault}" for name, row in named for fault in row_faults(row, template)]
     shown = [(name, row["image"]) for name, row in named if "image" in row]
-    outside, bad = find_image_faults(list(dict.fromkeys(image for _, image in shown)), image_folder, progress=progress)
+    outside, bad = find_image_errors(list(dict.fromkeys(image for _, image in shown)), image_folder, progress=progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
     faults += [f"{name}: image {image}: {blocking[image]}" for name, image in shown if image in blocking]
     if faults:
         remedy = FILE_REMEDY
         if bad and on_bad_image == "fail":
             remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
-        raise PairsError(fault_list(str(data_path), faults, remedy))
+        raise PairsError(error_list(str(data_path), faults, remedy))
     good = [(name, row) for name, row in named if row.get("image") not in bad]
     skipped = [(name, f"{bad[image]}: {image}") for name, image in shown if image in bad]
     if not good:
         reasons = [f"{name}: {reason}" for name, reason in skipped]
-        raise PairsError(fault_list(str(data_path), reasons, "no row is left; is this the right image folder?"))
+        raise PairsError(error_list(str(data_path), reasons, "no row is left; is this the right image folder?"))
     return SftRows([row for _, row in good], [name for name, _ in good], skipped)
 
 

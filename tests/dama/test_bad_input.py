@@ -163,14 +163,14 @@ TABLE = {
     # files
     "no such file": Case(lambda folder: [folder / "none.parquet"], error="none.parquet: no such file"),
     "a folder without tables": Case(lambda folder: [folder], error="none of its 0 files is a table"),
-    "a file of another kind": Case(file("a.txt", b"x"), error=r"a.txt: 1 fault(?s:.*)end in .parquet"),
+    "a file of another kind": Case(file("a.txt", b"x"), error=r"a.txt: 1 error(?s:.*)end in .parquet"),
     "Parquet of no bytes": Case(file("a.parquet", b""), error="a.parquet: .*\nRemedy: .*truncated"),
     "Parquet cut off": Case(file("a.parquet", b"PAR1" * 99), error="a.parquet: .*\nRemedy: .*truncated"),
     "JSON called Parquet": Case(file("a.parquet", b'[{"idx": 1}]'), error="Remedy: .*or not Parquet"),
     "Parquet with a damaged page": Case(broken_parquet, error=r"damaged after row \d+ (?s:.*)fetch it again"),
     "Parquet without its columns": Case(
         parquet(schema=pa.schema({"question": pa.string(), "idx": pa.int64()})),
-        error="3 faults(?s:.*)no column 'chosen'(?s:.*)no column 'image', (?s:.*)it has question, idx",
+        error="3 errors(?s:.*)no column 'chosen'(?s:.*)no column 'image', (?s:.*)it has question, idx",
     ),
     "JSON that is not UTF-8": Case(file("a.json", b'[{"a": "\xff"}]'), error="byte 8 is not UTF-8"),
     "a JSON list that is torn": Case(file("a.json", b'[{"a": 1},\n{"b"'), error="line 2: .*\n.*is torn"),

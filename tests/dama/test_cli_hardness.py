@@ -91,7 +91,7 @@ def test_all_faults_come_in_one_message(world: Path, capsys: pytest.CaptureFixtu
         "--workers -1: expected 0 or more processes",
         "QuickGELU mismatch",
         "--clip ViT-L-14-336-quickgelu",
-        "pairs.jsonl: 3 faults",
+        "pairs.jsonl: 3 errors",
         "line 3: not JSON, perhaps torn",
         "row 0 (image none.png): image is missing",
         "row 1 (image 1.png): chosen and rejected answer are equal",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dama.cli import main
 from dama.hardness.show import write_hardness_page
-from dama.pairs import ImageFault, load_image, probe_image, resolve_image
+from dama.images import ImageError, load_image, probe_image, resolve_image
 from llava.eval.generate import Request, check_requests
 from llava.mm_utils import expand2square, load_image_from_base64, process_images
 from llava.train.arguments import parse_arguments
@@ -165,9 +165,9 @@ def test_images_too_large_to_pad_are_refused_wherever_they_are_read(tmp_path, si
         lambda: process_images([image], None, config),
         lambda: process_images([image], None, SimpleNamespace(image_aspect_ratio="square")),
     ):
-        with pytest.raises(ImageFault, match=reason):
+        with pytest.raises(ImageError, match=reason):
             read()
-    with pytest.raises(ImageFault, match=f"image .*{name} has {reason}"):
+    with pytest.raises(ImageError, match=f"image .*{name} has {reason}"):
         load_image(tmp_path / name)
     with pytest.raises(ValueError, match=f"question 7: image {name}: image has {reason}"):
         check_requests([Request("7", "What?", name)], tmp_path)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dama.images import FORMATS, ImageFault, open_image
-from dama.pairs import PreferencePair, check_pairs, load_image, probe_image
+from dama.images import FORMATS, ImageError, load_image, open_image, probe_image
+from dama.pairs import PreferencePair, check_pairs
 from eval.page import shrunk
 from llava.eval.generate import Request, check_requests
 from llava.mm_utils import load_image_from_base64
@@ -94,7 +94,7 @@ def test_what_such_a_file_is_stands_in_the_message(tmp_path: Path) -> None:
     said = {"EPS": "PostScript", "PDF": "PDF", "HEIC": "HEIC", "HTML": "HTML", "Git LFS": "a Git LFS pointer",
             "nothing": "an empty file", "zeros": "another format"}  # fmt: skip
     for kind, words in said.items():
-        with pytest.raises(ImageFault, match=rf"expected PNG, .* or TIFF, got {words}"):
+        with pytest.raises(ImageError, match=rf"expected PNG, .* or TIFF, got {words}"):
             probe_image(io.BytesIO(FOREIGN[kind]))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dama.images import load_image, resolve_image
 from dama.pairs import (
     PairsError,
     PreferencePair,
@@ -20,11 +21,9 @@ from dama.pairs import (
     SkippedPair,
     check_pairs,
     image_digests,
-    load_image,
     pairs_fingerprint,
     parse_pairs,
     read_pairs,
-    resolve_image,
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -115,7 +114,7 @@ def test_torn_and_faulty_lines_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(PairsError) as caught:
         read_pairs(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: 9 faults")
+    assert message.startswith(f"{path}: 9 errors")
     for part in (
         "line 2: not JSON, perhaps torn",
         "line 3: no field chosen",
@@ -183,7 +182,7 @@ def test_every_fault_is_in_one_message(images: Path, tmp_path: Path) -> None:
     with pytest.raises(PairsError) as caught:
         check_pairs(pairs, images, subject="my.json", faults=["line 3: torn"])
     message = str(caught.value)
-    assert message.startswith("my.json: 14 faults\n  line 3: torn\n")
+    assert message.startswith("my.json: 14 errors\n  line 3: torn\n")
     for part in (
         "id 'good' is used by 2 rows",
         "row empty (image a.png): the chosen answer is empty",
@@ -204,7 +203,7 @@ def test_every_fault_is_in_one_message(images: Path, tmp_path: Path) -> None:
 
 def test_only_the_first_twenty_faults_are_shown(images: Path) -> None:
     pairs = [pair(id=str(index), image="none.png") for index in range(33)]
-    with pytest.raises(PairsError, match=r"33 faults(?s:.*)row 19 (?s:.*)and 13 more\n.*--on_bad_image skip") as caught:
+    with pytest.raises(PairsError, match=r"33 errors(?s:.*)row 19 (?s:.*)and 13 more\n.*--on_bad_image skip") as caught:
         check_pairs(pairs, images)
     assert "row 20 " not in str(caught.value)
 

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dama.pairs import PairsError, check_pairs, named_fields, read_pairs
+from dama.pairs import PairsError, check_pairs, read_pairs
 from dama.prepare.command import PrepareError
 from dama.prepare.contamination import coco_ids, contamination, evaluation_images
 from dama.prepare.outputs import Split
 from dama.prepare.rows import folded, generator_of
 from dama.prepare.sources import SourceError, find_files
 from dama.stage import StageError
+from dama.styles import named_fields
 from tests.dama.prepare_sets import card, lines, picture, prepare, rlaifv_row, write_lines, write_parquet
 
 ROOT = Path(__file__).parents[2]
@@ -475,7 +476,7 @@ def test_all_bad_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError) as caught:
         find_files([str(tmp_path / "none"), str(tmp_path / "x.txt"), str(tmp_path / "empty"), "hf://only-a-name"])
-    for part in ("none: no such file", "x.txt: 1 fault", "empty: none of its 0 files", "expected hf://owner/name"):
+    for part in ("none: no such file", "x.txt: 1 error", "empty: none of its 0 files", "expected hf://owner/name"):
         assert part in str(caught.value)
 
 

@@ -259,7 +259,7 @@ def test_released_scores_reproduce_their_delta(tmp_path: Path, golden: Path) -> 
 
 def test_missing_scores_are_named_before_anything_is_written(tmp_path: Path, pairs: list[PreferencePair]) -> None:
     given = [replace(pairs[0], clip_scores=((0.1,), (0.2,))), replace(pairs[1], clip_scores=((), (0.2,))), pairs[2]]
-    with pytest.raises(PairsError, match="2 faults\n  row p1: no scores(?s:.*)row p2: no scores"):
+    with pytest.raises(PairsError, match="2 errors\n  row p1: no scores(?s:.*)row p2: no scores"):
         run(given, tmp_path, tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
 

@@ -124,7 +124,7 @@ def test_all_faults_of_prompts_at_once(tmp_path):
     rows = [good | {"id": "../x"}, {"prompt": "a"}, good | {"question": "<image>\nq"}, 7]
     rows += [good | {"question": "x <image> y"}, good | {"id": "x-3"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
-    with pytest.raises(SynthError, match="prompts: 6 faults") as error:
+    with pytest.raises(SynthError, match="prompts: 6 errors") as error:
         read_prompts([tmp_path / "p.jsonl", tmp_path / "none.txt"])
     said = str(error.value)
     for part in ("'../x'", "no question; give --questions", "got int", "one more image", "torn", "none.txt: no such"):

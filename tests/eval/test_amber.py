@@ -299,7 +299,7 @@ class TestLoading:
         path = folder / "amber/query/query_discriminative.json"
         rows = json.loads(path.read_text())
         write_json(path, [*rows, rows[0], {"id": 77, "image": "x.jpg", "query": "?"}, rows[0] | {"id": 1}])
-        with pytest.raises(ValueError, match=r"(?s)3 faults.*with id 77, got.*with id 1, got.*1 ids are used twice"):
+        with pytest.raises(ValueError, match=r"(?s)3 errors.*with id 77, got.*with id 1, got.*1 ids are used twice"):
             load(folder)
 
     def test_an_answer_to_another_question_is_refused(self, bench):

@@ -224,7 +224,7 @@ def test_other_items_are_refused_with_counts_and_all_at_once(tmp_path: Path) -> 
     other = [row for row in responses(*range(10)) if row["id"] not in ("q2", "q3")]
     other[0] |= {"prompt": "Where?"}
     other[1] |= {"image_id": "im7"}
-    with pytest.raises(ValueError, match="not comparable: 5 faults") as caught:
+    with pytest.raises(ValueError, match="not comparable: 5 errors") as caught:
         compare([base, results(tmp_path, "aligned", other, protocol="mine")])
     for fault in (
         "protocol: 'objhal-rules' in base, 'mine' in aligned",
@@ -250,7 +250,7 @@ def broken(path: Path, **changes: Any) -> Path:
         ({"id": 7}, "item 0: field 'id': expected str, got int"),
         ({"wrong": "no"}, "item 0: field 'wrong': expected bool or NoneType, got str"),
         ({"parts": {"a": [1.0]}}, r"item 0: parts of 'a': expected two numbers, got \[1.0\]"),
-        ({"parts": {"a": [float("nan"), 1.0]}}, r"not JSON compliant: 1 fault\n  items, q0, parts, a, 0: nan"),
+        ({"parts": {"a": [float("nan"), 1.0]}}, r"not JSON compliant: 1 error\n  items, q0, parts, a, 0: nan"),
         ({"spans": [[2, 9]]}, r"item 0: spans: expected \[start, end\] within 6 characters, got \[2, 9\]"),
         ({"spans": [[-1, 2]]}, r"got \[-1, 2\]"),
         ({"id": "q1"}, "items: 1 ids are used twice"),

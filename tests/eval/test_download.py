@@ -310,7 +310,7 @@ def test_a_record_that_is_none_is_named(tmp_path, capsys, junk):
     (tmp_path / "mmvet/mm-vet_evaluator.py").write_text("pass")
     assert main(["mmvet", "--folder", str(tmp_path), "--mirror", "http://127.0.0.1:9"]) == 2
     said = capsys.readouterr().err
-    assert re.search(r"downloads.json: (cannot be read|expected|1 fault)", said) and "Remedy: delete" in said
+    assert re.search(r"downloads.json: (cannot be read|expected|1 error)", said) and "Remedy: delete" in said
     assert "Traceback" not in said
 
 

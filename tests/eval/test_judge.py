@@ -237,7 +237,7 @@ def test_a_replay_refuses_other_answers(tmp_path):
     benchmark = judged(tmp_path)
     answers = answers_of(benchmark)
     answers[1] = Answer("q1", "0", answers[1].prompt, "It is 9.")
-    with pytest.raises(ValueError, match="(?s)jsonl: 2 faults.*'q1': on another answer or prompt.*ask the judge"):
+    with pytest.raises(ValueError, match="(?s)jsonl: 2 errors.*'q1': on another answer or prompt.*ask the judge"):
         replay(tmp_path, requests_of(benchmark, answers))
 
 

@@ -157,7 +157,7 @@ def test_faults_name_file_and_field(tmp_path):
     with pytest.raises(ValueError) as caught:
         llavabench.load(folder_of(tmp_path, questions=questions))
     lines = [line.strip() for line in str(caught.value).splitlines()]
-    assert lines[0].endswith("questions.jsonl: 4 faults")
+    assert lines[0].endswith("questions.jsonl: 4 errors")
     assert lines[1:5] == [
         "record 1: field 'question_id': '0' is used before",
         "record 1: field 'category': expected one of conv, detail, complex, got 'chat'",
@@ -172,7 +172,7 @@ def test_another_rule_is_refused(tmp_path):
         llavabench.load(folder)
     rule = {"llava_bench_conv": {"prompt": "Be kind."}}
     (folder / "llava_bench/rule.json").write_text(json.dumps(rule))
-    with pytest.raises(ValueError, match="(?s)rule.json: 3 faults.*'llava_bench_conv': .*2ce22b56.* got 'Be kind.'"):
+    with pytest.raises(ValueError, match="(?s)rule.json: 3 errors.*'llava_bench_conv': .*2ce22b56.* got 'Be kind.'"):
         llavabench.load(folder)
 
 

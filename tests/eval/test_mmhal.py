@@ -82,7 +82,7 @@ def test_faults_name_file_and_field(tmp_path):
     with pytest.raises(ValueError) as caught:
         mmhal.load(tmp_path)
     lines = str(caught.value).splitlines()
-    assert "mmhal-bench_answer_template.json: 3 faults" in lines[0]
+    assert "mmhal-bench_answer_template.json: 3 errors" in lines[0]
     assert "record 1: field 'question_type': expected one of attribute, " in lines[1]
     assert [line.strip() for line in lines[2:4]] == [
         "record 1: field 'image_id': 'a' is used before",

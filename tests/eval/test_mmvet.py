@@ -109,11 +109,11 @@ def test_faults_name_file_and_field(tmp_path):
     with pytest.raises(ValueError, match="mm-vet.json: missing"):
         mmvet.load(tmp_path)
     path.write_text("[]")
-    with pytest.raises(ValueError, match="mm-vet.json: 1 fault.*\n.*expected an object of questions, got list"):
+    with pytest.raises(ValueError, match="mm-vet.json: 1 error.*\n.*expected an object of questions, got list"):
         mmvet.load(tmp_path)
     row = {"imagename": "a.png", "question": "What?", "answer": "x", "capability": ["rec"]}
     path.write_text(json.dumps({"v1_0": row, "v1_1": row | {"answer": 3}, "v1_2": {"question": "?"}}))
-    with pytest.raises(ValueError, match="(?s)4 faults.*question v1_1: field 'answer': expected str, got int.*v1_2"):
+    with pytest.raises(ValueError, match="(?s)4 errors.*question v1_1: field 'answer': expected str, got int.*v1_2"):
         mmvet.load(tmp_path)
     path.write_text(json.dumps({"v1_0": row | {"capability": ["rec", "smell"]}}))
     with pytest.raises(ValueError, match=r"v1_0: field 'capability': expected some of rec, .* got \['smell'\]"):

@@ -229,7 +229,7 @@ class TestLoading:
     def test_all_faults_of_the_truth_at_once(self, folder):
         path = folder / "objhal" / "gt_objects_300.json"
         path.write_text(json.dumps({"11": ["unicorn"], "12": [], "13": []}))
-        with pytest.raises(ValueError, match=r"(?s)2 faults.*11: \['unicorn'\] are no nodes.*14: expected a list"):
+        with pytest.raises(ValueError, match=r"(?s)2 errors.*11: \['unicorn'\] are no nodes.*14: expected a list"):
             objhal.load(folder)
 
     def test_a_question_number_used_twice_is_refused(self, folder):
@@ -305,7 +305,7 @@ class TestAskingTheJudge:
     def test_answers_and_verdicts_must_fit(self, bench):
         answers = answers_of(bench, *FOUR)
         run = verdicts(bench, answers, "[]", "[]", "[]", "[]")
-        with pytest.raises(ValueError, match=r"(?s)2 faults.*verdict on '102'.*verdict on '103': there is no such"):
+        with pytest.raises(ValueError, match=r"(?s)2 errors.*verdict on '102'.*verdict on '103': there is no such"):
             score(bench, answers[:2], run)
         with pytest.raises(ValueError, match="answer '103': no verdict"):
             score(bench, answers, replace(run, verdicts=run.verdicts[:3]))

@@ -67,7 +67,7 @@ def test_every_fault_of_a_file_at_once(tmp_path):
     with pytest.raises(ValueError) as caught:
         read_records(path, fields)
     assert str(caught.value).splitlines()[:5] == [
-        f"{path}: 4 faults",
+        f"{path}: 4 errors",
         "  record 1: field 'text': expected str, got no such field",
         "  record 2: expected an object, got list",
         "  record 3: field 'id': expected int or str, got list",

@@ -124,11 +124,11 @@ def test_all_faults_of_a_file_at_once(folder):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1]["label"] = "maybe"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    with pytest.raises(ValueError, match=r"(?s)2 faults.*1 numbers are used twice.*expected yes or no, got 'maybe'"):
+    with pytest.raises(ValueError, match=r"(?s)2 errors.*1 numbers are used twice.*expected yes or no, got 'maybe'"):
         load(folder, "official")
     path.unlink()
     (folder / "pope" / "coco_pope_popular.json").unlink()
-    with pytest.raises(ValueError, match=r"(?s)2 faults.*coco_pope_random.json: missing.*popular.json: missing"):
+    with pytest.raises(ValueError, match=r"(?s)2 errors.*coco_pope_random.json: missing.*popular.json: missing"):
         load(folder, "official")
 
 

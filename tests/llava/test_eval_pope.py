@@ -115,7 +115,7 @@ class TestFaultsOfTheOriginal:
         given = answers("Yes", "No")
         given[1]["prompt"] = "Is there a bird in the image?\nOne word."
         given += [{"question_id": 9, "text": "No"}, {"question_id": 9, "text": "Yes"}]
-        with pytest.raises(ValueError, match=r"(?s)3 faults.*to 'Is there a bird.*9: no label.*1 answers more than"):
+        with pytest.raises(ValueError, match=r"(?s)3 errors.*to 'Is there a bird.*9: no label.*1 answers more than"):
             eval_pope(given, labels)
 
 

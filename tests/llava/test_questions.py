@@ -85,7 +85,7 @@ def test_files_that_are_refused_by_name(tmp_path, content, reason, capsys):
 def test_every_bad_question_is_named(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text("{}\n" + json.dumps(ASKED) + "\n[]\n")
-    with pytest.raises(PairsError, match=r"2 faults\n.*q.jsonl:1: .*\n.*q.jsonl:3: "):
+    with pytest.raises(PairsError, match=r"2 errors\n.*q.jsonl:1: .*\n.*q.jsonl:3: "):
         read_questions(path)
 
 

@@ -134,7 +134,7 @@ def test_rows_that_are_refused_by_name(tmp_path, record, reason, lines):
     path.write_text("\n".join(map(json.dumps, [ROW, record])) if lines else json.dumps([ROW, record]))
     with pytest.raises(PairsError, match=reason.replace("row 2", "line 2") if lines else reason) as error:
         read_rows(str(path), IMAGES)
-    assert str(error.value).startswith(f"{path}: 1 fault")
+    assert str(error.value).startswith(f"{path}: 1 error")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_blank_system_turn_changes_nothing(in_golden):
 
 def test_rows_are_checked_against_the_template(tmp_path):
     path = written(tmp_path, [ROW, TEXT])
-    with pytest.raises(PairsError, match="1 fault\n  row t: the plain format is for a turn with <image>"):
+    with pytest.raises(PairsError, match="1 error\n  row t: the plain format is for a turn with <image>"):
         read_rows(path, IMAGES, template=conv_templates["plain"])
 
 
@@ -238,7 +238,7 @@ def test_bad_images_are_all_named_before_a_model_is_loaded(in_golden, tmp_path):
     flags = ["--model_name_or_path", str(tmp_path / "no_model"), "--data_path", path]
     parsed = arguments(tmp_path / "out", *flags)
     parsed[1].image_folder = [str(tmp_path)]
-    with pytest.raises(ValueError, match=f"{len(reasons)} faults") as error:
+    with pytest.raises(ValueError, match=f"{len(reasons)} errors") as error:
         train.run(parsed)
     for name, reason in reasons.items():
         assert f"row {name}: image {name}: {reason}" in str(error.value)
@@ -311,7 +311,7 @@ def test_rows_without_a_supervised_token_are_named(in_golden, name, template):
     reason = "its first answer begins at position" if name.startswith("cut") else "no answer with text in it"
     assert kept.skipped[0][1].startswith(reason)
     flags.on_long_pair = "fail"
-    with pytest.raises(ValueError, match=f"rows.json: 1 fault\n  row idle: {reason}.*\nRemedy: .*--on_long_pair skip"):
+    with pytest.raises(ValueError, match=f"rows.json: 1 error\n  row idle: {reason}.*\nRemedy: .*--on_long_pair skip"):
         supervised_rows(data, tokenizer, flags, 16)
 
 

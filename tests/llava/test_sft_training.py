@@ -104,7 +104,7 @@ def test_bad_rows_are_named_before_the_model_is_loaded(in_golden, tmp_path):
         {"id": "mute"},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=r"3 faults") as error:
+    with pytest.raises(ValueError, match=r"3 errors") as error:
         train.run(arguments(tmp_path / "out", "--data_path", str(tmp_path / "rows.json"), *FLAGS))
     for part in (
         "row gone: image gone.png: image is missing",
