@@ -594,9 +594,9 @@ def add_reference(commands: Any) -> None:
 
 def reference(args: argparse.Namespace) -> None:
     """Checks flags and pairs, then runs the stage on the training's own code."""
-    from llava.supported import refuse_unsupported_model
+    from llava.supported import validate_supported_model
 
-    refuse_unsupported_model(args.model_name_or_path, "--model_name_or_path")
+    validate_supported_model(args.model_name_or_path, "--model_name_or_path")
     faults = device_faults(args.device)
     if args.batch_size < 1:
         faults.append(f"--batch_size {args.batch_size}: expected 1 pair or more")

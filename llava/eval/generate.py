@@ -33,7 +33,7 @@ from llava.eval.questions import prompt_of_row, read_question_rows
 from llava.mm_utils import encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.fingerprint import digest_of_checkpoint
-from llava.supported import refuse_unsupported_model
+from llava.supported import validate_supported_model
 
 if TYPE_CHECKING:
     from dama.chat import ChatClient, ChatRequest, ChatSettings
@@ -554,8 +554,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shard = args.shard or Shard.from_launcher()
     try:
         if args.backend == "local":
-            refuse_unsupported_model(args.model_path, "--model-path")
-            refuse_unsupported_model(args.model_base, "--model-base")
+            validate_supported_model(args.model_path, "--model-path")
+            validate_supported_model(args.model_base, "--model-base")
         requests = read_questions(args.question_file)
         manifest = run_answers(
             responder_of(args), requests, args.image_folder, args.out, decoding,

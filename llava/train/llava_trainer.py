@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from dama.console import say, writing
-from llava.model.export import VOCABULARY_TABLES
+from llava.model.checkpoint import VOCABULARY_TABLES
 from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
     NON_LORA_FILE,
