@@ -660,7 +660,8 @@ def add_synth(commands: Any) -> None:
 def open_checkpoint(checkpoint: str, device: str) -> Any:
     """A responder of dama.synth that answers with one of this repository's checkpoints."""
     from dama.synth.respond import DrivenResponder, Sampling
-    from llava.eval.generate import Answerer, Decoding, Request
+    from llava.generation.local import Answerer
+    from llava.generation.request import Decoding, Request
 
     def decoding(sampling: Sampling, seed: int) -> Decoding:
         return Decoding(

@@ -13,7 +13,8 @@ from pathlib import Path
 from dama.console import write_atomic
 from dama.pairs import ImageFolder, fault_list, folders_of
 from dama.stage import StageError, read_stage
-from llava.eval.generate import STAGE, Decoding, Request, Responder, fingerprint_of, run_answers
+from llava.generation.answers import STAGE, fingerprint_of, run_answers
+from llava.generation.request import Decoding, Request, Responder
 
 
 class AnsweringError(RuntimeError):

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from dama.console import report_error, say
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import get_template
+from llava.constants import DEFAULT_IM_START_TOKEN
+from llava.conversation import get_template, image_placeholder
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model, read_checkpoint
 from llava.model.write import check_space, new_folder, write_llava
@@ -103,9 +103,7 @@ def hf_logits(folder: Path, backend: str, device: str) -> Tensor:
 
 def sample_prompt(config: Any) -> str:
     conversation = get_template("vicuna_v1").copy()
-    image = DEFAULT_IMAGE_TOKEN
-    if getattr(config, "mm_use_im_start_end", False):
-        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+    image = image_placeholder(getattr(config, "mm_use_im_start_end", False))
     conversation.append_message(conversation.roles[0], f"{image}\nWhat is in this picture?")
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()

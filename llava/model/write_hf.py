@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dama.console import say, write_json
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import get_template
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_template, image_placeholder
 from llava.model.checkpoint import EMBEDDINGS, PAD_TOKEN, VOCABULARY_TABLES, Checkpoint, grow_table, rename_weight
 from llava.model.utils import read_json, write_weights
 from llava.model.write import complete_tower
@@ -155,7 +155,7 @@ def chat_template(start_end: bool = False) -> str:
     """vicuna_v1 as Jinja: the same prompts as `conv_templates["vicuna_v1"]`; images before the text, as in LLaVA."""
     template = get_template("vicuna_v1")
     user, assistant = template.roles
-    image = f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}" if start_end else DEFAULT_IMAGE_TOKEN
+    image = image_placeholder(start_end)
     return (
         "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
         f"{{%- for part in content if part['type'] == 'image' -%}}{{{{- '{image}\\n' -}}}}{{%- endfor -%}}"

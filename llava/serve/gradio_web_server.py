@@ -25,7 +25,7 @@ from PIL import Image
 from dama.console import report_error, say
 from dama.redact import redacted
 from llava.conversation import shrink
-from llava.eval.generate import Decoding
+from llava.generation.request import Decoding
 from llava.serve.chat import (
     DEFAULT_CONV_MODE,
     FORMATS,

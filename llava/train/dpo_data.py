@@ -30,8 +30,8 @@ from dama.pairs import (
 )
 from dama.shared_prefix import common_prefix
 from dama.stage import differences
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava.conversation import Template, get_template
+from llava.constants import IGNORE_INDEX
+from llava.conversation import Template, get_template, image_placeholder
 from llava.mm_utils import literal, process_images
 from llava.model.splice import ForwardPlan
 from llava.train.preprocess import EncodedTurns, encode_turns
@@ -64,10 +64,7 @@ def encode_pair(
 
     A special token's spelling in these texts, such as "</s>", is encoded as the text that it is.
     """
-    image = DEFAULT_IMAGE_TOKEN
-    if use_im_start_end:
-        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
-    question = f"{image}\n{literal(pair.question, tokenizer)}"
+    question = f"{image_placeholder(use_im_start_end)}\n{literal(pair.question, tokenizer)}"
 
     def encode(answer: str) -> EncodedTurns:
         try:
