@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_on_interrupt()  # the installed command `dama` is not run by python -m
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["doctor"]:  # its flags are those of training
-        from llava.train import doctor
+        from llava.estimate import doctor
 
         return doctor.main(words[1:])
     parser = build_parser()

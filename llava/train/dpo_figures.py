@@ -12,7 +12,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from dama.console import regular_file, say, write_atomic
 from dama.losses import reward_gap
 from dama.weighting import Weights
-from llava.train.throughput import Throughput
+from llava.estimate.throughput import Throughput
 
 NO_PAIR = -1
 PAIR_LOG = "pair_log.jsonl"  # in the output folder, with --pair_log True

@@ -23,6 +23,7 @@ from dama.console import write_json
 from dama.logps import AnswerLogps
 from dama.losses import preference_loss, reward_gap
 from dama.weighting import Variant, WeightingState, Weights, static_beta, weigh
+from llava.estimate.throughput import ModelSize, PairLength, peak_flops, step_flops
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
     DPODataset,
@@ -41,7 +42,6 @@ from llava.train.dpo_figures import (
 )
 from llava.train.llava_trainer import LLaVATrainer, watched
 from llava.train.steps import PICTURES_AT_ONCE, StepLoader, StepPlan, StepSampler, encode_pictures
-from llava.train.throughput import ModelSize, PairLength, peak_flops, step_flops
 
 POSITION = "position"  # of a micro-batch's pairs in their step
 IN_THE_PLAN = ("input_ids", "attention_mask", "targets", "image_index", "tails")  # a batch's ForwardPlan has it all

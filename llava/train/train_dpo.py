@@ -10,6 +10,7 @@ from typing import Any
 
 from dama.console import end_on_interrupt, say
 from dama.weighting import Variant
+from llava.estimate.preflight import preflight
 from llava.train.arguments import (
     BASE_AS_REFERENCE,
     Arguments,
@@ -30,7 +31,6 @@ from llava.train.dpo_data import (
     read_checked_pairs,
 )
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
-from llava.train.preflight import preflight
 from llava.train.reference import reference_of_pairs
 from llava.train.setup_model import setup_model
 from llava.train.train import train_and_save

@@ -51,7 +51,7 @@ from tqdm import tqdm
 from dama.console import end_on_interrupt, say, write_json
 from dama.logps import get_batch_logps
 from dama.losses import preference_loss, reward_gap
-from llava.train.throughput import ModelSize, step_flops
+from llava.estimate.throughput import ModelSize, step_flops
 
 BETA = 0.1
 PAIRS_A_STEP = 16  # of a full training step

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dama.console import end_on_interrupt, say, write_json
+from llava.estimate.throughput import PairLength
 from llava.generation.answers import by_length
 from llava.generation.local import Answerer
 from llava.generation.request import Decoding, Request
-from llava.train.throughput import PairLength
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # playground is not installed
 from playground.tinycoco.captions import QUESTIONS

@@ -17,9 +17,9 @@ from torch import Tensor
 from dama.logps import IGNORE_INDEX
 from dama.pairs import PreferencePair
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.estimate.throughput import PairLength
 from llava.train.dpo_data import PreparedPair
 from llava.train.preprocess import EncodedTurns
-from llava.train.throughput import PairLength
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "playground/tinycoco/weights/llava"
 SPECIAL_TOKENS = 3

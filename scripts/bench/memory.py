@@ -1,4 +1,4 @@
-"""The estimate of a training step's peak memory (llava/train/memory.py) against what real steps need.
+"""The estimate of a training step's peak memory (llava/estimate/memory.py) against what real steps need.
 
 Two steps of the trainer, on random weights of 46 million parameters and pairs of 636 + 120 + 110 positions, each case
 in fresh processes: bytes of tensors, counted by PyTorch's allocator. ZeRO runs on two real ranks over gloo.
@@ -24,7 +24,7 @@ import torch
 from measure import SHAPES, Shape, random_pairs, write_checkpoint, write_pictures
 
 from dama.console import end_on_interrupt, say, write_json
-from llava.train.throughput import PairLength
+from llava.estimate.throughput import PairLength
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2  # the optimiser's states are there from the first one's end on
@@ -97,11 +97,11 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
     """Bytes that this rank needed and the estimate, by phase."""
     from transformers import CLIPVisionConfig
 
+    from llava.estimate.memory import ModelShape, TensorPeak, estimate_step
     from llava.model.language_model.llava_llama import LlavaConfig
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_data import DPODataset
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
-    from llava.train.memory import ModelShape, TensorPeak, estimate_step
     from llava.train.setup_model import setup_model
 
     arguments = parse_arguments(flags_of(case, folder))

@@ -34,12 +34,12 @@ from measure import (
 from tqdm import tqdm
 
 from dama.console import end_on_interrupt, say, write_json
+from llava.estimate.doctor import first_loss
+from llava.estimate.throughput import ModelSize, PairLength, forward_flops
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava
-from llava.train.doctor import first_loss
 from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.reference import logps_of_batch, plan_batches
-from llava.train.throughput import ModelSize, PairLength, forward_flops
 
 PAIRS, ANSWERS, PREFIX = (0.5, 1, 2, 4), (0.25, 0.5, 1, 2), (1, 1.25, 1.5, 2)  # multiples of the shape's own
 LINE = "{:<8}{:>6}{:>8}{:>11}{:>8}{:>31}{:>15}{:>9}{:>31}"

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.estimate.preflight import Plan
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.dpo_trainer import REFERENCE_DRIFT
-from llava.train.preflight import Plan
 from llava.train.reference import TOLERANCE
 from scripts.gpu.block import Report
 from scripts.gpu.models import free, plan_of, shape_of

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dama.weighting import Weights
+from llava.estimate.throughput import ModelSize, PairLength, Throughput, forward_flops, peak_flops, step_flops
 from llava.train.dpo_figures import PairLog, StepTable
-from llava.train.throughput import ModelSize, PairLength, Throughput, forward_flops, peak_flops, step_flops
 
 SIZE = ModelSize(decoder=10, output=6, attention=2, tower=7, projector=3, patches=4)
 
@@ -44,7 +44,7 @@ def test_size_of_a_model_is_that_of_its_matrices(in_golden):
 def test_stopwatch_counts_steps_only(monkeypatch):
     """Steps of 2 s and 4 s with a pause of 100 s: 12 pairs in 6 s are 2 a second; 5 steps left take 15 s."""
     clock = iter([0.0, 2.0, 102.0, 106.0])
-    monkeypatch.setattr("llava.train.throughput.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("llava.estimate.throughput.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     throughput = Throughput(peak=100.0)
     for _ in range(2):
         throughput.start()

@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dama.shared_prefix import SDPA, attention_backend
 from dama.weighting import Variant
+from llava.estimate.throughput import PairLength
 from llava.train.steps import PICTURES_AT_ONCE, StepPlan
-from llava.train.throughput import PairLength
 
 FP32, HALF = 4, 2  # bytes
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # ... 64 weights have a scale of one byte, 256 scales one of four
