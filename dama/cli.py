@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_on_interrupt()  # the installed command `dama` is not run by python -m
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["doctor"]:  # its flags are those of training
-        from llava.train import doctor
+        from llava.estimate import doctor
 
         return doctor.main(words[1:])
     parser = build_parser()
@@ -587,9 +587,9 @@ def add_reference(commands: Any) -> None:
 
 def reference(args: argparse.Namespace) -> None:
     """Checks flags and pairs, then runs the stage on the training's own code."""
-    from llava.supported import refuse_unsupported_model
+    from llava.supported import validate_supported_model
 
-    refuse_unsupported_model(args.model_name_or_path, "--model_name_or_path")
+    validate_supported_model(args.model_name_or_path, "--model_name_or_path")
     faults = device_faults(args.device)
     if args.batch_size < 1:
         faults.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
@@ -654,7 +654,8 @@ def add_synth(commands: Any) -> None:
 def open_checkpoint(checkpoint: str, device: str) -> Any:
     """A responder of dama.synth that answers with one of this repository's checkpoints."""
     from dama.synth.respond import DrivenResponder, Sampling
-    from llava.eval.generate import Answerer, Decoding, Request
+    from llava.generation.local import Answerer
+    from llava.generation.request import Decoding, Request
 
     def decoding(sampling: Sampling, seed: int) -> Decoding:
         return Decoding(

@@ -33,7 +33,7 @@ from eval.core.types import Answer, Benchmark, Question
 from llava.eval.eval_pope import Reply, count, is_undecided
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Request
+    from llava.generation.request import Request
 
 Part = Literal["generative", "discriminative"]
 

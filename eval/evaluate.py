@@ -34,7 +34,9 @@ from eval.download import DownloadError, data_folder, fetch, unpublished
 from eval.page import PAGE, write_page
 from eval.summary import summarise
 from llava.conversation import get_template
-from llava.eval.generate import STAGE, Decoding, Request, Responder, add_backend_flags, responder_of
+from llava.generation.answers import STAGE
+from llava.generation.flags import add_backend_flags, responder_of
+from llava.generation.request import Decoding, Request, Responder
 from llava.mm_utils import get_model_name_from_path
 
 MODES = {"objhal": ("rules", "llm"), "pope": ("llava", "official")}  # the first is what is done unless another is named

@@ -36,7 +36,7 @@ from eval.core.official import digest_of_text, read_json, read_records, refuse_f
 from eval.core.types import Answer, Benchmark, Question
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Request
+    from llava.generation.request import Request
 
 PROTOCOL = "llava-bench-in-the-wild"
 DECODING: dict[str, Any] = {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0.0}  # of llava.eval.generate

@@ -36,7 +36,7 @@ from eval.core.types import Answer, Benchmark, Question
 from eval.download import RECORD, read_record
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Request
+    from llava.generation.request import Request
 
 PROTOCOL = "mmhal"
 DECODING: dict[str, Any] = {"max_new_tokens": 1024, "num_beams": 3, "temperature": 0.0}  # of llava.eval.generate

@@ -38,7 +38,7 @@ from eval.core.official import field_faults, official_prompt, read_json, refuse_
 from eval.core.types import Answer, Benchmark, Question
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Request
+    from llava.generation.request import Request
 
 PROTOCOL = "mm-vet"
 DECODING: dict[str, Any] = {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0.0}  # of llava.eval.generate

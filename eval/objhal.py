@@ -35,7 +35,7 @@ from eval.core.statistics import Interval, paired_difference, ratio_interval
 from eval.core.types import Answer, Benchmark, Question
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Request
+    from llava.generation.request import Request
 
 PROTOCOL, JUDGED = "objhal-rules", "objhal-llm"
 DECODING: dict[str, Any] = {"max_new_tokens": 1024, "num_beams": 3, "temperature": 0.0}  # of llava.eval.generate

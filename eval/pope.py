@@ -23,7 +23,7 @@ from eval.core.types import Answer, Benchmark, Question
 from llava.eval.eval_pope import OFFSETS, count, official_reading, read_answer, read_lines
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Request
+    from llava.generation.request import Request
 
 Variant = Literal["llava", "official"]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 
 # A message is None while its answer is awaited, a text, or (text, image, how to process the image).
 Message = None | str | tuple[str, Image.Image, str]
@@ -366,6 +366,15 @@ _NAMES: tuple[tuple[Template, tuple[str, ...]], ...] = (
 conv_templates: Mapping[str, Template] = MappingProxyType(
     {name: template for template, names in _NAMES for name in names}
 )
+
+
+def image_placeholder(start_end: bool | None = False) -> str:
+    """Return what stands for one image in a prompt.
+
+    Args:
+        start_end: mm_use_im_start_end of the model's config or flags; True puts <im_start> and <im_end> around it.
+    """
+    return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN if start_end else DEFAULT_IMAGE_TOKEN
 
 
 def get_template(name: str) -> Template:

@@ -9,7 +9,7 @@ from typing import Any
 SUPPORTED = ("llava_llama", "llava", "llama")  # LLaVA's layout, llava-hf's, and a language model to start LLaVA from
 
 
-def refuse_unsupported_model(source: str | None, flag: str) -> None:
+def validate_supported_model(source: str | None, flag: str) -> None:
     """Raise ValueError where a checkpoint's config.json, or that of the base of an adapter, is of another model.
 
     A checkpoint without config.json, or out of reach, is left to the loading itself, which names it.

@@ -10,16 +10,16 @@ import argparse
 import torch
 
 from dama.console import end_on_interrupt, say
-from llava.model.builder import take_apart
-from llava.model.export import new_folder, write_llava
+from llava.model.builder import read_checkpoint
+from llava.model.write import new_folder, write_llava
 
 
 def merge_lora(args: argparse.Namespace) -> None:
     """Merges in the base's own precision and rounds once, at the end."""
-    parts, tokenizer = take_apart(args.model_path, args.model_base)
-    parts.weights = {name: tensor.to(torch.float16) for name, tensor in parts.weights.items()}
+    checkpoint, tokenizer = read_checkpoint(args.model_path, args.model_base)
+    checkpoint.weights = {name: tensor.to(torch.float16) for name, tensor in checkpoint.weights.items()}
     with new_folder(args.save_model_path) as folder:
-        write_llava(parts, tokenizer, folder)
+        write_llava(checkpoint, tokenizer, folder)
     say(f"written: {args.save_model_path}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.train import doctor, preflight
+from llava.estimate import doctor, preflight
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN
 

@@ -14,7 +14,8 @@ from dama.console import write_atomic
 from dama.errors import error_list
 from dama.images import ImageFolder, folders_of
 from dama.stage import StageError, read_stage
-from llava.eval.generate import STAGE, Decoding, Request, Responder, fingerprint_of, run_answers
+from llava.generation.answers import STAGE, fingerprint_of, run_answers
+from llava.generation.request import Decoding, Request, Responder
 
 
 class AnsweringError(RuntimeError):

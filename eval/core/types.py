@@ -12,7 +12,7 @@ from dama.errors import error_list
 from eval.core.official import digest_of_text
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Request
+    from llava.generation.request import Request
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Benchmark:
 
     def requests(self) -> list[Request]:
         """One for each question, for llava.eval.generate."""
-        from llava.eval.generate import Request
+        from llava.generation.request import Request
 
         return [Request(q.id, q.prompt, q.image, q.image_id) for q in self.questions]
 

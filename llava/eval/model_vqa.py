@@ -12,8 +12,11 @@ import sys
 from typing import Any, TypeVar
 
 from dama.console import report_error, say, write_atomic
-from llava.eval.generate import AddFolder, Answerer, Decoding, Request, generate_answers
-from llava.eval.questions import prompt_of_row, read_question_rows
+from llava.generation.answers import generate_answers
+from llava.generation.flags import AddFolder
+from llava.generation.local import Answerer
+from llava.generation.questions import prompt_of_row, read_question_rows
+from llava.generation.request import Decoding, Request
 from llava.mm_utils import get_model_name_from_path
 
 Item = TypeVar("Item")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dama.console import report_error, say
 from llava.constants import IMAGE_PLACEHOLDER
-from llava.eval.generate import Decoding
+from llava.generation.request import Decoding
 from llava.serve import chat
 from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
 

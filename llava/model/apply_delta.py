@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 
 from dama.console import say
-from llava.model.builder import take_apart
-from llava.model.export import new_folder, write_llava
+from llava.model.builder import read_checkpoint
 from llava.model.make_delta import combined
 from llava.model.utils import auto_upgrade
+from llava.model.write import new_folder, write_llava
 
 
 def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -> None:
@@ -21,8 +21,8 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
         ValueError: the two are not of one architecture.
     """
     auto_upgrade(delta_path)
-    base, _ = take_apart(base_model_path)
-    delta, tokenizer = take_apart(delta_path)
+    base, _ = read_checkpoint(base_model_path)
+    delta, tokenizer = read_checkpoint(delta_path)
     delta.weights = combined(delta, base.weights, sign=1, subject=f"'{delta_path}' on '{base_model_path}'")
     with new_folder(target_model_path) as folder:
         write_llava(delta, tokenizer, folder)

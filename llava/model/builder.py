@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,48 +12,33 @@ from transformers import CLIPVisionModel, GenerationConfig, PretrainedConfig
 
 from dama.console import say
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model.export import (
+from llava.model.checkpoint import (
     EMBEDDINGS,
-    VOCABULARY_TABLES,
-    Parts,
-    collapsed,
-    grown,
-    is_hf_layout,
+    Checkpoint,
+    complete_tables,
     llava_tokenizer,
-    read_parts,
-    split_tower,
+    named_base,
+    read_beside,
+    read_full_checkpoint,
+    summarize_names,
 )
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.llava_arch import IMAGE_BRACKETS
 from llava.model.multimodal_encoder.builder import locate_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import refuse_other_towers
-from llava.model.utils import (
-    Weights,
-    files_of_index,
-    read_file,
-    read_json,
-    refuse_lfs_pointers,
-    stays_inside,
-    weight_files,
+from llava.model.multimodal_encoder.clip_encoder import validate_tower_type
+from llava.model.source import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    PROJECTOR_FILE,
+    Kind,
+    fetch,
+    full_folder,
+    is_hf_layout,
+    kind_of,
 )
+from llava.model.utils import read_file, read_json
 from llava.notices import QUANTIZATION_NOTICES
-from llava.supported import refuse_unsupported_model
 from llava.tokenization import load_tokenizer
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-BESIDE_ADAPTER = "non_lora_trainables.bin"
-PROJECTOR_FILE = "mm_projector.bin"
-SMALL_FILES = ["*.json", "*.model"]  # of a hub repository: configs, indexes, tokenizers
-
-
-class Kind(Enum):
-    """What a checkpoint folder holds."""
-
-    FULL = "LLaVA's layout"
-    HF = "llava-hf's layout"
-    LORA = "a LoRA adapter"
-    PROJECTOR = "a projector"
 
 
 def load_pretrained_model(
@@ -86,16 +70,18 @@ def load_pretrained_model(
     """
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if load_8bit or load_4bit:
-        kwargs["quantization_config"] = quantisation(load_8bit)
+        kwargs["quantization_config"] = quantization_config(load_8bit)
     if use_flash_attn:
         kwargs["attn_implementation"] = "flash_attention_2"
     placement = {"device_map": device if device != "cuda" else device_map}
-    model, parts, tokenizer = _assemble(model_path, model_base, dtype=dtype or torch.float16, **placement, **kwargs)
+    model, checkpoint, tokenizer = _assemble(
+        model_path, model_base, dtype=dtype or torch.float16, **placement, **kwargs
+    )
     fit_tokenizer(model, tokenizer, model_path)
 
     tower_dtype = torch.float32 if device_map == "auto" else torch.float16
     tower_dtype = model.dtype if dtype == "auto" else dtype or tower_dtype
-    load_tower(model, parts, tower_dtype)
+    load_tower(model, checkpoint, tower_dtype)
     model.get_model().mm_projector.to(device=model.device)
     processor = model.get_model().load_vision_tower(device=model.device).image_processor
     return tokenizer, model.eval(), processor, context_length(model.config)
@@ -112,129 +98,30 @@ def load_llava(source: str, *, cache_dir: str | None = None, **kwargs: Any) -> L
         ValueError: another kind of model, keys are missing from the checkpoint or unknown to the model, or the tower's
             weights are among the others (llava-hf's layout, a trained tower).
     """
-    parts = read_parts(_full_folder(source, cache_dir))
-    if parts.tower:
+    checkpoint = read_full_checkpoint(full_folder(source, cache_dir))
+    if checkpoint.tower:
         raise ValueError(
             f"checkpoint '{source}': expected a vision tower in a folder of its own, got its weights among the others. "
             f"Convert it first: python -m llava.model.export --to llava {source} NEW_FOLDER"
         )
-    return _model(source, parts, **kwargs)
+    return _model(source, checkpoint, **kwargs)
 
 
-def take_apart(source: str, base: str | None = None) -> tuple[Parts, Any]:
-    """(parts in LLaVA's names and the checkpoint's precision, tokenizer); adapters are merged, projectors set in."""
+def read_checkpoint(source: str, base: str | None = None) -> tuple[Checkpoint, Any]:
+    """Read a checkpoint of any kind, with its adapter merged or its projector added.
+
+    Returns:
+        the checkpoint under LLaVA's names and in its own precision, and its tokenizer.
+    """
     folder = fetch(source)
     if kind_of(folder) in (Kind.FULL, Kind.HF):
-        parts = read_parts(folder)
-        tokenizer = _tokenizer(folder, parts.config)
+        checkpoint = read_full_checkpoint(folder)
+        tokenizer = _tokenizer(folder, checkpoint.config)
     else:
-        model, parts, tokenizer = _assemble(source, base, dtype="auto")
-        parts.weights, parts.config = model.state_dict(), model.config
-    check_weights(source, parts)
-    return parts, tokenizer
-
-
-# --- What a folder holds ---------------------------------------------------------------------------------------------
-
-
-def fetch(source: str, cache_dir: str | None = None, *, is_tower: bool = False) -> Path:
-    """The folder of a checkpoint: itself, or its copy in the hub's cache, downloaded where it is not there yet.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a repository that can be reached.
-        ValueError: the checkpoint is of another model; nothing large is downloaded then.
-    """
-    if not is_tower:
-        refuse_unsupported_model(str(source), "checkpoint")
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        if str(source).count("/") > 1 or str(source).startswith((".", "/")):
-            raise HFValidationError("no such folder")
-        return _download(str(source), cache_dir)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"checkpoint '{source}': expected a folder or the name of a hub repository, found no such folder and the "
-            f"hub says: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _download(source: str, cache_dir: str | None) -> Path:
-    """A hub repository's files in the cache, as far as they are needed: pickles only where there is nothing else."""
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(source, allow_patterns=SMALL_FILES, cache_dir=cache_dir))
-    for wanted in _weights_wanted(folder):
-        snapshot_download(source, allow_patterns=wanted, cache_dir=cache_dir)
-        if (folder / wanted[0]).is_file():
-            break
-    if tower := _tower_inside(folder):
-        # A tower in a folder of its own inside the repository, weights of either kind.
-        snapshot_download(source, allow_patterns=[f"{tower}/*"], cache_dir=cache_dir)
-    return folder
-
-
-def _weights_wanted(folder: Path) -> list[list[str]]:
-    """Files to ask a hub for, by its configs and indexes: groups, of which the first that exists is enough."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        return [[ADAPTER_FILES[0], BESIDE_ADAPTER], [ADAPTER_FILES[1], BESIDE_ADAPTER]]
-    groups: list[list[str]] = []
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        groups.append([name])
-        if (index := folder / f"{name}.index.json").is_file():
-            groups.append(files_of_index(index))
-    return [*groups, [PROJECTOR_FILE]]
-
-
-def _tower_inside(folder: Path) -> str | None:
-    """The folder of a vision tower inside a checkpoint's, as its config names it."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    name = config.get("mm_vision_tower")
-    return name if isinstance(name, str) and stays_inside(name) and (folder / name / "config.json").is_file() else None
-
-
-def kind_of(folder: str | Path) -> Kind:
-    """The kind by the files inside.
-
-    Raises:
-        FileNotFoundError: neither a full model's files nor an adapter's nor a projector's.
-        ValueError: a full model that this repository does not run, or Git LFS pointers instead of its files.
-    """
-    folder = Path(folder)
-    refuse_lfs_pointers(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return Kind.LORA
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"checkpoint '{folder}': expected config.json (full model) or adapter_config.json (LoRA), found neither"
-        )
-    config = read_json(folder / "config.json")
-    if config.get("model_type") not in ("llava_llama", "llava", "llama"):
-        raise ValueError(
-            f"checkpoint '{folder}': expected model_type 'llava_llama' or 'llama' in config.json, "
-            f"got {config.get('model_type')!r}"
-        )
-    if weight_files(folder):
-        return Kind.HF if is_hf_layout(config) else Kind.FULL
-    if (folder / PROJECTOR_FILE).is_file():
-        return Kind.PROJECTOR
-    raise FileNotFoundError(
-        f"checkpoint '{folder}': expected weights (model.safetensors or pytorch_model.bin, in shards with their index, "
-        f"or {PROJECTOR_FILE}), found none. Was the download or the training interrupted?"
-    )
-
-
-def _full_folder(source: str, cache_dir: str | None = None) -> Path:
-    folder = fetch(source, cache_dir)
-    kind = kind_of(folder)
-    if kind in (Kind.LORA, Kind.PROJECTOR):
-        raise ValueError(
-            f"checkpoint '{source}': expected a full model, got {kind.value} only. Load it with --model-base, "
-            "or merge it first with scripts/merge_lora_weights.py."
-        )
-    return folder
+        model, checkpoint, tokenizer = _assemble(source, base, dtype="auto")
+        checkpoint.weights, checkpoint.config = model.state_dict(), model.config
+    check_weights(source, checkpoint)
+    return checkpoint, tokenizer
 
 
 def context_length(config: Any) -> int:
@@ -247,94 +134,62 @@ def context_length(config: Any) -> int:
 
 def _assemble(
     source: str, base: str | None, *, cache_dir: str | None = None, **kwargs: Any
-) -> tuple[LlavaLlamaForCausalLM, Parts, Any]:
+) -> tuple[LlavaLlamaForCausalLM, Checkpoint, Any]:
     """(model without its tower, what it was made of, tokenizer) of any kind of checkpoint."""
     folder = fetch(source, cache_dir)
     kind = kind_of(folder)
     if kind in (Kind.FULL, Kind.HF):
         if base:
             say(f"checkpoint '{source}' is a full model: the base '{base}' is not used")
-        parts = read_parts(folder)
-        return _model(source, parts, **kwargs), parts, _tokenizer(folder, parts.config)
+        checkpoint = read_full_checkpoint(folder)
+        return _model(source, checkpoint, **kwargs), checkpoint, _tokenizer(folder, checkpoint.config)
 
-    base = base or _base_named_by(folder, kind)
-    parts = _parts_on_base(folder, kind, _full_folder(base, cache_dir))
+    base = base or named_base(folder, kind)
+    checkpoint = _add_to_base(folder, kind, full_folder(base, cache_dir))
     # Before the tower is there: adapters are found by layer names that CLIP has, too.
-    model = _model(base, parts, **kwargs)
+    model = _model(base, checkpoint, **kwargs)
     if kind is Kind.LORA:
         model = merge_adapter(model, folder)
     model.config._name_or_path = model.name_or_path = source
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-    return model, parts, load_tokenizer(folder) if has_tokenizer else _tokenizer(fetch(base, cache_dir), parts.config)
+    return (
+        model,
+        checkpoint,
+        load_tokenizer(folder) if has_tokenizer else _tokenizer(fetch(base, cache_dir), checkpoint.config),
+    )
 
 
-def _parts_on_base(folder: Path, kind: Kind, base: Path) -> Parts:
-    """The base's parts with the folder's config (LLaVA's fields over those of a bare LLaMA) and what trained in it."""
-    parts = read_parts(base)
+def _add_to_base(folder: Path, kind: Kind, base: Path) -> Checkpoint:
+    """Return the base checkpoint with the folder's config (LLaVA's fields over a bare LLaMA's) and trained weights."""
+    checkpoint = read_full_checkpoint(base)
     if (folder / "config.json").is_file():
-        of_base, parts.config = parts.config, LlavaConfig.from_pretrained(folder)
-        parts.config.vocab_size, parts.config._name_or_path = of_base.vocab_size, str(base)
+        of_base, checkpoint.config = checkpoint.config, LlavaConfig.from_pretrained(folder)
+        checkpoint.config.vocab_size, checkpoint.config._name_or_path = of_base.vocab_size, str(base)
     elif kind is Kind.PROJECTOR:
         raise FileNotFoundError(f"projector folder '{folder}': expected config.json beside {PROJECTOR_FILE}")
-    inside = Path(str(getattr(parts.config, "mm_vision_tower", None)))
+    inside = Path(str(getattr(checkpoint.config, "mm_vision_tower", None)))
     if not (folder / inside / "config.json").is_file() and (base / inside / "config.json").is_file():
-        parts.config.mm_vision_tower = str((base / inside).resolve())
+        checkpoint.config.mm_vision_tower = str((base / inside).resolve())
     extra, tower = read_beside(folder, kind)
-    parts.weights, parts.tower = parts.weights | complete_tables(parts.weights, extra), tower or parts.tower
-    parts.config.vocab_size = len(parts.weights[EMBEDDINGS])
-    return parts
+    checkpoint.weights, checkpoint.tower = (
+        checkpoint.weights | complete_tables(checkpoint.weights, extra),
+        tower or checkpoint.tower,
+    )
+    checkpoint.config.vocab_size = len(checkpoint.weights[EMBEDDINGS])
+    return checkpoint
 
 
-def complete_tables(base: Weights, extra: Weights) -> Weights:
-    """`extra` with whole vocabulary tables: rows that were saved alone follow the base's, a missing table gets means.
-
-    LLaVA saves the rows of <im_start> and <im_end> beside a projector: the input table alone, in full or these rows.
-    """
-    tables = {name: extra[name] for name in VOCABULARY_TABLES if name in extra}
-    whole = {
-        name: torch.cat([base[name], table.to(base[name])]) if len(table) < len(base[name]) else table
-        for name, table in tables.items()
-    }
-    rows = max((len(table) for table in whole.values()), default=0)
-    missing = [name for name in VOCABULARY_TABLES if name in base and name not in whole and rows > len(base[name])]
-    return extra | whole | {name: grown(base[name], rows) for name in missing}
-
-
-def _base_named_by(folder: Path, kind: Kind) -> str:
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") if kind is Kind.LORA else None
-    if not base:
-        raise ValueError(f"'{folder}' holds {kind.value}: expected its base model, got none. Pass --model-base.")
-    try:
-        fetch(base)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"LoRA folder '{folder}': its {ADAPTER_CONFIG} names the base '{base}', which is not there. "
-            f"Pass --model-base. ({error})"
-        ) from error
-    return base
-
-
-def read_beside(folder: Path, kind: Kind) -> tuple[Weights, Weights]:
-    """What was trained beside an adapter, or the projector: (language model and projector, vision tower)."""
-    file = folder / (PROJECTOR_FILE if kind is Kind.PROJECTOR else BESIDE_ADAPTER)
-    if not file.is_file():
-        return {}, {}
-    named = {}
-    for name, tensor in read_file(file).items():
-        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        named[name.removeprefix("model.") if name.startswith("model.model.") else name] = tensor
-    return split_tower(named)
-
-
-def _model(source: str, parts: Parts, **kwargs: Any) -> LlavaLlamaForCausalLM:
-    """The model of these parts, without its tower, under the name of its source."""
-    check_weights(source, parts)
+def _model(source: str, checkpoint: Checkpoint, **kwargs: Any) -> LlavaLlamaForCausalLM:
+    """The model of this checkpoint, without its tower, under the name of its source."""
+    check_weights(source, checkpoint)
     if kwargs.get("dtype", "auto") == "auto":
-        kwargs["dtype"] = parts.weights[EMBEDDINGS].dtype
-    folder, tower = parts.config._name_or_path, getattr(parts.config, "mm_vision_tower", None)
+        kwargs["dtype"] = checkpoint.weights[EMBEDDINGS].dtype
+    folder, tower = checkpoint.config._name_or_path, getattr(checkpoint.config, "mm_vision_tower", None)
     if tower and folder and not Path(source).is_dir() and (Path(folder) / tower / "config.json").is_file():
-        parts.config.mm_vision_tower = str(Path(folder) / tower)  # inside a hub repository
-    model = LlavaLlamaForCausalLM.from_pretrained(None, config=parts.config, state_dict=parts.weights, **kwargs)
+        checkpoint.config.mm_vision_tower = str(Path(folder) / tower)  # inside a hub repository
+    model = LlavaLlamaForCausalLM.from_pretrained(
+        None, config=checkpoint.config, state_dict=checkpoint.weights, **kwargs
+    )
     if folder and (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.generation_config = _valid_generation_config(model.generation_config)
@@ -342,19 +197,19 @@ def _model(source: str, parts: Parts, **kwargs: Any) -> LlavaLlamaForCausalLM:
     return model
 
 
-def check_weights(source: str, parts: Parts) -> None:
+def check_weights(source: str, checkpoint: Checkpoint) -> None:
     """Raises, every key named, unless the weights are just those that the config describes."""
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in LlavaLlamaForCausalLM(parts.config).state_dict().items()}
-    if parts.config.tie_word_embeddings:  # saved under both names by some; it is one table
+        expected = {name: tuple(t.shape) for name, t in LlavaLlamaForCausalLM(checkpoint.config).state_dict().items()}
+    if checkpoint.config.tie_word_embeddings:  # saved under both names by some; it is one table
         expected.pop("lm_head.weight")
-        parts.weights.pop("lm_head.weight", None)
-    got = {name: tuple(t.shape) for name, t in parts.weights.items()}
+        checkpoint.weights.pop("lm_head.weight", None)
+    got = {name: tuple(t.shape) for name, t in checkpoint.weights.items()}
     missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     shapes = [f"{name} {expected[name]} got {got[name]}" for name in expected.keys() & got.keys()
               if expected[name] != got[name]]  # fmt: skip
-    faults = [f"{len(missing)} are missing: {collapsed(missing)}"] * bool(missing)
-    faults += [f"{len(unexpected)} are unknown to the model: {collapsed(unexpected)}"] * bool(unexpected)
+    faults = [f"{len(missing)} are missing: {summarize_names(missing)}"] * bool(missing)
+    faults += [f"{len(unexpected)} are unknown to the model: {summarize_names(unexpected)}"] * bool(unexpected)
     faults += [f"{len(shapes)} have another shape: {'; '.join(sorted(shapes))}"] * bool(shapes)
     if faults:
         raise ValueError(
@@ -380,28 +235,29 @@ def merge_adapter(model: LlavaLlamaForCausalLM, folder: Path) -> LlavaLlamaForCa
     if given != wanted:
         raise ValueError(
             f"'{files[0]}': expected the weights that {ADAPTER_CONFIG} describes for this base; "
-            f"missing: {collapsed(wanted - given) or 'none'}; unknown: {collapsed(given - wanted) or 'none'}. "
+            f"missing: {summarize_names(wanted - given) or 'none'}; "
+            f"unknown: {summarize_names(given - wanted) or 'none'}. "
             "Pass the base that the adapter was trained on with --model-base."
         )
     return adapted.merge_and_unload()
 
 
-def load_tower(model: LlavaLlamaForCausalLM, parts: Parts, dtype: torch.dtype) -> None:
+def load_tower(model: LlavaLlamaForCausalLM, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Brings the vision tower: the checkpoint's own weights where it has them, else those it names.
 
     Raises:
         ValueError: the tower is no CLIP, or the checkpoint's own weights are not those of its tower.
     """
     tower = model.get_model().get_vision_tower()
-    if tower is None or parts.image_processor is None:
+    if tower is None or checkpoint.image_processor is None:
         check_tower(model.config)
         tower = model.get_model().load_vision_tower(device=model.device, dtype=dtype)
-    if parts.tower:
-        config = parts.tower_config or tower.vision_tower.config
-        tower.vision_tower = _clip(config, parts.tower, model.config._name_or_path, dtype).to(model.device)
-    if parts.image_processor is not None:
-        tower.image_processor, tower.is_loaded = parts.image_processor, True
-        tower.folder = parts.config.mm_vision_tower
+    if checkpoint.tower:
+        config = checkpoint.tower_config or tower.vision_tower.config
+        tower.vision_tower = _clip(config, checkpoint.tower, model.config._name_or_path, dtype).to(model.device)
+    if checkpoint.image_processor is not None:
+        tower.image_processor, tower.is_loaded = checkpoint.image_processor, True
+        tower.folder = checkpoint.config.mm_vision_tower
 
 
 def check_tower(config: PretrainedConfig) -> None:
@@ -409,7 +265,7 @@ def check_tower(config: PretrainedConfig) -> None:
     name = getattr(config, "mm_vision_tower", None)
     folder = Path(locate_vision_tower(name, config._name_or_path)) if name else Path()
     kind = read_json(folder / "config.json").get("model_type") if name and folder.is_dir() else "clip"
-    refuse_other_towers(kind, f"{folder}' of checkpoint '{config._name_or_path}")
+    validate_tower_type(kind, f"{folder}' of checkpoint '{config._name_or_path}")
 
 
 def _clip(config: Any, weights: dict[str, Tensor], source: str, dtype: torch.dtype) -> CLIPVisionModel:
@@ -420,12 +276,12 @@ def _clip(config: Any, weights: dict[str, Tensor], source: str, dtype: torch.dty
     if missing or unexpected:
         raise ValueError(
             f"checkpoint '{source}': expected all weights of its vision tower; missing: "
-            f"{collapsed(missing) or 'none'}; unknown: {collapsed(unexpected) or 'none'}"
+            f"{summarize_names(missing) or 'none'}; unknown: {summarize_names(unexpected) or 'none'}"
         )
     return network.requires_grad_(False)
 
 
-def quantisation(
+def quantization_config(
     load_8bit: bool,
     *,
     compute_dtype: torch.dtype = torch.float16,

@@ -10,18 +10,18 @@ import argparse
 import torch
 
 from dama.console import say
-from llava.model.builder import take_apart
-from llava.model.export import new_folder, write_llava
+from llava.model.builder import read_checkpoint
 from llava.model.utils import auto_upgrade
+from llava.model.write import new_folder, write_llava
 
 
 def consolidate_ckpt(src_path: str, dst_path: str) -> None:
     """Reads `src_path` (folder or hub name) and writes it as one float16 model to the new folder `dst_path`."""
     auto_upgrade(src_path)
-    parts, tokenizer = take_apart(src_path)
-    parts.weights = {name: tensor.to(torch.float16) for name, tensor in parts.weights.items()}
+    checkpoint, tokenizer = read_checkpoint(src_path)
+    checkpoint.weights = {name: tensor.to(torch.float16) for name, tensor in checkpoint.weights.items()}
     with new_folder(dst_path) as folder:
-        write_llava(parts, tokenizer, folder)
+        write_llava(checkpoint, tokenizer, folder)
     say(f"written: {dst_path}")
 
 

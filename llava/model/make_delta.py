@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dama.console import say
-from llava.model.builder import take_apart
-from llava.model.export import VOCABULARY_TABLES, Parts, new_folder, write_llava
+from llava.model.builder import read_checkpoint
+from llava.model.checkpoint import VOCABULARY_TABLES, Checkpoint
 from llava.model.utils import Weights, auto_upgrade
+from llava.model.write import new_folder, write_llava
 
 
 def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hub_repo_id: str | None) -> None:
@@ -25,8 +26,8 @@ def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hu
         ValueError: the two are not of one architecture.
     """
     auto_upgrade(target_model_path)
-    base, _ = take_apart(base_model_path)
-    target, tokenizer = take_apart(target_model_path)
+    base, _ = read_checkpoint(base_model_path)
+    target, tokenizer = read_checkpoint(target_model_path)
     target.weights = combined(target, base.weights, sign=-1, subject=f"'{target_model_path}' on '{base_model_path}'")
     with new_folder(delta_path) as folder:
         write_llava(target, tokenizer, folder)
@@ -38,7 +39,7 @@ def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hu
         HfApi().upload_folder(repo_id=hub_repo_id, folder_path=delta_path)
 
 
-def combined(model: Parts, base: Weights, sign: int, subject: str) -> Weights:
+def combined(model: Checkpoint, base: Weights, sign: int, subject: str) -> Weights:
     """model + sign * base by name, float16; where the model has more rows of vocabulary, only the base's rows change.
 
     Raises:

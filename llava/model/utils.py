@@ -114,7 +114,7 @@ def is_lfs_pointer(path: str | Path) -> bool:
     return path.read_bytes().startswith(LFS_HEADERS)
 
 
-def refuse_lfs_pointers(*paths: str | Path) -> None:
+def validate_no_lfs_pointers(*paths: str | Path) -> None:
     """Raise where a file, or a file of a folder, is a Git LFS pointer instead of its content.
 
     Raises:
@@ -143,7 +143,7 @@ def read_file(path: str | Path) -> Weights:
         ValueError: truncated or damaged, a Git LFS pointer, or a pickle of more than tensors.
     """
     path = Path(path)
-    refuse_lfs_pointers(path)
+    validate_no_lfs_pointers(path)
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(tensors, dict):
         raise ValueError(f"weights '{path}': expected tensors by name, got {type(tensors).__name__}")

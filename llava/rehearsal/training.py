@@ -22,6 +22,8 @@ from dama.console import report_error, say
 from dama.losses import preference_loss
 from dama.train.throughput import PairLength
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.estimate.memory import Load, ModelShape
+from llava.estimate.preflight import Plan, configs_of, lengths_of, look_at_memory, size
 from llava.model.attention import SHARED_PREFIX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -29,8 +31,6 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import ForwardPlan
 from llava.rehearsal.engine import single_rank_world
 from llava.rehearsal.mode import NullMode
-from llava.train.memory import Load, ModelShape
-from llava.train.preflight import Plan, configs_of, lengths_of, look_at_memory, size
 from llava.train.setup_model import precision_of_weights, with_lora
 
 STEPS = 2  # what the first step leaves behind is in the way of the second
@@ -290,7 +290,7 @@ def describe(found: Rehearsal, memory: int) -> None:
 
 def planned(words: Sequence[str], ranks: int) -> tuple[Plan, list[PairLength]]:
     """The training of a script (`--config-of SCRIPT FLAGS`) or of flags, and the lengths of its data."""
-    from llava.train.doctor import look_at_data, plan_of_flags, plan_of_script
+    from llava.estimate.doctor import look_at_data, plan_of_flags, plan_of_script
 
     script = words[1] if words[:1] == ["--config-of"] else None
     plan = plan_of_script(script, words[2:]) if script else plan_of_flags(words, ranks)

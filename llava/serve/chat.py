@@ -29,9 +29,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dama.images import FORMATS, MAX_PIXELS, UNREADABLE, ImageError, as_rgb, exceeded_limit, open_image
 from dama.redact import redacted, secrets_of_url
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import SeparatorStyle, encode_base64, get_template
-from llava.eval.generate import Decoding
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import SeparatorStyle, encode_base64, get_template, image_placeholder
+from llava.generation.request import Decoding
 from llava.mm_utils import KeywordsStoppingCriteria, encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
 
@@ -228,9 +228,7 @@ class LocalModel:
 
     def image_tokens(self) -> str:
         """What stands for a picture in a prompt of this model."""
-        if getattr(self.model.config, "mm_use_im_start_end", False):
-            return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-        return DEFAULT_IMAGE_TOKEN
+        return image_placeholder(getattr(self.model.config, "mm_use_im_start_end", False))
 
     def render(self, turns: Sequence[tuple[str, str | None]]) -> str:
         conversation = self.template.copy()

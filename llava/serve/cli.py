@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from dama.console import printable, report_error, say
-from llava.eval.generate import Decoding
+from llava.generation.request import Decoding
 from llava.serve import chat
 from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
 

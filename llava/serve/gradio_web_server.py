@@ -25,7 +25,7 @@ from PIL import Image
 from dama.console import report_error, say
 from dama.redact import redacted
 from llava.conversation import shrink
-from llava.eval.generate import Decoding
+from llava.generation.request import Decoding
 from llava.serve.chat import (
     DEFAULT_CONV_MODE,
     FORMATS,
@@ -76,7 +76,7 @@ QUESTION_LENGTH, LISTED_LENGTH = 8000, 2000  # characters
 TURNS = 100  # of a conversation
 TOKENS = (16, 1024)  # of an answer
 PICTURE_SIDE = (1344, 672)  # pixels that a picture's longer and shorter side are shrunk to, as in LLaVA's own page
-PICTURES_AT_ONCE = 1  # decoded at the same time: one of 89 million pixels takes up to 600 MB
+IMAGES_AT_ONCE = 1  # decoded at the same time: one of 89 million pixels takes up to 600 MB
 SESSIONS = 200  # kept at the same time; the oldest go first
 SESSION_S = 3600.0  # seconds until a session is forgotten that nobody uses
 WAITING = 64  # events in the queue
@@ -220,7 +220,7 @@ class Page:
     def __init__(self, models: Sequence[ChatModel], vocabulary: ObjectVocabulary | None, concurrency_count: int):
         self.models, self.vocabulary, self.concurrency_count = models, vocabulary, concurrency_count
         # Threads of their own: each one's heap keeps the size of its largest picture.
-        self.preparing = ThreadPoolExecutor(PICTURES_AT_ONCE)
+        self.preparing = ThreadPoolExecutor(IMAGES_AT_ONCE)
 
     def build(self) -> None:
         """Lays the page out and ties it up, inside a `gr.Blocks`."""
@@ -320,7 +320,7 @@ class Page:
         gr.on([self.listed.submit, self.listed.blur], self.relist, [self.session, self.listed], self.chats, **at_once)
         chosen = [self.file, self.preview, self.notice, *view]
         # Through the queue, for only there can a handler put a warning on the page.
-        self.file.upload(self.choose, [self.session, self.file], chosen, concurrency_limit=PICTURES_AT_ONCE,
+        self.file.upload(self.choose, [self.session, self.file], chosen, concurrency_limit=IMAGES_AT_ONCE,
                          concurrency_id="pictures", show_progress="hidden", api_visibility="private")  # fmt: skip
 
     # Handlers.

@@ -401,7 +401,7 @@ def help_text() -> str:
         "DAMA (--task DPO)": [TrainingArguments.__dataclass_fields__[name] for name in dama_flags],
         "data": list(DataArguments.__dataclass_fields__.values()),
         "model": list(ModelArguments.__dataclass_fields__.values()),
-        "LoRA and quantisation": [TrainingArguments.__dataclass_fields__[n] for n in own if n.startswith(lora)],
+        "LoRA and quantization": [TrainingArguments.__dataclass_fields__[n] for n in own if n.startswith(lora)],
     }
     rest = [name for name in own if name not in dama_flags and not name.startswith(lora)]
     groups["training"] = [TrainingArguments.__dataclass_fields__[name] for name in [*rest, *OFTEN_USED]]

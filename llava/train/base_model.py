@@ -17,7 +17,7 @@ from llava.model.builder import check_tokenizer
 from llava.model.llava_arch import IMAGE_BRACKETS, bracket_rows, projector_weights
 from llava.model.multimodal_encoder.builder import locate_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.utils import read_file, read_json, refuse_lfs_pointers
+from llava.model.utils import read_file, read_json, validate_no_lfs_pointers
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments, ModelArguments
 
@@ -43,7 +43,7 @@ def validate_base(arguments: Arguments) -> None:
     model_args, _, args = arguments
     source = str(model_args.model_name_or_path)
     if Path(source).is_dir():
-        refuse_lfs_pointers(source)
+        validate_no_lfs_pointers(source)
     config = read_base_config(source, args.cache_dir)
     if config is None:
         return
@@ -159,7 +159,7 @@ def check_tower(chosen: Callable[..., Any], source: str) -> None:
     folder = Path(locate_vision_tower(str(name), source))
     if not (folder / "config.json").is_file():
         return
-    refuse_lfs_pointers(folder)
+    validate_no_lfs_pointers(folder)
     config = read_json(folder / "config.json")
     layers = config.get("vision_config", config).get("num_hidden_layers")
     layer = chosen("mm_vision_select_layer", -1)

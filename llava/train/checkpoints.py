@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dama.console import say, write_atomic, write_json
 from dama.stage import differences
-from llava.model.export import VOCABULARY_TABLES
+from llava.model.checkpoint import VOCABULARY_TABLES
 from llava.train.signing import SEAL_FILE, TRAINER_STATE, files_to_seal, refuse_unsigned, signed, signing_key
 
 Named = Iterable[tuple[str, Any]]

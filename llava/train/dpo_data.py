@@ -15,8 +15,8 @@ from dama.pairs import PreferencePair
 from dama.train.data import PairDataset as DPODataset
 from dama.train.family import EncodedRow, ImageRef, PackedRows, PreparedPair, shown_images
 from dama.views import PAIR_VIEWS, View
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava.conversation import Template
+from llava.constants import IGNORE_INDEX
+from llava.conversation import Template, image_placeholder
 from llava.mm_utils import literal
 from llava.model.splice import ForwardPlan
 from llava.train.preprocess import encode_turns
@@ -38,9 +38,7 @@ def encode_answer(
     Raises:
         ValueError: naming the pair, where its texts cannot be encoded.
     """
-    image = DEFAULT_IMAGE_TOKEN
-    if use_im_start_end:
-        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+    image = image_placeholder(use_im_start_end)
     turns = [("human", f"{image}\n{literal(pair.question, tokenizer)}"), ("gpt", literal(answer, tokenizer))]
     try:
         return encode_turns(turns, tokenizer, template, has_image=True)

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from dama.console import say, writing
 from dama.train.base import BaseTrainer
-from llava.model.export import VOCABULARY_TABLES
+from llava.model.checkpoint import VOCABULARY_TABLES
 from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
     NON_LORA_FILE,

@@ -17,14 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from dama.train.family import EncodedRow
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import (
+    Segment,
+    SeparatorStyle,
+    Template,
+    conv_templates,
+    default_conversation,
+    image_placeholder,
 )
-from llava.conversation import Segment, SeparatorStyle, Template, conv_templates, default_conversation
 from llava.mm_utils import tokenize_with_offsets
 
 CHATML_SYSTEM = "<|im_start|>system\n"
@@ -267,9 +268,7 @@ def preprocess_multimodal(
 
     A turn keeps one image however often it names "<image>". Nothing is done unless `data_args.is_multimodal`.
     """
-    marked = DEFAULT_IMAGE_TOKEN
-    if data_args.mm_use_im_start_end:
-        marked = f"{DEFAULT_IM_START_TOKEN}{marked}{DEFAULT_IM_END_TOKEN}"
+    marked = image_placeholder(data_args.mm_use_im_start_end)
     if "mmtag" in template.version:
         marked = f"<Image>{marked}</Image>"
 

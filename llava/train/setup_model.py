@@ -10,7 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.console import say
 from llava.model.attention import SHARED_PREFIX
-from llava.model.builder import load_llava, quantisation
+from llava.model.builder import load_llava, quantization_config
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
@@ -130,7 +130,7 @@ def loading_options(args: Any) -> dict[str, Any]:
     if args.bits == 16:
         return {}
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float16
-    config = quantisation(
+    config = quantization_config(
         args.bits == 8, compute_dtype=compute_dtype, double_quant=args.double_quant, quant_type=args.quant_type
     )
     return {"device_map": {"": args.device}, "quantization_config": config}

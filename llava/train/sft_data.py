@@ -23,9 +23,10 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Template, default_conversation, get_template
 from llava.mm_utils import get_anyres_image_grid_shape, literal, process_images
 from llava.model.splice import ForwardPlan
+from llava.records import Row
 from llava.train.arguments import Arguments
 from llava.train.preprocess import encode_turns, preprocess, preprocess_multimodal
-from llava.train.sft_rows import Row, SftRows, checked_rows, load_rows, row_faults, turns_of_row
+from llava.train.sft_rows import SftRows, checked_rows, load_rows, row_faults, turns_of_row
 
 WORDS_OF_AN_IMAGE = 128  # what LLaVA counts for an image when it groups rows by length
 

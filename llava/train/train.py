@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of_file, end_on_interrupt, say
 from llava.conversation import get_template
+from llava.estimate.preflight import preflight
 from llava.model.llava_arch import start_rows_as_mean
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from llava.train.base_model import validate_base
@@ -28,7 +29,6 @@ from llava.train.checkpoints import (
     step_settings,
 )
 from llava.train.llava_trainer import LLaVATrainer
-from llava.train.preflight import preflight
 from llava.train.preprocess import (
     preprocess,
     preprocess_llama_2,

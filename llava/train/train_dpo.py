@@ -18,6 +18,7 @@ from dama.train.data import (
 )
 from dama.train.reference import BASE_AS_REFERENCE, reference_of_pairs
 from dama.weighting import Variant
+from llava.estimate.preflight import preflight
 from llava.train.arguments import (
     Arguments,
     DataArguments,
@@ -30,7 +31,6 @@ from llava.train.checkpoints import is_finished, provenance_of, resume_point
 from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from llava.train.family import LlavaFamily
-from llava.train.preflight import preflight
 from llava.train.setup_model import setup_model
 from llava.train.train import train_and_save
 

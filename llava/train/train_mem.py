@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dama.console import end_on_interrupt, report_error
-from llava.supported import refuse_unsupported_model
+from llava.supported import validate_supported_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> None:
     """Parses the flags and trains. What is imported here takes seconds."""
     refuse_missing_gpus(argv)
-    refuse_unsupported_model(value_of(argv, "model_name_or_path"), "--model_name_or_path")
+    validate_supported_model(value_of(argv, "model_name_or_path"), "--model_name_or_path")
     import transformers
 
     from llava.train import train as sft

@@ -74,14 +74,16 @@ def heading(text: str) -> None:
 
 
 def open_answerer(checkpoint: Path):  # type: ignore[no-untyped-def]
-    from llava.eval.generate import Answerer
+    from llava.generation.local import Answerer
 
     return Answerer(str(checkpoint), conv_mode="v1", device="cpu")
 
 
 def caption_figures(answerer, out: Path, work: Path, split: str = "test", scenes: int = 300) -> dict[str, float]:  # type: ignore[no-untyped-def]
     """Greedy captions of held-out scenes by the SFT model."""
-    from llava.eval.generate import Decoding, generate_answers, read_questions
+    from llava.generation.answers import generate_answers
+    from llava.generation.questions import read_questions
+    from llava.generation.request import Decoding
 
     data = work / f"captions_{split}"
     prepare(data, 0, scenes, split, out / "pairs.json")

@@ -19,7 +19,7 @@ from playground.tinycoco.scenes import Scene, draw, sample_scene
 from playground.tinycoco.vocabulary import mentioned_categories
 
 if TYPE_CHECKING:
-    from llava.eval.generate import Answerer
+    from llava.generation.local import Answerer
 
 SHARES = {"sampled": 900, "edit": 400, "unrelated": 200}
 SAMPLES = 8
@@ -63,7 +63,7 @@ def best_and_worst(answers: Sequence[Judged]) -> tuple[Judged, Judged] | None:
 
 def sampled_pairs(answerer: Answerer, first_scene: int, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Scenes of the pairs' stream, asked in batches, until `count` of them gave a pair."""
-    from llava.eval.generate import Decoding, Request
+    from llava.generation.request import Decoding, Request
 
     rng = random.Random(f"sampled/{seed}")
     made, index = 0, first_scene

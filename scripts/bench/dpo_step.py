@@ -254,13 +254,13 @@ BUILDERS: dict[str, Callable[[Settings], tuple[Any, Step]]] = {
 
 def prepare(settings: Settings, with_trl: bool) -> Floor:
     """Writes the random checkpoint, and the same as llava-hf's: whether they agree is seen from the log-probs later."""
-    from llava.model.builder import take_apart
-    from llava.model.export import write_hf
+    from llava.model.builder import read_checkpoint
+    from llava.model.write_hf import write_hf
 
     write_checkpoint(settings.folder, settings.shape, settings.device, settings.dtype)
     if with_trl:
         (settings.folder / "hf").mkdir()
-        write_hf(*take_apart(str(settings.folder)), settings.folder / "hf")
+        write_hf(*read_checkpoint(str(settings.folder)), settings.folder / "hf")
     size = size_of(llava(settings, "sdpa"))
     pairs = [settings.shape.pair.groups] * settings.pairs
     flops = step_flops(size, pairs, [True] * len(pairs), images=len(pairs), frozen_weights=False)

@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from dama.console import end_on_interrupt, say, write_json
 from dama.train.throughput import PairLength
-from llava.eval.generate import Answerer, Decoding, Request, by_length
+from llava.generation.answers import by_length
+from llava.generation.local import Answerer
+from llava.generation.request import Decoding, Request
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # playground is not installed
 from playground.tinycoco.captions import QUESTIONS

@@ -1,4 +1,4 @@
-"""The estimate of a training step's peak memory (llava/train/memory.py) against what real steps need.
+"""The estimate of a training step's peak memory (llava/estimate/memory.py) against what real steps need.
 
 Two steps of the trainer, on random weights of 46 million parameters and pairs of 636 + 120 + 110 positions, each case
 in fresh processes: bytes of tensors, counted by PyTorch's allocator. ZeRO runs on two real ranks over gloo.
@@ -97,12 +97,12 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
     """Bytes that this rank needed and the estimate, by phase."""
     from transformers import CLIPVisionConfig
 
+    from llava.estimate.memory import ModelShape, TensorPeak, estimate_step
     from llava.model.language_model.llava_llama import LlavaConfig
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_data import DPODataset
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
     from llava.train.family import ImagePreparation
-    from llava.train.memory import ModelShape, TensorPeak, estimate_step
     from llava.train.setup_model import setup_model
 
     arguments = parse_arguments(flags_of(case, folder))

@@ -36,9 +36,9 @@ from tqdm import tqdm
 from dama.console import end_on_interrupt, say, write_json
 from dama.train.reference import plan_batches
 from dama.train.throughput import PairLength, forward_flops
+from llava.estimate.doctor import first_loss
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava
-from llava.train.doctor import first_loss
 from llava.train.dpo_data import PairCollator
 from llava.train.family import size_of
 

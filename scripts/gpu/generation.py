@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from measure import image_processor_of, time_of, write_pictures, write_tokenizer
 
-from llava.eval.generate import Answerer, Decoding, Request
+from llava.generation.local import Answerer
+from llava.generation.request import Decoding, Request
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.tokenization import load_tokenizer

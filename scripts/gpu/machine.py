@@ -12,8 +12,8 @@ import torch
 
 from dama.console import say
 from dama.shared_prefix import attention_backend
+from llava.estimate.preflight import driver_version, why_no_gpu
 from llava.rehearsal.launch import is_rehearsed
-from llava.train.preflight import driver_version, why_no_gpu
 
 PACKAGES = (
     "torch", "transformers", "accelerate", "peft", "triton", "deepspeed", "trl", "open_clip_torch", "flash_attn",

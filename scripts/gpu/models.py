@@ -16,12 +16,12 @@ from measure import SHAPES, Shape, write_configs
 from torch import Tensor
 
 from dama.train.throughput import ModelSize, PairLength, peak_flops, step_flops
+from llava.estimate.memory import ModelShape, Training, Zero, estimate
+from llava.estimate.preflight import Plan, configs_of
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.arguments import parse_arguments
 from llava.train.family import size_of
-from llava.train.memory import ModelShape, Training, Zero, estimate
-from llava.train.preflight import Plan, configs_of
 
 REPEATS = 1 if is_rehearsed() else 3  # steps that are timed, after one that warms up
 
@@ -58,7 +58,7 @@ class WithoutOptimizer:
 
 
 def estimated_peak(plan: Plan, pairs: list[PairLength], optimizer: bool) -> int:
-    """Bytes of llava.train.memory's estimate of a step that trains on these pairs at once."""
+    """Bytes of llava.estimate.memory's estimate of a step that trains on these pairs at once."""
     args = plan.arguments
     shape = ModelShape.of(*configs_of(args[0], args[2].cache_dir))
     run = Training.of(args, 1, True, False)

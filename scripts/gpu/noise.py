@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dama.train.reference import TOLERANCE
 from dama.train.trainer import REFERENCE_DRIFT
+from llava.estimate.preflight import Plan
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
-from llava.train.preflight import Plan
 from scripts.gpu.block import Report
 from scripts.gpu.models import free, plan_of, shape_of
 

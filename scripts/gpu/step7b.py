@@ -16,9 +16,9 @@ from dpo_step import Settings, batch_of, plain_step, trl_step
 from measure import PeakMemory, Shape, time_of, write_checkpoint
 from torch.profiler import ProfilerActivity, profile
 
+from llava.estimate.preflight import Plan
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
-from llava.train.preflight import Plan
 from llava.train.setup_model import compile_layers
 from scripts.gpu.block import Report
 from scripts.gpu.models import (
@@ -175,8 +175,8 @@ def exported(settings: Settings) -> tuple[Any, Any]:
     for the files, and its config then gets the shape's sizes."""
     from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
-    from llava.model.builder import take_apart
-    from llava.model.export import write_hf
+    from llava.model.builder import read_checkpoint
+    from llava.model.write_hf import write_hf
 
     folder, shape = settings.folder, settings.shape
     if not (folder / "hf").exists():
@@ -184,7 +184,7 @@ def exported(settings: Settings) -> tuple[Any, Any]:
                          tower_heads=2)  # fmt: skip
         write_checkpoint(folder, narrow, torch.device("cpu"), settings.dtype)
         (folder / "hf").mkdir()
-        write_hf(*take_apart(str(folder)), folder / "hf")
+        write_hf(*read_checkpoint(str(folder)), folder / "hf")
     config = LlavaConfig.from_pretrained(folder / "hf")
     set_sizes(config, shape)
     with settings.device:

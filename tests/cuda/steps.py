@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from llava.estimate.memory import ModelShape, estimate_step
+from llava.estimate.preflight import configs_of, reserved
 from llava.rehearsal.engine import single_rank_world
 from llava.rehearsal.training import planned, rehearse
-from llava.train.memory import ModelShape, estimate_step
-from llava.train.preflight import configs_of, reserved
 
 
 def main(out: str, ranks: str, *words: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from llava.estimate.preflight import why_no_gpu
 from llava.rehearsal.launch import environment
-from llava.train.preflight import why_no_gpu
 from tests.cuda.conftest import outcomes_of, skip_unless_possible
 
 ROOT = Path(__file__).resolve().parents[2]

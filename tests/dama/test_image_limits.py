@@ -13,7 +13,8 @@ from PIL import Image
 from dama.cli import main
 from dama.hardness.show import write_hardness_page
 from dama.images import ImageError, load_image, probe_image, resolve_image
-from llava.eval.generate import Request, check_requests
+from llava.generation.answers import check_requests
+from llava.generation.request import Request
 from llava.mm_utils import expand2square, load_image_from_base64, process_images
 from llava.train.arguments import parse_arguments
 from llava.train.sft_data import read_rows

@@ -18,7 +18,8 @@ from PIL import Image
 from dama.images import FORMATS, ImageError, load_image, open_image, probe_image
 from dama.pairs import PreferencePair, check_pairs
 from eval.page import shrunk
-from llava.eval.generate import Request, check_requests
+from llava.generation.answers import check_requests
+from llava.generation.request import Request
 from llava.mm_utils import load_image_from_base64
 from llava.serve.chat import read_image
 from tests.dama.prepare_sets import picture, prepare, write_lines

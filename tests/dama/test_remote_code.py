@@ -20,7 +20,7 @@ from dama.remote_code import RemoteCodeError, remote_code_refused
 from dama.synth import rewards
 from dama.synth.images import DiffusersPainter
 from dama.synth.respond import HfResponder
-from llava.model.export import hf_image_processor
+from llava.model.checkpoint import hf_image_processor
 from llava.tokenization import load_tokenizer
 from tests.dama.prepare_sets import prepare, rlaifv_row, write_parquet
 from tests.dama.tiny_clip import MODEL_CFG, write_tiny_clip

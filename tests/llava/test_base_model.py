@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava.estimate.preflight import trial_save
 from llava.model.builder import load_pretrained_model
 from llava.train import train, train_dpo
 from llava.train.arguments import parse_arguments
-from llava.train.preflight import trial_save
 from tests.conftest import GOLDEN
 from tests.llava.test_dpo_golden import flags
 from tests.llava.test_sft_golden import arguments

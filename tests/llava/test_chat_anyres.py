@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava.eval.generate import Answerer, Decoding, Request
+from llava.generation.local import Answerer
+from llava.generation.request import Decoding, Request
 from llava.serve.chat import LocalModel
 from tests.conftest import GOLDEN
 

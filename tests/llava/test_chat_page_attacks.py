@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from gradio import processing_utils
 
-from llava.eval.generate import Decoding
+from llava.generation.request import Decoding
 from llava.serve import gradio_web_server as page
 from llava.serve.chat import MAX_LINE, ServerModel, replies_together
 from llava.serve.guard import Guard

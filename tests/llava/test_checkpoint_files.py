@@ -9,8 +9,9 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from llava.model.builder import fetch, load_llava
+from llava.model.builder import load_llava
 from llava.model.llava_arch import load_projector
+from llava.model.source import fetch
 from llava.model.utils import read_file, weight_files
 from llava.train import train
 from llava.train.checkpoints import keep_tower_inside

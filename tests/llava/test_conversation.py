@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llava import constants, conversation
-from llava.conversation import conv_templates, default_conversation, get_template
+from llava.conversation import conv_templates, default_conversation, get_template, image_placeholder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/a_conversation.json").read_text())
 Q1, A1, Q2, A2 = (GOLDEN["inputs"][key] for key in ("Q1", "A1", "Q2", "A2"))
@@ -162,3 +162,8 @@ def test_prompts_need_neither_torch_nor_transformers():
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_image_placeholder_follows_the_start_end_flag():
+    assert image_placeholder() == image_placeholder(None) == "<image>"
+    assert image_placeholder(True) == "<im_start><image><im_end>"

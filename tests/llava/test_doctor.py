@@ -12,12 +12,11 @@ import torch
 
 from dama.pairs import read_pairs
 from dama.train.throughput import PairLength
-from llava.train import doctor, train
-from llava.train import preflight as preflight_module
-from llava.train.arguments import parse_arguments
-from llava.train.doctor import main
-from llava.train.memory import ModelShape, Parts, Training, Zero, estimate_step
-from llava.train.preflight import (
+from llava.estimate import doctor
+from llava.estimate import preflight as preflight_module
+from llava.estimate.doctor import main
+from llava.estimate.memory import ModelShape, Parts, Training, Zero, estimate_step
+from llava.estimate.preflight import (
     checkpoint_bytes,
     checkpoints_at_a_time,
     configs_of,
@@ -27,6 +26,9 @@ from llava.train.preflight import (
     trial_save,
     use_layout,
 )
+from llava.train import doctor, train
+from llava.train import preflight as preflight_module
+from llava.train.arguments import parse_arguments
 from tests.llava.test_dpo_golden import flags
 from tests.llava.test_memory import SHAPE
 from tests.llava.test_sft_golden import arguments as sft_arguments

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from llava.eval import model_vqa, model_vqa_loader, run_llava
-from llava.eval.generate import Answerer, Decoding, Request
+from llava.generation.local import Answerer
+from llava.generation.request import Decoding, Request
 from tests.conftest import GOLDEN
 
 QUESTIONS = [

@@ -22,7 +22,9 @@ from transformers import (
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_llava, load_pretrained_model
-from llava.model.export import EMBEDDINGS, chat_template, collapsed, export, grown, main
+from llava.model.checkpoint import EMBEDDINGS, grow_table, summarize_names
+from llava.model.export import export, main
+from llava.model.write_hf import chat_template
 from llava.tokenization import load_tokenizer
 from tests.conftest import GOLDEN
 from tests.llava.test_builder import edit_config, edit_weights, lora_folder, merged_by_hand, tower_weights
@@ -166,7 +168,7 @@ def test_chat_template_gives_vicunas_prompts(exported, start_end):
 
 def test_new_rows_on_paper():
     """The mean of [1, 2] and [3, 6] is [2, 4]; its logit is the mean of theirs, so never the largest."""
-    assert grown(torch.tensor([[1.0, 2], [3, 6]]), 4).tolist() == [[1, 2], [3, 6], [2, 4], [2, 4]]
+    assert grow_table(torch.tensor([[1.0, 2], [3, 6]]), 4).tolist() == [[1, 2], [3, 6], [2, 4], [2, 4]]
 
 
 def test_a_tower_that_comes_with_its_text_side():
@@ -413,5 +415,5 @@ def test_the_command(capsys):
 
 
 def test_names_in_one_line():
-    assert collapsed(["b.0.w", "b.11.w", "a", "c.3.x"]) == "a, b.{0,11}.w, c.3.x"
+    assert summarize_names(["b.0.w", "b.11.w", "a", "c.3.x"]) == "a, b.{0,11}.w, c.3.x"
     assert EMBEDDINGS in load_file(BASE / "model.safetensors")

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dama.transfer import to_device
+from llava.estimate.preflight import CLIP_SHAPE, SHAPES
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.attention import SHARED_PREFIX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -16,7 +17,6 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import ForwardPlan, plan_splice
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import DataCollatorForDPODataset
-from llava.train.preflight import CLIP_SHAPE, SHAPES
 from tests.llava.test_dpo_golden import flags, prepare
 
 IMAGE = -200

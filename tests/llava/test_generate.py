@@ -11,18 +11,12 @@ import pytest
 from dama import stage
 from dama.console import digest_of_file
 from dama.stage import Shard, StageError, merge_shards
-from llava.eval.generate import (
-    Answerer,
-    Decoding,
-    Request,
-    ServedAnswerer,
-    default_device,
-    generate_answers,
-    main,
-    read_questions,
-    run_answers,
-    summarise,
-)
+from llava.eval.generate import main
+from llava.generation.answers import generate_answers, run_answers, summarize
+from llava.generation.local import Answerer, default_device
+from llava.generation.questions import read_questions
+from llava.generation.request import Decoding, Request
+from llava.generation.served import ServedAnswerer
 from tests.conftest import GOLDEN
 from tests.openai_server import ScriptedServer, failure
 
@@ -113,7 +107,7 @@ def test_answers_end_in_the_order_of_the_questions(answerer, tmp_path, samples):
     whole, merged = ((tmp_path / name / "answers.jsonl").read_bytes() for name in ("whole", "parts"))
     assert whole == merged
     (tmp_path / "parts" / "answers.jsonl").unlink()
-    merge_shards(tmp_path / "parts", "answers", summarise)  # as `dama merge`, which has no questions at hand
+    merge_shards(tmp_path / "parts", "answers", summarize)  # as `dama merge`, which has no questions at hand
     assert (tmp_path / "parts" / "answers.jsonl").read_bytes() == whole
 
 
@@ -171,7 +165,7 @@ def test_shards_of_an_earlier_revision_are_merged_in_order(answerer, tmp_path):
     run_answers(*inputs, batch_size=3, shard=Shard(1, 2))
     assert in_file(tmp_path) == in_order()
     (tmp_path / "manifest.json").unlink()
-    merge_shards(tmp_path, "answers", summarise)  # nothing says where the first shard's belong
+    merge_shards(tmp_path, "answers", summarize)  # nothing says where the first shard's belong
     assert sorted(in_file(tmp_path)) == sorted(in_order())
 
 
@@ -234,7 +228,7 @@ def test_a_missing_shard_is_a_gap(answerer, tmp_path):
     for index in (0, 2):
         run_answers(*inputs, batch_size=2, shard=Shard(index, 3))
     with pytest.raises(StageError, match="gap: chunks 1 to 2 are in no finished shard"):
-        merge_shards(tmp_path, "answers", summarise)
+        merge_shards(tmp_path, "answers", summarize)
 
 
 def test_the_launcher_says_which_shard(in_golden, tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.eval.generate import Decoding
+from llava.generation.request import Decoding
 from llava.serve import gradio_web_server as page
 from llava.serve.chat import LocalModel, ObjectVocabulary, ServerModel, load_image
 from llava.serve.gradio_web_server import Session, Turn

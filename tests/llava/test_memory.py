@@ -9,11 +9,7 @@ import torch
 from transformers import CLIPVisionConfig
 
 from dama.train.throughput import PairLength
-from llava.model.attention import SHARED_PREFIX, no_mask
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.train.arguments import parse_arguments
-from llava.train.dpo_trainer import LLaVA15DPOTrainer
-from llava.train.memory import (
+from llava.estimate.memory import (
     HALF,
     Load,
     ModelShape,
@@ -35,7 +31,11 @@ from llava.train.memory import (
     trained_parameters,
     weight_bytes,
 )
-from llava.train.preflight import length_of
+from llava.estimate.preflight import length_of
+from llava.model.attention import SHARED_PREFIX, no_mask
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.train.arguments import parse_arguments
+from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from tests.llava.test_dpo_golden import flags, prepare
 
 ROOT = Path(__file__).resolve().parents[2]

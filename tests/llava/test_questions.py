@@ -8,8 +8,9 @@ from PIL import Image
 
 from dama.pairs import PairsError
 from llava.eval import eval_pope, model_vqa, model_vqa_loader
-from llava.eval.generate import Request, main, read_questions
-from llava.eval.questions import read_question_rows
+from llava.eval.generate import main
+from llava.generation.questions import read_question_rows, read_questions
+from llava.generation.request import Request
 from tests.conftest import GOLDEN
 
 ASKED = {"question_id": 1, "image": "wide.png", "text": "What is it?"}

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from llava.eval import model_vqa, model_vqa_loader, run_llava
-from llava.eval.generate import Answerer, Decoding, Request
+from llava.generation.local import Answerer
+from llava.generation.request import Decoding, Request
 from llava.serve import cli, gradio_web_server
 from llava.serve.chat import LocalModel, ObjectVocabulary, download, load_image, read_image, replies_together
 from tests.conftest import GOLDEN

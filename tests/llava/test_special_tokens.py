@@ -11,7 +11,8 @@ from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast
 from dama.pairs import PreferencePair
 from llava.conversation import conv_templates
 from llava.eval import run_llava
-from llava.eval.generate import Answerer, Decoding, Request
+from llava.generation.local import Answerer
+from llava.generation.request import Decoding, Request
 from llava.mm_utils import BREAK, encode_prompt, literal, tokenizer_image_token
 from llava.serve.chat import LocalModel
 from llava.tokenization import load_tokenizer

@@ -12,7 +12,7 @@ from llava.eval.generate import main as generate
 from llava.model import export
 from llava.model.builder import load_pretrained_model
 from llava.serve import gradio_web_server
-from llava.supported import SUPPORTED, refuse_unsupported_model
+from llava.supported import SUPPORTED, validate_supported_model
 from llava.train import train_mem
 from tests.conftest import GOLDEN
 
@@ -72,21 +72,21 @@ def test_training_refuses_before_torch_is_imported(in_golden, tmp_path):
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava_next", "llava_onevision", "llava_mistral", "mistral", "clip"])
 def test_kinds_that_are_refused(tmp_path, kind):
     with pytest.raises(ValueError, match=rf"--model-path '.*other': expected .*got model_type {kind}\. Other"):
-        refuse_unsupported_model(checkpoint(tmp_path / "other", kind), "--model-path")
+        validate_supported_model(checkpoint(tmp_path / "other", kind), "--model-path")
     with pytest.raises(ValueError, match=f"got model_type {kind}"):
         load_pretrained_model(str(tmp_path / "other"), None, "x", device="cpu")
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)
 def test_kinds_that_are_not(tmp_path, kind):
-    refuse_unsupported_model(checkpoint(tmp_path / "other", kind), "--model-path")
+    validate_supported_model(checkpoint(tmp_path / "other", kind), "--model-path")
 
 
 def test_an_adapter_is_of_its_base(tmp_path):
     base = checkpoint(tmp_path / "base")
     adapter = checkpoint(tmp_path / "adapter", None, "adapter_config.json", base_model_name_or_path=base)
     with pytest.raises(ValueError, match=EXPECTED):
-        refuse_unsupported_model(adapter, "--model-path")
+        validate_supported_model(adapter, "--model-path")
 
 
 @pytest.mark.parametrize(
@@ -95,4 +95,4 @@ def test_an_adapter_is_of_its_base(tmp_path):
 def test_what_has_no_kind_is_left_to_the_loading(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     for source in (str(tmp_path), str(tmp_path / "none"), "no/such/folder", "org/name", None, str(GOLDEN)):
-        refuse_unsupported_model(source, "--model-path")
+        validate_supported_model(source, "--model-path")

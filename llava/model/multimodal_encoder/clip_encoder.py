@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.model.utils import refuse_lfs_pointers, weight_files
+from llava.model.utils import validate_no_lfs_pointers, weight_files
 
 
 class CLIPVisionTower(nn.Module):
@@ -45,9 +45,9 @@ class CLIPVisionTower(nn.Module):
             return
         source = self.folder = folder or self.vision_tower_name
         if Path(source).is_dir():
-            refuse_lfs_pointers(source)
+            validate_no_lfs_pointers(source)
             weight_files(source)  # transformers would follow whatever names its index has
-        refuse_other_towers(CLIPVisionConfig.get_config_dict(source)[0].get("model_type"), source)
+        validate_tower_type(CLIPVisionConfig.get_config_dict(source)[0].get("model_type"), source)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(source)
         self.vision_tower = CLIPVisionModel.from_pretrained(source, device_map=device_map, dtype=dtype or torch.float32)
         self.vision_tower.requires_grad_(False)
@@ -111,7 +111,7 @@ class CLIPVisionTower(nn.Module):
         return self.num_patches + (self.select_feature == "cls_patch")
 
 
-def refuse_other_towers(kind: str | None, source: str) -> None:
+def validate_tower_type(kind: str | None, source: str) -> None:
     """Raises unless it is a CLIP: weights of another model would be left at random."""
     if kind not in ("clip", "clip_vision_model"):
         raise ValueError(

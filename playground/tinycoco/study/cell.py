@@ -35,7 +35,7 @@ class Scenes:
 
     @cached_property
     def requests(self) -> list[Any]:
-        from llava.eval.generate import read_questions
+        from llava.generation.questions import read_questions
 
         return read_questions(self.folder / "questions.jsonl")
 
@@ -96,7 +96,7 @@ def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> 
     """The trainer as train_mem.py would build it, told to be looked at on its way."""
     from dama.train.data import hardness_of_pairs, join_pairs, read_checked_pairs
     from dama.train.reference import reference_of_pairs
-    from llava.eval.generate import Answerer
+    from llava.generation.local import Answerer
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
     from llava.train.family import LlavaFamily
@@ -171,7 +171,8 @@ class Look(TrainerCallback):
 
 def captions(answerer: Any, scenes: Scenes) -> dict[str, Any]:
     """Greedy captions by rule-mode Object HalBench: for each metric numerators and denominators, scene by scene."""
-    from llava.eval.generate import Decoding, by_length
+    from llava.generation.answers import by_length
+    from llava.generation.request import Decoding
 
     requests = by_length(answerer, scenes.requests)
     texts: dict[str, str] = {}
@@ -188,7 +189,7 @@ def captions(answerer: Any, scenes: Scenes) -> dict[str, Any]:
 
 def sft_captions(world: World, out: Path) -> dict[str, Any]:
     """Where every cell starts: out/sft.json."""
-    from llava.eval.generate import Answerer
+    from llava.generation.local import Answerer
 
     path = out / "sft.json"
     asked = digest_of([VERSION, *world.asked])

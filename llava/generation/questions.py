@@ -9,7 +9,8 @@ from typing import Any
 from dama.errors import error_list
 from dama.pairs import PairsError, read_rows
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.train.sft_rows import image_of_record
+from llava.generation.request import Request
+from llava.records import image_of_record
 
 TEXTS = ("text", "prompt", "question")
 SHOWN = 80  # characters of a bad row
@@ -72,3 +73,16 @@ def prompt_of_row(row: dict[str, Any]) -> str:
     if stripped.endswith(DEFAULT_IMAGE_TOKEN):
         return stripped.removesuffix(DEFAULT_IMAGE_TOKEN).rstrip()
     return text
+
+
+def read_questions(path: str | Path) -> list[Request]:
+    """The requests of a question file, see `llava.generation.questions`. image_id is the image where a row has none."""
+    return [
+        Request(
+            str(row["question_id"]),
+            prompt_of_row(row),
+            row.get("image"),
+            str(row.get("image_id", row.get("image", ""))),
+        )
+        for row in read_question_rows(path)
+    ]

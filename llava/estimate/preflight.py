@@ -1,6 +1,6 @@
 """Preflight: what a training will need on this machine, said before anything long starts.
 
-`preflight` begins every training; llava/train/doctor.py puts the same and more on a page.
+`preflight` begins every training; llava/estimate/doctor.py puts the same and more on a page.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from dama.train.family import PreparedPair, common_length
 from dama.train.throughput import PairLength
 from dama.views import PAIR_VIEWS
 from llava.conversation import get_template
+from llava.estimate.memory import FP32, ModelShape, Training, Zero, estimate_step, trained_parameters
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
 from llava.train.dpo_data import encode_pair
-from llava.train.memory import FP32, ModelShape, Training, Zero, estimate_step, trained_parameters
 from llava.train.preprocess import preprocess, preprocess_multimodal
 from llava.train.sft_data import Row
 
@@ -295,7 +295,7 @@ def fit_micro_batch(
     bytes, with as many pairs in a step; None where not even single pairs fit.
 
     Args:
-        changes: fields of llava.train.memory.Training that are to be other than the flags say.
+        changes: fields of llava.estimate.memory.Training that are to be other than the flags say.
     """
     args = arguments[2]
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps

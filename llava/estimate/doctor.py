@@ -1,7 +1,7 @@
 """What a training will meet on this machine, on a page.
 
 `python -m dama doctor --config-of scripts/dama_7b.sh` looks at the flags that the script would train with: libraries,
-data, memory, disk, one batch; every training begins with the short form, llava/train/preflight.py.
+data, memory, disk, one batch; every training begins with the short form, llava/estimate/preflight.py.
 """
 
 from __future__ import annotations
@@ -30,16 +30,7 @@ from dama.losses import preference_loss, reward_gap
 from dama.pairs import PairsError, PreferencePair, distinct_images, parse_pairs
 from dama.train.family import shown_images
 from llava.conversation import get_template
-from llava.train.arguments import (
-    Arguments,
-    dataclasses_of,
-    find_faults,
-    translate_flags,
-)
-from llava.train.checkpoints import version_of
-from llava.train.dpo_data import DPODataset, PairCollator
-from llava.train.family import ImagePreparation
-from llava.train.memory import (
+from llava.estimate.memory import (
     FP32,
     ModelShape,
     TensorPeak,
@@ -49,7 +40,7 @@ from llava.train.memory import (
     trained_parameters,
     weight_bytes,
 )
-from llava.train.preflight import (
+from llava.estimate.preflight import (
     GIB,
     Plan,
     backends,
@@ -67,6 +58,15 @@ from llava.train.preflight import (
     size,
     why_no_gpu,
 )
+from llava.train.arguments import (
+    Arguments,
+    dataclasses_of,
+    find_faults,
+    translate_flags,
+)
+from llava.train.checkpoints import version_of
+from llava.train.dpo_data import DPODataset, PairCollator
+from llava.train.family import ImagePreparation
 from llava.train.sft_data import Row, make_supervised_data_module, read_rows, supervised_settings
 
 COMMAND = "train_mem.py"

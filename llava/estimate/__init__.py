@@ -1,0 +1,1 @@
+"""Estimate what a training run needs before it starts: memory, disk, libraries, time."""

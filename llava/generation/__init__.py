@@ -1,0 +1,1 @@
+"""Generation: questions and images in, answers out, for evaluation, serving and the command line."""
