@@ -27,10 +27,10 @@ from llava.train.preflight import (
     use_layout,
 )
 from llava.train.throughput import PairLength
-from tests.llava.test_dpo_golden import flags
 from tests.llava.test_memory import SHAPE
-from tests.llava.test_sft_golden import arguments as sft_arguments
-from tests.llava.test_sft_golden import flags_of as sft_flags
+from tests.llava.tiny import arguments as sft_arguments
+from tests.llava.tiny import flags
+from tests.llava.tiny import flags_of as sft_flags
 
 # --- The page --------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import hold_out
 from llava.train.steps import StepPlan, StepSampler
 from llava.train.train_dpo import run
-from tests.llava.test_dpo_golden import flags, prepare
+from tests.llava.tiny import flags, prepare
 
 
 def covered(size, batch_size, world_size, accumulation, seed=3):

@@ -25,7 +25,7 @@ from llava.model.builder import load_llava, load_pretrained_model
 from llava.model.export import EMBEDDINGS, chat_template, collapsed, export, grown, main
 from llava.tokenization import load_tokenizer
 from tests.conftest import GOLDEN
-from tests.llava.test_builder import edit_config, edit_weights, lora_folder, merged_by_hand, tower_weights
+from tests.llava.tiny import edit_config, edit_weights, lora_folder, merged_by_hand, tower_weights
 
 PROMPTS = [case["prompt"] for case in json.loads((GOLDEN / "b_tokenizer_image_token.json").read_text())["cases"]]
 PROMPTS += ["<s>x <image>y</s>USER: z<image>  \n<image><image>w</s>", "a <image>", "<image>\u2581piece"]

@@ -17,7 +17,7 @@ from llava.model.splice import ForwardPlan, plan_splice
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import DataCollatorForDPODataset, answer_logps_of
 from llava.train.preflight import CLIP_SHAPE, SHAPES
-from tests.llava.test_dpo_golden import flags, prepare
+from tests.llava.tiny import flags, prepare
 
 IMAGE = -200
 

@@ -35,7 +35,7 @@ from llava.train.memory import (
     weight_bytes,
 )
 from llava.train.throughput import PairLength
-from tests.llava.test_dpo_golden import flags, prepare
+from tests.llava.tiny import flags, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ModelShape(
