@@ -14,7 +14,26 @@ if "DAMA_CONFIG_HOME" not in os.environ:  # checkpoints are signed with a key of
     os.environ["DAMA_CONFIG_HOME"] = tempfile.mkdtemp(prefix="dama-config-")
     atexit.register(shutil.rmtree, os.environ["DAMA_CONFIG_HOME"], ignore_errors=True)
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+LONG = ("gpu", "distributed", "kill", "browser")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m fast`, leave files without that marker unread: what they import costs more than the fast tests."""
+    if config.option.markexpr != "fast" or collection_path.suffix != ".py":
+        return None
+    return "pytest.mark.fast" not in collection_path.read_text(encoding="utf-8") or None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what drives a browser; files of long tests first, so that no process ends with one while others are idle."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONG)}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")

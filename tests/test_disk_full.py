@@ -15,7 +15,7 @@ import pytest
 
 from dama.console import DiskFullError, write_atomic, writing
 from tests.conftest import GOLDEN
-from tests.llava.test_sft_golden import flags_of
+from tests.llava.tiny import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import GOLDEN
-from tests.llava.test_sft_golden import flags_of
+from tests.llava.tiny import flags_of
+
+pytestmark = pytest.mark.kill
 
 ROOT = Path(__file__).resolve().parents[1]
 LINE = "interrupted; run the same command to continue"

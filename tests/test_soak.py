@@ -27,6 +27,8 @@ from scripts.soak import (
     typical_gaps,
 )
 
+pytestmark = pytest.mark.kill
+
 # Writes 40 records and a manifest; started again, it goes on (or, told so, forgets to or does it wrong).
 COUNTER = """
 import json, pathlib, sys, time

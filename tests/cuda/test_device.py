@@ -4,6 +4,8 @@ import pytest
 
 from tests.cuda.conftest import outcomes_of
 
+pytestmark = pytest.mark.gpu
+
 GROUPS = {
     "test_the_devices": 1, "test_the_allocator": 2, "test_copies": 1, "test_kernels_and_products": 1, "test_graphs": 1,
     "test_small_floats": 1, "test_everything": 14, "test_dropout": 1, "test_an_optimizer": 1, "test_inference": 14,

@@ -25,6 +25,7 @@ def levers(tmp_path_factory):
     return outcomes_of(tmp_path_factory.mktemp("levers"), *words, devices=2)
 
 
+@pytest.mark.gpu
 def test_levers(levers):
     assert levers == dict.fromkeys(levers, "passed")
     assert len(levers) == TESTS
@@ -60,6 +61,7 @@ def test_parts_of_gpus_are_refused(machine):
     assert done.returncode and "expected indices or UUIDs of whole GPUs, got 'MIG-1234'" in done.stderr
 
 
+@pytest.mark.gpu
 def test_deepspeed_starts_ranks_on_the_visible_gpus(machine, tmp_path):
     """The launcher itself, on eight null devices: its ranks see GPUs 2 and 3, not 0 and 1."""
     skip_unless_possible()

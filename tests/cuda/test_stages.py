@@ -5,6 +5,8 @@ import pytest
 from tests.cuda.conftest import results_of
 from tests.cuda.stages import STAGES, results_on
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):

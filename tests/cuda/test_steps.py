@@ -9,6 +9,8 @@ import pytest
 
 from tests.cuda.conftest import results_of
 
+pytestmark = pytest.mark.gpu
+
 CARD = 79.25  # GiB that a card of 80 GB has
 SMALL_CARD = 39.4  # and one of 40 GB
 # script, GPUs, GiB of each, whether it fits, (pairs in a micro-batch, micro-batches), gradient checkpointing

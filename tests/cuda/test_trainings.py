@@ -5,6 +5,8 @@ import pytest
 from tests.cuda.conftest import results_of
 from tests.cuda.trainings import WAYS, steps_of, without_deepspeed
 
+pytestmark = pytest.mark.gpu
+
 # Both compute in fp32, where CUDA's dispatch differs in attention (math instead of the CPU's fused kernel) and in the
 # order of sums. Measured over all ways: 6e-7 of a loss and 6e-6 of a gradient norm, after a step as before it.
 TOLERANCES = {"loss": 5e-6, "grad_norm": 5e-5}

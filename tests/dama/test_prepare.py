@@ -483,6 +483,7 @@ def test_all_bad_sources_are_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- resumed, done, other
 
 
+@pytest.mark.kill
 def test_killed_twice_and_resumed_is_undisturbed(tmp_path: Path) -> None:
     """A kill falls at a random moment while records are written, in the first or the second of two files."""
     rows = [rlaifv_row(n, image=n // 2, chosen=f"Cat {n}." if n % 7 else " ") for n in range(3000)]

@@ -288,6 +288,7 @@ def test_changed_inputs_are_refused_by_name(
     assert run(pairs, images, out, scorer, overwrite=True).delta != before.delta
 
 
+@pytest.mark.kill
 def test_killed_and_resumed_gives_the_same_bytes(
     pairs: list[PreferencePair], images: Path, scorer: ClipScorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

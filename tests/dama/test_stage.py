@@ -68,6 +68,7 @@ def records(chunk: int) -> list[dict[str, Any]]:
     return [{"id": str(first + n), "v": (first + n) / 10} for n in range(SIZES[chunk])]
 
 
+@pytest.mark.kill
 def test_killed_inside_a_line_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     """Chunks 0 and 1 (5 records) are written; of chunk 2 one whole line and a torn one lie in the file at the kill."""
     finished(tmp_path / "calm")

@@ -336,6 +336,7 @@ def kill_after(answers, world, out):
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.kill
 def test_killed_and_resumed_is_never_killed(command, world, tmp_path, capsys):
     """Killed twice between batches, at whatever moment: the third run's files are the undisturbed run's to the byte."""
     names = ("answers/answers.jsonl", "results.json")

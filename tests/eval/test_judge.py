@@ -194,6 +194,7 @@ def judge_all(base_url: str, folder: str) -> None:
     ask_judge(settings_of(base_url, concurrency=2), requests, folder, "d", parse=number, tries=2)
 
 
+@pytest.mark.kill
 def test_two_kills_change_nothing(tmp_path):
     """Killed twice without warning, the run ends with the bytes of an undisturbed one; what was paid for stays paid."""
     server = ScriptedServer(slow)

@@ -12,8 +12,7 @@ from llava.model.builder import load_pretrained_model
 from llava.train import train, train_dpo
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN
-from tests.llava.test_dpo_golden import flags
-from tests.llava.test_sft_golden import arguments
+from tests.llava.tiny import arguments, flags
 
 STEP = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--save_strategy", "steps", "--save_steps", "1"]
 WAYS = {

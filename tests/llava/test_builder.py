@@ -12,41 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.builder import load_llava, load_pretrained_model
+from llava.model.builder import Kind, kind_of, load_llava
 from llava.model.checkpoint import read_beside
 from llava.model.export import sample_picture
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.source import Kind, kind_of
 from tests.conftest import GOLDEN
+from tests.llava.tiny import (
+    PROJECTOR,
+    edit_config,
+    edit_weights,
+    load,
+    lora_folder,
+    merged_by_hand,
+    shard,
+    tower_weights,
+)
 
 EXTRAS = json.loads((GOLDEN / "k_extras.json").read_text())
-PROJECTOR = [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
-
-
-@pytest.fixture()
-def checkpoint(tmp_path, monkeypatch):
-    """A copy without 'llava' in its name, the vision tower inside."""
-    folder = tmp_path / "run-7"
-    shutil.copytree(GOLDEN / "llava-v1.5-tiny", folder)
-    shutil.copytree(GOLDEN / "clip-vit-tiny-patch14-56", folder / "clip-vit-tiny-patch14-56")
-    monkeypatch.chdir(tmp_path)
-    return folder
-
-
-def load(folder, base=None, **kwargs):
-    options = {"device": "cpu", "dtype": torch.float32} | kwargs
-    return load_pretrained_model(str(folder), base and str(base), Path(folder).name, **options)
-
-
-def edit_config(folder, **fields):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
-
-
-def edit_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def logits_of(folder, base=None):
@@ -84,20 +67,6 @@ def test_what_comes_back_is_llavas(checkpoint, case):
         "training": model.training,
     }
     assert got == want
-
-
-def shard(weights, folder, kind):
-    """Two files and their index, as transformers shards."""
-    names = sorted(weights)
-    parts, suffix = [names[: len(names) // 2], names[len(names) // 2 :]], "bin" if kind == "bin" else "safetensors"
-    stem = "pytorch_model" if kind == "bin" else "model"
-    files = {f"{stem}-0000{i}-of-00002.{suffix}": part for i, part in enumerate(parts, 1)}
-    for file, part in files.items():
-        chosen = {name: weights[name] for name in part}
-        torch.save(chosen, folder / file) if kind == "bin" else save_file(chosen, folder / file)
-    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    return list(files)
 
 
 @pytest.mark.parametrize("form", ["bin", "old bin", "bin shards", "safetensors shards"])
@@ -284,11 +253,6 @@ def test_few_bits(checkpoint, bits, layer):
 # --- The tower's weights inside --------------------------------------------------------------------------------------
 
 
-def tower_weights(prefix):
-    weights = load_file(GOLDEN / "clip-vit-tiny-patch14-56" / "model.safetensors")
-    return {f"{prefix}{name}": tensor + 1 for name, tensor in weights.items()}
-
-
 def test_weights_of_a_frozen_tower_inside_are_named_and_left_out(checkpoint, capsys):
     edit_weights(checkpoint, lambda w: w.update(tower_weights("model.vision_tower.vision_tower.")))
     tower = load(checkpoint)[1].get_vision_tower().vision_tower
@@ -327,40 +291,6 @@ def test_a_trained_tower_that_is_not_whole(checkpoint):
 
 
 # --- Adapters and projectors -----------------------------------------------------------------------------------------
-
-
-def lora_folder(folder, base, suffix="safetensors"):
-    """An adapter with the keys and shapes of the original's files, random, and the projector beside it."""
-    golden = EXTRAS["lora"]
-    shapes = golden["lora_state_keys"]
-    generator = torch.Generator().manual_seed(0)
-
-    def random(shape):
-        return torch.randn(shape, generator=generator) * 0.1
-
-    adapter = {
-        name: random(shapes[name.replace(".weight", ".default.weight")]) for name in golden["adapter_model_keys"]
-    }
-    beside = {name: random(shape) for name, shape in golden["non_lora_trainables_bin_keys"].items()}
-    folder.mkdir()
-    config = golden["adapter_config"] | {"base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    if suffix == "bin":
-        torch.save(adapter, folder / "adapter_model.bin")
-    else:
-        save_file(adapter, folder / "adapter_model.safetensors")
-    torch.save(beside, folder / "non_lora_trainables.bin")
-    shutil.copy(base / "config.json", folder)
-    return adapter, beside
-
-
-def merged_by_hand(base, adapter, beside):
-    """W + (alpha / r) B A = W + 2 B A, and what trained beside it as it is."""
-    weights = load_file(base / "model.safetensors")
-    for name in [n for n in adapter if "lora_A" in n]:
-        target = name.removeprefix("base_model.model.").replace(".lora_A", "")
-        weights[target] = weights[target] + 2 * adapter[name.replace("lora_A", "lora_B")] @ adapter[name]
-    return weights | {name.removeprefix("base_model.model."): tensor for name, tensor in beside.items()}
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

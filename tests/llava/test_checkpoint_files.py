@@ -15,10 +15,7 @@ from llava.model.source import fetch
 from llava.model.utils import read_file, weight_files
 from llava.train import train
 from llava.train.checkpoints import keep_tower_inside
-from tests.llava.test_builder import PROJECTOR, checkpoint, edit_config, load, lora_folder, shard
-from tests.llava.test_sft_golden import arguments
-
-__all__ = ["checkpoint"]
+from tests.llava.tiny import PROJECTOR, arguments, edit_config, load, lora_folder, shard
 
 
 class Hub:

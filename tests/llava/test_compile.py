@@ -8,7 +8,7 @@ import torch
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.setup_model import compile_layers
-from tests.llava.test_dpo_golden import flags, prepare
+from tests.llava.tiny import flags, prepare
 
 
 def logps_and_gradients(model, batch):

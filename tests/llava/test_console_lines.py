@@ -13,7 +13,7 @@ from llava.notices import without_build_notices
 from llava.train.arguments import parse_arguments
 from llava.train.train_dpo import single_pair_warning
 from tests.conftest import GOLDEN
-from tests.llava.test_dpo_golden import flags
+from tests.llava.tiny import flags
 
 ROOT = GOLDEN.parents[1]
 DATA = {
@@ -60,6 +60,7 @@ def test_a_training_has_readable_lines_one_legend_and_no_notices(tmp_path, task)
     assert "{'loss'" not in out
 
 
+@pytest.mark.distributed
 def test_ranks_under_deepspeed_print_no_notices(tmp_path):
     launcher = [
         sys.executable,

@@ -11,12 +11,11 @@ import pytest
 
 from llava.train import train, train_dpo
 from llava.train.arguments import parse_arguments
-from tests.conftest import GOLDEN
-from tests.llava.test_dpo_golden import flags
-from tests.llava.test_dpo_trainer import PAPER
-from tests.llava.test_sft_golden import arguments
+from tests.conftest import GOLDEN, ROOT
+from tests.llava.tiny import PAPER, arguments, flags
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.distributed
+
 COMMON = [*PAPER, "--num_train_epochs", "3", "--save_strategy", "no", "--eval_pairs", "1"]
 
 

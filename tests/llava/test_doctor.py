@@ -26,13 +26,12 @@ from llava.estimate.preflight import (
     trial_save,
     use_layout,
 )
-from llava.train import doctor, train
-from llava.train import preflight as preflight_module
+from llava.train import train
 from llava.train.arguments import parse_arguments
-from tests.llava.test_dpo_golden import flags
 from tests.llava.test_memory import SHAPE
-from tests.llava.test_sft_golden import arguments as sft_arguments
-from tests.llava.test_sft_golden import flags_of as sft_flags
+from tests.llava.tiny import arguments as sft_arguments
+from tests.llava.tiny import flags
+from tests.llava.tiny import flags_of as sft_flags
 
 # --- The page --------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dama.train.data import hold_out
 from dama.train.steps import StepPlan, StepSampler
 from llava.train.arguments import parse_arguments
 from llava.train.train_dpo import run
-from tests.llava.test_dpo_golden import flags, prepare
+from tests.llava.tiny import flags, prepare
 
 
 def covered(size, batch_size, world_size, accumulation, seed=3):

@@ -9,40 +9,16 @@ from safetensors.torch import load_file
 
 from dama.logps import get_batch_logps
 from dama.losses import preference_loss, reward_gap
-from dama.train.data import data_fingerprint, hardness_of_pairs, join_pairs, read_checked_pairs
-from dama.train.reference import reference_of_pairs
 from dama.weighting import Variant, WeightingConfig, WeightingState, weigh
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
-from llava.train.family import LlavaFamily
-from llava.train.setup_model import setup_model
 from tests.conftest import GOLDEN
+from tests.llava.tiny import DELTA_BAR, flags, prepare
 
 TRAINING = json.loads((GOLDEN / "h_training.json").read_text())
 OFFICIAL = json.loads((GOLDEN / "h_official_hf_trainer.json").read_text())
 DATASET = json.loads((GOLDEN / "g_dataset.json").read_text())
-DELTA_BAR = "0.0482190464911681"
-
-
-def flags(tmp_path, *more):
-    return [
-        "--task", "DPO", "--model_name_or_path", "llava-v1.5-tiny", "--version", "v1", "--image_aspect_ratio", "square",
-        "--data_path", "dama/rlaifv_records.json", "--image_folder", "images", "--output_dir", str(tmp_path / "out"),
-        "--variant", "released", "--delta_bar", DELTA_BAR, "--per_device_train_batch_size", "4", "--use_cpu", "True",
-        "--learning_rate", "1e-3", "--disable_tqdm", "True", *more,
-    ]  # fmt: skip
-
-
-def prepare(arguments):
-    pairs, _ = read_checked_pairs(arguments[1])
-    model, tokenizer, _ = setup_model(arguments)
-    fingerprint = data_fingerprint(pairs, arguments[1])
-    hardness = hardness_of_pairs(pairs, None, fingerprint, True)
-    family = LlavaFamily.of(arguments, model, tokenizer)
-    reference = reference_of_pairs(pairs, arguments[1], fingerprint, family)
-    data = join_pairs(pairs, hardness, reference, family, arguments[1], arguments[2])
-    return model, tokenizer, data
 
 
 def test_get_batch_logps():

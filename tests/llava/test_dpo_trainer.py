@@ -12,9 +12,7 @@ from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
 from llava.train.checkpoints import TOWER_PREFIX, recorded_flags, seal_checkpoint
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
-from tests.llava.test_dpo_golden import flags, prepare
-
-PAPER = ["--variant", "paper", "--learning_rate", "5e-4", "--logging_steps", "1", "--num_train_epochs", "4"]
+from tests.llava.tiny import PAPER, flags, prepare
 
 
 def history(tmp_path, *more):

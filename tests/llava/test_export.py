@@ -27,7 +27,7 @@ from llava.model.export import export, main
 from llava.model.write_hf import chat_template
 from llava.tokenization import load_tokenizer
 from tests.conftest import GOLDEN
-from tests.llava.test_builder import edit_config, edit_weights, lora_folder, merged_by_hand, tower_weights
+from tests.llava.tiny import edit_config, edit_weights, lora_folder, merged_by_hand, tower_weights
 
 PROMPTS = [case["prompt"] for case in json.loads((GOLDEN / "b_tokenizer_image_token.json").read_text())["cases"]]
 PROMPTS += ["<s>x <image>y</s>USER: z<image>  \n<image><image>w</s>", "a <image>", "<image>\u2581piece"]

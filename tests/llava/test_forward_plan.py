@@ -17,7 +17,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import ForwardPlan, plan_splice
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import DataCollatorForDPODataset
-from tests.llava.test_dpo_golden import flags, prepare
+from tests.llava.tiny import flags, prepare
 
 IMAGE = -200
 

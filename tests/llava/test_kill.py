@@ -74,6 +74,7 @@ def training(tmp_path_factory):
     return folder, job
 
 
+@pytest.mark.kill
 def test_training_killed_at_a_save(training, monkeypatch, capsys):
     """The second save, so that there is a whole checkpoint beside the one that is cut short."""
     folder, job = training
@@ -86,6 +87,8 @@ def test_training_killed_at_a_save(training, monkeypatch, capsys):
     assert files > 20 and not faults
 
 
+@pytest.mark.distributed
+@pytest.mark.kill
 def test_two_ranks_killed_in_a_step(training, tmp_path):
     """Under DeepSpeed ZeRO-2; torch's launcher, which starts faster, takes the runs that are not killed."""
     port = free_port()
@@ -106,6 +109,7 @@ def test_two_ranks_killed_in_a_step(training, tmp_path):
     assert files > 20 and not faults
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("name", ["hardness", "reference", "generate"])
 def test_stage_killed_twice(name, tmp_path, monkeypatch, capsys):
     job = jobs(KILLS)[name]
@@ -120,6 +124,7 @@ def test_stage_killed_twice(name, tmp_path, monkeypatch, capsys):
     assert files == 2 and not faults
 
 
+@pytest.mark.kill
 def test_a_kill_in_the_final_save_costs_no_step_too_many(training, tmp_path, monkeypatch):
     """6 steps of 7 an epoch: what is left of the epoch is not trained on when only the save is repeated."""
     folder, job = training

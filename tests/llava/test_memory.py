@@ -36,7 +36,7 @@ from llava.model.attention import SHARED_PREFIX, no_mask
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
-from tests.llava.test_dpo_golden import flags, prepare
+from tests.llava.tiny import flags, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ModelShape(

@@ -18,7 +18,7 @@ from llava.model.consolidate import consolidate_ckpt
 from llava.model.make_delta import make_delta as make
 from llava.model.utils import auto_upgrade
 from tests.conftest import GOLDEN
-from tests.llava.test_builder import PROJECTOR, edit_config, edit_weights, lora_folder, merged_by_hand, shard
+from tests.llava.tiny import PROJECTOR, edit_config, edit_weights, lora_folder, merged_by_hand, shard
 
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = json.loads((GOLDEN / "api_inventory.json").read_text())

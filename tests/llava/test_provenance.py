@@ -14,8 +14,7 @@ from llava.train.checkpoints import (
     recorded_flags,
     step_settings,
 )
-from tests.llava.test_dpo_golden import flags
-from tests.llava.test_sft_golden import arguments
+from tests.llava.tiny import arguments, flags
 
 STEPS = ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
 # What the revision before this record wrote for flags(...) and STEPS: its own flags, and others not at their default.

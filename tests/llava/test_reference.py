@@ -18,7 +18,7 @@ from llava.model.fingerprint import digest_of_checkpoint
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN
-from tests.llava.test_dpo_golden import DATASET, flags
+from tests.llava.tiny import flags
 
 
 @pytest.fixture()
@@ -58,7 +58,8 @@ def test_the_originals_log_probs_whatever_the_batch(world, batch_size):
     assert reference(world, "--batch_size", batch_size) == 0
     _, records = read_stage(world / "reference", "reference")
     got = {record["id"]: record for record in records}
-    for row in DATASET["reference_logps"]["llava-v1.5-tiny"]:
+    dataset = json.loads((GOLDEN / "g_dataset.json").read_text())
+    for row in dataset["reference_logps"]["llava-v1.5-tiny"]:
         assert got[str(row["idx"])]["chosen_logp"] == pytest.approx(row["win"]["sum"], abs=2e-4)
         assert got[str(row["idx"])]["rejected_logp"] == pytest.approx(row["rej"]["sum"], abs=2e-4)
         assert got[str(row["idx"])]["chosen_tokens"] == row["win"]["n_label_tokens"]
@@ -182,6 +183,7 @@ def test_shards_give_the_bytes_of_an_undivided_run(world, capsys):
     assert "gap: chunks 0 to 1 are in no finished shard" in capsys.readouterr().err
 
 
+@pytest.mark.distributed
 def test_ranks_of_torchrun_are_shards(world):
     """Two real ranks, which meet once and then work alone."""
     assert reference(world, "--batch_size", "2", out="whole") == 0

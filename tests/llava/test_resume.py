@@ -18,8 +18,7 @@ from llava.train.checkpoints import PROVENANCE_FILE, seal_checkpoint
 from llava.train.llava_trainer import LLaVATrainer
 from scripts.soak import free_port
 from tests.conftest import GOLDEN
-from tests.llava.test_dpo_golden import flags
-from tests.llava.test_sft_golden import arguments
+from tests.llava.tiny import SAVES, arguments, flags
 
 SAMPLERS = {
     "random": [],
@@ -31,7 +30,6 @@ SAMPLERS = {
     "modality, accumulated": ["--group_by_modality_length", "True", "--gradient_accumulation_steps", "2"],
 }
 ON_TWO_RANKS = ("random", "length", "modality")
-SAVES = ["--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "1"]
 
 
 class Killed(Exception):
@@ -93,6 +91,7 @@ def test_a_resumed_run_ends_in_the_same_bits(in_golden, tmp_path, name):
     check_sampler(name, tmp_path, write_rows(tmp_path), ranks=1)
 
 
+@pytest.mark.distributed
 def test_two_resumed_ranks_end_in_the_same_bits(in_golden, tmp_path):
     """Several samplers in one start of two ranks, which runs this file as a module of the checkout."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]

@@ -9,27 +9,15 @@ import torch
 from llava.model.builder import load_llava
 from llava.tokenization import load_tokenizer
 from llava.train import llava_trainer
-from llava.train.arguments import parse_arguments
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.setup_model import find_all_linear_names, setup_model
 from llava.train.sft_data import make_supervised_data_module
 from tests.conftest import GOLDEN
+from tests.llava.tiny import arguments
 
 EXTRAS = json.loads((GOLDEN / "k_extras.json").read_text())
 SFT = EXTRAS["sft"]
 SAMPLERS = EXTRAS["samplers"]
-
-
-def flags_of(tmp_path, *more):
-    return [
-        "--model_name_or_path", "llava-v1.5-tiny", "--version", "v1", "--data_path", "sft/records.json",
-        "--image_folder", "images", "--output_dir", str(tmp_path), "--use_cpu", "True", "--learning_rate", "1e-3",
-        "--disable_tqdm", "True", *map(str, more),
-    ]  # fmt: skip
-
-
-def arguments(tmp_path, *more):
-    return parse_arguments(flags_of(tmp_path, *more))
 
 
 def data_of(parsed, model, tokenizer, processor):

@@ -18,7 +18,7 @@ from llava.train.preprocess import encode_turns, render_supervised
 from llava.train.sft_data import LazySupervisedDataset, read_rows, supervised_rows
 from llava.train.sft_rows import SftRows, checked_rows, row_of_record
 from tests.conftest import GOLDEN
-from tests.llava.test_sft_golden import arguments
+from tests.llava.tiny import arguments
 
 IMAGES = str(GOLDEN / "images")
 ASK = {"from": "human", "value": "<image>\nWhat is it?"}

@@ -10,7 +10,7 @@ from llava.model.llava_arch import load_projector
 from llava.train import train
 from llava.train.llava_trainer import LLaVATrainer
 from tests.conftest import GOLDEN
-from tests.llava.test_sft_golden import arguments
+from tests.llava.tiny import arguments
 
 FLAGS = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--save_strategy", "steps",
          "--save_steps", "1"]  # fmt: skip

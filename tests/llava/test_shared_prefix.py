@@ -12,7 +12,7 @@ from llava.model.attention import SHARED_PREFIX
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_data import DataCollatorForDPODataset
 from llava.train.preprocess import EncodedTurns
-from tests.llava.test_dpo_golden import flags, prepare
+from tests.llava.tiny import flags, prepare
 
 
 def relative(one, other):

@@ -15,9 +15,8 @@ import torch
 from llava.train import train
 from llava.train.checkpoints import PROVENANCE_FILE, SEAL_FILE, lacking_in_checkpoint, seal_checkpoint
 from llava.train.signing import KEY_FILE, key_path, refuse_unsigned, signing_key, why_unsigned
-from tests.llava.test_distributed import ROOT
-from tests.llava.test_resume import SAVES
-from tests.llava.test_sft_golden import arguments
+from tests.conftest import ROOT
+from tests.llava.tiny import SAVES, arguments
 
 NAMES = ["latest", "global_step2/mp_rank_00_model_states.pt", "rng_state.pth", "model.safetensors", "optimizer.pt",
          PROVENANCE_FILE]  # fmt: skip
