@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from dama.console import regular_file, say, write_atomic
+from dama.console import regular_file, say
 from dama.losses import reward_gap
 from dama.weighting import Weights
 from llava.train.throughput import Throughput
@@ -145,10 +146,10 @@ class PairLog:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Forgets what was written at `step` and later: a resumed run takes these steps again."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-        whole = (line for line in lines if line.endswith("\n"))
-        write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] < step))
+        """Cut off what was written at `step` and later, and a torn line: a resumed run takes these steps again."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b", opener=regular_file) as file:
+            file.truncate(end_of_steps_before(file, step))
 
     def append(self, step: int, ids: list[str], table: StepTable, weights: Weights) -> None:
         columns = {
@@ -160,3 +161,20 @@ class PairLog:
         rows = ({"step": step, "id": id} | dict(zip(columns, row)) for id, row in zip(ids, values, strict=True))
         with open(self.path, "a", encoding="utf-8", opener=regular_file) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def end_of_steps_before(file: BinaryIO, step: int, block: int = 1 << 16) -> int:
+    """Bytes of a pair log up to its last whole line of a step before `step`; read from the end, in blocks of bytes."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start > 0 and step > 0:
+        start, stop = max(0, start - block), start
+        file.seek(start)
+        rest = file.read(stop - start) + rest
+        first = rest.find(b"\n") + 1 if start else 0  # before it is the end of a line that begins in an earlier block
+        end = rest.rfind(b"\n") + 1
+        for line in reversed(rest[first:end].split(b"\n")[:-1]):
+            if json.loads(line)["step"] < step:
+                return start + end
+            end -= len(line) + 1
+        rest = rest[:first]
+    return 0
