@@ -83,13 +83,24 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
     The file gets the rights that the umask leaves. A symbolic link at `path` is replaced, not followed.
     """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with atomic_file(path, len(data)) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: str | Path, size: int) -> Iterator[BinaryIO]:
+    """A file to write piece by piece that takes the place of `path` at the end of the block, as in `write_atomic`.
+
+    Args:
+        size: bytes about to be written, for the error on a full disk.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with writing(path, len(data)), open(temporary, "xb") as file:
+    with writing(path, size), open(temporary, "xb") as file:
         try:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)

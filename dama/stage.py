@@ -10,30 +10,36 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import digest_of, digest_of_file, regular_file, say, write_atomic, write_json, writing
+from dama.console import atomic_file, digest_of, digest_of_file, regular_file, say, write_json, writing
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder, inside a stage's, that holds those of its shards
 Record = dict[str, Any]
 Flags = Mapping[str, str]  # the beginning of a field of a fingerprint -> the flag that sets it
-Summarise = Callable[[list[Record], list[Record]], Record]
-"""(all records, what each shard handed to `conclude`) -> the summary in the manifest."""
+Summarise = Callable[[Any, list[Record]], Record]
+"""(all records, what each shard handed to `conclude`) -> the summary in the manifest.
+
+The records are a `RecordFile`: they have a length and can be iterated over more than once.
+"""
 Place = Callable[[Record], int]
 """A record -> where it belongs in the finished file, for stages whose chunks follow another order than their input."""
 
 
 NO_FLAGS: Flags = MappingProxyType({})
+IN_MEMORY = 1 << 26  # bytes of a file whose records are kept in memory for a second pass
 
 
 class StageError(ValueError):
@@ -75,6 +81,31 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard(0, 1)
+
+
+class RecordFile(Collection[Record]):
+    """The records of a JSONL file. A large file is read again for each pass instead of being held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept: list[Record] | None = list(self._read()) if path.stat().st_size <= IN_MEMORY else None
+        self._length = sum(1 for _ in self._lines()) if self._kept is None else len(self._kept)
+
+    def _lines(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as file:
+            yield from file
+
+    def _read(self) -> Iterator[Record]:
+        return map(json.loads, self._lines())
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._read() if self._kept is None else iter(self._kept)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __contains__(self, record: object) -> bool:
+        return any(record == each for each in self)
 
 
 class Stage:
@@ -203,7 +234,7 @@ class Stage:
         if self.shard.count == 1:
             return _read_manifest(self.folder) if self.complete else self._finish_whole(summarise, facts, place)
         if not self.complete:
-            self.finish(facts, [place(record) for record in self.records()] if place else ())
+            self.finish(facts, [place(record) for record in RecordFile(self.records_path)] if place else ())
         return self._merge_if_last(summarise, place)
 
     def _finish_whole(self, summarise: Summarise, facts: Record, place: Place | None) -> Record:
@@ -213,11 +244,10 @@ class Stage:
         which a resumed run finds complete and orders once more.
         """
         if place is not None and self.chunks_done == len(self.chunk_sizes):
-            content = self.records_path.read_bytes()
-            ordered = _in_order(content, [place(record) for record in self.records()])
-            if ordered != content:
-                write_atomic(self.records_path, ordered)
-        return self.finish(summarise(self.records(), [facts]))
+            places = [place(record) for record in RecordFile(self.records_path)]
+            if places != sorted(places):
+                write_joined(self.records_path, [self.records_path], places)
+        return self.finish(summarise(RecordFile(self.records_path), [facts]))
 
     def _merge_if_last(self, summarise: Summarise, place: Place | None) -> Record | None:
         parts = [Shard(index, self.shard.count).folder(self.root) for index in range(self.shard.count)]
@@ -433,17 +463,17 @@ def _write_merged(
     if old is None or old["fingerprint"] != merged["fingerprint"]:
         # Two shards that finish together both merge and write the same; a kill in between leaves what can be continued.
         write_json(root / MANIFEST, merged | {"complete": False})
-    content = b"".join((part / f"{name}.jsonl").read_bytes() for _, part in done)
+    path, sources = root / f"{name}.jsonl", [part / f"{name}.jsonl" for _, part in done]
+    places: Sequence[int] | None = None
     if place is not None:
-        content = _in_order(content, [place(json.loads(line)) for line in content.splitlines()])
+        places = [place(record) for source in sources for record in RecordFile(source)]
     elif all("places" in manifest for manifest in manifests if manifest["records"]):
-        content = _in_order(content, [index for manifest in manifests for index in manifest.get("places", ())])
-    write_atomic(root / f"{name}.jsonl", content)
-    records = [json.loads(line) for line in content.splitlines()]
+        places = [index for manifest in manifests for index in manifest.get("places", ())]
+    write_joined(path, sources, places)
     seconds = max(manifest["time"]["seconds"] for manifest in manifests)  # they may have run beside each other
     merged |= {
-        "digest": digest_of_file(root / f"{name}.jsonl"),
-        "summary": summarise(records, [manifest["summary"] for manifest in manifests]),
+        "digest": digest_of_file(path),
+        "summary": summarise(RecordFile(path), [manifest["summary"] for manifest in manifests]),
         "time": {"seconds": seconds, "records": merged["records"], "finished": _now(), "shards": len(done)},
     }
     write_json(root / MANIFEST, merged)
@@ -451,10 +481,37 @@ def _write_merged(
     return merged
 
 
-def _in_order(content: bytes, places: Sequence[int]) -> bytes:
-    """The lines of a JSONL file by their places; a line ends with a newline and with nothing else."""
-    lines = content.split(b"\n")[:-1]
-    return b"".join(line + b"\n" for _, line in sorted(zip(places, lines, strict=True), key=itemgetter(0)))
+def write_joined(path: Path, sources: Sequence[Path], places: Sequence[int] | None = None) -> None:
+    """Write the lines of JSONL files, one file after the other or all in the order of `places`, to one file.
+
+    A line ends with a newline and with nothing else. No file is read into memory.
+
+    Args:
+        path: replaced at the end; it may be one of the sources. places: of every line, in the order of the sources.
+
+    Raises:
+        ValueError: there are more or fewer places than lines.
+    """
+    size = sum(source.stat().st_size for source in sources)
+    with atomic_file(path, size) as output:
+        if places is None:
+            _copy_all(sources, output)
+            return
+        with TemporaryFile(dir=path.parent) as joined:
+            _copy_all(sources, joined)
+            joined.seek(0)
+            lengths = [len(line) for line in joined]
+            lines = zip(places, accumulate(lengths, initial=0), lengths, strict=False)
+            if len(lengths) != len(places):
+                raise ValueError(f"{path}: {len(lengths)} records, expected one for each of {len(places)} places")
+            for _, start, length in sorted(lines, key=itemgetter(0)):
+                output.write(os.pread(joined.fileno(), length, start))
+
+
+def _copy_all(sources: Sequence[Path], output: IO[bytes]) -> None:
+    for source in sources:
+        with open(source, "rb") as file:
+            shutil.copyfileobj(file, output)
 
 
 def differences(old: Any, new: Any, flags: Flags = NO_FLAGS, field: str = "") -> list[str]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from dama.console import regular_file, say, write_atomic
+from dama.console import regular_file, say
 from dama.train.family import ModelFamily, PreparedPair, shown_images
 from dama.train.metrics import StepTable, preference_metrics, weighting_metrics
 from dama.train.throughput import Throughput, step_flops
@@ -150,10 +151,10 @@ class PairLog:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Remove what was written at `step` and later: a resumed run takes these steps again."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-        whole = (line for line in lines if line.endswith("\n"))
-        write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] < step))
+        """Cut off what was written at `step` and later, and a torn line: a resumed run takes these steps again."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b", opener=regular_file) as file:
+            file.truncate(end_of_steps_before(file, step))
 
     def on_decision(self, decided: Decided) -> None:
         self.append(decided.step, [item.pair.id for item in decided.pairs], decided.table, decided.weights)
@@ -169,3 +170,20 @@ class PairLog:
         rows = ({"step": step, "id": id} | dict(zip(columns, row)) for id, row in zip(ids, values, strict=True))
         with open(self.path, "a", encoding="utf-8", opener=regular_file) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def end_of_steps_before(file: BinaryIO, step: int, block: int = 1 << 16) -> int:
+    """Bytes of a pair log up to its last whole line of a step before `step`; read from the end, in blocks of bytes."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start > 0 and step > 0:
+        start, stop = max(0, start - block), start
+        file.seek(start)
+        rest = file.read(stop - start) + rest
+        first = rest.find(b"\n") + 1 if start else 0  # before it is the end of a line that begins in an earlier block
+        end = rest.rfind(b"\n") + 1
+        for line in reversed(rest[first:end].split(b"\n")[:-1]):
+            if json.loads(line)["step"] < step:
+                return start + end
+            end -= len(line) + 1
+        rest = rest[:first]
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,14 @@ def split_to_even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chu
         return [list(indices[k::num_chunks]) for k in range(num_chunks)]
     size = len(indices) // num_chunks
     chunks: list[list[int]] = [[] for _ in range(num_chunks)]
-    loads = [0.0] * num_chunks
+    loads = [(0.0, k) for k in range(num_chunks)]  # a heap: of equally light chunks the first one is next
     for index in indices:
-        lightest = loads.index(min(loads))
+        load, lightest = loads[0]
         chunks[lightest].append(index)
-        loads[lightest] += lengths[index]
-        if len(chunks[lightest]) == size:
-            loads[lightest] = float("inf")
+        if len(chunks[lightest]) < size:
+            heapq.heapreplace(loads, (load + lengths[index], lightest))
+        else:
+            heapq.heappop(loads)
     return chunks
 
 

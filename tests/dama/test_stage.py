@@ -9,12 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dama.stage import Shard, StageError, differences, merge_shards, open_stage, read_stage, stage_of
+import dama.stage as stage_module
+from dama.stage import (
+    RecordFile,
+    Shard,
+    StageError,
+    differences,
+    merge_shards,
+    open_stage,
+    read_stage,
+    stage_of,
+    write_joined,
+)
 
 ROOT = Path(__file__).parents[2]
 SIZES = [3, 2, 4, 1]
@@ -281,6 +293,34 @@ def test_shards_in_any_order_give_the_bytes_of_an_unsharded_run(
     assert read_stage(tmp_path / "out", "toy")[0] == manifest
     assert run_shard(tmp_path / "out", Shard(1, count)) == manifest  # complete: any shard says so
     assert merge_shards(tmp_path / "out", "toy", summarise)["digest"] == manifest["digest"]  # as two at once would
+
+
+def test_a_large_file_is_merged_without_holding_its_records(
+    tmp_path: Path, unsharded: tuple[bytes, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "IN_MEMORY", 0)
+    run_shard(tmp_path / "out", Shard(0, 2))
+    run_shard(tmp_path / "out", Shard(1, 2))
+    assert contents(tmp_path / "out") == unsharded
+
+
+def test_joining_takes_no_memory_that_grows_with_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "IN_MEMORY", 0)
+    sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for number, source in enumerate(sources):
+        source.write_text("".join(json.dumps({"v": number + 2 * i, "text": "x" * 10_000}) + "\n" for i in range(500)))
+    size = sum(source.stat().st_size for source in sources)
+    places = [record["v"] for source in sources for record in RecordFile(source)]
+    tracemalloc.start()
+    write_joined(tmp_path / "whole.jsonl", sources, places)
+    records = RecordFile(tmp_path / "whole.jsonl")
+    assert [record["v"] for record in records] == list(range(1000)) and len(records) == 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size / 5
+    with pytest.raises(ValueError, match="1000 records, expected one for each of 999 places"):
+        write_joined(tmp_path / "other.jsonl", sources, places[1:])
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 def test_an_interrupted_shard_continues(tmp_path: Path, unsharded: tuple[bytes, dict[str, Any]]) -> None:

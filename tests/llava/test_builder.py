@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.builder import Kind, kind_of, load_llava
+from llava.model.builder import load_llava
 from llava.model.checkpoint import read_beside
 from llava.model.export import sample_picture
 from llava.model.multimodal_projector.builder import build_vision_projector

@@ -1,6 +1,7 @@
 """Supervised fine-tuning against the original's numbers: rows, batches, losses, samplers, parameter groups, tokens."""
 
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,21 @@ def test_ten_steps(in_golden, tmp_path, name, flags):
 @pytest.mark.parametrize("case", SAMPLERS["split_to_even_chunks"], ids=str)
 def test_split_to_even_chunks(case):
     assert llava_trainer.split_to_even_chunks(case["indices"], case["lengths"], case["n"]) == case["out"]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7, 16])
+@pytest.mark.parametrize("largest", [0, 1, 3, 1000])
+def test_every_row_goes_to_the_first_of_the_lightest_chunks(chunks, largest):
+    """Searched for among all chunks, with many ties where lengths are few; text-only rows are negative."""
+    draw = random.Random(chunks * largest)
+    indices = draw.sample(range(chunks * 9), chunks * 9)
+    lengths = [draw.randint(-1, largest) for _ in indices]
+    expected = [[] for _ in range(chunks)]
+    for index in indices:
+        open_chunks = [k for k in range(chunks) if len(expected[k]) < 9]
+        lightest = min(open_chunks, key=lambda k: sum(lengths[i] for i in expected[k]))
+        expected[lightest].append(index)
+    assert llava_trainer.split_to_even_chunks(indices, lengths, chunks) == expected
 
 
 @pytest.mark.parametrize("case", [name for name in SAMPLERS if "|" in name])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dama.losses import ViewLogps
-from dama.train.callbacks import PairLog
+from dama.train.callbacks import PairLog, end_of_steps_before
 from dama.train.metrics import StepTable
 from dama.train.throughput import ModelSize, PairLength, Throughput, forward_flops, peak_flops, step_flops
 from dama.views import PAIR_VIEWS
@@ -85,3 +85,25 @@ def test_pair_log_forgets_the_steps_that_are_taken_again(tmp_path):
         (0, "a", True), (0, "b", False), (1, "a", True), (1, "b", False)
     ]  # fmt: skip
     assert rows[1]["R"] == 4.0 and rows[1]["chosen"] == 4.0
+
+
+@pytest.mark.parametrize("block", [1, 7, 40, 1 << 16])
+@pytest.mark.parametrize("torn", [b"", b'{"step": 9, "id": "to', b"x" * 100])
+def test_the_end_of_earlier_steps_is_found_from_the_end(tmp_path, block, torn):
+    """As reading every line finds it, wherever the blocks that are read divide the lines."""
+    lines = [
+        json.dumps({"step": i // 3, "id": "é" * (5 * i % 17)}, ensure_ascii=False).encode() + b"\n" for i in range(12)
+    ]
+    path = tmp_path / "log"
+    path.write_bytes(b"".join(lines) + torn)
+    for step in range(7):
+        expected = sum(len(line) for line in lines if json.loads(line)["step"] < step)
+        with open(path, "rb") as file:
+            assert end_of_steps_before(file, step, block) == expected
+
+
+def test_rewinding_reads_only_the_steps_that_are_cut_off(tmp_path):
+    log = PairLog(tmp_path / "pair_log.jsonl")
+    log.path.write_text("not JSON\n" + '{"step": 1}\n{"step": 2}\n')
+    log.rewind(2)
+    assert log.path.read_text() == 'not JSON\n{"step": 1}\n'
