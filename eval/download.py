@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dama.console import report_error, say, write_atomic, write_json
 from dama.pairs import fault_list, probe_image, resolve_image
 from dama.redact import redacted
-from eval.core.homes import BENCHMARKS, File, Pictures
+from eval.core.sources import BENCHMARKS, File, Pictures
 from eval.core.transfer import Received, digest, download
 
 DEFAULT_FOLDER = Path("playground/data/eval")
