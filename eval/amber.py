@@ -28,7 +28,7 @@ from dama.console import digest_of, report_error, say, write_json
 from eval.core.judge import QUIRKS, Parts
 from eval.core.nouns import FALLBACK, UNLOADABLE, Tagger, nltk_tagger, rule_tagger
 from eval.core.official import field_faults, read_json, read_records, refuse_faults
-from eval.core.ruled import Score, format_scores, ratios, record, score_of
+from eval.core.scores import Score, format_scores, ratios, record, score_of
 from eval.core.types import Answer, Benchmark, Question
 from llava.eval.eval_pope import Reply, count, is_undecided
 

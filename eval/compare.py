@@ -25,7 +25,7 @@ from dama.console import report_error, say
 from dama.errors import error_list
 from eval.core.judge import QUIRKS
 from eval.core.official import Fields, field_faults
-from eval.core.ruled import aligned, cell, ratios
+from eval.core.scores import aligned, cell, ratios
 from eval.core.statistics import Array, Interval, interval, ratio, resample
 from eval.core.store import not_finite
 

@@ -28,7 +28,7 @@ from dama.console import report_error, say, write_atomic, write_json
 from dama.errors import error_list
 from dama.images import probe_image, resolve_image
 from dama.redact import redacted
-from eval.core.homes import BENCHMARKS, File, Pictures
+from eval.core.sources import BENCHMARKS, File, Pictures
 from eval.core.transfer import Received, digest, download
 
 DEFAULT_FOLDER = Path("playground/data/eval")

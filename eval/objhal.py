@@ -30,7 +30,7 @@ from eval.core.judge import QUIRKS, JudgeRun, OfficialJudge, after_thoughts, ask
 from eval.core.nouns import FALLBACK, Tagger, rule_tagger, spacy_tagger
 from eval.core.objects import Mention, ObjectVocabulary
 from eval.core.official import REMEDY, official_prompt, read_json, read_records, refuse_faults
-from eval.core.ruled import aligned
+from eval.core.scores import aligned
 from eval.core.statistics import Interval, paired_difference, ratio_interval
 from eval.core.types import Answer, Benchmark, Question
 

@@ -39,7 +39,7 @@ from eval.compare import (
     signed,
     verdict,
 )
-from eval.core.ruled import cell
+from eval.core.scores import cell
 from eval.core.statistics import Interval
 
 SIDE = 400  # pixels of a picture's longer side: a thousand photographs make a page of about 30 MB

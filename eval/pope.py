@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eval.core.judge import QUIRKS
 from eval.core.official import field_faults, refuse_faults
-from eval.core.ruled import Score, format_scores, mean, ratios, record, score_of
+from eval.core.scores import Score, format_scores, mean, ratios, record, score_of
 from eval.core.types import Answer, Benchmark, Question
 from llava.eval.eval_pope import OFFSETS, count, official_reading, read_answer, read_lines
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dama.console import report_error, say, write_atomic
 from eval.core.official import read_json
-from eval.core.ruled import aligned, cell
+from eval.core.scores import aligned, cell
 
 OTHER = "*"  # marks figures of another protocol or judge than the column's first
 

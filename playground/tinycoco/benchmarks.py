@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import write_atomic, write_json
-from eval.core.homes import BENCHMARKS
+from eval.core.sources import BENCHMARKS
 from eval.core.transfer import digest
 from eval.download import RECORD
 from playground.tinycoco.captions import PLURALS, QUESTIONS, article

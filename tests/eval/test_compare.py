@@ -12,7 +12,7 @@ import pytest
 
 from eval import page, pope
 from eval.compare import Published, compare, figure_of, main, read_all, read_published, rows_of, verdict
-from eval.core.ruled import ratios
+from eval.core.scores import ratios
 from eval.core.statistics import Interval
 from eval.core.store import Provenance, read_answers, write_results
 

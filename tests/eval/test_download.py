@@ -17,7 +17,7 @@ from PIL import Image
 
 from eval import download as command
 from eval.core import transfer
-from eval.core.homes import BENCHMARKS
+from eval.core.sources import BENCHMARKS
 from eval.core.transfer import TransferError, download, members
 from eval.download import DownloadError, fetch, main
 from tests.eval.loopback import FileServer

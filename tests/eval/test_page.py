@@ -18,7 +18,7 @@ from eval import amber, llavabench, mmhal, mmvet, objhal, pope
 from eval.compare import figure_of, read_all
 from eval.core.judge import JudgeRun, Verdict
 from eval.core.nouns import rule_tagger
-from eval.core.ruled import cell
+from eval.core.scores import cell
 from eval.core.store import Provenance, write_results
 from eval.core.types import Answer, Benchmark, Question
 from eval.page import SIDE, is_of_kind, main, marked, read_pictures, state_of, tags_of, write_page

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.core.homes import BENCHMARKS
+from eval.core.sources import BENCHMARKS
 from eval.core.transfer import digest
 from eval.download import RECORD
 from playground.tinycoco.captions import QUESTIONS

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from eval.core.ruled import aligned
+from eval.core.scores import aligned
 from eval.core.statistics import Interval
 from playground.tinycoco.study.analysis import SHOWN_LEVEL, verdict
 from playground.tinycoco.study.findings import Findings
