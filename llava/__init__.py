@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from dama.console import end_on_interrupt
-from llava.notices import hold_back_quantization_notices, leave_out_library_notices
+from dama.notices import hold_back_quantization_notices, leave_out_library_notices
 
 if sys.argv[:1] == ["-m"]:  # python -m llava...: the module's own long imports follow
     end_on_interrupt()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, GenerationConfig, PretrainedConfig
 
 from dama.console import say
+from dama.notices import QUANTIZATION_NOTICES
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import (
     EMBEDDINGS,
@@ -37,7 +38,6 @@ from llava.model.source import (
     kind_of,
 )
 from llava.model.utils import read_file, read_json
-from llava.notices import QUANTIZATION_NOTICES
 from llava.tokenization import load_tokenizer
 
 

@@ -6,27 +6,23 @@ import difflib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import cached_property
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NoReturn
 
 import torch
-import transformers
 from transformers import HfArgumentParser
 
 from dama.console import say
 from dama.images import missing_folders
-from dama.losses import MIXTURES, OBJECTIVES, Loss
+from dama.losses import Loss
+from dama.notices import without_build_notices
+from dama.train.arguments import PreferenceArguments, described
 from dama.train.reference import BASE_AS_REFERENCE
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
 from llava.conversation import get_template
-from llava.notices import without_build_notices
-
-
-def described(default: Any, text: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
@@ -95,68 +91,15 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(PreferenceArguments):
+    """LLaVA's training arguments."""
+
     cache_dir: str | None = described(None, "Folder for downloads.")
-    optim: str | None = described(None, "Optimizer. Default: adamw_torch_fused on GPUs, adamw_torch on CPUs.")
-    logging_nan_inf_filter: bool = described(
-        False, "Log a loss of NaN or infinity as the loss of the step before (it hides a training that failed, and the "
-        "host waits for the GPU twice in every micro-batch)."
-    )  # fmt: skip
-    remove_unused_columns: bool = described(False, "Kept for LLaVA's scripts.")
     freeze_mm_mlp_adapter: bool = described(False, "Do not train the projector.")
-    model_max_length: int = described(2048, "Longest sequence in tokens, image features included.")
-    bits: int = described(16, "16, or 8 or 4 for a quantised base under LoRA.")
-    double_quant: bool = described(True, "4 bits: quantise the scales too.")
-    quant_type: str = described("nf4", "4 bits: nf4 or fp4.")
-    lora_enable: bool = described(False, "Train LoRA adapters instead of all weights.")
-    lora_r: int = described(64, "LoRA: rank.")
-    lora_alpha: int = described(16, "LoRA: scale numerator; the update is multiplied by alpha / r.")
-    lora_dropout: float = described(0.05, "LoRA: dropout.")
-    lora_weight_path: str = described("", "LoRA: adapter to start from.")
-    lora_bias: str = described("none", "LoRA: which biases train: none, all or lora_only.")
     mm_projector_lr: float | None = described(None, "Learning rate of the projector. Default: --learning_rate.")
-    trust_checkpoint: bool = described(
-        False, "Resume from a checkpoint whose files this user's runs did not sign. Loading it can run code that its "
-        "pickles contain."
-    )  # fmt: skip
     group_by_modality_length: bool = described(False, "Batches of one modality and of similar lengths (task LM).")
     task: str = described("LM", "LM: supervised fine-tuning; DPO: preference alignment with DAMA.")
 
-    dpo_beta: float = described(0.1, "beta of the paper: strength of the pull towards the reference.")
-    dpo_use_average: bool = described(False, "Mean instead of sum of the answer's token log-probs.")
-    loss: list[str] = field(
-        default_factory=lambda: ["dpo"],
-        metadata={"help": f"Objective, or NAME:WEIGHT for each term of a sum: {', '.join([*OBJECTIVES, *MIXTURES])}."},
-    )
-    strategy: Strategy = described(
-        Strategy.BOTH, "What sets beta per pair: none (plain DPO), data (alpha_D), model (alpha_M), both (DAMA), "
-        "beta_dpo (Wu et al. 2024)."
-    )  # fmt: skip
-    variant: Variant = described(
-        Variant.PAPER, "paper: Algorithm 1, defined per optimiser step, whatever the hardware; released: what the "
-        "authors' released code computes, per gathered micro-batch."
-    )  # fmt: skip
-    selection: Selection = described(
-        Selection.AUTO, "Which pairs of a step are trained on: off (all), sample (Eq. 10-11), nearest (the K smallest "
-        "|R - R_bar|), random; auto: off for none and data, sample otherwise."
-    )  # fmt: skip
-    select_ratio: float = described(0.75, "K / N: share of a step's pairs that is selected (12 of 16).")
-    gamma: float = described(0.9, "Decay of the running mean R_bar (Eq. 14).")
-    beta_min: float = described(1e-3, "Lower bound of beta per pair.")
-    delta_bar: float | None = described(
-        None, "Mean hardness. Default: computed from the data in use. 0.0482190464911681 is the released code's."
-    )
-    check_reference: bool = described(
-        True, "Stop after the first forward pass when policy and reference log-probs are not the same model's."
-    )
-    shared_prefix: bool = described(
-        True, "Run image and question once for both answers of a pair, packed without padding; False: two padded rows."
-    )
-    logp_chunk: int = described(1024, "Answer positions whose logits exist at one time (memory: chunk x vocabulary).")
-
-    pair_log: bool = described(
-        False, "Write pair_log.jsonl to the output folder: for every pair of every step its R, alpha_D, beta, selected."
-    )
     auto_micro_batch: bool = described(
         False, "Let the memory estimate choose --per_device_train_batch_size and --gradient_accumulation_steps; the "
         "pairs of a step stay as many."
@@ -176,9 +119,6 @@ class TrainingArguments(transformers.TrainingArguments):
         False, "Compile each decoder layer's norms, rotary embedding and MLP into fused kernels (torch.compile; has no "
         "effect with gradient checkpointing)."
     )  # fmt: skip
-    debug_sync: str = described(
-        "off", "Host-device synchronizations in the forward pass: off, warn (name each), or error."
-    )
 
     def __post_init__(self) -> None:
         on_gpu = torch.cuda.is_available() and not self.use_cpu
@@ -391,10 +331,11 @@ def as_number(flag: str, text: str) -> float:
 
 def help_text() -> str:
     """The flags by what they are about, each with its meaning and default."""
-    own = TrainingArguments.__annotations__
+    own = PreferenceArguments.__annotations__ | TrainingArguments.__annotations__
     lora = ("lora_", "bits", "double_quant", "quant_type")
     dama_flags = (
-        "dpo_beta", "dpo_use_average", "strategy", "variant", "selection", "select_ratio", "gamma", "beta_min",
+        "loss", "dpo_beta", "dpo_use_average", "label_smoothing", "simpo_margin", "orpo_lambda", "mdpo_anchor",
+        "symmpo_lambda", "corruption", "strategy", "variant", "selection", "select_ratio", "gamma", "beta_min",
         "delta_bar", "check_reference", "shared_prefix", "logp_chunk", "pair_log",
     )  # fmt: skip
     groups = {

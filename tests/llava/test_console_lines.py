@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from dama.notices import without_build_notices
 from dama.train.callbacks import duration
-from llava.notices import without_build_notices
 from llava.train.arguments import parse_arguments
 from llava.train.train_dpo import single_pair_warning
 from tests.conftest import GOLDEN

@@ -1,0 +1,136 @@
+"""Flags of preference training that no model family changes; llava.train.arguments adds LLaVA's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+
+from dama.console import say
+from dama.corruptions import CORRUPTIONS
+from dama.losses import MIXTURES, OBJECTIVES, Loss, LossConfig
+from dama.notices import without_build_notices
+from dama.weighting import Selection, Strategy, Variant, WeightingConfig
+
+
+def described(default: Any, text: str, **metadata: Any) -> Any:
+    """A field with a default and a help text."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class PreferenceArguments(transformers.TrainingArguments):
+    """transformers' training arguments and those of the losses, DAMA's weighting, adapters and the log."""
+
+    optim: str | None = described(None, "Optimizer. Default: adamw_torch_fused on GPUs, adamw_torch on CPUs.")
+    logging_nan_inf_filter: bool = described(
+        False, "Log a loss of NaN or infinity as the loss of the step before (it hides a training that failed, and the "
+        "host waits for the GPU twice in every micro-batch)."
+    )  # fmt: skip
+    remove_unused_columns: bool = described(False, "Kept for LLaVA's scripts.")
+    model_max_length: int = described(2048, "Longest sequence in tokens, image features included.")
+    bits: int = described(16, "16, or 8 or 4 for a quantized base under LoRA.")
+    double_quant: bool = described(True, "4 bits: quantize the scales too.")
+    quant_type: str = described("nf4", "4 bits: nf4 or fp4.")
+    lora_enable: bool = described(False, "Train LoRA adapters instead of all weights.")
+    lora_r: int = described(64, "LoRA: rank.")
+    lora_alpha: int = described(16, "LoRA: scale numerator; the update is multiplied by alpha / r.")
+    lora_dropout: float = described(0.05, "LoRA: dropout.")
+    lora_weight_path: str = described("", "LoRA: adapter to start from.")
+    lora_bias: str = described("none", "LoRA: which biases train: none, all or lora_only.")
+    trust_checkpoint: bool = described(
+        False, "Resume from a checkpoint whose files this user's runs did not sign. Loading it can run code that its "
+        "pickles contain."
+    )  # fmt: skip
+    dpo_beta: float = described(0.1, "beta of the paper: strength of the pull towards the reference.")
+    dpo_use_average: bool = described(False, "Mean instead of sum of the answer's token log-probs.")
+    loss: list[str] = field(
+        default_factory=lambda: ["dpo"],
+        metadata={"help": f"Objective, or NAME:WEIGHT for each term of a sum: {', '.join([*OBJECTIVES, *MIXTURES])}."},
+    )
+    label_smoothing: float = described(0.1, "Losses cdpo and robust: assumed share of flipped pairs, below 0.5.")
+    simpo_margin: float = described(0.5, "Loss simpo: target margin of the mean log-probs, in units of beta x nats.")
+    orpo_lambda: float = described(0.1, "Loss orpo: weight of the log odds ratio.")
+    mdpo_anchor: float = described(0.0, "Loss mdpo: reward that the chosen answer is kept above.")
+    symmpo_lambda: float = described(0.5, "Loss symmpo: weight of the comparisons of both answers on each image.")
+    corruption: str = described(
+        "crop", f"Second image of losses that read one: {', '.join(CORRUPTIONS)} (field: the pair's own second image)."
+    )
+    strategy: Strategy = described(
+        Strategy.BOTH, "What sets beta per pair: none (plain DPO), data (alpha_D), model (alpha_M), both (DAMA), "
+        "beta_dpo (Wu et al. 2024)."
+    )  # fmt: skip
+    variant: Variant = described(
+        Variant.PAPER, "paper: Algorithm 1, defined per optimizer step, whatever the hardware; released: what the "
+        "authors' released code computes, per gathered micro-batch."
+    )  # fmt: skip
+    selection: Selection = described(
+        Selection.AUTO, "Which pairs of a step are trained on: off (all), sample (Eq. 10-11), nearest (the K smallest "
+        "|R - R_bar|), random; auto: off for none and data, sample otherwise."
+    )  # fmt: skip
+    select_ratio: float = described(0.75, "K / N: share of a step's pairs that is selected (12 of 16).")
+    gamma: float = described(0.9, "Decay of the running mean R_bar (Eq. 14).")
+    beta_min: float = described(1e-3, "Lower bound of beta per pair.")
+    delta_bar: float | None = described(
+        None, "Mean hardness. Default: computed from the data in use. 0.0482190464911681 is the released code's."
+    )
+    check_reference: bool = described(
+        True, "Stop after the first forward pass when policy and reference log-probs are not the same model's."
+    )
+    shared_prefix: bool = described(
+        True, "Run image and question once for both answers of a pair, packed without padding; False: two padded rows."
+    )
+    logp_chunk: int = described(1024, "Answer positions whose logits exist at one time (memory: chunk x vocabulary).")
+
+    pair_log: bool = described(
+        False, "Write pair_log.jsonl to the output folder: for every pair of every step its R, alpha_D, beta, selected."
+    )
+    debug_sync: str = described(
+        "off", "Host-device synchronizations in the forward pass: off, warn (name each), or error."
+    )
+
+    def __post_init__(self) -> None:
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        self.optim = self.optim or ("adamw_torch_fused" if on_gpu else "adamw_torch")
+        self.dataloader_pin_memory: bool = self.dataloader_pin_memory and on_gpu  # memory to copy to GPUs from
+        super().__post_init__()
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        """This process's own GPU: transformers would spread its batches over all that it sees (DataParallel)."""
+        with without_build_notices():  # the ranks of a distributed run join here
+            device = super()._setup_devices
+        if self.n_gpu > 1:
+            say(
+                f"warning: {self.n_gpu} GPUs are visible and one process uses one; start one process for each, with "
+                "`deepspeed --include localhost:0,1,...` or `torchrun --nproc_per_node N`, to use them all"
+            )
+            self._n_gpu: int = 1
+        return device
+
+    def preference_loss(self) -> Loss:
+        """The objective, or the weighted sum of several, that the flags name."""
+        config = LossConfig(
+            label_smoothing=self.label_smoothing,
+            simpo_margin=self.simpo_margin,
+            orpo_lambda=self.orpo_lambda,
+            mdpo_anchor=self.mdpo_anchor,
+            symmpo_lambda=self.symmpo_lambda,
+        )
+        return Loss.parse(self.loss, config)
+
+    def weighting(self) -> WeightingConfig:
+        """The method's constants as the flags give them."""
+        return WeightingConfig(
+            strategy=Strategy(self.strategy),
+            variant=Variant(self.variant),
+            selection=Selection(self.selection),
+            beta=self.dpo_beta,
+            gamma=self.gamma,
+            keep=self.select_ratio,
+            beta_min=self.beta_min,
+            seed=self.data_seed if self.data_seed is not None else self.seed,
+        )
