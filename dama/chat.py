@@ -31,7 +31,7 @@ from dama.completion import (
     unreadable,
     well_formed,
 )
-from dama.console import digest_of, printable, regular_file, say, writing
+from dama.console import digest_of, log, printable, regular_file, writing
 from dama.redact import redacted, secrets_of_url
 
 if TYPE_CHECKING:
@@ -454,7 +454,7 @@ def _read_cache(path: Path) -> dict[str, Completion]:
             except (ValueError, TypeError, KeyError, AttributeError):
                 torn += bool(line.strip())
     if torn:
-        say(f"chat: {path}: {torn} unreadable lines skipped, {len(entries)} replies kept")
+        log(f"chat: {path}: {torn} unreadable lines skipped, {len(entries)} replies kept")
     return entries
 
 

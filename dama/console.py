@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -21,7 +22,8 @@ from typing import Any, BinaryIO
 
 MIB = 2**20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
+INTERRUPTED = 130  # exit status of a command that was ended by Ctrl-C
+USER_ERROR = 2  # exit status after a wrong flag, file or value
 
 # Characters that command a terminal (C0 but tab and line feed, DEL, C1), turn the direction of the text around, are not
 # shown, or cannot be encoded: in a file's or a server's text they could forge what the screen shows.
@@ -36,11 +38,27 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def say(message: str = "") -> None:
-    """Writes one line to standard output, on the first process of a distributed run only; see `printable`."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        sys.stdout.write(printable(message) + "\n")
-        sys.stdout.flush()
+class _ConsoleHandler(logging.Handler):
+    """Write records as plain lines to standard output, on the first process of a distributed run only."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            sys.stdout.write(printable(record.getMessage()) + "\n")
+            sys.stdout.flush()
+
+
+_LOGGER = logging.getLogger("dama")
+_LOGGER.setLevel(logging.INFO)
+_LOGGER.propagate = False  # libraries configure the root logger
+_LOGGER.addHandler(_ConsoleHandler())
+
+
+def log(message: str = "") -> None:
+    """Log one line to standard output through the logger "dama", on rank 0 only; see `printable`."""
+    _LOGGER.info("%s", message)
+
+
+say = log  # earlier name
 
 
 class DiskFullError(OSError):

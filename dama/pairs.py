@@ -48,6 +48,13 @@ class PreferencePair:
     source: str = ""
     reference: ReferenceLogps | None = None
     clip_scores: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # per statement of y_w, of y_l
+    second_image: str | None = None  # relative to the image folder: what an objective compares the image with
+    second: str | None = None  # the right answer for the second image
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Its image, and its second one where it has one."""
+        return (self.image,) if self.second_image is None else (self.image, self.second_image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +170,24 @@ def pair_of_fields(row: NamedRow) -> PreferencePair:
         source=text_of(row, "origin_dataset") if row.get("origin_dataset") is not None else "",
         reference=_reference(row.get("logps")),
         clip_scores=_clip_scores(row),
+        second_image=_second_image(row),
+        second=text_of(row, "second") if row.get("second") is not None else None,
     )
+
+
+def _second_image(row: dict[str, Any]) -> str | None:
+    """The path in `rejected_images`: text, or a list of one text or of one {"path": text}, as ms-swift has it."""
+    value = row.get("rejected_images")
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("path")
+    if value is None and row.get("rejected_images") in (None, []):
+        return None
+    if not isinstance(value, str) or not value:
+        got = repr(row.get("rejected_images"))[:60]
+        raise ValueError(f"field rejected_images: expected one image path, or a list of one, got {got}")
+    return value
 
 
 def id_of_row(row: dict[str, Any]) -> str | None:
@@ -220,13 +244,18 @@ def _clip_scores(row: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def distinct_images(pairs: Iterable[PreferencePair]) -> list[str]:
-    """Relative paths in order of first use."""
+    """Relative paths of the pairs' own images in order of first use."""
     return list(dict.fromkeys(pair.image for pair in pairs))
+
+
+def all_images(pairs: Iterable[PreferencePair]) -> list[str]:
+    """Relative paths of all images, second ones included, in order of first use."""
+    return list(dict.fromkeys(image for pair in pairs for image in pair.images))
 
 
 def image_digests(pairs: Sequence[PreferencePair], image_folder: ImageFolder, workers: int = 4) -> dict[str, str]:
     """First 16 hex digits of the SHA-256 of each distinct image's bytes, by relative path."""
-    names = distinct_images(pairs)
+    names = all_images(pairs)
 
     def digest(name: str) -> str:
         return hashlib.sha256(resolve_image(image_folder, name).read_bytes()).hexdigest()[:16]
@@ -237,7 +266,13 @@ def image_digests(pairs: Sequence[PreferencePair], image_folder: ImageFolder, wo
 
 def pairs_fingerprint(pairs: Sequence[PreferencePair]) -> str:
     """A digest of every field of every pair, in order: another file, order or answer gives another one."""
-    return digest_of([astuple(pair) for pair in pairs])
+    return digest_of([_identity(pair) for pair in pairs])
+
+
+def _identity(pair: PreferencePair) -> tuple[Any, ...]:
+    """Its fields; of a pair without second image and answer those that earlier versions had."""
+    *fields, second_image, second = astuple(pair)
+    return tuple(fields) if second_image is None and second is None else (*fields, second_image, second)
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -266,24 +301,25 @@ def check_pairs(
         raise PairsError(f"image folder {folder}: no such folder\nRemedy: {remedy}")
     texts = [_fault(pair, reason) for pair in pairs for reason in text_faults(pair)]
     faults = [*faults, *_duplicate_faults(pairs), *texts]
-    outside, bad = find_image_errors(distinct_images(pairs), image_folder, workers, progress)
+    outside, bad = find_image_errors(all_images(pairs), image_folder, workers, progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
-    faults += [_fault(pair, blocking[pair.image]) for pair in pairs if pair.image in blocking]
+    faults += [_fault(pair, blocking[name], name) for pair in pairs for name in pair.images if name in blocking]
     if faults:
         remedy = FILE_REMEDY
         if not outside and bad and on_bad_image == "fail":
             remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
         raise PairsError(error_list(subject, faults, remedy))
-    good = [pair for pair in pairs if pair.image not in bad]
-    skipped = [SkippedPair(pair.id, f"{bad[pair.image]}: {pair.image}") for pair in pairs if pair.image in bad]
+    first_bad = [(pair, next((name for name in pair.images if name in bad), None)) for pair in pairs]
+    good = [pair for pair, name in first_bad if name is None]
+    skipped = [SkippedPair(pair.id, f"{bad[name]}: {name}") for pair, name in first_bad if name is not None]
     if not good:
         reasons = [f"row {skip.id}: {skip.reason}" for skip in skipped]
         raise PairsError(error_list(subject, reasons, "no pair is left; is this the right image folder?"))
     return good, skipped
 
 
-def _fault(pair: PreferencePair, reason: str) -> str:
-    return f"row {pair.id} (image {pair.image}): {reason}"
+def _fault(pair: PreferencePair, reason: str, image: str = "") -> str:
+    return f"row {pair.id} (image {image or pair.image}): {reason}"
 
 
 def _duplicate_faults(pairs: Sequence[PreferencePair]) -> list[str]:
@@ -294,6 +330,8 @@ def _duplicate_faults(pairs: Sequence[PreferencePair]) -> list[str]:
 def text_faults(pair: PreferencePair) -> Iterator[str]:
     """Why its texts make no preference pair: empty or equal to a reader's eye, or with a placeholder inside."""
     answers = {"chosen": pair.chosen, "rejected": pair.rejected}
+    if pair.second is not None:
+        answers["second"] = pair.second
     seen = {name: visible_text(answer) for name, answer in answers.items()}
     for name, answer in answers.items():
         if not seen[name]:

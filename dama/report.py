@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
 
 from dama.console import write_atomic
+from dama.pages import page_environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,7 +146,7 @@ def render_html(report: Report) -> str:
     pictures = [_data_url(*encode_picture(item.picture)) for item in report.gallery]
     plots = [_plot_view(plot, image=Markup(_themed_svg(plot))) for plot in _plots(report)]
     environment = _environment(autoescape=True)
-    return environment.get_template("report.html.jinja").render(_view(report, pictures, plots))
+    return environment.get_template("methods.html.jinja").render(_view(report, pictures, plots))
 
 
 def render_markdown(report: Report, folder: str) -> tuple[str, dict[str, bytes]]:
@@ -163,14 +164,6 @@ def render_markdown(report: Report, folder: str) -> tuple[str, dict[str, bytes]]
         plots.append(_plot_view(plot, image=Markup(f"{folder}/{name}")))
     environment = _environment(finalize=escape_markdown)
     return environment.get_template("report.md.jinja").render(_view(report, pictures, plots)), files
-
-
-def render_page(template: str | Path, **view: Any) -> str:
-    """A page from a template beside this file, or from one that extends it, everything escaped that is not Markup."""
-    environment = _environment(autoescape=True)
-    if isinstance(template, Path):
-        return environment.from_string(template.read_text()).render(view)
-    return environment.get_template(template).render(view)
 
 
 def svg_of(name: str, draw: Callable[[Axes], None]) -> Markup:
@@ -250,14 +243,7 @@ def _marked_markdown(text: str, kind: str | None) -> Markup:
 
 
 def _environment(**options: Any) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        **options,
-    )
+    environment = page_environment(keep_trailing_newline=True, **options)
     environment.filters["marked_markdown"] = _marked_markdown
     environment.filters["pieces"] = lambda caption: cut_at_spans(caption.text, caption.spans)
     return environment

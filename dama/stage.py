@@ -23,7 +23,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import atomic_file, digest_of, digest_of_file, regular_file, say, write_json, writing
+from dama.console import atomic_file, digest_of, digest_of_file, log, regular_file, write_json, writing
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder, inside a stage's, that holds those of its shards
@@ -255,7 +255,7 @@ class Stage:
         if not missing:
             return _merge(self.root, parts, self.name, summarise, place)
         remedy = f"the last to finish merges them, or `python -m dama merge {self.root}` afterwards"
-        say(f"{self.name}: shard {self.shard} is done, {len(missing)} others are not yet; {remedy}")
+        log(f"{self.name}: shard {self.shard} is done, {len(missing)} others are not yet; {remedy}")
         return None
 
     def _is_finished_sibling(self, part: Path) -> bool:
@@ -305,7 +305,7 @@ class Stage:
         self._truncate(kept_bytes)
         if size:
             cut = f", {size - kept_bytes} bytes of an interrupted chunk cut off" if size > kept_bytes else ""
-            say(f"{self.name}: continues at record {kept} of {self.total} in {self.folder}{cut}")
+            log(f"{self.name}: continues at record {kept} of {self.total} in {self.folder}{cut}")
 
 
 def open_stage(
@@ -357,7 +357,7 @@ def _skip_complete(stage: Stage) -> bool:
         return False
     _check_records(stage.records_path, old)
     seconds = old["time"]["seconds"]
-    say(f"{stage.name}: complete in {stage.folder} ({old['records']} records, made in {seconds:.1f} s), skipped")
+    log(f"{stage.name}: complete in {stage.folder} ({old['records']} records, made in {seconds:.1f} s), skipped")
     stage.complete, stage.chunks_done = True, len(stage.chunk_sizes)
     return True
 
@@ -477,7 +477,7 @@ def _write_merged(
         "time": {"seconds": seconds, "records": merged["records"], "finished": _now(), "shards": len(done)},
     }
     write_json(root / MANIFEST, merged)
-    say(f"{name}: {len(done)} shards with {merged['records']} records merged in {root}")
+    log(f"{name}: {len(done)} shards with {merged['records']} records merged in {root}")
     return merged
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import hashlib
 import io
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic
 from dama.images import UNREADABLE, ImageFolder, as_rgb, folders_of, open_image, resolve_image, validate_size
+from dama.pages import render_page
 from dama.report import cut_at_spans
 from eval.compare import (
     TITLES,
@@ -272,17 +272,7 @@ def is_of_kind(metric: str, tags: Iterable[str]) -> bool:
 
 def render(comparison: Comparison, pictures: Mapping[str, Picture], faults: Sequence[str] = ()) -> str:
     """The page as text. faults: pictures that it lacks."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return environment.get_template("page.html.jinja").render(_view(comparison, pictures, faults))
+    return render_page("page.html.jinja", Path(__file__).parent, **_view(comparison, pictures, faults))
 
 
 def _view(comparison: Comparison, pictures: Mapping[str, Picture], faults: Sequence[str]) -> dict[str, Any]:

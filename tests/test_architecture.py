@@ -21,15 +21,12 @@ FORBIDDEN = {
 }
 TORCH_ONLY = ("dama/losses.py", "dama/weighting.py", "dama/logps.py")
 ALLOWED_BESIDE_TORCH = {"torch", "dama", "__future__", "math", "enum", "typing", "collections", "dataclasses"}
-CLI = "dama/cli.py"
 
 
-def imports(source: str, *, lazily: bool = True) -> set[str]:
-    """Modules that a file imports; without `lazily` only those at its top level."""
-    tree = ast.parse((ROOT / source).read_text())
-    nodes = ast.walk(tree) if lazily else tree.body
+def imports(source: str) -> set[str]:
+    """Modules that a file imports, inside functions too."""
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse((ROOT / source).read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -44,8 +41,7 @@ def reaches(found: set[str], forbidden: tuple[str, ...]) -> set[str]:
 @pytest.mark.parametrize("source", MODULES)
 def test_imports_go_one_way(source):
     forbidden = FORBIDDEN[source.split("/")[0]]
-    # The command line is the one place where dama reaches up, and only inside a command.
-    assert not reaches(imports(source, lazily=source != CLI), forbidden)
+    assert not reaches(imports(source), forbidden)
 
 
 @pytest.mark.parametrize("source", TORCH_ONLY)

@@ -43,7 +43,7 @@ def test_a_stage_names_its_file_and_goes_on(tmp_path):
     data = pairs_file(tmp_path / "pairs.json", 3000)
     command = ["-m", "dama", "hardness", "--data", data, "--image_folder", "images", "--from_scores", "--out"]
     ended = run([*command, tmp_path / "full"], limit=300_000)
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert f"{tmp_path}/full/hardness.jsonl: cannot be written, " in ended.stderr
     assert " MiB are needed and " in ended.stderr and "Traceback" not in ended.stderr
     assert run([*command, tmp_path / "full"]).returncode == 0

@@ -123,7 +123,7 @@ def run_hardness(
         for records in scored:
             stage.append(records)
         left_out = [{"id": pair.id, "reason": pair.reason} for pair in skipped]
-        return stage.conclude(summarise, {"skipped": left_out, "image_folder": plain_folder(image_folder)})
+        return stage.conclude(summarize, {"skipped": left_out, "image_folder": plain_folder(image_folder)})
 
 
 def load_hardness(folder: str | Path) -> Hardness:
@@ -152,7 +152,7 @@ def hardness_fingerprint(
     return common | {"images": images, "clip": scorer.identity, "splitter": split_by, "scale": scale}
 
 
-def summarise(records: Sequence[Record], facts: Sequence[Record] = ()) -> Record:
+def summarize(records: Sequence[Record], facts: Sequence[Record] = ()) -> Record:
     """delta_bar, counts, and the spread of delta over all pairs and per kind; `facts` of the first shard are kept."""
     deltas = [record["delta"] for record in records]
     kinds = sorted({record["kind"] for record in records})

@@ -18,7 +18,8 @@ from PIL import Image
 from dama.console import write_atomic
 from dama.hardness.score import REDUCTIONS, SIDES, STAGE, correlation, hardness_delta, length_differences, spread
 from dama.images import ImageFolder, load_image, resolve_image
-from dama.report import Hardness, draw_hardness, draw_points, plot_style, render_page, svg_of, url_of
+from dama.pages import render_page
+from dama.report import Hardness, draw_hardness, draw_points, plot_style, svg_of, url_of
 from dama.stage import MANIFEST, Record, StageError, read_stage
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dama.console import digest_of, digest_of_file, say
+from dama.console import digest_of, digest_of_file, log
 from dama.prepare.contamination import evaluation_images
 from dama.prepare.images import ImageStore
 from dama.prepare.outputs import IMAGES, OUTPUTS, Split, check_outputs, read_card, write_outputs
@@ -40,7 +40,6 @@ FLAGS = {
     "tokenizer": "--tokenizer",
 }  # fmt: skip
 NAME = "prepare"
-HELP = "check, filter and split a preference data set, its pictures taken out"
 DESCRIPTION = f"""\
 From a preference data set as people have it to one that is checked, counted and ready to train on.
 
@@ -213,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
             store = ImageStore(out / IMAGES)
             append_rows(stage, inputs, columns, rules, store, lengths.count, args.workers)
             stage.finish(write_outputs(stage, store, Split(args.hold_out, args.seed), facts))
-    say_card(out)
+    log_card(out)
 
 
 def checked_flags(args: argparse.Namespace) -> dict[str, str]:
@@ -302,9 +301,9 @@ def matched_generators(wanted: Sequence[str], files: Sequence[SourceFile], colum
         remedy = "give one of these; case, dashes, underscores and spaces do not matter"
         raise PrepareError("\n".join([heading, *listed, f"Remedy: {remedy}"]))
     names = frozenset(map(folded, wanted))
-    say(f"{NAME}: generators of all rows, with * those that are kept")
+    log(f"{NAME}: generators of all rows, with * those that are kept")
     for name, count in found:
-        say(f"{'*' if folded(name) in names else ' '}{count:>9}  {name}")
+        log(f"{'*' if folded(name) in names else ' '}{count:>9}  {name}")
     return names
 
 
@@ -343,14 +342,14 @@ def append_rows(
                 bar.update(len(records))
 
 
-def say_card(out: Path) -> None:
+def log_card(out: Path) -> None:
     card = read_card(out)
     counts, images = card["counts"], card["images"]
-    say(f"rows {counts['rows']}: pairs {counts['pairs']}, held out {counts['held_out']}, left out {counts['left_out']}")
+    log(f"rows {counts['rows']}: pairs {counts['pairs']}, held out {counts['held_out']}, left out {counts['left_out']}")
     for reason, count in card["left_out"].items():
-        say(f"{count:>9}  {reason}")
+        log(f"{count:>9}  {reason}")
     if counts["evaluation_images_kept"]:
-        say(f"WARNING: {counts['evaluation_images_kept']} pairs show evaluation images (--keep_contaminated)")
-    say(f"pictures {images['distinct']}, {images['pairs_per_image']} pairs each, {images['bytes'] / 1e6:.1f} MB")
-    say(f"written to {out}: data_card.md, dropped.jsonl lists every row left out")
-    say(f"checksum {card['checksum']}")
+        log(f"WARNING: {counts['evaluation_images_kept']} pairs show evaluation images (--keep_contaminated)")
+    log(f"pictures {images['distinct']}, {images['pairs_per_image']} pairs each, {images['bytes'] / 1e6:.1f} MB")
+    log(f"written to {out}: data_card.md, dropped.jsonl lists every row left out")
+    log(f"checksum {card['checksum']}")

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dama.console import say
+from dama.console import log
 from dama.errors import error_list
 from dama.pairs import PairsError, read_rows
 from dama.styles import FIELDS, NamedRow
@@ -156,7 +156,7 @@ def _of_split(named: Mapping[str, Any], split: str | None, source: str, aside: L
     others = {name: f"split {splits[name] or 'train'}" for name in named if name not in kept}
     aside |= others
     if others:
-        say(f"{source}: {len(kept)} files of the split {wanted} are read, left aside: {', '.join(others)} (--split)")
+        log(f"{source}: {len(kept)} files of the split {wanted} are read, left aside: {', '.join(others)} (--split)")
     return [named[name] for name in kept]
 
 
@@ -189,7 +189,7 @@ def _first_kind(files: Sequence[Path], source: str) -> list[Path]:
         if chosen:
             aside = [file.name for file in files if file.suffix.lower() in ENDINGS and file not in chosen]
             if aside:
-                say(f"{source}: its {len(chosen)} {chosen[0].suffix} files are read, left aside: {', '.join(aside)}")
+                log(f"{source}: its {len(chosen)} {chosen[0].suffix} files are read, left aside: {', '.join(aside)}")
             return chosen
     raise SourceError(f"{source}: none of its {len(files)} files is a table\nRemedy: expected {', '.join(ENDINGS)}")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dama.completion import SETTINGS
-from dama.console import say
+from dama.console import log
+from dama.flags import device_errors, pick_device
 from dama.redact import redacted
 from dama.stage import Record
 from dama.synth.images import FORMATS, GUIDANCE, DiffusersPainter, TextToImage, run_images
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from dama.synth.respond import Responder
     from dama.synth.rewards import Reward
 
-NAME = "synth"
-HELP = "preference pairs from generative and reward models, without people"
 DESCRIPTION = """\
 Preference pairs without people, the way of PDS-DPO / Synth-Align (arXiv 2412.17417): pictures are drawn from prompts,
 models answer a question about each, and a reward model's best answer is preferred over its worst.
@@ -75,8 +75,7 @@ REWARD_KINDS = ("clip", "image-text", "judge", "http", "text", "http-text")
 BLIND_KINDS = ("text:", "http-text:")
 RESPONDER_KINDS = ("llava", "hf", "server")
 
-OpenCheckpoint = Callable[[str, str], "Responder"]
-"""(checkpoint, device) -> its responder; the caller has the package that loads it."""
+CHECKPOINTS = "llava.eval.responder"  # module whose `open_checkpoint` serves llava:CHECKPOINT
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +176,7 @@ def _add_pair_flags(group: argparse._ArgumentGroup) -> None:
 # -------------------------------------------------------------------------------------------------------------- steps
 
 
-def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint, artist: TextToImage | None = None) -> None:
+def run(args: argparse.Namespace, artist: TextToImage | None = None) -> None:
     """The steps that were asked for. `artist` draws the pictures in place of diffusers.
 
     Raises SynthError for all faults of the flags at once, before anything is loaded.
@@ -196,13 +195,13 @@ def run(args: argparse.Namespace, open_checkpoint: OpenCheckpoint, artist: TextT
         _rank_images(args, device)
         release_memory()
     if RESPOND in steps:
-        _respond(args, open_checkpoint, device)
+        _respond(args, device)
     if RANK_RESPONSES in steps:
         _rank_responses(args, device)
     if RANK_RESPONSES in steps or REPORT in steps:
         from dama.synth.page import write_page
 
-        say(f"report: {write_page(args.out, args.hardness)}")
+        log(f"report: {write_page(args.out, args.hardness)}")
 
 
 def _images(args: argparse.Namespace, artist: TextToImage | None, device: str) -> None:
@@ -217,7 +216,7 @@ def _images(args: argparse.Namespace, artist: TextToImage | None, device: str) -
         suffix=args.image_format,
         overwrite=args.overwrite,
     )
-    say_counts(IMAGES, "candidate pictures", ("candidates", "usable", "faults"), manifest["summary"])
+    log_counts(IMAGES, "candidate pictures", ("candidates", "usable", "faults"), manifest["summary"])
 
 
 def _rank_images(args: argparse.Namespace, device: str) -> None:
@@ -225,14 +224,14 @@ def _rank_images(args: argparse.Namespace, device: str) -> None:
 
     rewards = [open_reward(args, word, RANK_IMAGES, device) for word in args.image_reward or [DEFAULT_REWARD]]
     manifest = run_rank_images(rewards, args.out, threshold=args.image_threshold, overwrite=args.overwrite)
-    say_counts(RANK_IMAGES, "prompts", ("prompts", "pictures", "left_out"), manifest["summary"])
+    log_counts(RANK_IMAGES, "prompts", ("prompts", "pictures", "left_out"), manifest["summary"])
 
 
-def _respond(args: argparse.Namespace, open_checkpoint: OpenCheckpoint, device: str) -> None:
+def _respond(args: argparse.Namespace, device: str) -> None:
     from dama.synth.respond import Sampling, run_respond
 
     summary = run_respond(
-        [open_responder(args, word, open_checkpoint, device) for word in args.responder],
+        [open_responder(args, word, device) for word in args.responder],
         args.out,
         Sampling(args.samples, args.temperature, args.max_new_tokens, args.top_p),
         pictures=args.pictures,
@@ -240,9 +239,9 @@ def _respond(args: argparse.Namespace, open_checkpoint: OpenCheckpoint, device: 
         batch_size=args.batch_size,
         overwrite=args.overwrite,
     )["summary"]
-    say(f"{RESPOND}: {summary['answers']} answers, mean words {summary['mean_words']}")
+    log(f"{RESPOND}: {summary['answers']} answers, mean words {summary['mean_words']}")
     for reason, count in summary["faults"].items():
-        say(f"{count:>9}  {reason}")
+        log(f"{count:>9}  {reason}")
 
 
 def _rank_responses(args: argparse.Namespace, device: str) -> None:
@@ -252,24 +251,24 @@ def _rank_responses(args: argparse.Namespace, device: str) -> None:
     rewards = [open_reward(args, word, RANK_RESPONSES, device) for word in args.reward or [DEFAULT_REWARD]]
     filters = Filters(args.margin, args.length_balance, args.near_duplicate)
     summary = run_rank_responses(rewards, args.out, filters, overwrite=args.overwrite)
-    say_counts(RANK_RESPONSES, "pictures", ("pictures", "pairs", "left_out"), summary)
+    log_counts(RANK_RESPONSES, "pictures", ("pictures", "pairs", "left_out"), summary)
     for name, made in summary["rewards"].items():
-        say(f"reward {name}: {'sees' if made['sees_image'] else 'never sees'} the picture")
-    say(f"pairs: {Path(args.out) / PAIRS}, with --image_folder {summary['image_folder']}")
-    say(f"beside it {PDS_DPO} in PDS-DPO's format, and {DROPPED}: what was left out")
+        log(f"reward {name}: {'sees' if made['sees_image'] else 'never sees'} the picture")
+    log(f"pairs: {Path(args.out) / PAIRS}, with --image_folder {summary['image_folder']}")
+    log(f"beside it {PDS_DPO} in PDS-DPO's format, and {DROPPED}: what was left out")
 
 
-def say_counts(step: str, of: str, keys: tuple[str, str, str], summary: Record) -> None:
+def log_counts(step: str, of: str, keys: tuple[str, str, str], summary: Record) -> None:
     """How many there were and are left, and a line for each reason; `keys` of the summary for these three."""
     had, left, why = keys
-    say(f"{step}: {summary[had]} {of}, {summary[left]} {left}")
+    log(f"{step}: {summary[had]} {of}, {summary[left]} {left}")
     for reason, count in summary[why].items():
-        say(f"{count:>9}  {reason}")
+        log(f"{count:>9}  {reason}")
 
 
 def flag_faults(args: argparse.Namespace, steps: Sequence[str]) -> list[str]:
     """What is wrong with the flags that these steps use, seen without loading anything."""
-    faults = _number_faults(args) + _device_faults(args.device)
+    faults = _number_faults(args) + device_errors(args.device)
     if IMAGES in steps and not args.prompts:
         faults.append("--prompts: expected files of prompts\nRemedy: a text a line, with --questions; or JSONL")
     if RESPOND in steps:
@@ -321,21 +320,6 @@ def _kind_faults(flag: str, words: Sequence[str], kinds: Sequence[str], base_url
     return faults
 
 
-def _device_faults(device: str) -> list[str]:
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        return [f"--device {device}: this machine has no CUDA device that torch can use"]
-    known = device.startswith("cuda") or device in ("auto", "cpu")
-    return [] if known else [f"--device {device}: expected auto, cpu, cuda or cuda:N"]
-
-
-def pick_device(device: str) -> str:
-    import torch
-
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def open_reward(args: argparse.Namespace, word: str, step: str, device: str) -> Reward:
     """The reward that KIND:WHAT names; its weights are loaded when it scores."""
     from dama.chat import ChatSettings
@@ -357,12 +341,12 @@ def open_reward(args: argparse.Namespace, word: str, step: str, device: str) -> 
     return rewards.ClipReward(what, device=device, reduction=args.reduction)
 
 
-def open_responder(args: argparse.Namespace, word: str, open_checkpoint: OpenCheckpoint, device: str) -> Responder:
+def open_responder(args: argparse.Namespace, word: str, device: str) -> Responder:
     from dama.synth.respond import HfResponder, ServedResponder
 
     kind, _, what = word.partition(":")
     if kind == "llava":
-        return open_checkpoint(what, device)
+        return importlib.import_module(CHECKPOINTS).open_checkpoint(what, device)
     if kind == "hf":
         trust = args.trust_remote_code
         return HfResponder(what, device=device, load_4bit=args.load_4bit, trust_remote_code=trust)

@@ -11,7 +11,8 @@ from dama.console import write_atomic
 from dama.hardness.score import STAGE as HARDNESS
 from dama.hardness.split import split_statements
 from dama.images import load_image, resolve_image
-from dama.report import render_page, url_of
+from dama.pages import render_page
+from dama.report import url_of
 from dama.stage import Record, read_stage
 from dama.synth.prompts import IMAGES, RANK_IMAGES, RANK_RESPONSES, RESPOND, numbers, read_step, step_folder
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, picture
 from dama.completion import well_formed
-from dama.console import digest_of, say
+from dama.console import digest_of, log
 from dama.images import load_image, resolve_image
 from dama.remote_code import remote_code_refused
 from dama.special_tokens import escaped, placeholders
@@ -168,7 +168,7 @@ class ServedResponder:
         self._answered = True
         missing = [f"{reply.id}: {reply.missing}" for reply in replies if reply.missing]
         if missing:
-            say(f"{RESPOND}: {self.name}: {len(missing)} of {len(asked)} requests without answer, e.g. {missing[0]}")
+            log(f"{RESPOND}: {self.name}: {len(missing)} of {len(asked)} requests without answer, e.g. {missing[0]}")
         return chunks_of([reply.answer for reply in replies], sampling.samples)
 
     @staticmethod

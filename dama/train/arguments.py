@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from dama.console import say
+from dama.console import log
 from dama.corruptions import CORRUPTIONS
 from dama.losses import MIXTURES, OBJECTIVES, Loss, LossConfig
 from dama.notices import without_build_notices
@@ -59,6 +60,7 @@ class PreferenceArguments(transformers.TrainingArguments):
     corruption: str = described(
         "crop", f"Second image of losses that read one: {', '.join(CORRUPTIONS)} (field: the pair's own second image)."
     )
+    corruption_seed: int = described(0, "Seed of the corruption's random numbers, for each pair its own.")
     strategy: Strategy = described(
         Strategy.BOTH, "What sets beta per pair: none (plain DPO), data (alpha_D), model (alpha_M), both (DAMA), "
         "beta_dpo (Wu et al. 2024)."
@@ -104,7 +106,7 @@ class PreferenceArguments(transformers.TrainingArguments):
         with without_build_notices():  # the ranks of a distributed run join here
             device = super()._setup_devices
         if self.n_gpu > 1:
-            say(
+            log(
                 f"warning: {self.n_gpu} GPUs are visible and one process uses one; start one process for each, with "
                 "`deepspeed --include localhost:0,1,...` or `torchrun --nproc_per_node N`, to use them all"
             )
@@ -134,3 +136,15 @@ class PreferenceArguments(transformers.TrainingArguments):
             beta_min=self.beta_min,
             seed=self.data_seed if self.data_seed is not None else self.seed,
         )
+
+
+def view_errors(loss: Sequence[str], corruption: str) -> list[str]:
+    """What is wrong with --loss and --corruption, one message each."""
+    errors = []
+    try:
+        Loss.parse(loss)
+    except ValueError as error:
+        errors.append(str(error))
+    if corruption not in CORRUPTIONS:
+        errors.append(f"--corruption {corruption}: expected one of {', '.join(CORRUPTIONS)}")
+    return errors

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from dama.console import regular_file, say
+from dama.console import log, regular_file
 from dama.train.family import ModelFamily, PreparedPair, shown_images
 from dama.train.metrics import StepTable, preference_metrics, weighting_metrics
 from dama.train.throughput import Throughput, step_flops
@@ -56,7 +56,7 @@ class StepLine(ProgressCallback):
         """What the columns mean, once, above the progress bar."""
         if state.is_world_process_zero:
             for line in self.LEGEND + (self.PREFERENCE_LEGEND if args.task == "DPO" else ()):
-                say(line)
+                log(line)
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -12,13 +12,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dama.console import digest_of
+from dama.corruptions import FIELD, OTHER_IMAGE, corrupted, generator_of
 from dama.errors import error_list
 from dama.hardness.score import load_hardness
 from dama.images import ImageFolder, load_image, resolve_image
-from dama.pairs import PreferencePair, SkippedPair, check_pairs, image_digests, pairs_fingerprint, read_pairs
+from dama.pairs import (
+    PreferencePair,
+    SkippedPair,
+    check_pairs,
+    distinct_images,
+    image_digests,
+    pairs_fingerprint,
+    read_pairs,
+)
 from dama.stage import differences
 from dama.train.family import EncodedRow, ImageRef, ModelFamily, PreparedPair
-from dama.views import View
+from dama.views import PAIR_VIEWS, View
 
 # What to call the fields of data_fingerprint and of a family's fingerprint in errors.
 DATA_FLAGS = {
@@ -26,6 +35,7 @@ DATA_FLAGS = {
     "model": "--model_name_or_path (content)", "vision_tower": "--vision_tower (content)",
     "tokenizer": "--model_name_or_path (tokenizer)", "image_aspect_ratio": "--image_aspect_ratio",
     "image_processor": "--vision_tower (image processor)", "mm_use_im_start_end": "--mm_use_im_start_end",
+    "views": "--loss (views)", "corruption": "--corruption",
 }  # fmt: skip
 
 
@@ -35,6 +45,7 @@ class PairDataset(Dataset):
     Args:
         prepared: the pairs. image_folder: where their image paths start.
         prepare_image: one RGB image to pixels, as ModelFamily.prepare_image.
+        corruption_seed: of the corruptions' random numbers.
     """
 
     def __init__(
@@ -42,8 +53,10 @@ class PairDataset(Dataset):
         prepared: Sequence[PreparedPair],
         image_folder: ImageFolder,
         prepare_image: Callable[[Image.Image], Tensor],
+        corruption_seed: int = 0,
     ) -> None:
         self.prepared = list(prepared)
+        self.corruption_seed = corruption_seed
         self.image_folder = image_folder
         self.prepare_image = prepare_image
 
@@ -55,12 +68,67 @@ class PairDataset(Dataset):
 
     def pixels(self, image: ImageRef) -> Tensor:
         """[3, H, W], or [F, 3, H, W] in crops: an image as the model's vision tower takes it."""
-        return self.prepare_image(load_image(resolve_image(self.image_folder, image.path)))
+        loaded = load_image(resolve_image(self.image_folder, image.path))
+        if image.corruption:
+            loaded = corrupted(loaded, image.corruption, self.corruption_seed, image.pair)
+        return self.prepare_image(loaded)
 
 
-def images_of(pair: PreferencePair, views: Sequence[View]) -> tuple[ImageRef, ...]:
-    """The image of each view."""
-    return tuple(ImageRef(pair.image) for _ in views)
+@dataclass(frozen=True)
+class ImageChoice:
+    """Which image each view of a pair shows.
+
+    Args:
+        views: of each pair. corruption, seed: how the second image is made. names: of all pairs' images, for
+            `other_image`.
+    """
+
+    views: tuple[View, ...] = PAIR_VIEWS
+    corruption: str = ""
+    seed: int = 0
+    names: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(pairs: Sequence[PreferencePair], views: tuple[View, ...], args: Any) -> ImageChoice:
+        """For training with these arguments.
+
+        Raises:
+            ValueError: naming the pairs that lack the second image or the second answer that the views need.
+        """
+        wants_image = args.corruption == FIELD and any(view.corrupted for view in views)
+        wants_answer = any(view.answer == "second" for view in views)
+        without_image = [pair.id for pair in pairs if pair.second_image is None] if wants_image else []
+        without_answer = [pair.id for pair in pairs if pair.second is None] if wants_answer else []
+        errors = [
+            f"{len(ids)} of {len(pairs)} pairs without {what} (first: {ids[0]})"
+            for ids, what in ((without_image, "rejected_images"), (without_answer, "a second answer, field `second`"))
+            if ids
+        ]
+        if errors:
+            remedy = "add the fields to --data_path, or choose another --loss or --corruption"
+            raise ValueError(error_list(f"--loss {' '.join(args.loss)}", errors, remedy))
+        return ImageChoice(views, args.corruption, args.corruption_seed, tuple(distinct_images(pairs)))
+
+    def images(self, pair: PreferencePair) -> tuple[ImageRef, ...]:
+        """The image of each view."""
+        return tuple(self._second(pair) if view.corrupted else ImageRef(pair.image) for view in self.views)
+
+    def _second(self, pair: PreferencePair) -> ImageRef:
+        if self.corruption == FIELD:
+            return ImageRef(str(pair.second_image))
+        if self.corruption != OTHER_IMAGE:
+            return ImageRef(pair.image, self.corruption, pair.id)
+        others = [name for name in self.names if name != pair.image]
+        if not others:
+            raise ValueError(f"--corruption {OTHER_IMAGE}: expected another image than {pair.image}, found none")
+        return ImageRef(others[generator_of(OTHER_IMAGE, self.seed, pair.id).integers(len(others))])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What log-probs depend on beyond a pair's own two views."""
+        if self.views == PAIR_VIEWS:
+            return {}
+        made_by = f"{self.corruption}, seed {self.seed}" if any(view.corrupted for view in self.views) else "none"
+        return {"views": [view.name for view in self.views], "corruption": made_by}
 
 
 def read_checked_pairs(data_args: Any) -> tuple[list[PreferencePair], list[SkippedPair]]:
@@ -180,10 +248,9 @@ def join_pairs(
             f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
             "folder as --reference."
         )
+    choice = ImageChoice.of(pairs, family.views, args)
     prepared = [
-        PreparedPair(
-            pairs[i], encoded.rows[i], images_of(pairs[i], family.views), reference.values[i], hardness.values[i]
-        )
+        PreparedPair(pairs[i], encoded.rows[i], choice.images(pairs[i]), reference.values[i], hardness.values[i])
         for i in encoded.fits
     ]
     if not prepared:
@@ -191,7 +258,7 @@ def join_pairs(
     train, held_out = hold_out(prepared, data_args.eval_pairs, args.seed)
 
     def dataset(items: list[PreparedPair]) -> PairDataset:
-        return PairDataset(items, data_args.image_folder, family.prepare_image)
+        return PairDataset(items, data_args.image_folder, family.prepare_image, args.corruption_seed)
 
     mean = sum(item.delta for item in train) / len(train)
     return PreferenceData(

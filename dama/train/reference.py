@@ -18,17 +18,17 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dama.console import say
+from dama.console import log
 from dama.errors import error_list
 from dama.pairs import PreferencePair, SkippedPair
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from dama.train.data import (
     DATA_FLAGS,
+    ImageChoice,
     PairDataset,
     PairValues,
     data_fingerprint,
     encode_pairs,
-    images_of,
     refuse_other_inputs,
 )
 from dama.train.family import ModelFamily, PreparedPair, shown_images
@@ -75,18 +75,19 @@ def run_reference(
     """
     encoded = encode_pairs(pairs, family, data_args)
     skipped = [*skipped, *encoded.long]
-    prepared = [PreparedPair(pairs[i], encoded.rows[i], images_of(pairs[i], family.views)) for i in encoded.fits]
+    choice = ImageChoice.of(pairs, family.views, args)
+    prepared = [PreparedPair(pairs[i], encoded.rows[i], choice.images(pairs[i])) for i in encoded.fits]
     batches = plan_batches(prepared, batch_size)
     sizes = [len(batch) for batch in batches]
     prepared = [item for batch in batches for item in batch]
-    dataset = PairDataset(prepared, data_args.image_folder or [], family.prepare_image)
+    dataset = PairDataset(prepared, data_args.image_folder or [], family.prepare_image, args.corruption_seed)
     load = PairLoader(family, dataset)
 
     def logps_alone(item: PreparedPair) -> Record:
         return logps_of_batch(family, load([item]), [item], args)[0]
 
     dtype = family.module.dtype
-    fingerprint = data_fingerprint(pairs, data_args) | family.fingerprint() | views_fingerprint(family)
+    fingerprint = data_fingerprint(pairs, data_args) | family.fingerprint() | choice.fingerprint()
     fingerprint |= {"precision": str(dtype).removeprefix("torch."), "batch_size": batch_size}
     with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         starts = [0, *accumulate(sizes)]
@@ -107,18 +108,12 @@ def run_reference(
             items = {item.pair.id: item for item in prepared}
             again = [logps_alone(items[record["id"]]) for record in sample]
             facts["verified"] = compare(sample, again, TOLERANCE[dtype])
-        return stage.conclude(summarise, facts)
+        return stage.conclude(summarize, facts)
 
 
 def views_of(record: Record) -> list[str]:
     """Names of the views whose log-probs a record holds."""
     return [name.removesuffix("_logp") for name in record if name.endswith("_logp")]
-
-
-def views_fingerprint(family: ModelFamily) -> dict[str, Any]:
-    """The views beyond those of a pair itself, whose log-probs a stage's records hold."""
-    extra = [view.name for view in family.views[len(PAIR_VIEWS) :]]
-    return {"views": extra} if extra else {}
 
 
 def plan_batches(prepared: Sequence[PreparedPair], batch_size: int) -> list[list[PreparedPair]]:
@@ -174,7 +169,7 @@ def compare(records: Sequence[Record], again: Sequence[Record], tolerance: float
     return {"pairs": len(records), "max_difference": largest, "drift": mean}
 
 
-def summarise(records: Sequence[Record], facts: Sequence[Record]) -> Record:
+def summarize(records: Sequence[Record], facts: Sequence[Record]) -> Record:
     """Counts, tokens, means, and what the shards' verifications found."""
     checks = [fact["verified"] for fact in facts]
     return {
@@ -207,8 +202,19 @@ def logps_of_batch(
     return [{"id": item.pair.id} | dict(zip(columns, row)) for item, row in zip(items, rows, strict=True)]
 
 
+def validate_views(folder: str, record: Record, family: ModelFamily, args: Any) -> None:
+    """Raise ValueError where a stage's records lack views that the loss needs, with the command that makes them."""
+    lacking = [view.name for view in family.views if f"{view.name}_logp" not in record]
+    if record and lacking:
+        command = f"python -m dama reference --loss {' '.join(args.loss)} --corruption {args.corruption} ... --out NEW"
+        raise ValueError(
+            f"--reference {folder}: expected log-probs of the views {', '.join(lacking)} for --loss "
+            f"{' '.join(args.loss)}, found {', '.join(views_of(record))}. Run `{command}` and pass its folder."
+        )
+
+
 def reference_of_pairs(
-    pairs: Sequence[PreferencePair], data_args: Any, data: dict[str, str], family: ModelFamily
+    pairs: Sequence[PreferencePair], data_args: Any, args: Any, data: dict[str, str], family: ModelFamily
 ) -> PairValues:
     """log pi_ref of every view of every pair, from --reference or else from the data file.
 
@@ -222,13 +228,19 @@ def reference_of_pairs(
         return PairValues([zeros] * len(pairs), {"logps": "of the base, on the fly"})
     if data_args.reference:
         manifest, records = read_stage(data_args.reference, STAGE)
-        current = data | family.fingerprint()
+        choice = ImageChoice.of(pairs, family.views, args)
+        current = data | family.fingerprint() | {k: v for k, v in choice.fingerprint().items() if k != "views"}
         refuse_other_inputs(STAGE, data_args.reference, manifest["fingerprint"], current)
+        validate_views(data_args.reference, records[0] if records else {}, family, args)
         names = [f"{view.name}_logp" for view in family.views]
         logps = {record["id"]: tuple(record[name] for name in names) for record in records}
         return PairValues([logps.get(pair.id) for pair in pairs], manifest["fingerprint"])
+    if not args.preference_loss().needs_reference and args.weighting().is_static:
+        zeros = (0.0,) * len(family.views)
+        return PairValues([zeros] * len(pairs), {"logps": "none: the loss has no reference"})
     without = [pair.id for pair in pairs if pair.reference is None]
-    if without:
+    if without or family.views != PAIR_VIEWS:
+        without = without or [pair.id for pair in pairs]
         raise ValueError(
             f"reference: expected log-probs for every pair, got none for {len(without)} of {len(pairs)} (first: "
             f"{without[0]}). Run `python -m dama reference` and pass its folder as --reference."
@@ -240,15 +252,15 @@ def reference_of_pairs(
 def describe(manifest: dict[str, Any], out: str | Path) -> None:
     """The stage's closing lines."""
     summary, verified = manifest["summary"], manifest["summary"]["verified"]
-    say(
+    log(
         f"reference: {summary['pairs']} pairs in {manifest['fingerprint']['precision']}, {len(summary['skipped'])} "
         f"skipped, {summary['tokens']['chosen']} + {summary['tokens']['rejected']} answer tokens, mean log-prob "
         f"{summary['mean_logp']['chosen']:.2f} / {summary['mean_logp']['rejected']:.2f} (chosen / rejected), "
         f"{manifest['time']['seconds']:.1f} s -> {out}"
     )
-    say(
+    log(
         f"reference: {verified['pairs']} pairs computed again, each alone: log-probs differ by at most "
         f"{verified['max_difference']:.2g} nats"
     )
     for skip in summary["skipped"]:
-        say(f"  skipped {skip['id']}: {skip['reason']}")
+        log(f"  skipped {skip['id']}: {skip['reason']}")

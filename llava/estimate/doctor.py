@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dama.console import report_error, say
+from dama import cli
+from dama.console import say
 from dama.images import ImageFolder, load_image, missing_folders, resolve_image
 from dama.losses import preference_loss, reward_gap
 from dama.pairs import PairsError, PreferencePair, distinct_images, parse_pairs
@@ -73,9 +74,6 @@ COMMAND = "train_mem.py"
 SHOWN = 3  # rows of data
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "flash_attn")
 NEEDED = {"torch": (2, 11), "transformers": (5, 17)}  # at least
-EPILOG = """\
-Further flags go to the script, or without one to the training: python -m dama doctor --task DPO --data_path ...
-"""
 
 
 # --- The flags --------------------------------------------------------------------------------------------------------
@@ -398,31 +396,21 @@ def rehearse(args: argparse.Namespace, flags: Sequence[str]) -> int:
     return subprocess.run(command, env=environment(args.gpu_memory or smallest or CARD), check=False).returncode
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("dama doctor", description=__doc__, epilog=EPILOG, allow_abbrev=False)
-    parser.add_argument("--config-of", "--config_of", metavar="SCRIPT", help="script whose training is looked at")
-    parser.add_argument("--ranks", type=int, default=1, help="processes, without a script. Default: %(default)s")
-    parser.add_argument(
-        "--rehearse", action="store_true",
-        help="run two steps of the training on a CUDA device without a GPU, and print the memory of each phase",
-    )  # fmt: skip
-    parser.add_argument(
-        "--gpu_memory", "--gpu-memory", type=float, metavar="GIB",
-        help="with --rehearse: memory of a GPU in GiB (default: this machine's GPUs, else 79.25, a card of 80 GB)",
-    )  # fmt: skip
-    args, flags = parser.parse_known_args(argv)
-    try:
-        if args.rehearse:
-            return rehearse(args, flags)
-        plan = plan_of_script(args.config_of, flags) if args.config_of else plan_of_flags(flags, args.ranks)
-        examine(plan)
-    except (ValueError, OSError) as error:
-        report_error(error, "dama doctor")
-        return 1
+def run_doctor(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Print the page; 1 if something is missing. `flags` go to the script, or to training."""
+    if args.rehearse:
+        return rehearse(args, flags)
+    plan = plan_of_script(args.config_of, flags) if args.config_of else plan_of_flags(flags, args.ranks)
+    examine(plan)
     for title, text in plan.notes:
         say(f"{title:<12}{text}")
     say(fault_text(plan.faults) if plan.faults else "all there")
     return 1 if plan.faults else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command `python -m dama doctor` with these words."""
+    return cli.main(["doctor", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

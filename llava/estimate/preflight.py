@@ -24,10 +24,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from dama.console import say, write_json, writing
 from dama.pairs import PreferencePair
 from dama.shared_prefix import TORCH_VARLEN, attention_backend, flash_attn_problem
-from dama.train.data import images_of
+from dama.train.data import ImageChoice
 from dama.train.family import PreparedPair, common_length
 from dama.train.throughput import PairLength
-from dama.views import PAIR_VIEWS
 from llava.conversation import get_template
 from llava.estimate.memory import FP32, ModelShape, Training, Zero, estimate_step, trained_parameters
 from llava.tokenization import load_tokenizer
@@ -228,7 +227,7 @@ def longest_items(
     for pair in sorted(pairs, key=lambda p: -len(p.question + p.chosen + p.rejected)):
         both = encode_pair(pair, tokenizer, template, bool(model_args.mm_use_im_start_end))
         if max(len(answer.input_ids) for answer in both) - 1 + patches <= args.model_max_length:
-            found.append(PreparedPair(pair, both, images_of(pair, PAIR_VIEWS)))
+            found.append(PreparedPair(pair, both, ImageChoice().images(pair)))
         if len(found) == LONGEST:
             break
     return found

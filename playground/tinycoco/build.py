@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dama.console import say, write_json
 from dama.hardness.clip import load_clip
-from dama.hardness.score import run_hardness, summarise
+from dama.hardness.score import run_hardness, summarize
 from dama.pairs import check_pairs, read_pairs
 from dama.stage import read_stage
 from eval.objhal import ObjHalScore, format_table
@@ -106,7 +106,7 @@ def say_hardness(out: Path, work: Path) -> None:
     run_hardness(
         pairs, data / "images", work / "hardness", load_clip(str(out / "weights" / "clip"), None, "cpu", "fp32")
     )
-    for kind, spread in summarise(read_stage(work / "hardness", "hardness")[1])["spread"].items():
+    for kind, spread in summarize(read_stage(work / "hardness", "hardness")[1])["spread"].items():
         say(f"delta of {kind}: {json.dumps(spread)}")
 
 

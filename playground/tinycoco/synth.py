@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from dama.cli import open_checkpoint
 from dama.console import digest_of_file, report_error, say, write_atomic
 from dama.report import Report, write_report
 from dama.stage import Record, read_stage
@@ -285,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "prompts":
             write_prompts(args.out, args.count)
         elif args.command == "pairs":
-            command.run(args, open_checkpoint, SceneArtist())
+            command.run(args, SceneArtist())
         elif args.command == "truth":
             write_true_pairs(args.pictures, args.answers, args.out)
         else:

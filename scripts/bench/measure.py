@@ -16,10 +16,9 @@ from torch import Tensor
 
 from dama.logps import IGNORE_INDEX
 from dama.pairs import PreferencePair
-from dama.train.data import images_of
+from dama.train.data import ImageChoice
 from dama.train.family import PreparedPair
 from dama.train.throughput import PairLength
-from dama.views import PAIR_VIEWS
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.train.preprocess import EncodedTurns
 
@@ -151,7 +150,7 @@ def random_pairs(shape: Shape, count: int) -> list[PreparedPair]:
         return PreparedPair(
             names,
             (chosen, rejected),
-            images_of(names, PAIR_VIEWS),
+            ImageChoice().images(names),
             (per_token * shape.pair.chosen, per_token * shape.pair.rejected),
         )
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dama import chat
 from dama.cli import main
+from dama.console import USER_ERROR
 from dama.hardness.split_llm import PROMPT
 from dama.pairs import read_pairs
 from tests.dama.prepare_sets import RLAIFV, card, lines, picture, prepare, rlaifv_row, write_lines, write_parquet
@@ -334,7 +335,7 @@ def test_prepare_leaves_out_counts_and_lists(name: str, tmp_path: Path) -> None:
 def test_hardness_refuses(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = TABLE[name]
     words = ["hardness", *case.words(make(tmp_path)), "--out", tmp_path / "out", "--workers", 0]
-    assert main(list(map(str, words))) == 1
+    assert main(list(map(str, words))) == USER_ERROR
     error = capsys.readouterr().err
     assert re.search(case.error, error) and "Traceback" not in error
 

@@ -14,8 +14,11 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dama.cli import histogram, main, pick_device
+from dama.cli import main
+from dama.console import USER_ERROR
+from dama.flags import pick_device
 from dama.hardness import score
+from dama.hardness.command import histogram
 from dama.hardness.score import load_hardness
 from dama.hardness.split_llm import PROMPT
 from dama.stage import Shard, open_stage
@@ -83,7 +86,7 @@ def test_all_faults_come_in_one_message(world: Path, capsys: pytest.CaptureFixtu
     with open(world / "pairs.jsonl", "a") as file:
         file.write('{"idx": 2, "ima')
     more = ("--clip", "ViT-L-14-336", "--batch_size", "0", "--device", "tpu", "--workers", "-1")
-    assert main(flags(world, *more)) == 1
+    assert main(flags(world, *more)) == USER_ERROR
     message = capsys.readouterr().err
     for part in (
         "--batch_size 0: expected 1 image or more",
@@ -103,7 +106,7 @@ def test_all_faults_come_in_one_message(world: Path, capsys: pytest.CaptureFixtu
 def test_absent_paths_are_named_together(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "file").write_text("")
     paths = ["--data", str(world / "no.json"), "--image_folder", str(world / "no"), "--out", str(world / "file/out")]
-    assert main(["hardness", *paths, "--clip", str(world / "clip")]) == 1
+    assert main(["hardness", *paths, "--clip", str(world / "clip")]) == USER_ERROR
     message = capsys.readouterr().err
     assert "no.json: no such file" in message and "no: no such folder" in message
     assert "is not a folder that can be written to" in message
@@ -111,7 +114,7 @@ def test_absent_paths_are_named_together(world: Path, capsys: pytest.CaptureFixt
 
 def test_skipped_rows_are_told_and_listed(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "images/1.png").unlink()
-    assert main(flags(world)) == 1
+    assert main(flags(world)) == USER_ERROR
     assert "--on_bad_image skip" in capsys.readouterr().err
     assert main(flags(world, "--on_bad_image", "skip")) == 0
     output = capsys.readouterr().out
@@ -122,7 +125,7 @@ def test_skipped_rows_are_told_and_listed(world: Path, capsys: pytest.CaptureFix
 
 def test_other_inputs_are_refused_until_overwritten(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags(world)) == 0
-    assert main(flags(world, "--scale", "logit")) == 1
+    assert main(flags(world, "--scale", "logit")) == USER_ERROR
     assert 'scale: "cosine" -> "logit"' in capsys.readouterr().err
     assert main(flags(world, "--scale", "logit", "--overwrite")) == 0
 
@@ -130,14 +133,14 @@ def test_other_inputs_are_refused_until_overwritten(world: Path, capsys: pytest.
 def test_given_scores_need_no_clip(tmp_path: Path, golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = ["--data", str(golden / "dama/rlaifv_records.json"), "--image_folder", str(golden / "images")]
     common = ["hardness", *paths, "--out", str(tmp_path / "out"), "--from_scores"]
-    assert main([*common, "--scale", "logit"]) == 1
+    assert main([*common, "--scale", "logit"]) == USER_ERROR
     assert "--scale: the scores in the file are taken as they are" in capsys.readouterr().err
     assert main(common) == 0
     assert "8 pairs in" in capsys.readouterr().out
 
 
 def test_given_scores_must_be_there(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(flags(world, "--from_scores")) == 1
+    assert main(flags(world, "--from_scores")) == USER_ERROR
     assert "row 0: no scores in chosen_logits or rejected_logits" in capsys.readouterr().err
 
 
@@ -150,7 +153,7 @@ def test_histogram_on_paper() -> None:
 def test_help_reads_like_documentation() -> None:
     run = [sys.executable, "-m", "dama", "hardness", "--help"]
     text = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for part in ("Eq. 3-5", "manifest.json", "Default: fail", "--from_scores", "examples:"):
+    for part in ("Eq. 3-5", "manifest.json", "(default: fail)", "--from_scores", "examples:"):
         assert part in text
 
 
@@ -177,7 +180,7 @@ def test_shards_by_flag_and_the_merge_command(
     parts = ["--out", str(world / "parts")]
     assert main(flags(world, *parts, "--shard", "1/2")) == 0
     assert "cpu, shard 1/2" in (output := capsys.readouterr().out) and "`python -m dama merge" in output
-    assert main(["merge", str(world / "parts")]) == 1
+    assert main(["merge", str(world / "parts")]) == USER_ERROR
     assert "gap: chunks 0 to 0 are in no finished shard" in capsys.readouterr().err
     assert main(flags(world, *parts, "--shard", "0/2")) == 0
     assert "2 shards with 3 records merged" in (output := capsys.readouterr().out) and "delta_bar = " in output
@@ -186,14 +189,14 @@ def test_shards_by_flag_and_the_merge_command(
     (world / "parts/hardness.jsonl").unlink()
     assert main(["merge", str(world / "parts")]) == 0
     assert contents(world / "parts") == whole
-    assert main(flags(world, "--shard", "2/2")) == 1
+    assert main(flags(world, "--shard", "2/2")) == USER_ERROR
     assert "--shard '2/2': expected i/n with 0 <= i < n" in capsys.readouterr().err
 
 
 def test_other_stages_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_stage(tmp_path, "toy", {}, [], shard=Shard(0, 2)) as stage:
         stage.finish({})
-    assert main(["merge", str(tmp_path)]) == 1
+    assert main(["merge", str(tmp_path)]) == USER_ERROR
     assert "holds the stage toy, expected one of hardness, reference" in capsys.readouterr().err
 
 
@@ -252,7 +255,7 @@ def test_a_server_splits_the_answers(world: Path, capsys: pytest.CaptureFixture[
     assert rows[0]["chosen_statements"] == ["There is a cat."] and rows[1]["rejected_statements"] == ["1."]
     assert rows[1]["fallbacks"] == {"rejected": "added words"}
     assert (world / "out/splits.jsonl").exists()
-    assert main(flags(world)) == 1
+    assert main(flags(world)) == USER_ERROR
     assert "\n  --splitter: {" in capsys.readouterr().err
 
 
@@ -265,7 +268,7 @@ def test_wrong_choices_of_a_splitter_are_named(world: Path, capsys: pytest.Captu
         (["--splitter", "llm", "--base_url", "x", "--judge_model", "m"], "base_url: expected http://HOST/v1"),
         (["--splitter", "llm", "--splitter_model", str(world), "--from_scores"], "scores are given are not split"),
     ):
-        assert main(flags(world, *words)) == 1
+        assert main(flags(world, *words)) == USER_ERROR
         assert message in capsys.readouterr().err
 
 
@@ -277,7 +280,7 @@ def test_scores_that_are_not_finite_name_the_pair_and_the_image(
     """One token has a broken embedding, and only the last pair has that token."""
     write_rows(world, [row | {"rejected": "A zebra."} if row["idx"] == 2 else row for row in read_rows_of(world)])
     spoil(world / "clip", "token_embedding.weight", SimpleTokenizer().encode("zebra")[0], float(value))
-    assert main(flags(world, "--scale", scale)) == 1
+    assert main(flags(world, "--scale", scale)) == USER_ERROR
     error = capsys.readouterr().err
     assert "dama hardness: error: pair 2 (image 2.png): expected finite scores, got 1 of 2 that are not" in error
     assert "the first nan for 'A zebra.'\nRemedy: --precision fp32" in error and "Traceback" not in error
@@ -286,7 +289,7 @@ def test_scores_that_are_not_finite_name_the_pair_and_the_image(
 
 def test_a_broken_vision_tower_is_told_at_the_first_pair(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(world / "clip", "visual.proj", slice(None), float("nan"))
-    assert main(flags(world)) == 1
+    assert main(flags(world)) == USER_ERROR
     assert "pair 0 (image 0.png): expected finite scores, got 2 of 2 that are not" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dama.cli import main
+from dama.console import USER_ERROR
 from dama.hardness.show import write_hardness_page
 from dama.images import ImageError, load_image, probe_image, resolve_image
 from llava.generation.answers import check_requests
@@ -98,7 +99,7 @@ def test_every_command_takes_several_folders(linked, tmp_path, capsys):
     images = ("coco/train/1.png", "own.png")
     data = ["--data", pairs_file(tmp_path, *images), "--from_scores", "--out", str(tmp_path / "hardness")]
     folders = [str(linked.data), str(linked.coco)]
-    assert main(["hardness", *data, "--image_folder", folders[0]]) == 1
+    assert main(["hardness", *data, "--image_folder", folders[0]]) == USER_ERROR
     assert "coco/train/1.png leaves the image folder" in capsys.readouterr().err
     assert main(["hardness", *data, "--image_folder", folders[0], "--image-folder", folders[1]]) == 0
     manifest = json.loads((tmp_path / "hardness/manifest.json").read_text())
@@ -184,7 +185,7 @@ def test_narrow_and_long_images_within_the_bounds_are_read(tmp_path):
 def test_pairs_and_their_hardness_name_the_pair(tmp_path, capsys):
     (tmp_path / "thin.png").write_bytes(png((1, 30_000)))
     data = ["--data", pairs_file(tmp_path, "thin.png"), "--from_scores", "--out", str(tmp_path / "hardness")]
-    assert main(["hardness", *data, "--image_folder", str(tmp_path)]) == 1
+    assert main(["hardness", *data, "--image_folder", str(tmp_path)]) == USER_ERROR
     assert "row 0 (image thin.png): image has 1 x 30000 pixels, a side longer" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dama.cli import main
+from dama.console import USER_ERROR
 from dama.hardness.score import hardness_delta, summarise
 from dama.hardness.show import by_field, correlations, draw_sheet, pick_groups, sheet_text, write_hardness_page
 from dama.stage import StageError, open_stage
@@ -156,10 +157,10 @@ def test_the_command_by_both_names_and_its_errors(tmp_path: Path, capsys: pytest
     folder = write_stage(tmp_path)
     assert main(["hardness", "show", str(folder), "--image_folder", str(tmp_path / "images")]) == 0
     assert f"written to {folder / 'hardness.html'} and {folder / 'hardness.png'}" in capsys.readouterr().out
-    assert main(["hardness_show", str(folder), "--out", str(tmp_path / "out"), "--pairs", "0"]) == 1
+    assert main(["hardness_show", str(folder), "--out", str(tmp_path / "out"), "--pairs", "0"]) == USER_ERROR
     assert "--pairs 0: expected 1 or more" in capsys.readouterr().err
     (tmp_path / "images").rename(tmp_path / "moved")
-    assert main(["hardness", "show", str(folder), "--image_folder", str(tmp_path / "images")]) == 1
+    assert main(["hardness", "show", str(folder), "--image_folder", str(tmp_path / "images")]) == USER_ERROR
     assert "give the folder that holds the pictures now as --image_folder" in capsys.readouterr().err
     assert main(["hardness", "show", str(folder), "--image-folder", str(tmp_path / "moved")]) == 0
     with pytest.raises(StageError, match="no manifest.json"):

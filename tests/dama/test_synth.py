@@ -362,7 +362,7 @@ def test_all_faults_of_the_flags_at_once(tmp_path):
         "--reward", "judge:m", "--image_reward", "text:x", "--reward", "http:localhost", "--device", "tpu",
     )  # fmt: skip
     with pytest.raises(SynthError) as error:
-        command.run(args, lambda path, device: responder())
+        command.run(args)
     said = str(error.value)
     for part in (
         "--samples 0", "--margin -1", "--near_duplicate 0", "magic:x: expected KIND:WHAT", "--base_url, got none",
@@ -380,14 +380,15 @@ def test_the_command_runs_all_steps_and_writes_the_page(tmp_path, monkeypatch, c
         return Reward(path_length if step == "rank-images" else words, word, word.startswith("clip"))
 
     monkeypatch.setattr(command, "open_reward", open_reward)
+    monkeypatch.setattr(command, "open_responder", lambda args, word, device: responder())
     out = tmp_path / "run"
     args = parse("--out", str(out), "--prompts", str(tmp_path / "p.jsonl"), "--samples", "4", "--responder", "llava:x",
                  "--reward", "text:armo", "--image_reward", "clip:x", "--device", "cpu")  # fmt: skip
-    command.run(args, lambda path, device: responder(), Artist())
+    command.run(args, Artist())
     page = (out / "report.html").read_text()
     for part in ("text:armo", "never sees the picture", "data:image/", "statements", "what is 1? &lt;b&gt;", "kept"):
         assert part in page
     assert "rank-responses: 5 pictures, 5 pairs" in capsys.readouterr().out
     (out / "report.html").unlink()
-    command.run(parse("report", "--out", str(out)), lambda path, device: responder())
+    command.run(parse("report", "--out", str(out)))
     assert (out / "report.html").read_text() == page

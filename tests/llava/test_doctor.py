@@ -92,10 +92,10 @@ def test_bad_rows_are_shown(in_golden, tmp_path, capsys):
 def test_a_script_without_a_dry_run_is_not_started(tmp_path, capsys):
     script = tmp_path / "start.sh"
     script.write_text(f"touch {tmp_path}/started\n")
-    assert main(["--config-of", str(script)]) == 1 and not (tmp_path / "started").exists()
+    assert main(["--config-of", str(script)]) == 2 and not (tmp_path / "started").exists()
     assert "expected a script with --dry-run, such as scripts/dama_7b.sh" in capsys.readouterr().err
     script.write_text("# --dry-run\necho '+ python -m dama hardness'\n")
-    assert main(["--config-of", str(script)]) == 1
+    assert main(["--config-of", str(script)]) == 2
     assert "expected it to call train_mem.py, found no call" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dama.cli import main
+from dama.console import USER_ERROR
 from dama.stage import read_stage
 from dama.train.reference import TOLERANCE, compare, sample_of
 from dama.train.trainer import PairLoader
@@ -127,7 +128,7 @@ def test_another_model_template_or_image_preparation_is_refused_by_name(world):
 
 def test_all_faults_before_the_model_is_loaded(world, capsys):
     (world / "images" / "wide.png").unlink()
-    assert reference(world, "--batch_size", "0") == 1
+    assert reference(world, "--batch_size", "0") == USER_ERROR
     said = capsys.readouterr().err
     assert "--batch_size 0: expected 1 pair or more" in said and "wide.png" in said
 
@@ -179,7 +180,7 @@ def test_shards_give_the_bytes_of_an_undivided_run(world, capsys):
     assert main(["merge", str(world / "parts")]) == 0
     assert contents(world / "parts") == contents(world / "whole")
     shutil.rmtree(world / "parts" / "shards" / "00000-of-00002")
-    assert main(["merge", str(world / "parts")]) == 1
+    assert main(["merge", str(world / "parts")]) == USER_ERROR
     assert "gap: chunks 0 to 1 are in no finished shard" in capsys.readouterr().err
 
 
@@ -246,7 +247,7 @@ def test_log_probs_that_depend_on_the_batch_stop_the_stage(world, capsys, monkey
         return batch | {"images": dict.fromkeys(batch["images"], next(iter(batch["images"].values())))}
 
     monkeypatch.setattr(PairLoader, "__call__", first_image_for_all)
-    assert reference(world, "--batch_size", "8") == 1
+    assert reference(world, "--batch_size", "8") == USER_ERROR
     said = capsys.readouterr().err
     assert "reference: pairs computed again" in said and "alone; expected a difference of at most" in said
     assert json.loads((world / "reference" / "manifest.json").read_text())["complete"] is False

@@ -53,7 +53,7 @@ def prepare(arguments):
     fingerprint = data_fingerprint(pairs, arguments[1])
     hardness = hardness_of_pairs(pairs, None, fingerprint, True)
     family = LlavaFamily.of(arguments, model, tokenizer)
-    reference = reference_of_pairs(pairs, arguments[1], fingerprint, family)
+    reference = reference_of_pairs(pairs, *arguments[1:], fingerprint, family)
     data = join_pairs(pairs, hardness, reference, family, arguments[1], arguments[2])
     return model, tokenizer, data
 

@@ -112,7 +112,7 @@ def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> 
         write_json(arguments[1].data_path, list(rows))
         pairs, _ = read_checked_pairs(arguments[1])
         hardness = hardness_of_pairs(pairs, None, {}, needed=True)
-        reference = reference_of_pairs(pairs, arguments[1], {}, family)
+        reference = reference_of_pairs(pairs, *arguments[1:], {}, family)
         return join_pairs(pairs, hardness, reference, family, arguments[1], arguments[2])
 
     data = prepared(rows, "pairs")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dama.console import write_atomic, write_json
-from dama.report import SERIES, render_page, svg_of, url_of
+from dama.pages import render_page
+from dama.report import SERIES, svg_of, url_of
 from eval.core.statistics import Interval
 from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.scenes import draw
@@ -144,7 +145,8 @@ def write_study(findings: Findings, out: Path) -> dict[str, Any]:
 def render(findings: Findings, numbers: Mapping[str, Any]) -> str:
     study = findings.study
     return render_page(
-        Path(__file__).parent / "study.html.jinja",
+        "study.html.jinja",
+        Path(__file__).parent,
         report={"title": "Does DAMA do what it claims? A study on TinyCOCO", "how_to_read": LEAD},
         numbers=numbers,
         pairs=list(_shown_pairs(findings.pool)),

@@ -7,27 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from dama.cli import main
-from dama.upstream import (
-    CHANGED,
+from tools.upstream.__main__ import main
+from tools.upstream.comparison import Finding, compare, reason_for
+from tools.upstream.inventory import (
     CONFIG_FIELDS,
-    LEFT_OUT,
-    Finding,
     Item,
     UpstreamError,
-    compare,
     config_fields,
     inventory_of,
-    left_out_page,
     load_inventory,
     parameters_of,
-    reason_for,
-    report_lines,
-    summary,
-    write_page,
 )
+from tools.upstream.reasons import CHANGED, LEFT_OUT
+from tools.upstream.report import left_out_page, report_lines, summary, write_page
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +102,7 @@ def test_fields_of_a_llava_checkpoint_are_known(ours, golden):
 
 
 def test_the_document_is_current():
-    """Remedy: python -m dama.upstream > docs/left_out.md"""
+    """Remedy: python -m tools.upstream --left-out > docs/left_out.md"""
     assert (ROOT / "docs/left_out.md").read_text(encoding="utf-8") == left_out_page()
 
 
@@ -356,16 +350,16 @@ def test_files_of_both_sides(tmp_path):
 
 def test_the_command_runs_nothing_of_the_checkout(tmp_path, capsys):
     theirs = checkout(tmp_path / "theirs", constants="IGNORE_INDEX = -100\nraise SystemExit('imported')\n")
-    assert main(["upstream", str(theirs)]) == 0
+    assert main([str(theirs)]) == 0
     out = capsys.readouterr().out
     assert "llava/constants.py" in out and "names: 1 same" in out and "IGNORE_INDEX" not in out
-    assert main(["upstream", str(theirs), "--all"]) == 0
+    assert main([str(theirs), "--all"]) == 0
     assert "same                  IGNORE_INDEX" in capsys.readouterr().out
 
 
 def test_a_missing_name_is_an_error(tmp_path, capsys):
     theirs = checkout(tmp_path / "theirs", constants="UNHEARD_OF = '<image>'\nIGNORE_INDEX = -1\n", unknown="")
-    assert main(["upstream", str(theirs), "--html", str(tmp_path / "page.html")]) == 1
+    assert main([str(theirs), "--html", str(tmp_path / "page.html")]) == 1
     shown = capsys.readouterr()
     assert "changed               IGNORE_INDEX: value -1 -> -100" in shown.out
     assert "missing without a reason (2):\n  llava/constants.py  UNHEARD_OF\n  llava/unknown.py" in shown.err
@@ -373,7 +367,7 @@ def test_a_missing_name_is_an_error(tmp_path, capsys):
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path, capsys):
-    assert main(["upstream", str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 2
     assert "expected the root of a LLaVA checkout" in capsys.readouterr().err
     with pytest.raises(UpstreamError, match=r"a\.py: expected Python that can be parsed"):
         inventory_of(checkout(tmp_path / "broken", a="def ("))

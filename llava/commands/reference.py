@@ -1,0 +1,143 @@
+"""`python -m dama reference`: flags and checks of the reference stage."""
+
+from __future__ import annotations
+
+import argparse
+
+from dama.flags import (
+    add_pair_flags,
+    add_shard_flag,
+    device_errors,
+    load_pairs,
+    logging_on_every_rank,
+    pick_device,
+    pick_shard,
+)
+
+DESCRIPTION = """\
+Reference log-probs: log pi_ref(y | I, x) of both answers of each pair, summed over the answer's tokens ("</s>"
+included), in nats. Training compares the policy with them (Eq. 1) and needs no second copy of the model.
+
+It uses the model set-up and data path of training: give it the checkpoint, prompt template and image preparation that
+training will start from. Training refuses log-probs of another model, other pairs or other images.
+
+At the end of each shard 0.5 % of its pairs, at least one, are computed again one by one; the stage stops if a
+difference exceeds what rounding explains (0.001 nats in fp32, 0.1 in bf16, times the root of the answer's tokens).
+
+Writes OUT/reference.jsonl  id, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens
+       OUT/manifest.json    counts, skipped pairs, and the inputs' fingerprint
+"""
+
+EXAMPLES = """\
+examples:
+  python -m dama reference --model_name_or_path liuhaotian/llava-v1.5-7b --data pairs.json --image_folder images \\
+      --precision bf16 --out runs/reference
+  deepspeed --include localhost:0,1,2,3 --module dama reference --model_name_or_path liuhaotian/llava-v1.5-7b \\
+      --data pairs.json --image_folder images --precision bf16 --out runs/reference
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all flags of the stage."""
+    add_pair_flags(parser)
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_view_flags(parser.add_argument_group("views"))
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--batch_size", type=int, default=8, metavar="N", help="number of pairs per batch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of weights and compute (default: fp32)"
+    )
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="CUDA_VISIBLE_DEVICES selects among several GPUs (default: auto)",
+    )  # fmt: skip
+    add_shard_flag(group)
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model_name_or_path", required=True, metavar="NAME|DIR", help="the reference model pi_ref")
+    group.add_argument("--version", default="v1", metavar="NAME", help="prompt template (default: %(default)s)")
+    group.add_argument(
+        "--image_aspect_ratio", choices=("pad", "square"),
+        help="pad to a square with the mean color, or resize and center crop (default: the checkpoint's, else pad)",
+    )  # fmt: skip
+    group.add_argument("--vision_tower", metavar="NAME|DIR", help="CLIP vision tower (default: the checkpoint's own)")
+    group.add_argument(
+        "--model_max_length", type=int, default=2048, metavar="N",
+        help="maximum sequence length in tokens (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--on_long_pair", choices=("fail", "skip"), default="fail",
+        help="pairs longer than that: report all of them and stop, or leave them out and list them (default: fail)",
+    )  # fmt: skip
+
+
+def _add_view_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--loss", nargs="+", default=["dpo"], metavar="NAME",
+        help="loss of the training, as there: which views of a pair need log-probs (default: dpo)",
+    )  # fmt: skip
+    group.add_argument(
+        "--corruption", default="crop", metavar="NAME",
+        help="second image of losses that read one, as in the training (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--corruption_seed", type=int, default=0, metavar="N",
+        help="seed of the corruption's random numbers, as in the training (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check flags and pairs, then run the stage on the code of training."""
+    from dama.train.arguments import view_errors
+    from llava.supported import validate_supported_model
+
+    validate_supported_model(args.model_name_or_path, "--model_name_or_path")
+    errors = device_errors(args.device)
+    if args.batch_size < 1:
+        errors.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
+    errors += view_errors(args.loss, args.corruption)
+    shard = pick_shard(args.shard, errors)
+    pairs, skipped = load_pairs(args, errors)
+    from dama.train.reference import describe
+    from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+    from llava.train.reference import run_reference
+
+    arguments = (
+        ModelArguments(
+            model_name_or_path=args.model_name_or_path, version=args.version, vision_tower=args.vision_tower
+        ),
+        DataArguments(
+            data_path=args.data,
+            image_folder=args.image_folder,
+            image_aspect_ratio=args.image_aspect_ratio,
+            on_long_pair=args.on_long_pair,
+        ),
+        TrainingArguments(
+            output_dir=args.out,
+            task="DPO",
+            bf16=args.precision == "bf16",
+            use_cpu=pick_device(args.device) == "cpu",
+            model_max_length=args.model_max_length,
+            dataloader_num_workers=args.workers,
+            report_to="none",
+            loss=args.loss,
+            corruption=args.corruption,
+            corruption_seed=args.corruption_seed,
+        ),
+    )
+    manifest = run_reference(
+        arguments,
+        pairs,
+        skipped,
+        args.out,
+        args.batch_size,
+        shard=shard,
+        overwrite=args.overwrite,
+        progress=args.shard is not None or shard.index == 0,
+    )
+    if manifest is not None:
+        with logging_on_every_rank():
+            describe(manifest, args.out)

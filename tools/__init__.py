@@ -1,0 +1,1 @@
+"""What only maintainers of this repository use."""

@@ -1,0 +1,1 @@
+"""Comparison of this repository with LLaVA, for its maintainers."""
