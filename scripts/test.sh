@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All checks: ruff, mypy, pytest (arguments go to pytest). Checks against the official benchmark files run when
-# DAMA_BENCH_DATA names their folder.
+# All checks: ruff, mypy, import-linter, pytest (arguments go to pytest). Checks against the official benchmark files
+# run when DAMA_BENCH_DATA names their folder.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
@@ -14,4 +14,5 @@ if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; the
 fi
 ruff check .
 mypy
+lint-imports
 pytest "$@"
