@@ -67,7 +67,7 @@ class PairLength:
     rejected: int
 
     @property
-    def positions(self) -> int:
+    def tokens(self) -> int:
         return self.prefix + self.chosen + self.rejected
 
 
@@ -80,7 +80,7 @@ def forward_flops(size: ModelSize, pair: PairLength) -> float:
     first = pair.prefix + pair.chosen
     queries_times_keys = first * (first + 1) / 2 + pair.rejected * (pair.prefix + (pair.rejected + 1) / 2)
     return (
-        2 * size.decoder * pair.positions
+        2 * size.decoder * pair.tokens
         + 4 * size.attention * queries_times_keys
         + 2 * size.output * (pair.chosen + pair.rejected)
         + 2 * size.projector * size.patches
@@ -90,7 +90,7 @@ def forward_flops(size: ModelSize, pair: PairLength) -> float:
 def step_flops(
     size: ModelSize, pairs: list[PairLength], trained: list[bool], pictures: int, frozen_weights: bool
 ) -> float:
-    """The work of one optimiser step: all pairs forward, the trained ones backward, every picture once.
+    """The work of one optimizer step: all pairs forward, the trained ones backward, every picture once.
 
     A backward pass is two forward passes, or one where weights are frozen (LoRA) and only activations have gradients.
     """

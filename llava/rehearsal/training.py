@@ -21,8 +21,12 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, is_dee
 from dama.console import report_error, say
 from dama.losses import preference_loss
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.estimate.memory import Load, ModelShape
-from llava.estimate.preflight import Plan, configs_of, lengths_of, look_at_memory, size
+from llava.estimate.configs import configs_of
+from llava.estimate.fit import check_memory
+from llava.estimate.lengths import lengths_of
+from llava.estimate.machine import format_bytes
+from llava.estimate.plan import Plan
+from llava.estimate.sizes import Load, ModelShape
 from llava.estimate.throughput import PairLength
 from llava.model.attention import SHARED_PREFIX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -85,7 +89,7 @@ def rehearse(plan: Plan, lengths: Sequence[PairLength]) -> Rehearsal:
     if args.bits != 16:
         raise ValueError(f"--bits {args.bits}: bitsandbytes' kernels cannot be rehearsed; see the doctor's estimate")
     load = Load.of(args, plan.ranks, *plan.layout)
-    longest = (sorted(lengths, key=lambda pair: pair.positions, reverse=True) * load.pairs)[: load.pairs]
+    longest = (sorted(lengths, key=lambda pair: pair.tokens, reverse=True) * load.pairs)[: load.pairs]
     with NullMode() as mode, suppress(torch.OutOfMemoryError):  # `found` names the phase
         steps(plan, longest, 1 + load.several, found, mode)
     return found
@@ -188,7 +192,7 @@ def random_batch(plan: Plan, pairs: Sequence[PairLength]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids, labels = [], []
     for pair in pairs:
-        row = torch.randint(3, config.vocab_size - 1, (pair.positions - patches + 1,), generator=generator)
+        row = torch.randint(3, config.vocab_size - 1, (pair.tokens - patches + 1,), generator=generator)
         row[1] = IMAGE_TOKEN_INDEX
         target = row.clone()
         target[: pair.prefix - patches + 1 if dpo else 2] = IGNORE_INDEX
@@ -277,27 +281,29 @@ def describe(found: Rehearsal, memory: int) -> None:
     """Phases with their peaks, and whether the device had enough."""
     say(f"{'phase':<28}{'peak':>12}{'reserved':>12}")
     for level in found.levels:
-        say(f"{level.phase:<28}{size(level.peak):>12}{size(level.reserved):>12}")
+        say(f"{level.phase:<28}{format_bytes(level.peak):>12}{format_bytes(level.reserved):>12}")
     waits = sum(found.waits.values())
     say(f"host-device synchronizations in the forward pass: {waits}")
     for site, count in found.waits.items():
         say(f"  {count} x {site}")
     if found.ran_out_in:
-        say(f"out of memory in {found.ran_out_in}: {size(memory)} do not suffice")
+        say(f"out of memory in {found.ran_out_in}: {format_bytes(memory)} do not suffice")
     else:
-        say(f"fits into {size(memory)}: {size(found.reserved)} reserved at the most, beside the driver's own")
+        reserved = format_bytes(found.reserved)
+        say(f"fits into {format_bytes(memory)}: {reserved} reserved at the most, beside the driver's own")
 
 
 def planned(words: Sequence[str], ranks: int) -> tuple[Plan, list[PairLength]]:
     """The training of a script (`--config-of SCRIPT FLAGS`) or of flags, and the lengths of its data."""
-    from llava.estimate.doctor import look_at_data, plan_of_flags, plan_of_script
+    from llava.estimate.checks import check_data
+    from llava.estimate.flags import plan_of_flags, plan_of_script
 
     script = words[1] if words[:1] == ["--config-of"] else None
     plan = plan_of_script(script, words[2:]) if script else plan_of_flags(words, ranks)
     args = plan.arguments[2]
     shape = ModelShape.of(*configs_of(plan.arguments[0], args.cache_dir))
-    lengths, known = lengths_of(plan.arguments, look_at_data(plan), shape.patches)
-    look_at_memory(plan, shape, lengths, known)
+    lengths, known = lengths_of(plan.arguments, check_data(plan), shape.patches)
+    check_memory(plan, shape, lengths, known)
     if args.deepspeed:
         args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(args.deepspeed)
         args.hf_deepspeed_config.trainer_config_process(args)

@@ -127,7 +127,7 @@ class TrainingArguments(transformers.TrainingArguments):
         "beta_dpo (Wu et al. 2024)."
     )  # fmt: skip
     variant: Variant = described(
-        Variant.PAPER, "paper: Algorithm 1, defined per optimiser step, whatever the hardware; released: what the "
+        Variant.PAPER, "paper: Algorithm 1, defined per optimizer step, whatever the hardware; released: what the "
         "authors' released code computes, per gathered micro-batch."
     )  # fmt: skip
     selection: Selection = described(
@@ -217,7 +217,7 @@ USAGE = """\
 usage: train_mem.py --task LM|DPO --model_name_or_path M --data_path FILE --image_folder DIR --output_dir DIR [flags]
 
 Trains a LLaVA-v1.5 model: --task LM fine-tunes on conversations, --task DPO aligns on preference pairs with DAMA (or,
-with --strategy none, plain DPO). One optimiser step takes per_device_train_batch_size x GPUs x
+with --strategy none, plain DPO). One optimizer step takes per_device_train_batch_size x GPUs x
 gradient_accumulation_steps rows or pairs. A run that was interrupted continues from its last checkpoint in
 --output_dir. Start it with `deepspeed --include localhost:0,1,2,3` (the GPUs to use) and --deepspeed
 scripts/zero2.json, or plainly with python, which uses one GPU.
@@ -235,7 +235,7 @@ OFTEN_USED = {
     "num_train_epochs": "Passes over the data.",
     "max_steps": "Optimiser steps; overrides epochs.",
     "per_device_train_batch_size": "Rows or pairs in one forward pass on each GPU.",
-    "gradient_accumulation_steps": "Forward passes in one optimiser step.",
+    "gradient_accumulation_steps": "Forward passes in one optimizer step.",
     "learning_rate": "Peak learning rate (5e-7 for DAMA on 7B, 1e-5 with LoRA).",
     "lr_scheduler_type": "linear, cosine, constant, ...",
     "warmup_steps": "Steps of warm-up; a number below 1 is a share of all steps.",

@@ -314,7 +314,7 @@ class LLaVA15DPOTrainer(LLaVATrainer):
         flops = step_flops(
             self.model_size, lengths, weights.selected.tolist(), len(shown_images(pairs)), self.args.lora_enable
         )
-        self.throughput.add(len(pairs), sum(length.positions for length in lengths), flops)
+        self.throughput.add(len(pairs), sum(length.tokens for length in lengths), flops)
 
     def _length(self, pair: PreparedPair) -> PairLength:
         shared = common_length(pair)

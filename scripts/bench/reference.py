@@ -34,7 +34,7 @@ from measure import (
 from tqdm import tqdm
 
 from dama.console import end_on_interrupt, say, write_json
-from llava.estimate.doctor import first_loss
+from llava.estimate.one_batch import first_loss
 from llava.estimate.throughput import ModelSize, PairLength, forward_flops
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava
@@ -56,7 +56,7 @@ class Case:
     @property
     def tokens(self) -> int:
         """Distinct positions of the language model's input."""
-        return self.pairs * self.length.positions
+        return self.pairs * self.length.tokens
 
 
 @dataclass(frozen=True)

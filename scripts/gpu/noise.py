@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.estimate.preflight import Plan
+from llava.estimate.plan import Plan
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.dpo_trainer import REFERENCE_DRIFT
