@@ -15,8 +15,9 @@ from PIL import Image
 from dama.console import report_error, say
 from llava.constants import IMAGE_PLACEHOLDER
 from llava.generation.request import Decoding
-from llava.serve import chat
-from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
+from llava.serve import images
+from llava.serve.chat import DEFAULT_CONV_MODE
+from llava.serve.local_model import LocalModel
 
 
 def image_parser(args: Any) -> list[str]:
@@ -26,7 +27,7 @@ def image_parser(args: Any) -> list[str]:
 
 def load_image(image_file: str) -> Image.Image:
     """The picture in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
-    return chat.load_image(image_file)
+    return images.load_image(image_file)
 
 
 def load_images(image_files: list[str]) -> list[Image.Image]:

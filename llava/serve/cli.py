@@ -15,13 +15,14 @@ from PIL import Image
 
 from dama.console import printable, report_error, say
 from llava.generation.request import Decoding
-from llava.serve import chat
-from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
+from llava.serve import images
+from llava.serve.chat import DEFAULT_CONV_MODE
+from llava.serve.local_model import LocalModel
 
 
 def load_image(image_file: str) -> Image.Image:
     """The picture in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
-    return chat.load_image(image_file)
+    return images.load_image(image_file)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -23,24 +23,16 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from dama.console import report_error, say
+from dama.images import FORMATS
 from dama.redact import redacted
 from llava.conversation import shrink
 from llava.generation.request import Decoding
-from llava.serve.chat import (
-    DEFAULT_CONV_MODE,
-    FORMATS,
-    MAX_BYTES,
-    SUFFIXES,
-    ChatModel,
-    History,
-    LocalModel,
-    ObjectVocabulary,
-    ServerModel,
-    read_image,
-    read_vocabulary,
-    replies_together,
-)
+from llava.serve.chat import DEFAULT_CONV_MODE, ChatModel, History, replies_together
 from llava.serve.guard import Guard, is_loopback
+from llava.serve.images import MAX_BYTES, SUFFIXES, read_image
+from llava.serve.local_model import LocalModel
+from llava.serve.mentions import ObjectVocabulary, read_vocabulary
+from llava.serve.server_model import ServerModel
 
 EPILOG = """With --openai-base-url the models are those of a server, for which a checkpoint is exported first:
   python -m llava.model.export --to hf CHECKPOINT EXPORTED
