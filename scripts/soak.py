@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from dama.console import end_on_interrupt, report_error, say
+from dama.train.signing import SEAL_FILE
 from llava.train.checkpoints import PROVENANCE_FILE, lacking_in_checkpoint
-from llava.train.signing import SEAL_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "playground" / "tinycoco" / "weights"

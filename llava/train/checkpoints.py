@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dama.console import say, write_atomic, write_json
 from dama.stage import differences
+from dama.train.signing import SEAL_FILE, TRAINER_STATE, files_to_seal, refuse_unsigned, signed, signing_key
 from llava.model.checkpoint import VOCABULARY_TABLES
-from llava.train.signing import SEAL_FILE, TRAINER_STATE, files_to_seal, refuse_unsigned, signed, signing_key
 
 Named = Iterable[tuple[str, Any]]
 PROJECTOR_KEYS = ["mm_projector", "vision_resampler"]

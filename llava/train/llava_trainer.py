@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from dama.console import say, writing
+from dama.train.signing import refuse_unsigned
 from llava.estimate.throughput import Throughput
 from llava.model.checkpoint import VOCABULARY_TABLES
 from llava.model.llava_arch import load_projector
@@ -32,7 +33,6 @@ from llava.train.checkpoints import (
     write_model_card,
 )
 from llava.train.dpo_figures import StepLine, StopWatch
-from llava.train.signing import refuse_unsigned
 
 __all__ = ["LLaVATrainer", "LengthGroupedSampler", "maybe_zero_3", "get_mm_adapter_state_maybe_zero_3"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dama.train.signing import KEY_FILE, key_path, refuse_unsigned, signing_key, why_unsigned
 from llava.train import train
 from llava.train.checkpoints import PROVENANCE_FILE, SEAL_FILE, lacking_in_checkpoint, seal_checkpoint
-from llava.train.signing import KEY_FILE, key_path, refuse_unsigned, signing_key, why_unsigned
 from tests.llava.test_distributed import ROOT
 from tests.llava.test_resume import SAVES
 from tests.llava.test_sft_golden import arguments
@@ -157,7 +157,7 @@ def test_the_key_is_the_users_alone_and_stays(key):
 
 
 def test_processes_that_start_together_share_one_key(key):
-    program = "import sys; from llava.train.signing import signing_key; sys.stdout.write(signing_key().hex())"
+    program = "import sys; from dama.train.signing import signing_key; sys.stdout.write(signing_key().hex())"
     started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert len({process.communicate(timeout=120)[0] for process in started}) == 1
 

@@ -1,0 +1,1 @@
+"""Training that is independent of the model family: sealed checkpoints, resuming, provenance."""
