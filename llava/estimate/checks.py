@@ -18,6 +18,7 @@ from dama.pairs import (
     parse_pairs,
     resolve_image,
 )
+from dama.train.provenance import version_of
 from llava.conversation import get_template
 from llava.estimate import machine
 from llava.estimate.configs import configs_of
@@ -25,7 +26,6 @@ from llava.estimate.machine import format_bytes, gpu_problem
 from llava.estimate.memory import trained_parameters, weight_bytes
 from llava.estimate.plan import Plan, backends
 from llava.estimate.sizes import FP32, ModelShape, Training, Zero
-from llava.train.checkpoints import version_of
 from llava.train.sft_data import Row, read_rows
 
 SHOWN = 3  # rows of data

@@ -32,14 +32,7 @@ from llava.train.dpo_data import (
     common_length,
     shown_images,
 )
-from llava.train.dpo_figures import (
-    NO_PAIR,
-    PAIR_LOG,
-    PairLog,
-    StepTable,
-    preference_metrics,
-    weighting_metrics,
-)
+from llava.train.dpo_figures import NO_PAIR, PAIR_LOG, PairLog, StepTable, preference_metrics, weighting_metrics
 from llava.train.llava_trainer import LLaVATrainer, watched
 from llava.train.steps import PICTURES_AT_ONCE, StepLoader, StepPlan, StepSampler, encode_pictures
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dama.console import end_on_interrupt, say
+from dama.train.checkpoints import resume_point
+from dama.train.provenance import provenance_of
 from dama.weighting import Variant
 from llava.estimate.preflight import preflight
 from llava.train.arguments import (
@@ -20,7 +22,7 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.base_model import validate_base
-from llava.train.checkpoints import is_finished, provenance_of, resume_point
+from llava.train.checkpoints import is_finished
 from llava.train.dpo_data import (
     DataCollatorForDPODataset,
     DPODataset,
