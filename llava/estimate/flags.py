@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from llava.estimate.plan import Plan
-from llava.train.arguments import dataclasses_of, find_faults, translate_flags
+from llava.train.arguments import dataclasses_of
+from llava.train.flag_checks import find_errors
+from llava.train.flag_names import translate_flags
 
 COMMAND = "train_mem.py"
 
@@ -77,6 +79,6 @@ def plan_of_flags(words: Sequence[str], ranks: int, written: Sequence[str] = ())
     arguments = dataclasses_of(words)
     later = tuple(f"--{name}:" for name, folder in vars(arguments[1]).items() if folder in written)
     said_below = ("--data_path:", "--image_folder:", *later)
-    errors = [error for error in find_faults(*arguments) if not error.startswith(said_below)]
+    errors = [error for error in find_errors(*arguments) if not error.startswith(said_below)]
     arguments[2].deepspeed = config
     return Plan(arguments, ranks, cuda, errors=errors)

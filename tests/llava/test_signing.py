@@ -14,9 +14,8 @@ import torch
 
 from dama.train.checkpoints import missing_files, seal_checkpoint
 from dama.train.provenance import PROVENANCE_FILE
-from dama.train.signing import KEY_FILE, key_path, signature_problem, signing_key, validate_signature
+from dama.train.signing import KEY_FILE, SEAL_FILE, key_path, signature_problem, signing_key, validate_signature
 from llava.train import train
-from llava.train.checkpoints import SEAL_FILE
 from tests.llava.test_distributed import ROOT
 from tests.llava.test_resume import SAVES
 from tests.llava.test_sft_golden import arguments
