@@ -104,6 +104,7 @@ def is_finished(
 
 
 def version_of(library: str) -> str:
+    """Return the version of an installed library, or "absent"."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -152,8 +153,10 @@ def default_flags(groups: Sequence[type]) -> Defaults:
 
 
 def recorded_flags(*groups: Any) -> dict[str, Any]:
-    """The flags that a result depends on, as plain values: this repository's own and ALWAYS_RECORDED, defaults
-    included, and those of transformers that are not at their default.
+    """Return the flags that a result depends on, as plain values.
+
+    They are this repository's own and ALWAYS_RECORDED, defaults included, and those of transformers that are not at
+    their default.
 
     Left out are those that name places, print more or less, differ between ranks, or are secrets.
     """

@@ -106,7 +106,7 @@ def digests(folder: Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of each file."""
 
     def digest(name: str) -> str:
-        with open(folder / name, "rb") as file:
+        with (folder / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     with ThreadPoolExecutor(THREADS) as pool:

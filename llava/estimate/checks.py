@@ -34,6 +34,7 @@ NEEDED = {"torch": (2, 11), "transformers": (5, 17)}  # at least
 
 
 def check_libraries(plan: Plan) -> None:
+    """Note the versions of libraries; an error where one is missing or too old for the flags."""
     args = plan.arguments[2]
     found = {name: version_of(name) for name in LIBRARIES}
     plan.note("libraries", ", ".join([f"Python {platform.python_version()}", *(f"{n} {v}" for n, v in found.items())]))
@@ -103,6 +104,7 @@ def check_data(plan: Plan) -> list[PreferencePair] | list[Row]:
 
 
 def check_rows(plan: Plan, data: Path, images: ImageFolder) -> list[Row]:
+    """Read the conversations of fine-tuning; none where they have errors."""
     model_args, data_args, _ = plan.arguments
     try:
         template = get_template(str(model_args.version))
@@ -115,6 +117,7 @@ def check_rows(plan: Plan, data: Path, images: ImageFolder) -> list[Row]:
 
 
 def check_model(plan: Plan) -> ModelShape | None:
+    """Check that model and CLIP weights are available, and return the model's sizes where they are known."""
     from huggingface_hub import constants
 
     model_args, _, args = plan.arguments

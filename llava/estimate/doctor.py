@@ -58,6 +58,7 @@ def rehearse(args: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 1 where something is missing for the training run."""
     parser = argparse.ArgumentParser("dama doctor", description=__doc__, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("--config-of", "--config_of", metavar="SCRIPT", help="script whose training is looked at")
     parser.add_argument("--ranks", type=int, default=1, help="processes, without a script. Default: %(default)s")

@@ -49,8 +49,10 @@ def fit_micro_batch(
     arguments: Arguments, shape: ModelShape, lengths: Sequence[PairLength], ranks: int, cuda: bool, memory: int,
     **changes: Any,
 ) -> tuple[int, int] | None:  # fmt: skip
-    """(per_device_train_batch_size, gradient_accumulation_steps) of the largest micro-batch that fits into `memory`
-    bytes, with as many pairs in a step; None where not even single pairs fit.
+    """Find the largest micro-batch that fits into `memory` bytes, with as many pairs in a step.
+
+    Returns:
+        (per_device_train_batch_size, gradient_accumulation_steps); None where not even single pairs fit.
 
     Args:
         changes: fields of llava.estimate.memory.Training that are to be other than the flags say.

@@ -49,14 +49,17 @@ def lengths_of(
 
 
 def guess_length(pair: PreferencePair, patches: int) -> PairLength:
+    """Estimate a pair's tokens from its characters, where no tokenizer is available."""
     return PairLength(patches + PROMPT + len(pair.question) // 3, len(pair.chosen) // 3, len(pair.rejected) // 3)
 
 
 def longest_items(
     pairs: Sequence[PreferencePair], arguments: Arguments, tokenizer: Any, patches: int
 ) -> list[PreparedPair]:
-    """About the longest pairs that fit into --model_max_length, without figures: tokenized in the order of their
-    characters until there are enough."""
+    """Return about the longest pairs that fit into --model_max_length.
+
+    They are tokenized in the order of their characters until there are enough; hardness and reference are left at 0.
+    """
     model_args, _, args = arguments
     template, found = get_template(str(model_args.version)), []
     for pair in sorted(pairs, key=lambda p: -len(p.question + p.chosen + p.rejected)):
@@ -69,6 +72,7 @@ def longest_items(
 
 
 def length_of(item: PreparedPair, patches: int) -> PairLength:
+    """Return the tokens of an encoded pair, with `patches` for its image."""
     shared = common_length(item)
     chosen, rejected = (len(answer.input_ids) - shared for answer in (item.chosen, item.rejected))
     return PairLength(shared - 1 + patches, chosen, rejected)
@@ -94,4 +98,5 @@ def row_length(row: Row, arguments: Arguments, tokenizer: Any, patches: int) -> 
 
 
 def text_of_row(row: Row) -> str:
+    """Return the text of all turns."""
     return " ".join(str(turn["value"]) for turn in row["conversations"])

@@ -14,8 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class TensorPeak:
-    """Highest sum of tensors' bytes while the block runs: PyTorch's own count on a GPU, on a CPU the sum of its
-    allocator's events (resident memory would count libraries, and what was freed but not given back).
+    """Measure the highest sum of tensors' bytes while the block runs.
+
+    On a GPU this is PyTorch's own count, on a CPU the sum of its allocator's events (resident memory would count
+    libraries, and what was freed but not given back).
 
     Args:
         before: tensors that exist already; a CPU's allocator does not tell.

@@ -17,8 +17,11 @@ from llava.train.steps import PICTURES_AT_ONCE
 
 
 def trained_parameters(shape: ModelShape, run: Training) -> LayerSizes:
-    """Of each part. LoRA trains adapters of r (in + out) parameters for each matrix of a decoder layer, instead of the
-    matrices (Hu et al. 2021)."""
+    """Count the trained parameters of each part.
+
+    LoRA trains adapters of r (in + out) parameters for each matrix of a decoder layer, instead of the matrices (Hu et
+    al. 2021).
+    """
     projector = shape.parameters.projector * run.trains_projector
     if run.method == "full":
         return shape.parameters._replace(projector=projector)
@@ -54,8 +57,11 @@ def share(shape: ModelShape, run: Training) -> int:
 
 
 def optimizer_bytes(shape: ModelShape, run: Training) -> int:
-    """Adam's two moments of each weight of the share, and under DeepSpeed, but for fp32 without ZeRO, an fp32 copy of
-    the weight (Rajbhandari et al. 2020, section 3.1)."""
+    """Bytes of the optimizer's states on one rank.
+
+    Adam has two moments of each weight of the rank's share, and under DeepSpeed, except in fp32 without ZeRO, an fp32
+    copy of the weight (Rajbhandari et al. 2020, section 3.1).
+    """
     if run.zero and run.zero.offload_optimizer:
         return 0
     copy = run.zero is not None and (run.half or run.stage > 0)
@@ -145,6 +151,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
+        """Highest level of all phases, in bytes."""
         return max(self.phases.values())
 
     @property
@@ -203,8 +210,11 @@ def estimate_step(
 
 
 def gradient_bytes(shape: ModelShape, run: Training) -> int:
-    """Of all trained weights at the end of the backward pass; from ZeRO-2 on of the rank's share, none on a GPU whose
-    optimizer is offloaded (Rajbhandari et al. 2020, section 5.2)."""
+    """Bytes of the gradients at the end of the backward pass.
+
+    They are of all trained weights, from ZeRO-2 on of the rank's share; a GPU whose optimizer is offloaded has none
+    (Rajbhandari et al. 2020, section 5.2).
+    """
     if run.stage < 2:
         return trained_parameters(shape, run).total(shape.layers) * run.gradient
     return 0 if run.zero and run.zero.offload_optimizer else share(shape, run) * run.gradient
@@ -245,9 +255,12 @@ def gradients_at(shape: ModelShape, run: Training, index: int) -> int:
 
 
 def optimizer_work(shape: ModelShape, run: Training) -> int:
-    """While AdamW steps: gradients, under DeepSpeed an fp32 copy of them, and beside it what is larger: the flat copy
-    that this one is made of, or square roots of second moments, of all weights at a time on a GPU (none with fused
-    AdamW), on a CPU twice those of one weight, which is the whole share under DeepSpeed."""
+    """Bytes while AdamW steps, beside weights and states.
+
+    These are gradients, under DeepSpeed an fp32 copy of them, and beside it what is larger: the flat copy that this one
+    is made of, or square roots of second moments, of all weights at a time on a GPU (none with fused AdamW), on a CPU
+    twice those of one weight, which is the whole share under DeepSpeed.
+    """
     if run.zero and run.zero.offload_optimizer:
         return 0
     mine = share(shape, run)

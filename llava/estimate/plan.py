@@ -24,15 +24,18 @@ class Plan:
     errors: list[str] = field(default_factory=list)
 
     def note(self, title: str, text: str) -> None:
+        """Add a line to the page."""
         self.notes.append((title, text))
 
     @property
     def layout(self) -> tuple[int, int]:
+        """Micro-batch size and number of accumulated micro-batches."""
         args = self.arguments[2]
         return args.per_device_train_batch_size, args.gradient_accumulation_steps
 
     @property
     def device(self) -> torch.device:
+        """Device that the training run would use on this machine."""
         return torch.device("cuda" if self.cuda and torch.cuda.is_available() else "cpu")
 
 
@@ -52,4 +55,5 @@ def backends(plan: Plan) -> str:
 
 
 def error_text(errors: Sequence[str]) -> str:
+    """Return the errors as one message."""
     return "\n  - ".join([f"{len(errors)} thing(s) missing for this training:", *errors])

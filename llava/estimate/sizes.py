@@ -1,6 +1,7 @@
 """What the memory of a training step depends on: the model's layer sizes and how it is trained.
 
-All sizes are bytes unless they are called parameters."""
+All sizes are bytes unless they are called parameters.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ class LayerSizes(NamedTuple):
     head: int  # the last norm and the output layer
 
     def total(self, layers: int) -> int:
+        """Sum over all layers."""
         return self.embedding + self.projector + layers * self.layer + self.head
 
 
@@ -109,6 +111,7 @@ class Zero:
 
     @staticmethod
     def read(path: str | Path) -> Zero:
+        """Read DeepSpeed's JSON file."""
         config = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
         stage = int(config.get("stage", 0))
         bucket = config.get("reduce_bucket_size", Zero.bucket)
@@ -179,6 +182,7 @@ class Training:
 
     @property
     def stage(self) -> int:
+        """ZeRO stage; 0 without DeepSpeed."""
         return self.zero.stage if self.zero else 0
 
     @property
@@ -188,7 +192,7 @@ class Training:
 
     @property
     def weight(self) -> int:
-        """Bytes of a weight that is not quantised."""
+        """Bytes of a weight that is not quantized."""
         return HALF if self.half and not self.autocast else FP32
 
     @property
@@ -208,7 +212,7 @@ class Training:
 
     @property
     def product(self) -> int:
-        """Bytes of a number that comes out of a decoder layer's matrix product; quantised ones answer in fp32."""
+        """Bytes of a number that comes out of a decoder layer's matrix product; quantized ones answer in fp32."""
         return self.factor if self.bits == 16 else FP32
 
     @property
@@ -230,8 +234,10 @@ class Load(NamedTuple):
 
     @staticmethod
     def of(args: Any, ranks: int, micro_batch: int, accumulation: int) -> Load:
-        """Of these TrainingArguments in another layout: where pairs are selected before the first gradient, fewer than
-        the micro-batch holds."""
+        """Return the load of these TrainingArguments in another layout.
+
+        Where pairs are selected before the first gradient, it is fewer pairs than the micro-batch has.
+        """
         config = args.weighting()
         looks_ahead = accumulation > 1 or (args.lora_enable and args.lora_dropout > 0)
         if args.task != "DPO" or config.variant is Variant.RELEASED or config.is_static or not looks_ahead:

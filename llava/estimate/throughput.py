@@ -40,6 +40,7 @@ class ModelSize:
 
     @staticmethod
     def of(model: Any) -> ModelSize:
+        """Return the sizes of a loaded model."""
         config, tower = model.config, model.get_vision_tower()
         width, heads = config.hidden_size, config.num_attention_heads
         head = getattr(config, "head_dim", None) or width // heads
@@ -68,6 +69,7 @@ class PairLength:
 
     @property
     def tokens(self) -> int:
+        """Tokens of prefix and both answers."""
         return self.prefix + self.chosen + self.rejected
 
 
@@ -114,13 +116,16 @@ class Throughput:
     _began: float | None = None
 
     def start(self) -> None:
+        """Start timing a step."""
         self._began = time.perf_counter()
 
     def add(self, pairs: float, tokens: float = 0.0, flops: float = 0.0) -> None:
+        """Count the work of the current step."""
         for name, value in zip(COUNTS, (pairs, tokens, flops), strict=True):
             self.counts[name] += value
 
     def stop(self) -> None:
+        """Stop timing a step."""
         if self._began is not None:
             self.seconds += time.perf_counter() - self._began
             self.steps += 1

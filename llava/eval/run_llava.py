@@ -1,4 +1,5 @@
-"""One question about one picture or several, the answer on standard output:
+"""Answer one question about one image or several on standard output.
+
 `python -m llava.eval.run_llava --model-path CHECKPOINT --image-file photo.jpg --query "What is this?"`
 """
 
@@ -31,6 +32,7 @@ def load_image(image_file: str) -> Image.Image:
 
 
 def load_images(image_files: list[str]) -> list[Image.Image]:
+    """Load several images, see `load_image`."""
     return [load_image(image_file) for image_file in image_files]
 
 
@@ -63,6 +65,7 @@ def with_images(query: str, image_tokens: str, count: int) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--model-base", help="base of a LoRA folder")
@@ -80,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     try:
         eval_model(args)

@@ -86,16 +86,15 @@ class ForwardPlan:
         rows = [plan_splice([ids], [targets], [shown], lengths) for ids, targets, shown in each]
         sizes = [row.source.shape[1] for row in rows]
         layout = PackLayout.of([PackedPair(size - c - r, c, r) for size, (c, r) in zip(sizes, tails)])
-        joined = concatenate(rows, sum(lengths))
+        joined = concatenate(rows)
         spliced = SplicePlan(*joined, torch.ones(1, layout.positions, dtype=torch.bool), layout.position_ids())
         return ForwardPlan(spliced, layout.answers(spliced.labels[0]), layout)
 
 
-def concatenate(rows: Sequence[SplicePlan], image_positions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(text_ids, source, labels) of single-row plans laid end to end: [N], [1, T'], [1, T'].
+def concatenate(rows: Sequence[SplicePlan]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (text_ids, source, labels) of single-row plans laid end to end: [N], [1, T'], [1, T'].
 
-    Args:
-        image_positions: rows of image features, which come behind the text of all rows.
+    Image features come behind the text of all rows.
     """
     total = sum(len(row.text_ids) for row in rows)
     sources, before = [], 0
@@ -161,7 +160,7 @@ def plan_splice(
 
 
 def interleave(text: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
-    """text 0, image 0, text 1, image 1, ..., text n, joined."""
+    """Text 0, image 0, text 1, image 1, ..., text n, joined."""
     between = [piece for pair in zip(images, text[1:]) for piece in pair]
     return torch.cat([text[0], *between])
 

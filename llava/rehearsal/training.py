@@ -51,8 +51,11 @@ class Level:
 
 @dataclass
 class Rehearsal:
-    """What was found out: phases in their order, waits of the host in the first micro-batch's forward pass, and the
-    phase in which memory ran out."""
+    """Results of a rehearsal.
+
+    They are the phases in their order, waits of the host in the first micro-batch's forward pass, and the phase in
+    which memory ran out.
+    """
 
     levels: list[Level] = field(default_factory=list)
     waits: dict[str, int] = field(default_factory=dict)
@@ -60,10 +63,12 @@ class Rehearsal:
 
     @property
     def peak(self) -> int:
+        """Highest level of all phases, in bytes."""
         return max((level.peak for level in self.levels), default=0)
 
     @property
     def reserved(self) -> int:
+        """Most bytes that the allocator reserved."""
         return max((level.reserved for level in self.levels), default=0)
 
     @contextmanager
@@ -153,6 +158,7 @@ def build(plan: Plan, dtype: torch.dtype | None = None) -> Any:
 
 
 def of_type(dtype: torch.dtype, make: Callable[[], Any]) -> Any:
+    """Make something under a default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -241,13 +247,16 @@ class Alone:
         self.module, self.optimizer = model, optimizer_of(model, args)
 
     def model(self, **batch: Any) -> Any:
+        """Run the forward pass."""
         with self.autocast:
             return self.module(**batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """Run the backward pass; `last` ends the accumulation."""
         loss.backward()
 
     def step(self) -> None:
+        """Run the optimizer."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -267,10 +276,12 @@ class WithDeepSpeed:
         self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """Run the backward pass; `last` ends the accumulation."""
         self.model.set_gradient_accumulation_boundary(last)
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
+        """Run the optimizer."""
         self.model.step()
 
 

@@ -25,7 +25,7 @@ MAX_BYTES = 20 * 2**20  # of a download or an upload
 MAX_SECONDS = 30.0  # of a download
 
 
-class ImageRefused(ValueError):
+class RejectedImageError(ValueError):
     """An image that can be read and is not taken, and why."""
 
 
@@ -41,11 +41,11 @@ def read_image(data: bytes, name: str) -> Image.Image:
         with open_image(io.BytesIO(data)) as image:
             if limit := exceeded_limit(image.size):
                 size = f"{image.width} x {image.height}"
-                raise ImageRefused(f"{name}: {size} is {limit}; make the picture smaller or crop it")
+                raise RejectedImageError(f"{name}: {size} is {limit}; make the picture smaller or crop it")
             if image.mode in ("I", "F"):
-                raise ImageRefused(f"{name}: 32 bits a pixel and channel (mode {image.mode}), expected 8 or 16")
+                raise RejectedImageError(f"{name}: 32 bits a pixel and channel (mode {image.mode}), expected 8 or 16")
             return as_rgb(image)
-    except ImageRefused:
+    except RejectedImageError:
         raise
     except ImageFault as error:
         raise ValueError(f"{name}: not a picture that can be read; expected {', '.join(FORMATS)}") from error
@@ -98,7 +98,7 @@ def download(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECO
 
 
 def _web_only(sockets: list[socket.socket], deadline: float) -> urllib.request.OpenerDirector:
-    """urllib's opener without ftp:, file: and data:, to which a server may redirect; `sockets` gets what it opens."""
+    """Urllib's opener without ftp:, file: and data:, to which a server may redirect; `sockets` gets what it opens."""
 
     def watched(base: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
         class Connection(base):  # type: ignore[misc, valid-type]

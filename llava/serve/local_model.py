@@ -49,6 +49,7 @@ class LocalModel:
     def reply(
         self, history: History, question: str, image: Image.Image | None, decoding: Decoding, stop: Event
     ) -> Iterator[str]:
+        """Stream the answer so far, see `ChatModel`."""
         prompt = self.prompt(history, question, image is not None)
         return self.stream(prompt, [] if image is None else [image], decoding, stop)
 
@@ -72,6 +73,7 @@ class LocalModel:
         return image_placeholder(getattr(self.model.config, "mm_use_im_start_end", False))
 
     def render(self, turns: Sequence[tuple[str, str | None]]) -> str:
+        """Return the turns as this model's prompt."""
         conversation = self.template.copy()
         for asked, answer in turns:
             conversation.append_message(conversation.roles[0], asked)

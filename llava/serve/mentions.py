@@ -43,5 +43,6 @@ class ObjectVocabulary:
 
 
 def read_vocabulary(path: str | Path) -> ObjectVocabulary:
-    with open(path, encoding="utf-8") as file:
+    """Read a vocabulary file, see `ObjectVocabulary`."""
+    with Path(path).open(encoding="utf-8") as file:
         return ObjectVocabulary(file)

@@ -44,6 +44,7 @@ class ServerModel:
     def reply(
         self, history: History, question: str, image: Image.Image | None, decoding: Decoding, stop: Event
     ) -> Iterator[str]:
+        """Stream the answer so far, see `ChatModel`; ValueError where the server fails or sends too much."""
         body = self._body(history, question, image, decoding)
         finished = Event()
         deadline = time.monotonic() + self.answer_s

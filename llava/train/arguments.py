@@ -39,6 +39,8 @@ def described(default: Any, text: str, **metadata: Any) -> Any:
 
 @dataclass
 class ModelArguments:
+    """Flags of the model."""
+
     model_name_or_path: str | None = described(
         None, "Checkpoint to start from: a LLaVA or LLaMA folder, or a hub name. For DPO it is also the reference."
     )
@@ -72,6 +74,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    """Flags of the data."""
+
     data_path: str | None = described(
         None, "Training data. Task DPO: preference pairs as RLAIF-V's JSON or JSONL. Task LM: LLaVA's conversations."
     )
@@ -104,6 +108,8 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
+    """transformers' flags of training, and those of LLaVA and of preference optimization."""
+
     cache_dir: str | None = described(None, "Folder for downloads.")
     optim: str | None = described(None, "Optimizer. Default: adamw_torch_fused on GPUs, adamw_torch on CPUs.")
     logging_nan_inf_filter: bool = described(

@@ -120,6 +120,7 @@ def take_flag(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
 
 
 def as_number(flag: str, text: str) -> float:
+    """Return a flag's value as a number; ValueError where it is none."""
     try:
         return float(text)
     except ValueError as error:
