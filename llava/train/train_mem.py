@@ -11,6 +11,7 @@ from llava.supported import validate_supported_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     if argv is None:
         end_on_interrupt()
     try:

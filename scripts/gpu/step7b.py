@@ -16,7 +16,7 @@ from dpo_step import Settings, batch_of, plain_step, trl_step
 from measure import PeakMemory, Shape, time_of, write_checkpoint
 from torch.profiler import ProfilerActivity, profile
 
-from llava.estimate.preflight import Plan
+from llava.estimate.plan import Plan
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.setup_model import compile_layers

@@ -121,7 +121,7 @@ def train(world, loss="dpo", **flags):
 
 
 def test_dama_trains_a_model_that_is_not_llava(world):
-    """Six pairs a step: the first loss is log 2, the model being its own reference; at the end held-out pairs are right."""
+    """Six pairs a step: the first loss is log 2, the model being its reference; at the end held-out pairs are right."""
     trainer, rows = train(world, per_device_train_batch_size=6)
     assert rows[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"] and rows[-1]["dama/R_bar"] > 0

@@ -21,7 +21,7 @@ from eval.page import shrunk
 from llava.generation.answers import check_requests
 from llava.generation.request import Request
 from llava.mm_utils import load_image_from_base64
-from llava.serve.chat import read_image
+from llava.serve.images import read_image
 from tests.dama.prepare_sets import picture, prepare, write_lines
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,9 @@ from gradio import processing_utils
 
 from llava.generation.request import Decoding
 from llava.serve import gradio_web_server as page
-from llava.serve.chat import MAX_LINE, ServerModel, replies_together
+from llava.serve.chat import replies_together
 from llava.serve.guard import Guard
+from llava.serve.server_model import MAX_LINE, ServerModel
 
 
 class Upstream(BaseHTTPRequestHandler):

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dama.transfer import to_device
-from llava.estimate.preflight import CLIP_SHAPE, SHAPES
+from llava.estimate.configs import CLIP_SHAPE, SHAPES
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.attention import SHARED_PREFIX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower

@@ -15,7 +15,10 @@ from llava.eval import model_vqa, model_vqa_loader, run_llava
 from llava.generation.local import Answerer
 from llava.generation.request import Decoding, Request
 from llava.serve import cli, gradio_web_server
-from llava.serve.chat import LocalModel, ObjectVocabulary, download, load_image, read_image, replies_together
+from llava.serve.chat import replies_together
+from llava.serve.images import download, load_image, read_image
+from llava.serve.local_model import LocalModel
+from llava.serve.mentions import ObjectVocabulary
 from tests.conftest import GOLDEN
 from tests.dama.test_untrusted_server import Dripping
 
