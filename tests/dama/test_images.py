@@ -17,7 +17,7 @@ from PIL import Image
 
 from dama.images import FORMATS, ImageFault, open_image
 from dama.pairs import PreferencePair, check_pairs, load_image, probe_image
-from eval.page import shrunk
+from eval.page_images import shrunk
 from llava.eval.generate import Request, check_requests
 from llava.mm_utils import load_image_from_base64
 from llava.serve.chat import read_image
