@@ -114,8 +114,8 @@ def vocabulary_of(associations: Mapping[str, Iterable[str]]) -> list[str]:
 def load(folder: str | Path, mode: str = "") -> Amber:
     """Read annotations.json, query/query_PART.json, relation.json and safe_words.txt of folder/amber.
 
-    A part without its file of queries is left out; similar_words.json is optional. There is one mode. Raises ValueError, naming
-    file and fields.
+    A part without its file of queries is left out; similar_words.json is optional. There is one mode.
+    Raises ValueError, naming file and fields.
     """
     del mode
     source = Path(folder) / "amber"

@@ -102,7 +102,7 @@ class _Run:
                 self._make(file, file.package)
 
     def _have(self, file: File) -> bool:
-        """Whether it is there. A digest neither published nor recorded is an error, and so is another file's content."""
+        """Whether it is there. A digest neither published nor recorded is an error, and so is another content."""
         if file.instead and (self.folder / file.instead).is_file():
             return True
         path = self.folder / file.path

@@ -1,7 +1,7 @@
 """One command for every benchmark: fetch what is missing, generate, score, print a table, write results.json.
 
     python -m eval.evaluate BENCHMARK CHECKPOINT
-    python -m eval.evaluate BENCHMARK CHECKPOINT --compare BASE --judge-base-url http://127.0.0.1:8000/v1 --judge-model M
+    python -m eval.evaluate BENCHMARK CHECKPOINT --compare BASE --judge-base-url http://127.0.0.1:8000/v1
     python -m eval.evaluate all CHECKPOINT
 
 Everything goes to OUT/<checkpoint's name>/<benchmark>/: answers/ (a resumable stage), a judge's verdicts.jsonl,
@@ -164,7 +164,7 @@ def verdicts(task: Task, data: Any, answers: list[Answer], out: Path, args: argp
 
 
 def labeled(task: Task, protocol: str, data: Any, args: argparse.Namespace) -> str:
-    """Return the protocol with everything in which this run differs from it; such metrics are not comparable with it."""
+    """Return the protocol, and everything in which this run differs from it and is not comparable with it."""
     other = unpublished([task.name], data_folder())
     changes = [f"data {digest_of(other)[:8]}"] if other else []
     if get_template(args.conv_mode) != get_template(TEMPLATE):

@@ -113,7 +113,7 @@ def _filled(rule: str, question: Question, answer: Answer) -> str:
 
 
 def parse(text: str) -> Scores | None:
-    """Read the two scores of the first line, separated by blanks or commas; None where it is not two numbers up to 10."""
+    """Read the two scores of the first line, separated by blanks or commas; None unless it is two numbers up to 10."""
     lines = after_thoughts(text).splitlines()
     match = _TWO_NUMBERS.fullmatch(lines[0]) if lines else None
     if match is None or max(float(match[1]), float(match[2])) > 10:

@@ -76,8 +76,8 @@ class ObjHal(BenchmarkData):
 def load(folder: str | Path, mode: str = "rules") -> ObjHal:
     """Read the questions, ground truth and synonyms in folder/objhal; both modes have the same questions.
 
-    The judge's prompt is folder/prompts/objhal_extract.txt, or a string in folder/objhal/eval_gpt_obj_halbench.py; rules
-    need none. Raises ValueError, naming file and fields, also for missing ground truth and unknown nodes.
+    The judge's prompt is folder/prompts/objhal_extract.txt, or a string in folder/objhal/eval_gpt_obj_halbench.py;
+    rules need none. Raises ValueError, naming file and fields, also for missing ground truth and unknown nodes.
     """
     home, images = Path(folder) / "objhal", Path(folder) / COCO_FOLDER
     vocabulary = ObjectVocabulary.from_synonym_lines(_read_lines(home / "synonyms_refine.txt"))
@@ -307,7 +307,7 @@ class ObjHalItem:
 
     @property
     def repeated(self) -> int:
-        """Number of words for an object that occur twice or more: 1 for "a dog and a dog", 0 for "a man and a woman"."""
+        """Number of words for objects that occur repeatedly: 1 for "a dog and a dog", 0 for "a man and a woman"."""
         return sum(count > 1 for count in Counter(mark.surface for mark in self.marks).values())
 
     def parts(self) -> Parts:

@@ -79,7 +79,7 @@ def tags_of(record: Record) -> list[str]:
 
 
 def marked(record: Record) -> list[tuple[str, str | None]]:
-    """Cut the answer into pieces: hallucinated, correct, or None. Of overlapping marks the first counts, wrong ones first.
+    """Cut the answer into pieces: hallucinated, correct, or None. Of overlapping marks the first counts, wrong first.
 
     Pieces rather than offsets, because a browser counts some characters twice.
     """

@@ -1,4 +1,4 @@
-"""results.json files of several models: read, checked against their benchmark's metrics, and checked to be comparable."""
+"""results.json files of several models: read, checked against the benchmark's metrics, checked to be comparable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published results: metrics of models as papers and repositories print them, with the protocol as far as it is stated."""
+"""Published results: metrics of models as printed elsewhere, with their protocol as far as it is stated."""
 
 from __future__ import annotations
 

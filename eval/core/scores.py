@@ -32,7 +32,7 @@ class Score:
     by_run: tuple[float | None, ...] = ()
 
     def interval(self, metric: str) -> Interval:
-        """Compute the metric with its 95 % bootstrap interval over images; KeyError for one that is no ratio of sums."""
+        """Compute the metric with its 95 % bootstrap interval over images; KeyError unless it is a ratio of sums."""
         having = [item for item in self.items if metric in item["parts"]]
         if not having:
             if self.items or metric not in self.metrics:
@@ -84,8 +84,8 @@ def difference(first: Score, second: Score, metrics: Iterable[str]) -> dict[str,
     ours, theirs = ({item["id"]: item for item in score.items} for score in (first, second))
     if ours.keys() != theirs.keys():
         raise ValueError(
-            f"paired difference: expected scores of the same questions, got {len(ours.keys() ^ theirs.keys())} question "
-            f"ids in only one of the two (of {len(ours)} and {len(theirs)})\nRemedy: score both models on one benchmark"
+            f"paired difference: expected the same questions in both scores, got {len(ours.keys() ^ theirs.keys())} "
+            f"question ids in only one of the two (of {len(ours)} and {len(theirs)})\nRemedy: score both models on one benchmark"
         )
     items, others = list(ours.values()), [theirs[key] for key in ours]
     units = resampling_units(items)
