@@ -85,7 +85,8 @@ def difference(first: Score, second: Score, metrics: Iterable[str]) -> dict[str,
     if ours.keys() != theirs.keys():
         raise ValueError(
             f"paired difference: expected the same questions in both scores, got {len(ours.keys() ^ theirs.keys())} "
-            f"question ids in only one of the two (of {len(ours)} and {len(theirs)})\nRemedy: score both models on one benchmark"
+            f"question ids in only one of the two (of {len(ours)} and {len(theirs)})\n"
+            "Remedy: score both models on the same questions"
         )
     items, others = list(ours.values()), [theirs[key] for key in ours]
     units = resampling_units(items)

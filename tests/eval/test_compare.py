@@ -320,6 +320,22 @@ def test_names(tmp_path: Path) -> None:
         read_all([paths[0], paths[0]])
 
 
+@pytest.mark.parametrize("benchmark", benchmarks.names())
+def test_results_of_the_revision_before_are_read_and_compared_to_the_digit(tmp_path: Path, benchmark: str) -> None:
+    """Both results.json, and the rows of their comparison, as revision 70a1940 wrote them."""
+    content = json.loads((Path(__file__).with_name("written_before") / f"{benchmark}.json").read_text())
+    paths = [tmp_path / f"{name}.json" for name in ("base", "aligned")]
+    for path in paths:
+        path.write_text(json.dumps(content[path.stem]))
+    rows = json.loads(json.dumps(compare(paths).record()["rows"]))
+    assert [row["metric"] for row in rows] == [row["metric"] for row in content["rows"]]
+    for row, before in zip(rows, content["rows"]):
+        assert row["better"] == before["better"]
+        for values in ("values", "differences"):
+            for now, then in zip(row[values], before[values], strict=True):
+                assert now == pytest.approx(then)
+
+
 # -------------------------------------------------------------------------------------------------------- published
 
 

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,8 +23,8 @@ from eval.core.scores import cell
 from eval.core.store import Provenance, write_results
 from eval.core.types import Answer, BenchmarkData, Question
 from eval.page import is_of_kind, main, write_page
-from eval.page_images import SIDE, read_images
-from eval.page_items import marked, state_of, tags_of, unpacked
+from eval.page_images import ALL_IMAGES, SIDE, read_images
+from eval.page_items import ItemView, item_view, marked, packed, state_of, tags_of, unpacked
 from eval.results import read_all
 from playground.tinycoco.vocabulary import SYNONYMS
 from tests.eval import tiny_bench
@@ -203,6 +204,40 @@ def test_pictures_are_made_small_and_stay_in_their_folder(tmp_path: Path) -> Non
     assert "leaves the image folder" in errors[1]
     with pytest.raises(ValueError, match="expected 1 images, got none that can be shown, e.g. absent.png"):
         read_images(["absent.png"], home)
+
+
+def test_images_share_the_size_of_a_page(tmp_path: Path) -> None:
+    """Thirty images full of noise: smaller and coarser where they have less, and never more than that."""
+    noise = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / f"{number}.png")
+    names = [f"{number}.png" for number in range(30)]
+    widths = []
+    for limit in (9_000_000, 300_000, 100_000):
+        images, errors = read_images(names, tmp_path, limit)
+        assert errors == [] and sum(len(image.data) for image in images.values()) <= limit
+        widths.append(images["0.png"].width)
+    assert widths[0] == SIDE and widths == sorted(widths, reverse=True) and widths[-1] < SIDE
+
+
+def test_equal_images_are_stored_once(tmp_path: Path) -> None:
+    path, images = run_of(tmp_path, "objhal")
+    first, *others = sorted(images.iterdir())
+    for other in others:
+        shutil.copy(first, other)
+    page = read(write_page(path, tmp_path / "page.html", images))
+    assert len(page.data["images"]) == 1 and {item.image_number for item in page.data["items"]} == {0}
+
+
+def test_items_are_packed_and_unpacked() -> None:
+    """Every field of an item is the same after packing, and equal texts are stored once."""
+    record = {"id": "1", "image": "a.jpg", "prompt": "What?", "truth": ["dog", "cat"], "wrong": True, "spans": [[2, 5]],
+              "text": "A cat, a \N{DOG FACE}.", "context": "No cat.", "kinds": ["rec"], "verdicts": ["", "1"],
+              "values": [None, 1.0]}  # fmt: skip
+    silent = record | {"text": "", "spans": [], "wrong": None, "missing": "refusal"}
+    items = [item_view([record, silent], {"a.jpg": 3}), item_view([record, record], {})]
+    assert unpacked(packed(items)) == items and isinstance(items[0], ItemView)
+    assert len(packed(items * 50)) < 2 * len(packed(items))
 
 
 def test_missing_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,6 +439,28 @@ def test_two_thousand_items_are_built_as_one_scrolls(browser: Any, tmp_path: Pat
     assert screen.ids() == ["1999"]
     screen.search("yes 1")
     assert screen.texts("#count") == ["1,111 of 2,000 items"] and len(screen.find(".item")) < 100
+
+
+def test_fifteen_thousand_items_of_two_models_are_a_small_page(browser: Any, tmp_path: Path) -> None:
+    """Items and everything but images take less than 3 of 12 MB; images are limited to 9. All can be searched."""
+    runs = []
+    for name in ("base", "aligned"):
+        path, images = run_of(tmp_path, "amber", name, [f"{name} has seen a dog.", "Yes", "No", "Perhaps."])
+        content = json.loads(path.read_text())
+        row = next(row for row in content["items"] if row["part"] == "discriminative")
+        texts = [f"{('Yes', 'No')[n % 3 > 0]}, {name} says of {n * 7919 % 15220}." for n in range(15220)]
+        content["items"] = [row | {"id": str(n), "prompt": f"Is there a {n}?", "text": t} for n, t in enumerate(texts)]
+        content["metrics"] = {metric: above / below for metric, (above, below) in row["parts"].items() if below}
+        path.write_text(json.dumps(content))
+        runs.append(path)
+    page = write_page(runs[0], tmp_path / "page.html", images, runs[1])
+    assert page.stat().st_size < 3_000_000 and ALL_IMAGES <= 9_000_000
+    screen = Screen(browser, page)
+    assert screen.texts("#count") == ["15,220 of 15,220 items"]
+    screen.search("there a 15219?")
+    assert screen.ids() == ["15219"]
+    assert screen.texts(".item .text")[1] == f"Yes, aligned says of {15219 * 7919 % 15220}."
+    assert browser.get_log("browser") == []
 
 
 @pytest.mark.parametrize("benchmark", ["amber", "mmhal"])
