@@ -17,7 +17,7 @@ from PIL import Image
 
 from dama.images import FORMATS, ImageError, load_image, open_image, probe_image
 from dama.pairs import PreferencePair, check_pairs
-from eval.page import shrunk
+from eval.page_images import shrunk
 from llava.generation.answers import check_requests
 from llava.generation.request import Request
 from llava.mm_utils import load_image_from_base64

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval import benchmarks
 from eval import download as command
 from eval.core import transfer
-from eval.core.sources import BENCHMARKS
 from eval.core.transfer import TransferError, download, members
 from eval.download import DownloadError, fetch, main
 from tests.eval.loopback import FileServer
@@ -211,7 +211,7 @@ def test_pictures_come_one_by_one_and_only_the_chosen(tmp_path):
     assert "llava_bench/rule.json: from https://raw.githubusercontent.com/haotian-liu" in str(
         error.value
     )  # wrong digest
-    assert "llava_bench/images/: 1 pictures (001.jpg), each from https://huggingface.co/" in str(error.value)
+    assert "llava_bench/images/: 1 images (001.jpg), each from https://huggingface.co/" in str(error.value)
     assert "002.jpg" not in str(error.value)
     assert left_in(tmp_path / "llava_bench/images") == ["000.jpg"]
 
@@ -221,10 +221,10 @@ def test_offline_and_incomplete_is_one_message(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DAMA_BENCH_DATA", str(tmp_path / "data"))
     assert main(["--mirror", "http://127.0.0.1:9"]) == 2
     said = capsys.readouterr().err
-    for name, benchmark in BENCHMARKS.items():
+    for benchmark in benchmarks.BENCHMARKS:
         for file in benchmark.files:
-            assert file.path in said and file.home in said, name
-        assert f"{benchmark.pictures.folder}/" in said
+            assert file.path in said and file.source in said, benchmark.name
+        assert f"{benchmark.images.folder}/" in said
     assert "Remedy: run `python -m eval.download`" in said and said.count("Remedy") == 1
     assert str(tmp_path / "data") in said and not (tmp_path / "data").exists()
 
@@ -489,7 +489,7 @@ def test_amber_and_pope_from_a_mirror(tmp_path):
     files = {
         file.path: Path(OFFICIAL, file.path).read_bytes()
         for name in ("amber", "pope")
-        for file in BENCHMARKS[name].files
+        for file in benchmarks.named(name).files
     }
     files["amber/AMBER.zip"] = archive({f"image/AMBER_{i}.jpg": jpeg() for i in (1, 2)})
     files["coco/val2014/COCO_val2014_000000310196.jpg"] = jpeg()
