@@ -18,6 +18,8 @@ from dama.prepare.outputs import LinesFile
 from dama.stage import open_stage
 from eval.core.transfer import download
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Path]:

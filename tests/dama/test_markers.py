@@ -12,6 +12,8 @@ from dama.hardness.split import BEFORE_MARKERS, VERSION, split_statements, versi
 from dama.hardness.split_llm import read_statements
 from tests.growth import growth
 
+pytestmark = pytest.mark.fast
+
 ITEMS = ["A red cup is on the table", "Two dogs sleep", "A man who holds a kite", "The sky is blue", "No bird is seen"]
 STATEMENTS = [f"{item}." for item in ITEMS]
 NUMBERS = ["1.", "2.", "3.", "4.", "5."]

@@ -27,6 +27,8 @@ from dama.pairs import (
     resolve_image,
 )
 
+pytestmark = pytest.mark.fast
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 ROW = {"idx": 7, "image_path": "a.png", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
 

@@ -5,6 +5,8 @@ import pytest
 from dama.redact import redacted
 from tests.growth import growth
 
+pytestmark = pytest.mark.fast
+
 SECRETS = [
     "http://user:S3CRET@host:8000/v1/models", "https://S3CRET@host/v1", "https://user:S3C@S3CRET@host/v1",
     "HTTP://:S3CRET@host", "server 'https://u:S3CRET@h/v1': refused", "//user:S3CRET@host/x", "http:/u:S3CRET@h",

@@ -29,6 +29,8 @@ from dama.hardness.split_llm import (
 )
 from tests.openai_server import Call, Scripted, ScriptedServer, failure
 
+pytestmark = pytest.mark.fast
+
 CASES = json.loads((Path(__file__).parent / "split_cases.json").read_text(encoding="utf-8"))
 # What a split may leave out of an answer: joining words, and the marks of lists and headings.
 JOINING = {"and", "but", "while", "whereas", "with"}

@@ -15,6 +15,8 @@ from dama.prepare.sources import SourceError
 from dama.texts import visible_text, without_image_token
 from tests.dama.prepare_sets import card, lines, picture, prepare, write_lines, write_parquet
 
+pytestmark = pytest.mark.fast
+
 
 def user(text: Any = "<image>\nWhat is it?") -> dict[str, Any]:
     return {"role": "user", "content": text}

@@ -16,6 +16,8 @@ from eval.core.ruled import ratios
 from eval.core.statistics import Interval
 from eval.core.store import Provenance, read_answers, write_results
 
+pytestmark = pytest.mark.fast
+
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 JUDGE = {"name": "gpt-4-0613", "version": "gpt-4-0613", "prompt_digest": "ab12", "temperature": 0.0}
 

@@ -8,6 +8,8 @@ import pytest
 from eval.core import statistics
 from eval.core.statistics import RESAMPLES, Interval, interval, paired_difference, ratio_interval, resample
 
+pytestmark = pytest.mark.fast
+
 
 def test_value_is_ratio_of_sums_not_mean_of_ratios():
     """(1 + 0 + 3) / (2 + 1 + 5) = 4 / 8 = 0.5, whereas the mean of 1/2, 0 and 3/5 is 0.3667."""

@@ -6,6 +6,8 @@ import pytest
 
 from eval.summary import COLUMNS, format_table, main, reach
 
+pytestmark = pytest.mark.fast
+
 
 def result(protocol="p", judge=None, **metrics):
     return {"metrics": metrics, "provenance": {"protocol": protocol, "judge": judge}}

@@ -12,6 +12,8 @@ from llava.eval.generate import Request, main, read_questions
 from llava.eval.questions import read_question_rows
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.fast
+
 ASKED = {"question_id": 1, "image": "wide.png", "text": "What is it?"}
 PLAIN = {"question_id": "b", "text": "Say something."}
 READ = [Request("1", "What is it?", "wide.png", "wide.png"), Request("b", "Say something.", None, "")]

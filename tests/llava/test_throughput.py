@@ -10,6 +10,8 @@ from dama.weighting import Weights
 from llava.train.dpo_figures import PairLog, StepTable
 from llava.train.throughput import ModelSize, PairLength, Throughput, forward_flops, peak_flops, step_flops
 
+pytestmark = pytest.mark.fast
+
 SIZE = ModelSize(decoder=10, output=6, attention=2, tower=7, projector=3, patches=4)
 
 
