@@ -7,7 +7,7 @@ import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -275,8 +275,8 @@ def test_load_image_drops_alpha_and_ignores_exif(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["id", "image", "question", "chosen", "rejected", "kind", "source"])
 def test_fingerprint_sees_every_field(field: str) -> None:
-    pairs = [pair(id="1"), pair(id="2")]
-    assert pairs_fingerprint([pairs[0], replace(pairs[1], **{field: "other"})]) != pairs_fingerprint(pairs)
+    pairs, other = [pair(id="1"), pair(id="2")], {field: "other"}
+    assert pairs_fingerprint([pairs[0], replace(pairs[1], **cast(Any, other))]) != pairs_fingerprint(pairs)
 
 
 def test_fingerprint_sees_order_and_scores() -> None:
