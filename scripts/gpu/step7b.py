@@ -207,6 +207,7 @@ def set_sizes(config: Any, shape: Shape) -> None:
 
 def with_adamw(report: Report, folder: Path) -> None:
     """Whole steps of a training in fp32 under autocast, whose optimizer states fit because there are fewer layers."""
+    trainer: training.Alone | None = None
     for name in ("adamw_torch_fused", "adamw_torch"):
         with report.case(f"1 pair, {FEWER_LAYERS} layers, {name}") as found:
             plan = plan_of(folder / name, shape_of(FEWER_LAYERS), "--optim", name)

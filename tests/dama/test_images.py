@@ -24,6 +24,8 @@ from llava.mm_utils import load_image_from_base64
 from llava.serve.images import read_image
 from tests.dama.prepare_sets import picture, prepare, write_lines
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[2]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
 

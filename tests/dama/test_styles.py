@@ -15,6 +15,8 @@ from dama.prepare.sources import SourceError
 from dama.texts import visible_text, without_image_token
 from tests.dama.prepare_sets import card, lines, picture, prepare, write_lines, write_parquet
 
+pytestmark = pytest.mark.fast
+
 
 def user(text: Any = "<image>\nWhat is it?") -> dict[str, Any]:
     return {"role": "user", "content": text}
@@ -202,7 +204,7 @@ def test_wrong_rows_are_named_by_the_files_fields(name: str, tmp_path: Path) -> 
 def test_named_columns_are_called_what_the_file_calls_them(form: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(picture(0))
     names, source = ("ask", "good", "bad", "file", "key"), tmp_path / f"rows.{form}"
-    table = [["What?", "A cat.", "A dog.", "a", "1"], ["What?", None, "A dog.", "a", "2"]]
+    table: list[list[Any]] = [["What?", "A cat.", "A dog.", "a", "1"], ["What?", None, "A dog.", "a", "2"]]
     if form == "csv":
         with open(source, "w", newline="") as file:
             csv.writer(file).writerows([names, *table])

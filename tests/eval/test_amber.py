@@ -15,6 +15,8 @@ from eval.amber import Amber, Objects, describe, format_table, load, read_answer
 from eval.core.nouns import Tagger, Word, rule_tagger
 from eval.core.types import Answer
 
+pytestmark = pytest.mark.fast
+
 ASSOCIATIONS = {"person": ["man", "people"], "man": [], "road": ["street"], "street": [], "sky": [], "TV": [],
                 "cloud": ["fog"], "dog": [], "shoe": [], "car": []}  # fmt: skip
 GENERATIVE = {

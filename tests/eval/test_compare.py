@@ -18,6 +18,7 @@ from eval.core.statistics import Interval
 from eval.core.store import Provenance, read_answers, write_results
 from eval.results import read_all
 
+pytestmark = pytest.mark.fast
 OBJHAL = benchmarks.named("objhal")
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 JUDGE = {"name": "gpt-4-0613", "version": "gpt-4-0613", "prompt_digest": "ab12", "temperature": 0.0}

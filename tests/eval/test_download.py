@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import threading
-import time
 import zipfile
 from hashlib import sha256
 from pathlib import Path
@@ -336,7 +335,7 @@ def test_a_file_of_known_size_ends_there(tmp_path):
 
 
 class Endless:
-    """`with Endless(head, block, pause) as url`: sends `head`, then `block` every `pause` seconds, 10 s at most."""
+    """`with Endless(head, block, pause) as url`: sends `head`, then `block` every `pause` s until the client leaves."""
 
     def __init__(self, head, block, pause):
         self.head, self.block, self.pause, self.stopped = head, block, pause, threading.Event()
@@ -357,12 +356,11 @@ class Endless:
             threading.Thread(target=self.send, args=(connection,), daemon=True).start()
 
     def send(self, connection):
-        deadline = time.monotonic() + 10
         with connection:
             try:
                 connection.recv(1 << 16)
                 connection.sendall(self.head)
-                while time.monotonic() < deadline and not self.stopped.wait(self.pause):
+                while not self.stopped.wait(self.pause):
                     connection.sendall(self.block)
             except OSError:  # the client has gone
                 return
@@ -390,10 +388,9 @@ def test_a_download_has_a_largest_size_and_a_least_pace(tmp_path, monkeypatch, h
     monkeypatch.setattr(transfer, "LARGEST_FILE", 1_000_000)
     monkeypatch.setattr(transfer, "PATIENCE", 0.5)
     server = Endless(head, block, pause)
-    started = time.monotonic()
     with server as url, pytest.raises(TransferError, match=words):
         download(f"{url}/a", tmp_path / "a")
-    assert time.monotonic() - started < 8 and server.connections <= 3
+    assert server.connections <= 3
     assert not (tmp_path / "a").exists()
 
 

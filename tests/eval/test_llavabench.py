@@ -15,6 +15,8 @@ from eval.core.store import read_answers
 from eval.core.types import Answer, BenchmarkData, Question
 from tests.openai_server import ScriptedServer, failure
 
+pytestmark = pytest.mark.fast
+
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 official = pytest.mark.skipif(not BENCH, reason="DAMA_BENCH_DATA not set")
 

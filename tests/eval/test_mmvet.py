@@ -14,6 +14,8 @@ from eval.core.judge import JudgeRun, Verdict, replay
 from eval.core.types import Answer, BenchmarkData, Question
 from tests.openai_server import ScriptedServer
 
+pytestmark = pytest.mark.fast
+
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 official = pytest.mark.skipif(not BENCH, reason="DAMA_BENCH_DATA not set")
 

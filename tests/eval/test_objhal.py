@@ -20,6 +20,8 @@ from eval.objhal import METRICS, format_table, score, score_captions
 from tests.eval.test_objects import LINES, VOCABULARY, nodes
 from tests.openai_server import VERSION, ScriptedServer, failure
 
+pytestmark = pytest.mark.fast
+
 PROMPT = "List the objects of this answer.\n\nQ: {question}\nA: {answer}\n\nAs a JSON list."
 
 

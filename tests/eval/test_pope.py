@@ -11,6 +11,8 @@ from eval.core.store import read_answers
 from eval.core.types import Answer
 from eval.pope import DECODING, RATIOS, SPLITS, SUFFIX, format_table, load, score
 
+pytestmark = pytest.mark.fast
+
 LABELS = ("yes", "no", "yes", "no")
 THINGS = ("dog", "cat", "car", "bus")
 

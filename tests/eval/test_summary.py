@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from eval.summary import columns, format_table, main, reach
+
+pytestmark = pytest.mark.fast
 
 
 def result(protocol="p", judge=None, **metrics):

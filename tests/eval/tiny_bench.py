@@ -73,7 +73,7 @@ def pope(folder: Path, count: int = 2) -> None:
     paint(folder / "coco/val2014", {f"COCO_val2014_{i:012d}.jpg": scene for i, scene in enumerate(chosen)})
     for variant in ("", "llava_variant/"):
         for split in ("random", "popular", "adversarial"):
-            rows = []
+            rows: list[dict[str, object]] = []
             for i, scene in enumerate(chosen):
                 absent = next(word for word in SYNONYMS if word not in scene.categories)
                 for thing, label in ((sorted(scene.categories)[0], "yes"), (absent, "no")):

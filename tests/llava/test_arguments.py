@@ -10,6 +10,8 @@ from llava.train.flag_names import translate_flags
 from llava.train.train_mem import main, refuse_missing_gpus
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.fast
+
 GOOD = [
     "--model_name_or_path", "m", "--data_path", str(GOLDEN / "dama" / "rlaifv_records.json"),
     "--image_folder", str(GOLDEN / "images"), "--output_dir", "out", "--use_cpu", "True",
