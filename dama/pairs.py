@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dama.console import digest_of
+from dama.image_roots import resolve_below, resolved_folders
 from dama.images import ImageFault, open_image
 from dama.styles import NamedRow, has_half_character, json_field, named_fields, text_of
 from dama.texts import IMAGE_TOKEN, visible_text, without_image_token
@@ -273,9 +274,9 @@ def resolve_image(folder: ImageFolder, relative: str) -> Path:
         raise ValueError(f"image path {relative!r} names no file")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).is_absolute():
         raise ValueError(f"image path {relative} is absolute, expected one relative to the image folder")
-    roots = [root.resolve() for root in reversed(folders_of(folder))]
+    roots = resolved_folders(folders_of(folder)[::-1])
     climbs = ".." in PurePosixPath(relative).parts
-    paths = [(root / relative).resolve() for root in roots]
+    paths = [resolve_below(root, relative) for root in roots]
     outside = [p for root, p in zip(roots, paths) if not _is_inside(p, [root] if climbs else roots)]
     found = [p for p in paths if p not in outside and (len(roots) == 1 or p.exists())]
     if outside and not found:
@@ -405,12 +406,13 @@ def check_pairs(
     faults: Sequence[str] = (),
     workers: int = 4,
     progress: bool = False,
+    images: tuple[dict[str, str], dict[str, str]] | None = None,
 ) -> tuple[list[PreferencePair], list[SkippedPair]]:
     """Good pairs, and those left out because their image is missing or unreadable (only with on_bad_image="skip").
 
     All other faults are errors always: empty or equal answers, duplicate ids, image placeholders inside the text,
     image paths that leave the folder. Raises PairsError with every fault in one message, after `faults` known before;
-    `subject` heads it.
+    `subject` heads it. `images` are the reasons that `find_image_faults` gives, where they are known already.
     """
     if on_bad_image not in ("fail", "skip"):
         raise ValueError(f"on_bad_image: expected fail or skip, got {on_bad_image!r}")
@@ -419,7 +421,7 @@ def check_pairs(
         raise PairsError(f"image folder {folder}: no such folder\nRemedy: {remedy}")
     texts = [_fault(pair, reason) for pair in pairs for reason in text_faults(pair)]
     faults = [*faults, *_duplicate_faults(pairs), *texts]
-    outside, bad = find_image_faults(distinct_images(pairs), image_folder, workers, progress)
+    outside, bad = images or find_image_faults(distinct_images(pairs), image_folder, workers, progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
     faults += [_fault(pair, blocking[pair.image]) for pair in pairs if pair.image in blocking]
     if faults:
