@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dama.console import end_on_interrupt, report_error
 from llava.supported import refuse_unsupported_model
+from llava.train.flag_names import check_flags_early
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> None:
     """Parses the flags and trains. What is imported here takes seconds."""
     refuse_missing_gpus(argv)
+    check_flags_early(argv)
     refuse_unsupported_model(value_of(argv, "model_name_or_path"), "--model_name_or_path")
     import transformers
 
