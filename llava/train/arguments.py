@@ -13,7 +13,7 @@ from dama.console import say
 from dama.train.arguments import PreferenceArguments, described
 from llava.train.flag_checks import BASE_AS_REFERENCE, find_errors
 from llava.train.flag_help import describe_flags
-from llava.train.flag_names import nearest_flag, translate_flags
+from llava.train.flag_names import raise_flag_error, reject_unknown_flags, translate_flags
 
 __all__ = [
     "BASE_AS_REFERENCE",
@@ -167,17 +167,7 @@ class FlagParser(HfArgumentParser):
         super().__init__(groups, description=__doc__, prog="train_mem.py", allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        flag, colon, reason = message.removeprefix("argument ").partition(": ")
-        raise ValueError(f"{flag.split('/')[0]}{colon}{reason} (--help lists the flags)")
-
-    def reject_unknown_flags(self, words: Sequence[str]) -> None:
-        """Raises ValueError naming the flag nearest to each that is unknown."""
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-        unknown = [flag for flag in dict.fromkeys(flags) if flag not in known]
-        if unknown:
-            hints = [f"{flag}: no such flag{nearest_flag(flag, known)}" for flag in unknown]
-            raise ValueError(f"{'; '.join(hints)} (--help lists the flags)")
+        raise_flag_error(message)
 
 
 def dataclasses_of(words: Sequence[str], task: str | None = None) -> Arguments:
@@ -190,7 +180,7 @@ def dataclasses_of(words: Sequence[str], task: str | None = None) -> Arguments:
     if task is not None:
         parser.set_defaults(task=task)
     words = ["--help" if word == "--help_all" else word for word in words]
-    parser.reject_unknown_flags(words)
+    reject_unknown_flags(words, parser)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except (ValueError, ImportError) as error:  # of transformers' own checks

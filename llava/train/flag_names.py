@@ -1,10 +1,24 @@
-"""Names of flags: those of older scripts, those that are gone, and what people type instead."""
+"""Names of the training flags without what they mean: old names, names of other trainers, errors of unknown flags.
+
+Importing this module is quick; llava/train/arguments.py brings torch and transformers along.
+"""
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import itertools
 import math
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dama.console import report_error, say
+from dama.flag_table import find_entry, rebuild
+
+COMMANDS = ("llava.train.train", "llava.train.train_dpo")  # train_mem.py calls check_flags_early itself
+TABLE = Path(__file__).resolve().parents[1] / "flags.json"
 
 # Flags of LLaVA's and of the released code's scripts that transformers 5 or this repository calls otherwise.
 RENAMED = {
@@ -27,6 +41,8 @@ DROPPED = {
     "--dpo_token_weighted": "token-weighted log-probs are not part of DAMA",
     "--shuffle_data": "training data are shuffled by --data_seed",
 }
+
+
 # What other trainers, or people, call flags.
 SHORT_NAMES = {
     "accumulation_steps": "gradient_accumulation_steps",
@@ -120,7 +136,6 @@ def take_flag(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
 
 
 def as_number(flag: str, text: str) -> float:
-    """Return a flag's value as a number; ValueError where it is none."""
     try:
         return float(text)
     except ValueError as error:
@@ -137,3 +152,60 @@ def nearest_flag(flag: str, known: Sequence[str]) -> str:
     parts = sorted((other for other in names if name in other or other in name), key=len) if len(name) > 2 else []
     best = [*close, *parts][:1]
     return f"; did you mean --{best[0]}?" if best else ""
+
+
+def raise_flag_error(message: str) -> NoReturn:
+    """Raise the ValueError of one line for an error message of argparse."""
+    flag, colon, reason = message.removeprefix("argument ").partition(": ")
+    raise ValueError(f"{flag.split('/')[0]}{colon}{reason} (--help lists the flags)")
+
+
+def reject_unknown_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raise ValueError naming the flag nearest to each that is unknown."""
+    known = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    unknown = [flag for flag in dict.fromkeys(flags) if flag not in known]
+    if unknown:
+        hints = [f"{flag}: no such flag{nearest_flag(flag, known)}" for flag in unknown]
+        raise ValueError(f"{'; '.join(hints)} (--help lists the flags)")
+
+
+class _EarlyParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise_flag_error(message)
+
+
+def check_flags_early(argv: Sequence[str], table: Path = TABLE) -> None:
+    """Print --help, or find wrong names and values of flags, before the long imports.
+
+    Nothing happens where the table is not of these sources: parse_arguments finds the same.
+
+    Raises:
+        ValueError: an unknown flag, one without its value, or a value that is no number or no choice.
+        SystemExit: after --help.
+    """
+    entry = find_entry(table, "llava.train")
+    if entry is None or "--help_all" in argv:
+        return
+    words, _ = translate_flags(argv)
+    if "--help" in words or "-h" in words:
+        say(entry["help"])
+        sys.exit(0)
+    parser = rebuild(entry["parser"], _EarlyParser)
+    reject_unknown_flags(words, parser)
+    parser.parse_known_args(words)
+
+
+def check_command_flags() -> None:
+    """In a process that runs train.py or train_dpo.py, whose long imports follow: end with help or a flag's error."""
+    script = Path(sys.argv[0]) if sys.argv else Path()
+    module = next((word for before, word in itertools.pairwise(sys.orig_argv) if before == "-m"), "")
+    named = module if str(script) == "-m" else f"llava.train.{script.stem}"
+    here = str(script) == "-m" or script.resolve().parent == Path(__file__).resolve().parent
+    if not here or named not in COMMANDS:
+        return
+    try:
+        check_flags_early(sys.argv[1:])
+    except ValueError as error:
+        report_error(error, f"{named.rpartition('.')[2]}.py")
+        sys.exit(2)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from dama.console import digest_of_file, end_on_interrupt, say
 from dama.train.checkpoints import resume_point
@@ -45,6 +43,9 @@ from llava.train.sft_data import (
     supervised_settings,
 )
 from llava.train.sft_rows import checked_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DataArguments", "DataCollatorForSupervisedDataset", "LazySupervisedDataset", "ModelArguments",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +347,17 @@ def test_prepare_leaves_them_out_and_counts_them_and_training_refuses_them(tmp_p
     assert [pair.id for pair in read_pairs(tmp_path / "out/pairs.jsonl")] == ["good"]
     with pytest.raises(PairsError, match="row CRLF .*: chosen and rejected answer are equal but for what cannot"):
         check_pairs(read_pairs(source), tmp_path)
+
+
+class Unhurried(str):
+    """Text that does not count as ASCII, so that it takes the general way."""
+
+    def isascii(self):
+        return False
+
+
+def test_plain_text_is_seen_as_any_text_is():
+    draw = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choices("ab  \n\n.~\t", k=draw.randint(0, 12)))
+        assert visible_text(text) == visible_text(Unhurried(text)), repr(text)

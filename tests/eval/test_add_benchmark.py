@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -175,7 +176,7 @@ def test_core_imports_no_benchmark() -> None:
 def test_results_of_an_older_toy_are_refused_by_name(data: Path, tmp_path: Path) -> None:
     """A metric that the benchmark has no more is named with those that it has."""
     score = scored(data, lambda id_: "yes")
-    facts = {
+    facts: dict[str, Any] = {
         "benchmark": "toy",
         "protocol": "toy",
         "checkpoint": "m",
