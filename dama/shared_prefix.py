@@ -191,7 +191,8 @@ def shared_prefix_attention(
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scale: float) -> Tensor:
     """Two calls a pair, no mask tensor: queries [prefix, chosen] on keys [prefix, chosen]; queries [rejected] on keys
-    [prefix, rejected], the causal triangle aligned to the bottom right."""
+    [prefix, rejected], the causal triangle aligned to the bottom right.
+    """
     options: dict[str, Any] = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     # Pieces by split: the gradient of a slice is as large as the whole row.
     queries = query.split([n for prefix, chosen, rejected in layout.pairs for n in (prefix + chosen, rejected)], dim=2)
