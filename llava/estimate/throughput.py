@@ -36,7 +36,7 @@ class ModelSize:
     attention: int  # layers x heads x width of a head
     tower: int
     projector: int
-    patches: int  # positions of a picture
+    patches: int  # positions of an image
 
     @staticmethod
     def of(model: Any) -> ModelSize:
@@ -61,7 +61,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class PairLength:
-    """Positions of a pair's parts, the picture's included."""
+    """Positions of a pair's parts, the image's included."""
 
     prefix: int
     chosen: int
@@ -74,7 +74,7 @@ class PairLength:
 
 
 def forward_flops(size: ModelSize, pair: PairLength) -> float:
-    """One pass over the distinct positions of a pair, its picture not counted.
+    """One pass over the distinct positions of a pair, its image not counted.
 
     2 FLOPs a matrix parameter and position; in attention 4 a query, key and channel (scores and weighted sum); logits
     at the answers' positions.
@@ -90,15 +90,15 @@ def forward_flops(size: ModelSize, pair: PairLength) -> float:
 
 
 def step_flops(
-    size: ModelSize, pairs: list[PairLength], trained: list[bool], pictures: int, frozen_weights: bool
+    size: ModelSize, pairs: list[PairLength], trained: list[bool], images: int, frozen_weights: bool
 ) -> float:
-    """The work of one optimizer step: all pairs forward, the trained ones backward, every picture once.
+    """The work of one optimizer step: all pairs forward, the trained ones backward, every image once.
 
     A backward pass is two forward passes, or one where weights are frozen (LoRA) and only activations have gradients.
     """
     backward = 1 if frozen_weights else 2
     passes = (forward_flops(size, pair) * (1 + backward * learns) for pair, learns in zip(pairs, trained, strict=True))
-    return sum(passes) + pictures * 2 * size.tower * size.patches
+    return sum(passes) + images * 2 * size.tower * size.patches
 
 
 COUNTS = ("pairs", "tokens", "flops")

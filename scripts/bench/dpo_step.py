@@ -263,7 +263,7 @@ def prepare(settings: Settings, with_trl: bool) -> Floor:
         write_hf(*read_checkpoint(str(settings.folder)), settings.folder / "hf")
     size = ModelSize.of(llava(settings, "sdpa"))
     pairs = [settings.shape.pair] * settings.pairs
-    flops = step_flops(size, pairs, [True] * len(pairs), pictures=len(pairs), frozen_weights=False)
+    flops = step_flops(size, pairs, [True] * len(pairs), images=len(pairs), frozen_weights=False)
     return Floor(flops, matmul_rate(settings.device, settings.dtype))
 
 
