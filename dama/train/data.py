@@ -26,7 +26,8 @@ from dama.pairs import (
     read_pairs,
 )
 from dama.stage import differences
-from dama.train.family import EncodedRow, ImageRef, ModelFamily, PreparedPair
+from dama.train.family import ImageRef, ModelFamily, PreparedPair
+from dama.train.rows import RowsOfPair, longest
 from dama.views import PAIR_VIEWS, View
 
 # What to call the fields of data_fingerprint and of a family's fingerprint in errors.
@@ -141,7 +142,7 @@ def read_checked_pairs(data_args: Any) -> tuple[list[PreferencePair], list[Skipp
 class EncodedPairs:
     """The rows of all views of every pair, and which pairs fit into the model."""
 
-    rows: list[tuple[EncodedRow, ...]]
+    rows: Sequence[RowsOfPair]
     fits: list[int]  # indices of the pairs that fit
     long: list[SkippedPair]
 
@@ -152,10 +153,10 @@ def encode_pairs(pairs: Sequence[PreferencePair], family: ModelFamily, data_args
     Raises:
         ValueError: with --on_long_pair fail, naming every pair that is too long.
     """
-    rows = [family.encode(pair) for pair in pairs]
+    rows = family.encode(pairs)
     fits, long = [], []
     for i, (pair, views) in enumerate(zip(pairs, rows)):
-        length = max(family.tokens(row) for row in views)
+        length = family.tokens(longest(views))
         if length <= family.max_tokens:
             fits.append(i)
         else:

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dama.logps import IGNORE_INDEX, AnswerLogps
+from dama.logps import AnswerLogps
 from dama.pairs import PreferencePair
 from dama.shared_prefix import PackedGroup, common_prefix
+from dama.train.rows import EncodedRow, RowsOfPair
 from dama.train.throughput import ModelSize
 from dama.views import View, by_image
 
@@ -30,19 +31,6 @@ class ImageRef(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EncodedRow:
-    """Prompt and answer for the model: ids [T], and labels [T], IGNORE_INDEX where nothing is supervised."""
-
-    input_ids: Tensor
-    labels: Tensor
-
-    @property
-    def unsupervised(self) -> int:
-        """Number of tokens before the first supervised one."""
-        return int((self.labels != IGNORE_INDEX).nonzero()[0])
-
-
-@dataclass(frozen=True)
 class PreparedPair:
     """A pair as the trainer needs it; what belongs to its views is in their order.
 
@@ -53,7 +41,7 @@ class PreparedPair:
     """
 
     pair: PreferencePair
-    rows: tuple[EncodedRow, ...]
+    rows: RowsOfPair
     images: tuple[ImageRef, ...]
     reference: tuple[float, ...] = (0.0, 0.0)
     delta: float = 0.0
@@ -98,11 +86,11 @@ class ModelFamily(Protocol):
     @property
     def collate(self) -> Callable[[Sequence[PreparedPair]], dict[str, Any]]: ...
 
-    def encode(self, pair: PreferencePair) -> tuple[EncodedRow, ...]:
-        """One row for each view. Raises ValueError naming the pair where it cannot be encoded."""
+    def encode(self, pairs: Sequence[PreferencePair]) -> Sequence[RowsOfPair]:
+        """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded."""
 
-    def tokens(self, row: EncodedRow) -> int:
-        """Number of tokens of a row, its images included."""
+    def tokens(self, ids: int) -> int:
+        """Number of tokens of a row with so many ids, its images included."""
 
     def groups(self, item: PreparedPair) -> tuple[PackedGroup, ...]:
         """The lengths of a pair's prefixes and answers, in tokens with images included."""

@@ -32,6 +32,7 @@ from dama.train.data import (
     refuse_other_inputs,
 )
 from dama.train.family import ModelFamily, PreparedPair, shown_images
+from dama.train.rows import longest
 from dama.train.trainer import PairLoader
 from dama.views import PAIR_VIEWS
 
@@ -122,7 +123,7 @@ def plan_batches(prepared: Sequence[PreparedPair], batch_size: int) -> list[list
         raise ValueError("reference: expected pairs, got none that fits; see --model_max_length and --on_long_pair")
 
     def length(item: PreparedPair) -> tuple[int, str]:
-        return max(len(row.input_ids) for row in item.rows), item.pair.id
+        return longest(item.rows), item.pair.id
 
     ordered = sorted(prepared, key=length)
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

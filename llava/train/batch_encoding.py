@@ -13,62 +13,25 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dama.pairs import PreferencePair
+from dama.train.rows import EncodedTable
 from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import SeparatorStyle, Template
+from llava.conversation import SeparatorStyle, Template, image_placeholder
 from llava.mm_utils import BREAK, count_bos, join_chunks, literal, special_spellings
 from llava.tokenization import SPACE
-from llava.train.preprocess import EncodedTurns, Turn, answers, encode_turns, segments_of
+from llava.train.preprocess import Turn, answers, encode_turns, segments_of
 from llava.train.word_cache import WordCache, word_cache
 
 BATCH = 512
 """Conversations in one call of the tokenizer; its intermediate results take about 20 KB for each."""
 SPACES = (" ", SPACE)
-
-
-@dataclass(frozen=True)
-class EncodedTable:
-    """Encoded conversations as flat arrays, which worker processes share and which take 5 bytes a token.
-
-    Attributes:
-        ids: int32 [T], all rows one after the other, IMAGE_TOKEN_INDEX for an image.
-        supervised: bool [T], whether the token is part of an answer.
-        offsets: int64 [R + 1], where each row begins, and the end of the last.
-    """
-
-    ids: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> EncodedTurns:
-        """Ids and labels of one row, as new tensors. Raises IndexError."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row}: expected 0 to {len(self) - 1}")
-        part = slice(self.offsets[row], self.offsets[row + 1])
-        ids = torch.from_numpy(self.ids[part].astype(np.int64))
-        return EncodedTurns(ids, ids.where(torch.from_numpy(self.supervised[part].copy()), IGNORE_INDEX))
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row [R], an image counted as one."""
-        return np.diff(self.offsets)
-
-    def answers_of(self, pair: int) -> tuple[EncodedTurns, EncodedTurns]:
-        """Both answers of a pair, in a table that `encode_answers` made."""
-        return self[2 * pair], self[2 * pair + 1]
 
 
 class _Row(NamedTuple):
@@ -90,15 +53,17 @@ def encode_answers(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     use_im_start_end: bool = False,
+    answers: Sequence[str] = ("chosen", "rejected"),
 ) -> EncodedTable:
-    """Encode both answers of every pair as `encode_pair` does: pair i has rows 2i (chosen) and 2i + 1 (rejected).
+    """Encode the answers of every pair as `encode_pair` does, pair after pair.
+
+    Args:
+        answers: fields of a pair; with the two of them pair i has rows 2i (chosen) and 2i + 1 (rejected).
 
     Raises:
         ValueError: an answer begins or ends inside a token; the message names the pair.
     """
-    image = DEFAULT_IMAGE_TOKEN
-    if use_im_start_end:
-        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+    image = image_placeholder(use_im_start_end)
     spellings = [spelling for spelling in special_spellings(tokenizer) if len(spelling) > 1]
 
     def escaped(text: str) -> str:
@@ -107,11 +72,11 @@ def encode_answers(
     def conversations() -> Iterator[list[Turn]]:
         for pair in pairs:
             question = f"{image}\n{escaped(pair.question)}"
-            yield [("human", question), ("gpt", escaped(pair.chosen))]
-            yield [("human", question), ("gpt", escaped(pair.rejected))]
+            for answer in answers:
+                yield [("human", question), ("gpt", escaped(getattr(pair, answer)))]
 
     return encode_conversations(
-        conversations(), tokenizer, template, has_image=True, name=lambda row: f"pair {pairs[row // 2].id}"
+        conversations(), tokenizer, template, has_image=True, name=lambda row: f"pair {pairs[row // len(answers)].id}"
     )
 
 

@@ -15,14 +15,16 @@ from dama.console import digest_of
 from dama.logps import AnswerLogps
 from dama.pairs import PreferencePair
 from dama.shared_prefix import PackedGroup
-from dama.train.family import EncodedRow, ImageRef, PackedRows, PreparedPair
+from dama.train.family import ImageRef, PackedRows, PreparedPair
+from dama.train.rows import TableRows
 from dama.train.steps import IMAGES_AT_ONCE
 from dama.train.throughput import ModelSize
 from dama.views import View
 from llava.conversation import get_template
 from llava.mm_utils import process_images
 from llava.model.fingerprint import digest_of_checkpoint
-from llava.train.dpo_data import PairCollator, encode_answer
+from llava.train.batch_encoding import encode_answers
+from llava.train.dpo_data import PairCollator
 
 
 class ImagePreparation:
@@ -70,21 +72,25 @@ class LlavaFamily:
         """Whether the vision tower is frozen."""
         return self.module.get_vision_tower().is_frozen
 
-    def encode(self, pair: PreferencePair) -> tuple[EncodedRow, ...]:
-        """One row for each view. Raises ValueError naming the pair."""
+    def encode(self, pairs: Sequence[PreferencePair]) -> list[TableRows]:
+        """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded."""
         template, marks = get_template(self.version), bool(self.module.config.mm_use_im_start_end)
-        texts = {view.answer: getattr(pair, view.answer) for view in self.views}
-        rows = {answer: encode_answer(pair, text, self.tokenizer, template, marks) for answer, text in texts.items()}
-        return tuple(rows[view.answer] for view in self.views)
+        answers = list(dict.fromkeys(view.answer for view in self.views))
+        table = encode_answers(pairs, self.tokenizer, template, marks, answers)
+        places = [answers.index(view.answer) for view in self.views]
+        return [TableRows(table, tuple(i * len(answers) + k for k in places)) for i in range(len(pairs))]
 
-    def tokens(self, row: EncodedRow) -> int:
-        """Number of tokens of a row, its image included."""
-        return len(row.input_ids) - 1 + self.image_tokens
+    def tokens(self, ids: int) -> int:
+        """Number of tokens of a row with so many ids, its image included."""
+        return ids - 1 + self.image_tokens
 
     def groups(self, item: PreparedPair) -> tuple[PackedGroup, ...]:
         """The lengths of a pair's prefixes and answers, in tokens with images included."""
         packed = PackedRows.of([item], self.views)
-        return tuple(PackedGroup(self.tokens(row) - sum(tail), tail) for row, tail in zip(packed.rows, packed.tails))
+        return tuple(
+            PackedGroup(self.tokens(len(row.input_ids)) - sum(tail), tail)
+            for row, tail in zip(packed.rows, packed.tails)
+        )
 
     def encode_images(self, pixels: Mapping[ImageRef, Tensor], calls: int | None = None) -> dict[ImageRef, Tensor]:
         """[P, width], or [F, P, width] in crops: features of the frozen tower, see `encode_in_batches`."""

@@ -43,7 +43,10 @@ class TinyFamily:
     def __init__(self, loss="dpo"):
         self.module, self.views = TinyModel(), Loss.parse([loss]).views
 
-    def encode(self, pair):
+    def encode(self, pairs):
+        return [self.encode_pair(pair) for pair in pairs]
+
+    def encode_pair(self, pair):
         question = [ord(letter) for letter in pair.question]
         rows = {}
         for view in self.views:
@@ -52,8 +55,8 @@ class TinyFamily:
             rows[view] = EncodedRow(torch.tensor(question + answer), labels)
         return tuple(rows.values())
 
-    def tokens(self, row):
-        return len(row.input_ids)
+    def tokens(self, ids):
+        return ids
 
     def groups(self, item):
         packed = PackedRows.of([item], self.views)
@@ -193,6 +196,7 @@ def test_pairs_that_lack_what_the_views_need_are_refused(world, flags, match):
     family = TinyFamily("mdpo")
     family.views = args.preference_loss().views
     data_args.reference = "somewhere"
-    family.encode = lambda pair: (EncodedRow(torch.ones(2).long(), torch.ones(2).long()),) * len(family.views)
+    row = EncodedRow(torch.ones(2).long(), torch.ones(2).long())
+    family.encode = lambda pairs: [(row,) * len(family.views)] * len(pairs)
     with pytest.raises(ValueError, match=match):
         join_pairs(pairs, PairValues([0.0] * 8, {}), PairValues([(0.0,) * 6] * 8, {}), family, data_args, args)
