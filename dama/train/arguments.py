@@ -138,6 +138,27 @@ class PreferenceArguments(transformers.TrainingArguments):
         )
 
 
+def objective_errors(args: PreferenceArguments) -> list[str]:
+    """What is wrong with the flags of the loss and its combination with DAMA's, one message each."""
+    errors = view_errors(args.loss, args.corruption)
+    if not 0 <= args.label_smoothing < 0.5:
+        errors.append(f"--label_smoothing: expected a share in [0, 0.5), got {args.label_smoothing}")
+    if errors:
+        return errors
+    loss = args.preference_loss()
+    if not loss.has_beta and args.strategy != Strategy.NONE:
+        errors.append(
+            f"--strategy {Strategy(args.strategy).value}: sets beta, and --loss {loss.name} has none; give --strategy "
+            "none, under which --selection still chooses pairs"
+        )
+    if loss.has_state and args.variant == Variant.RELEASED:
+        errors.append(
+            f"--variant released: decides for each gathered micro-batch, and --loss {loss.name} has a running mean for "
+            "each optimizer step; give --variant paper"
+        )
+    return errors
+
+
 def view_errors(loss: Sequence[str], corruption: str) -> list[str]:
     """What is wrong with --loss and --corruption, one message each."""
     errors = []

@@ -148,8 +148,10 @@ def comparable_flags(
 
 def default_flags(groups: Sequence[type]) -> Defaults:
     """Return the value of each flag that is not given, or its values, where the machine decides."""
-    entries = [entry for group in groups for entry in fields(group) if entry.default is not MISSING]
-    return {entry.name: (plain(entry.default),) for entry in entries} | {"optim": DEFAULT_OPTIMIZERS}
+    entries = [entry for group in groups for entry in fields(group)]
+    made = {entry.name: entry.default_factory() for entry in entries if entry.default_factory is not MISSING}
+    given = {entry.name: entry.default for entry in entries if entry.default is not MISSING}
+    return {name: (plain(value),) for name, value in (made | given).items()} | {"optim": DEFAULT_OPTIMIZERS}
 
 
 def recorded_flags(*groups: Any) -> dict[str, Any]:
@@ -162,13 +164,19 @@ def recorded_flags(*groups: Any) -> dict[str, Any]:
     """
     flags = {}
     for group in groups:
-        own = {*type(group).__annotations__, *ALWAYS_RECORDED}
+        own = {*own_flags(type(group)), *ALWAYS_RECORDED}
         for name, entry in type(group).__dataclass_fields__.items():
             value = getattr(group, name, None)
             wanted = name in own or (entry.init and not name.startswith("_") and value != entry.default)
             if wanted and value not in ({}, [], None) and not NOT_RECORDED.search(name):
                 flags[name] = plain(value)
     return dict(sorted(flags.items()))
+
+
+def own_flags(group: type) -> set[str]:
+    """The flags that this repository's classes declare, not transformers'."""
+    ours = [cls for cls in group.__mro__ if not cls.__module__.startswith("transformers")]
+    return {name for cls in ours for name in vars(cls).get("__annotations__", {})}
 
 
 def plain(value: Any) -> Any:

@@ -91,7 +91,9 @@ def _add_view_flags(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check flags and pairs, then run the stage on the code of training."""
+    from dama.losses import Loss
     from dama.train.arguments import view_errors
+    from dama.train.data import ImageChoice
     from llava.supported import validate_supported_model
 
     validate_supported_model(args.model_name_or_path, "--model_name_or_path")
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
     errors += view_errors(args.loss, args.corruption)
     shard = pick_shard(args.shard, errors)
     pairs, skipped = load_pairs(args, errors)
+    ImageChoice.of(pairs, Loss.parse(args.loss).views, args)  # what the pairs lack is known before the model is loaded
     from dama.train.reference import describe
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
     from llava.train.reference import run_reference

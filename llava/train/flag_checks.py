@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dama.pairs import missing_folders
+from dama.train.arguments import objective_errors
+from dama.train.reference import BASE_AS_REFERENCE
 from llava.conversation import get_template
 
 if TYPE_CHECKING:
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
 
 # --train_sampling_strategy, by whether the task is DPO
 SAMPLING = {False: ("random", "sequential", "group_by_length"), True: ("random", "sequential")}
-BASE_AS_REFERENCE = "base"  # of --reference: the model with its adapters off
 
 
 def find_errors(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> list[str]:
@@ -98,7 +99,7 @@ def preference_errors(data_args: DataArguments, args: TrainingArguments) -> list
          "--reference base: needs --lora_enable True and --freeze_mm_mlp_adapter True, or what is left with the "
          "adapters off is not the model that training started from"),
     ]  # fmt: skip
-    return failed(checks)
+    return [*objective_errors(args), *failed(checks)]
 
 
 def failed(checks: list[tuple[bool, str]]) -> list[str]:

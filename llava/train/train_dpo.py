@@ -11,6 +11,7 @@ from typing import Any
 from dama.console import end_on_interrupt, say
 from dama.train.checkpoints import resume_point
 from dama.train.data import (
+    ImageChoice,
     PreferenceData,
     data_fingerprint,
     hardness_of_pairs,
@@ -54,6 +55,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     checkpoint = resume_point(args)
     # What can be wrong with the data is found before the model is loaded.
     pairs, skipped = read_checked_pairs(data_args)
+    ImageChoice.of(pairs, args.preference_loss().views, args)
     preflight(arguments, pairs)
     fingerprint = data_fingerprint(pairs, data_args)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, args.weighting().uses_delta)

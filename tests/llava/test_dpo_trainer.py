@@ -56,7 +56,16 @@ def test_an_incomplete_last_step_counts_its_own_pairs(in_golden, tmp_path):
     assert [row["dama/selected"] for row in rows] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("how", [[], ["--lora_enable", "True", "--lora_r", "4"]], ids=["full", "lora"])
+KILLED = {
+    "full": [],
+    "lora": ["--lora_enable", "True", "--lora_r", "4"],
+    "running mean": ["--loss", "bco_pair", "sft:0.5"],  # the loss's own state is in the checkpoint
+    "second image": ["--loss", "mdpo", "--reference", "base", "--lora_enable", "True", "--lora_r", "4",
+                     "--freeze_mm_mlp_adapter", "True"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", KILLED.values(), ids=KILLED)
 def test_killed_and_resumed_is_never_killed(in_golden, tmp_path, monkeypatch, how):
     """Stopped after the save of step 3 and continued: weights and R_bar bit for bit those of an undisturbed run."""
     steps = [*layout(4, 1), "--save_strategy", "steps", "--save_steps", "1", "--eval_pairs", "2", *how]
@@ -74,7 +83,7 @@ def test_killed_and_resumed_is_never_killed(in_golden, tmp_path, monkeypatch, ho
         train_dpo.run(arguments)
     monkeypatch.setattr(LLaVA15DPOTrainer, "_save_checkpoint", save)
     parts = train_dpo.run(parse_arguments(flags(tmp_path / "parts", *PAPER, *steps)))
-    assert parts.weighting_state == whole.weighting_state
+    assert parts.weighting_state == whole.weighting_state and parts.loss_state == whole.loss_state
     for (name, one), (_, other) in zip(whole.model.named_parameters(), parts.model.named_parameters()):
         assert torch.equal(one, other), name
     logs = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, parts)]
