@@ -64,6 +64,8 @@ setup(
         "dev": [
             "psutil",
             "pytest>=8",
+            "pytest-xdist>=3.8",
+            "import-linter>=2.17,<3",
             "ruff>=0.12",
             "mypy>=1.15",
             "types-tqdm",

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dama.image_roots import resolve_below, resolved_folders
+
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 """Formats that are accepted, by Pillow's names. Some others start foreign programs (EPS runs Ghostscript)."""
 KNOWN_STARTS = (
@@ -103,9 +105,9 @@ def resolve_image(folder: ImageFolder, relative: str) -> Path:
         raise ValueError(f"image path {relative!r} names no file")
     if PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).is_absolute():
         raise ValueError(f"image path {relative} is absolute, expected one relative to the image folder")
-    roots = [root.resolve() for root in reversed(folders_of(folder))]
+    roots = resolved_folders(folders_of(folder)[::-1])
     climbs = ".." in PurePosixPath(relative).parts
-    paths = [(root / relative).resolve() for root in roots]
+    paths = [resolve_below(root, relative) for root in roots]
     outside = [p for root, p in zip(roots, paths) if not _is_inside(p, [root] if climbs else roots)]
     found = [p for p in paths if p not in outside and (len(roots) == 1 or p.exists())]
     if outside and not found:

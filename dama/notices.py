@@ -20,6 +20,7 @@ class HeldBack(logging.Filter):
         self.released = False
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Hold a record back until they are released."""
         if not self.released:
             self.records.append(record)
         return self.released
@@ -61,6 +62,7 @@ class Unprinted(logging.Filter):
         self.beginning = beginning
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Drop records with this beginning."""
         return not str(record.msg).startswith(self.beginning)
 
 

@@ -287,12 +287,13 @@ def check_pairs(
     faults: Sequence[str] = (),
     workers: int = 4,
     progress: bool = False,
+    images: tuple[dict[str, str], dict[str, str]] | None = None,
 ) -> tuple[list[PreferencePair], list[SkippedPair]]:
     """Good pairs, and those left out because their image is missing or unreadable (only with on_bad_image="skip").
 
     All other faults are errors always: empty or equal answers, duplicate ids, image placeholders inside the text,
     image paths that leave the folder. Raises PairsError with every fault in one message, after `faults` known before;
-    `subject` heads it.
+    `subject` heads it. `images` are the reasons that `find_image_errors` gives, where they are known already.
     """
     if on_bad_image not in ("fail", "skip"):
         raise ValueError(f"on_bad_image: expected fail or skip, got {on_bad_image!r}")
@@ -301,7 +302,7 @@ def check_pairs(
         raise PairsError(f"image folder {folder}: no such folder\nRemedy: {remedy}")
     texts = [_fault(pair, reason) for pair in pairs for reason in text_faults(pair)]
     faults = [*faults, *_duplicate_faults(pairs), *texts]
-    outside, bad = find_image_errors(all_images(pairs), image_folder, workers, progress)
+    outside, bad = images or find_image_errors(all_images(pairs), image_folder, workers, progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
     faults += [_fault(pair, blocking[name], name) for pair in pairs for name in pair.images if name in blocking]
     if faults:

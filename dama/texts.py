@@ -30,6 +30,8 @@ def visible_text(text: str) -> str:
     Unicode's composed form (NFC), one kind of line end, runs of spaces as one space, no invisible characters, and no
     space at either end of a line.
     """
+    if text.isascii() and text.replace("\n", "").isprintable():  # most texts: nothing but spaces can differ
+        return "\n".join(" ".join(line.split()) for line in text.split("\n")).strip()
     text = _LINE_END.sub("\n", unicodedata.normalize("NFC", text))
     text = _UNSEEN_JOINER.sub("", _UNSEEN.sub("", text))
     return _AROUND_LINE_END.sub("\n", _SPACES.sub(" ", text)).strip()

@@ -1,10 +1,9 @@
 """AMBER (Wang et al. 2023): what descriptions invent, and yes/no questions on existence, attributes and relations.
 
-    amber = load(folder)                                       # 1004 pictures to describe, 14,216 questions
-    requests(amber, "generative"), DECODING["generative"]      # for llava.eval.generate; likewise "discriminative"
+    amber = load(folder)                                       # 1004 images to describe, 14,216 questions
     score(amber, answers); format_table({name: score})
 
-CHAIR, Cover, Hal and Cog are those of the authors' code, which all published figures come from; beside them stand Cog
+CHAIR, Cover, Hal and Cog are those of the authors' code, which all published results come from; beside them stand Cog
 as their paper defines it and Cover without the code's shadowing of truth words. Different from the original on purpose:
 nouns are compared in lower case, and of an answer to a question the leading yes or no counts. `official_quirks` does
 both as the original, and rounds where it does.
@@ -20,26 +19,26 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import eq
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dama.console import digest_of, report_error, say, write_json
-from eval.core.judge import QUIRKS, Parts
+from eval.core.benchmark import Benchmark, Part, SummaryColumn
+from eval.core.metrics import Metric, derived
 from eval.core.nouns import FALLBACK, UNLOADABLE, Tagger, nltk_tagger, rule_tagger
-from eval.core.official import field_faults, read_json, read_records, refuse_faults
-from eval.core.scores import Score, format_scores, ratios, record, score_of
-from eval.core.types import Answer, Benchmark, Question
+from eval.core.official import field_errors, raise_errors, read_json, read_records
+from eval.core.scores import QUIRKS, Score, Table, TableColumn, score_items
+from eval.core.sources import GITHUB_RAW, File, ImageSource, archive_with, files_of
+from eval.core.types import Answer, BenchmarkData, Parts, Question, Record, record_of
 from llava.eval.eval_pope import Reply, count, is_undecided
 
-if TYPE_CHECKING:
-    from llava.generation.request import Request
-
-Part = Literal["generative", "discriminative"]
+PartName = Literal["generative", "discriminative"]
 
 PROTOCOL = "amber"
-EXACT = "exact-match"  # labels figures made without the table of similar words
-DECODING: dict[Part, dict[str, Any]] = {  # of llava.eval.generate
+EXACT = "exact-match"  # labels metrics computed without the table of similar words
+DECODING: dict[PartName, dict[str, Any]] = {
     "generative": {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0.0},
     "discriminative": {"max_new_tokens": 16, "num_beams": 1, "temperature": 0.0},
 }
@@ -56,10 +55,8 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "discriminative-relation": ("relation",),
     "relation": ("relation",),
 }
-GENERATIVE = ("chair", "cover", "hal", "cog", "cog_paper", "cover_unshadowed", "mean_words")
 RATIOS = ("accuracy", "precision", "recall", "f1")
 _PREFIXES = ("", *(f"{name}_" for name in dict.fromkeys(name for names in DIMENSIONS.values() for name in names)))
-DISCRIMINATIVE = tuple(prefix + name for prefix in _PREFIXES for name in RATIOS)
 
 _QUERY = {"id": (int,), "image": (str,), "query": (str,)}
 _ANNOTATION = {"id": (int,), "type": (str,), "truth": (str, list)}
@@ -69,7 +66,7 @@ _ANNOTATION = {"id": (int,), "type": (str,), "truth": (str, list)}
 
 
 class Objects(NamedTuple):
-    """The objects annotated for a picture: what is in it, and what a model is likely to invent there."""
+    """The objects annotated for an image: what is in it, and what a model is likely to invent there."""
 
     truth: tuple[str, ...]
     hallu: tuple[str, ...]
@@ -87,11 +84,11 @@ class SimilarWords:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amber(Benchmark):
-    """A question's `kinds` are its part and its dimensions, its `truth` yes or no; no judge is asked.
+class Amber(BenchmarkData):
+    """Questions and annotations. A question's `kinds` are its part and its dimensions, its `truth` yes or no.
 
-    objects: id of a generative question -> what is annotated. associations: word -> words that stand for it as well.
-    safe_words: are never hallucinated. similar: None where there is no table of similar words.
+    objects: id of a generative question -> its annotation. associations: word -> words that stand for it as well.
+    safe_words: words that are never hallucinated. similar: None without a table of similar words.
     """
 
     objects: Mapping[str, Objects]
@@ -101,60 +98,62 @@ class Amber(Benchmark):
 
     @property
     def vocabulary(self) -> frozenset[str]:
-        """The words of which a description's nouns are judged."""
+        """The words that count among a description's nouns."""
         return frozenset(vocabulary_of(self.associations))
 
-    def part(self, part: Part) -> list[Question]:
+    def part(self, part: PartName) -> list[Question]:
+        """Return the questions of one part."""
         return [question for question in self.questions if question.kinds[0] == part]
 
 
 def vocabulary_of(associations: Mapping[str, Iterable[str]]) -> list[str]:
-    """Sorted: every word that has associations or is one."""
+    """Return, sorted, every word that has associations or is one."""
     return sorted(set(associations).union(*associations.values()))
 
 
-def load(folder: str | Path) -> Amber:
-    """annotations.json, query/query_PART.json, relation.json, safe_words.txt of folder/amber; pictures in its images/.
+def load(folder: str | Path, mode: str = "") -> Amber:
+    """Read annotations.json, query/query_PART.json, relation.json and safe_words.txt of folder/amber.
 
-    A part without its file of queries is left out. similar_words.json is read where it is. Raises ValueError, naming
-    file and fields.
+    A part without its file of queries is left out; similar_words.json is optional. There is one mode.
+    Raises ValueError, naming file and fields.
     """
-    home = Path(folder) / "amber"
-    rows = read_records(home / "annotations.json", _ANNOTATION)
+    del mode
+    source = Path(folder) / "amber"
+    rows = read_records(source / "annotations.json", _ANNOTATION)
     annotations = {row["id"]: row for row in rows}
-    files: dict[Part, Path] = {part: home / f"query/query_{part}.json" for part in DECODING}
+    files: dict[PartName, Path] = {part: source / f"query/query_{part}.json" for part in DECODING}
     present = {part: file for part, file in files.items() if file.is_file()}
-    refuse_faults(home, [] if present else [f"query/{file.name}: missing" for file in files.values()])
+    raise_errors(source, [] if present else [f"query/{file.name}: missing" for file in files.values()])
     questions = [question for part, file in present.items() for question in _read_part(part, file, annotations)]
     describe = "generative" in present
-    associations = _read_associations(home / "relation.json") if describe else {}
+    associations = _read_associations(source / "relation.json") if describe else {}
     return Amber(
         tuple(questions),
         "",
-        home / "images",
+        source / "images",
         objects={q.id: _objects(annotations[int(q.id)]) for q in questions if q.kinds[0] == "generative"},
         associations=associations,
-        safe_words=frozenset(_read_words(home / "safe_words.txt")) if describe else frozenset(),
-        similar=_read_similar(home / SIMILAR_WORDS, vocabulary_of(associations)),
+        safe_words=frozenset(_read_words(source / "safe_words.txt")) if describe else frozenset(),
+        similar=_read_similar(source / SIMILAR_WORDS, vocabulary_of(associations)),
     )
 
 
-def _read_part(part: Part, file: Path, annotations: Mapping[int, Mapping[str, Any]]) -> list[Question]:
+def _read_part(part: PartName, file: Path, annotations: Mapping[int, Mapping[str, Any]]) -> list[Question]:
     rows = read_records(file, _QUERY)
-    faults = []
+    errors = []
     for i, row in enumerate(rows):
         annotation = annotations.get(row["id"], {})
         if part == "generative":
-            faults += field_faults(f"annotation {row['id']}", annotation, {"truth": (list,), "hallu": (list,)})
+            errors += field_errors(f"annotation {row['id']}", annotation, {"truth": (list,), "hallu": (list,)})
         elif annotation.get("type") not in DIMENSIONS or annotation["truth"] not in ("yes", "no"):
-            faults.append(f"record {i}: expected a yes/no annotation with id {row['id']}, got {dict(annotation)}")
+            errors.append(f"record {i}: expected a yes/no annotation with id {row['id']}, got {dict(annotation)}")
     ids = [row["id"] for row in rows]
-    faults += [f"{len(ids) - len(set(ids))} ids are used twice"] * (len(ids) > len(set(ids)))
-    refuse_faults(file, faults)
+    errors += [f"{len(ids) - len(set(ids))} ids are used twice"] * (len(ids) > len(set(ids)))
+    raise_errors(file, errors)
     return [_question(part, row, annotations[row["id"]]) for row in rows]
 
 
-def _question(part: Part, row: Mapping[str, Any], annotation: Mapping[str, Any]) -> Question:
+def _question(part: PartName, row: Mapping[str, Any], annotation: Mapping[str, Any]) -> Question:
     if part == "generative":
         return Question(str(row["id"]), row["image"], row["query"], ", ".join(annotation["truth"]), (part,))
     kinds = (part, *DIMENSIONS[annotation["type"]])
@@ -167,13 +166,13 @@ def _objects(annotation: Mapping[str, Any]) -> Objects:
 
 def _read_associations(path: Path) -> dict[str, tuple[str, ...]]:
     rows = read_json(path)
-    refuse_faults(path, [] if isinstance(rows, dict) else [f"expected an object, got {type(rows).__name__}"])
-    refuse_faults(path, [fault for word in rows for fault in field_faults("associations", rows, {word: (list,)})])
+    raise_errors(path, [] if isinstance(rows, dict) else [f"expected an object, got {type(rows).__name__}"])
+    raise_errors(path, [fault for word in rows for fault in field_errors("associations", rows, {word: (list,)})])
     return {word: tuple(others) for word, others in rows.items()}
 
 
 def _read_words(path: Path) -> list[str]:
-    refuse_faults(path, [] if path.is_file() else ["missing"])
+    raise_errors(path, [] if path.is_file() else ["missing"])
     return path.read_text(encoding="utf-8").split()
 
 
@@ -181,20 +180,20 @@ def _read_words(path: Path) -> list[str]:
 
 
 def write_similar_words(folder: str | Path, model: str = OFFICIAL_MODEL) -> Path:
-    """Writes folder/amber/similar_words.json: which of the vocabulary's words are similar by a spaCy model's vectors.
+    """Write folder/amber/similar_words.json: which of the vocabulary's words are similar by a spaCy model's vectors.
 
     Similar: cosine above 0.8. Raises ValueError where the model cannot be loaded or has no vectors.
     """
-    home = Path(folder) / "amber"
-    words = vocabulary_of(_read_associations(home / "relation.json"))
+    source = Path(folder) / "amber"
+    words = vocabulary_of(_read_associations(source / "relation.json"))
     pairs, version = _similar_pairs(words, model)
     table = {"model": Path(model).name, "version": version, "above": SIMILAR_ABOVE, "words": words, "similar": pairs}
-    write_json(home / SIMILAR_WORDS, table | {"digest": digest_of(table)})
-    return home / SIMILAR_WORDS
+    write_json(source / SIMILAR_WORDS, table | {"digest": digest_of(table)})
+    return source / SIMILAR_WORDS
 
 
 def _similar_pairs(words: Sequence[str], model: str) -> tuple[list[list[str]], str]:
-    """Pairs of different words, each pair once; and the version of the model."""
+    """Return pairs of different words, each pair once, and the version of the model."""
     import numpy as np
 
     try:
@@ -216,13 +215,13 @@ def _similar_pairs(words: Sequence[str], model: str) -> tuple[list[list[str]], s
 
 
 def _read_similar(path: Path, vocabulary: Sequence[str]) -> SimilarWords | None:
-    """None where there is no table. ValueError for a table that was changed, or made for other words."""
+    """Read the table, None without one. ValueError for a table that was changed, or made for other words."""
     if not vocabulary or not path.is_file():
         return None
     table = read_json(path)
     remedy = "delete it and write it anew with `python -m eval.amber`"
     if digest_of({name: value for name, value in table.items() if name != "digest"}) != table.get("digest"):
-        raise ValueError(f"{path}: its content has not the digest that it names\nRemedy: {remedy}")
+        raise ValueError(f"{path}: expected content of the digest that it names, got another\nRemedy: {remedy}")
     if table["words"] != list(vocabulary):
         raise ValueError(f"{path}: made for {len(table['words'])} words, not for relation.json's\nRemedy: {remedy}")
     return SimilarWords(table["model"], frozenset(map(frozenset, table["similar"])))
@@ -233,9 +232,9 @@ def _read_similar(path: Path, vocabulary: Sequence[str]) -> SimilarWords | None:
 
 @dataclass(frozen=True)
 class Description:
-    """What the nouns of one description come to, as the authors' code credits them.
+    """How the authors' code credits the nouns of one description.
 
-    hallucinated: one flag a noun. covered, imagined: how many truth words and likely inventions are credited. named:
+    hallucinated: one flag per noun. covered, imagined: how many truth words and likely inventions are credited. named:
     how many truth words the nouns stand for. likely: how many nouns stand for a likely invention.
     """
 
@@ -246,7 +245,7 @@ class Description:
     likely: int
 
     def parts(self, objects: Objects, words: int) -> Parts:
-        """Metric -> [numerator, denominator], rates in percent."""
+        """Return metric -> [numerator, denominator], rates in percent."""
         wrong, nouns = sum(self.hallucinated), len(self.hallucinated)
         return {
             "chair": [100.0 * wrong, nouns],
@@ -260,7 +259,7 @@ class Description:
 
 
 def describe(nouns: Sequence[str], objects: Objects, amber: Amber) -> Description:
-    """Credits the nouns of one description, one after the other.
+    """Credit the nouns of one description, one after the other.
 
     A safe word is never hallucinated and earns nothing. A noun that equals a truth word, or a word associated with one,
     covers it. Otherwise it credits the likely inventions that it equals and that it is similar to, and covers the truth
@@ -299,16 +298,30 @@ def _first(entries: Iterable[tuple[str, int]], noun: str, equal: Callable[[str, 
 
 # -------------------------------------------------------------------------------------------------------- scoring
 
-
-def requests(amber: Amber, part: Part) -> list[Request]:
-    """What the model is asked in this part: the raw query."""
-    return replace(amber, questions=tuple(amber.part(part))).requests()
+_RATIO_TITLES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1"}
+METRICS = (
+    Metric(
+        "amber_score", "AMBER score", inputs=("chair", "f1"), formula=lambda chair, f1: (100 - chair + f1) / 2
+    ),
+    Metric("chair", "CHAIR %", "lower"),
+    Metric("cover", "Cover %"),
+    Metric("hal", "Hal %", "lower"),
+    Metric("cog", "Cog %", "lower"),
+    Metric("cog_paper", "Cog (paper) %", "lower"),
+    Metric("cover_unshadowed", "Cover (unshadowed) %"),
+    Metric("mean_words", "mean words", None),
+    *(
+        Metric(f"{prefix}{ratio}", f"{prefix.replace('_', ' ')}{_RATIO_TITLES[ratio]}")
+        for prefix in _PREFIXES
+        for ratio in RATIOS
+    ),
+)  # fmt: skip
 
 
 def score(
     amber: Amber, answers: Iterable[Answer], *, tagger: Tagger | None = None, official_quirks: bool = False
 ) -> Score:
-    """GENERATIVE, DISCRIMINATIVE and amber_score = (100 - CHAIR + F1) / 2, in percent but for mean_words.
+    """Compute the metrics of descriptions and of questions, and amber_score = (100 - CHAIR + F1) / 2; in percent.
 
     The positive class is "no". A part without any answer is undefined, and its questions are not missing. tagger: finds
     the nouns of descriptions; nltk's where it can be loaded, else rules, and then the protocol says so.
@@ -324,24 +337,22 @@ def score(
         items += [_described(*pair, amber, nouns) for pair in answered if pair[0].kinds[0] == "generative"]
     read = official_reading if official_quirks else read_answer
     items += [_replied(*pair, read(pair[1].text)) for pair in answered if pair[0].kinds[0] == "discriminative"]
-    figures = (_official_figures if official_quirks else ratios)(items, (*GENERATIVE, *DISCRIMINATIVE))
-    chair, f1 = figures["chair"], figures["f1"]
-    figures["amber_score"] = None if chair is None or f1 is None else (100 - chair + f1) / 2
     asked = [question for question in amber.questions if question.kinds[0] in parts]
-    return score_of(label + QUIRKS * official_quirks, figures, items, asked)
+    result = score_items(label + QUIRKS * official_quirks, METRICS, items, asked)
+    return replace(result, metrics=_rounded_as_original(result.metrics)) if official_quirks else result
 
 
 def _fallback(amber: Amber) -> Tagger:
-    say(f"AMBER: nltk's tagger and WordNet cannot be loaded, so rules find the nouns; figures labelled {FALLBACK}")
+    say(f"AMBER: nltk's tagger and WordNet cannot be loaded, so rules find the nouns; metrics labeled {FALLBACK}")
     return rule_tagger(frozenset(word.lower() for word in amber.vocabulary))
 
 
 Noun = tuple[str, int, int]
-"""A word of the vocabulary, and where the text has it: [start, end)."""
+"""A word of the vocabulary, and its place in the text: [start, end)."""
 
 
 def _noun_finder(tagger: Tagger, vocabulary: Collection[str], official_quirks: bool) -> Callable[[str], list[Noun]]:
-    """text -> the nouns in it that are in the vocabulary, with repeats; case does not count but as the original."""
+    """Return a function: text -> its nouns in the vocabulary, with repeats; only the original is case-sensitive."""
 
     def form(word: str) -> str:
         return word if official_quirks else word.lower()
@@ -355,13 +366,13 @@ def _noun_finder(tagger: Tagger, vocabulary: Collection[str], official_quirks: b
     return nouns
 
 
-def _described(question: Question, answer: Answer, amber: Amber, find: Callable[[str], list[Noun]]) -> dict[str, Any]:
+def _described(question: Question, answer: Answer, amber: Amber, find: Callable[[str], list[Noun]]) -> Record:
     objects, nouns = amber.objects[question.id], find(answer.text)
     description = describe([noun for noun, _, _ in nouns], objects, amber)
     found = list(zip(nouns, description.hallucinated))
-    return record(
+    return record_of(
         question,
-        answer,
+        answer.text,
         truth=list(objects.truth),
         wrong=any(description.hallucinated),
         spans=[[start, end] for (_, start, end), wrong in found if wrong],
@@ -372,7 +383,7 @@ def _described(question: Question, answer: Answer, amber: Amber, find: Callable[
 
 
 def read_answer(text: str) -> Reply | None:
-    """The yes or no that the answer begins with, in any case; None where it begins otherwise, also with "No idea"."""
+    """Return the yes or no that the answer begins with, in any case; None for other answers, also for "No idea"."""
     found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
     if found is None or is_undecided(text.strip().split(".")[0].lower()):
         return None
@@ -380,42 +391,105 @@ def read_answer(text: str) -> Reply | None:
 
 
 def official_reading(text: str) -> Reply | None:
-    """As the original: exactly "Yes" or "No"."""
+    """Read as the original: exactly "Yes" or "No"."""
     return {"Yes": "yes", "No": "no"}.get(text)  # type: ignore[return-value]
 
 
-def _replied(question: Question, answer: Answer, said: Reply | None) -> dict[str, Any]:
-    counted = count([(said, question.truth)], positive="no").parts()
+def _replied(question: Question, answer: Answer, reply: Reply | None) -> Record:
+    counted = count([(reply, question.truth)], positive="no").parts()
     dimensions = question.kinds[1:]
     parts = {
         prefix + name: [100.0 * counted[name][0], float(counted[name][1])]
         for prefix in ("", *(f"{dimension}_" for dimension in dimensions))
         for name in RATIOS
     }
-    wrong = None if said is None else said != question.truth
-    return record(
-        question, answer, wrong=wrong, parts=parts, part="discriminative", dimensions=list(dimensions), said=said
-    )
+    wrong = None if reply is None else reply != question.truth
+    extras = {"part": "discriminative", "dimensions": list(dimensions), "said": reply}
+    return record_of(question, answer.text, wrong=wrong, parts=parts, **extras)
 
 
-def _official_figures(items: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float | None]:
-    """Rounded to one decimal as the original does, F1 made of precision and recall that are rounded already."""
-    figures = {name: None if value is None else round(value, 1) for name, value in ratios(items, names).items()}
+def _rounded_as_original(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Round to one decimal as the original does, with F1 computed from rounded precision and recall."""
+    values = {name: None if value is None else round(value, 1) for name, value in metrics.items()}
     for prefix in _PREFIXES:
-        precision, recall = figures[f"{prefix}precision"], figures[f"{prefix}recall"]
+        precision, recall = values[f"{prefix}precision"], values[f"{prefix}recall"]
         if precision is not None and recall is not None:
             slack = 0.001 if prefix == "existence_" else 0.0001
-            figures[f"{prefix}f1"] = round(2 * precision * recall / (precision + recall + slack), 1)
-    return figures
+            values[f"{prefix}f1"] = round(2 * precision * recall / (precision + recall + slack), 1)
+    return values | derived(METRICS, values)
 
 
-def format_table(rows: Mapping[str, Score]) -> str:
-    """One line per model: the description's figures, those of the questions, F1 by dimension, the AMBER score."""
-    described = {"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog", "cog_paper": "Cog (paper)"}
-    replied = {"accuracy": "acc", "precision": "P", "recall": "R", "f1": "F1"}
-    dimensions = {f"{name}_f1": name for name in ("existence", "attribute", "relation")}
-    titles = described | {"mean_words": "words"} | replied | dimensions | {"amber_score": "score"}
-    return format_scores(rows, {name: (title, 1) for name, title in titles.items()})
+format_table = Table(
+    tuple(
+        TableColumn(metric, title)
+        for metric, title in {
+            "chair": "CHAIR",
+            "cover": "Cover",
+            "hal": "Hal",
+            "cog": "Cog",
+            "cog_paper": "Cog (paper)",
+            "mean_words": "words",
+            "accuracy": "acc",
+            "precision": "P",
+            "recall": "R",
+            "f1": "F1",
+            "existence_f1": "existence",
+            "attribute_f1": "attribute",
+            "relation_f1": "relation",
+            "amber_score": "score",
+        }.items()
+    ),
+    note="unparsed, right in no metric, which lowers accuracy and recall",
+)
+
+
+# ------------------------------------------------------------------------------------------------------- benchmark
+
+_PACKAGE = File(
+    "amber/AMBER.zip",
+    by_hand="by hand, from the Google Drive that the README of github.com/junyangwang0410/AMBER links to",
+    check=archive_with(),
+)
+_FILES = {
+    "annotations.json": (1813301, "db22a436c4836fbb295e60b4e80d519573077579fb7032f01b193c1bd022b797"),
+    "relation.json": (12699, "c4c1491e9bbc3209abc1888c12a1bf8413bdbab8a0d8be04b990a2e7680cf23e"),
+    "safe_words.txt": (57, "f92cf1123f4578a2630832fac3e6ac4de36212ea55859d3bed4fd233723f4043"),
+    "query/query_generative.json": (106220, "b7e4c36596126ee36d2c3922638b7fa98743c26efda78fea2315f4425258d087"),
+    "query/query_discriminative.json": (1738529, "1502887ac020f4bb7ea564af4e37bddcb030d61b78490d00f9da492a2307abb8"),
+}
+
+
+def _image_urls(data: Path) -> dict[str, str]:
+    return {row["image"]: "" for row in read_json(data / "amber/query/query_generative.json")}
+
+
+def _is_of(part: PartName, question: Question) -> bool:
+    return question.kinds[0] == part
+
+
+BENCHMARK = Benchmark(
+    name="amber",
+    title="AMBER",
+    wrong="invents an object, or answers a question falsely",
+    files=files_of(
+        "amber", f"{GITHUB_RAW}/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data", _FILES
+    ),
+    images=ImageSource("amber/images", _image_urls, f"taken out of {_PACKAGE.path}, {_PACKAGE.source}", _PACKAGE),
+    load=load,
+    parts=tuple(Part(decoding, name, partial(_is_of, name)) for name, decoding in DECODING.items()),
+    score=score,
+    metrics=METRICS,
+    columns=(
+        SummaryColumn("chair", "AMBER CHAIR", rim=20),
+        SummaryColumn("cover", "Cover"),
+        SummaryColumn("hal", "Hal"),
+        SummaryColumn("cog", "Cog", rim=None),
+        SummaryColumn("f1", "AMBER F1"),
+    ),
+    stratum=lambda question: question.kinds[0],
+    table=format_table,
+    published_file=Path(__file__).with_name("amber_published.json"),
+)
 
 
 # -------------------------------------------------------------------------------------------------------- command

@@ -1,17 +1,14 @@
-"""The benchmarks' official files, from their own homes: `python -m eval.download [objhal amber mmhal ...]`.
+"""The benchmarks' official files, from their own sources: `python -m eval.download [BENCHMARK ...]`.
 
-Files come at a pinned revision and are checked against their SHA-256. Where none is known, the content is checked, and
-the digest of the first download is recorded in downloads.json, shown, and asked for ever after. Files go to
-playground/data/eval, or to the folder that DAMA_BENCH_DATA names; what is there already is only checked. Interrupted
-downloads are continued.
+Files have a pinned revision and are checked against their SHA-256. Where none is known, the content is checked, and the
+digest of the first download is recorded in downloads.json, printed, and required from then on. Files go to
+playground/data/eval, or to the folder that DAMA_BENCH_DATA names; files that are there already are only checked.
+Interrupted downloads are continued.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,31 +22,21 @@ from urllib.parse import quote, urlsplit
 from tqdm import tqdm
 
 from dama.console import report_error, say, write_atomic, write_json
-from dama.errors import error_list
 from dama.images import probe_image, resolve_image
 from dama.redact import redacted
-from eval.core.sources import BENCHMARKS, File, Pictures
+from eval import benchmarks
+from eval.core.record import DEFAULT_FOLDER, RECORD, DownloadError, data_folder, read_record, reason_of
+from eval.core.sources import File, ImageSource
 from eval.core.transfer import Received, digest, download
 
-DEFAULT_FOLDER = Path("playground/data/eval")
-RECORD = "downloads.json"
 AT_ONCE = 8  # downloads
-LARGEST_PICTURE = 1 << 26  # bytes
-# Raised by a file that is not as it should be.
+LARGEST_IMAGE = 1 << 26  # bytes
+# Raised by a file whose content is not as expected.
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 REMEDY = (
-    "Remedy: run `python -m eval.download` where the homes can be reached (it continues what was interrupted), put the "
-    "files in their places by hand (`--list` names every one), or name a folder that has them as DAMA_BENCH_DATA"
+    "Remedy: run `python -m eval.download` where the sources can be reached (it continues what was interrupted), put "
+    "the files in their places by hand (`--list` names every one), or name a folder that has them as DAMA_BENCH_DATA"
 )
-
-
-class DownloadError(ValueError):
-    """Everything that is missing or damaged, in one message."""
-
-
-def data_folder() -> Path:
-    """DAMA_BENCH_DATA, or the default."""
-    return Path(os.environ.get("DAMA_BENCH_DATA") or DEFAULT_FOLDER)
 
 
 def fetch(
@@ -62,27 +49,27 @@ def fetch(
     judge: bool = True,
     accept: Collection[str] = (),
 ) -> Path:
-    """Brings what these benchmarks lack, checks everything, and returns the data folder.
+    """Download what these benchmarks are missing, check everything, and return the data folder.
 
-    chosen: names of the pictures that are needed; all where None. mirror: URL of a copy of the data folder, asked
-    instead of the homes. offline: only checks, and leaves the folder as it is. judge: also what only a judge needs.
+    chosen: names of the images that are needed; all where None. mirror: URL of a copy of the data folder, used instead
+    of the sources. offline: only check, and leave the folder as it is. judge: include what only a judge needs.
     accept: files without a published digest whose present content replaces the recorded one.
-    Raises DownloadError, which names each file that is missing or damaged, its home and its place.
+    Raises DownloadError, which names each file that is missing or damaged, its source and its place.
     """
     folder = folder or data_folder()
     run = _Run(folder, mirror.rstrip("/"), offline, frozenset(accept))
     for name in names:
-        run.bring_files([file for file in BENCHMARKS[name].files if judge or not file.judge_only])
-        run.bring_pictures(BENCHMARKS[name].pictures, chosen)
-    if run.faults:
+        run.bring_files([file for file in benchmarks.named(name).files if judge or not file.judge_only])
+        run.bring_images(benchmarks.named(name).images, chosen)
+    if run.errors:
         title = f"benchmark data in {folder}: {', '.join(names)} cannot be had complete and right"
-        raise DownloadError("\n".join([title, *(f"  {fault}" for fault in dict.fromkeys(run.faults)), REMEDY]))
+        raise DownloadError("\n".join([title, *(f"  {error}" for error in dict.fromkeys(run.errors)), REMEDY]))
     return folder
 
 
 def unpublished(names: Sequence[str], folder: Path) -> dict[str, str]:
-    """Path -> digest of the files that are accepted, because downloads.json says so, but are not the published ones."""
-    files = [file for name in names for file in BENCHMARKS[name].files]
+    """Return path -> digest of the files that downloads.json accepts although they are not the published ones."""
+    files = [file for name in names for file in benchmarks.named(name).files]
     present = [file for file in files if file.sha256 and (folder / file.path).is_file()]
     found = {file: digest(folder / file.path) for file in present}
     other = {file.path: sha256 for file, sha256 in found.items() if sha256 != file.sha256}
@@ -93,49 +80,49 @@ def unpublished(names: Sequence[str], folder: Path) -> dict[str, str]:
 
 @dataclass
 class _Run:
-    """The downloads of one call, and what went wrong with them. unreachable: host -> why."""
+    """The downloads of one call, and their errors. unreachable: host -> reason."""
 
     folder: Path
     mirror: str
     offline: bool
     accept: frozenset[str] = frozenset()
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     unreachable: dict[str, str] = field(default_factory=dict)
     lock: Any = field(default_factory=Lock)
 
     # --------------------------------------------------------------------------------------------------- files
 
     def bring_files(self, files: Sequence[File]) -> None:
-        """Checks the files that are there, downloads the others, and makes those that come in a package."""
+        """Check the files that are there, download the others, and make those that come in a package."""
         missing = [file for file in files if not self._have(file)]
         for file, reason in self._download([file for file in missing if file.package is None]):
-            self.faults.append(f"{file.path}: {file.home} ({reason})")
+            self.errors.append(f"{file.path}: {file.source} ({reason})")
         for file in missing:
             if file.package is not None:
                 self._make(file, file.package)
 
     def _have(self, file: File) -> bool:
-        """Whether it is there. A digest neither published nor recorded is a fault, and so is another file's content."""
+        """Whether it is there. A digest neither published nor recorded is an error, and so is another content."""
         if file.instead and (self.folder / file.instead).is_file():
             return True
         path = self.folder / file.path
         if not path.is_file():
             return False
-        if fault := self._fault(file, path):
-            self.faults.append(f"{file.path}: {fault}")
+        if problem := self._error(file, path):
+            self.errors.append(f"{file.path}: {problem}")
         return True
 
-    def _fault(self, file: File, path: Path) -> str:
-        """What is wrong with a file that is there, and the remedy; "" where nothing is."""
-        anew = f"delete it to have it {file.home}"
+    def _error(self, file: File, path: Path) -> str:
+        """Return what is wrong with a file that is there, and the remedy; "" where nothing is."""
+        anew = f"delete it to have it {file.source}"
         recorded = self._recorded().get(file.path, {}).get("sha256")
         accepted, found = {file.sha256, recorded} - {None}, digest(path)
         if accepted and found not in accepted and file.path not in self.accept:
             wanted = " or ".join(sorted(map(str, accepted)))
             other = "" if file.sha256 else f", or add --accept {file.path} if what is there now is right"
             return f"expected SHA-256 {wanted}, got {found}; {anew}{other}"
-        if fault := _content_fault(file, path) if file.sha256 is None else "":
-            return f"{fault}; {anew}"
+        if error := _content_error(file, path) if file.sha256 is None else "":
+            return f"{error}; {anew}"
         if file.path in self.accept and found != recorded:
             self._record(file, Received(found, path.stat().st_size, ""), "accepted by --accept")
         return ""
@@ -144,62 +131,62 @@ class _Run:
         assert file.make is not None
         if not self._have(package):
             for _, reason in self._download([package]):
-                self.faults.append(f"{file.path}: {file.home} ({reason})")
+                self.errors.append(f"{file.path}: {file.source} ({reason})")
                 return
         try:
             content = file.make(self.folder / package.path, self.folder)
         except DAMAGED as error:
-            self.faults.append(f"{file.path}: cannot be made from {package.path} ({_reason(error)})")
+            self.errors.append(f"{file.path}: cannot be made from {package.path} ({reason_of(error)})")
             return
         write_atomic(self.folder / file.path, content)
-        if fault := _content_fault(file, self.folder / file.path):
+        if problem := _content_error(file, self.folder / file.path):
             (self.folder / file.path).unlink()
-            self.faults.append(f"{file.path}: cannot be made from {package.path} ({fault})")
+            self.errors.append(f"{file.path}: cannot be made from {package.path} ({problem})")
             return
         found = digest(self.folder / file.path)
         if found != file.sha256:
             other = f", another content than the published {file.sha256}" if file.sha256 else ""
             self._record(file, Received(found, len(content), ""), f"made from {package.path}{other}")
 
-    # ------------------------------------------------------------------------------------------------ pictures
+    # -------------------------------------------------------------------------------------------------- images
 
-    def bring_pictures(self, pictures: Pictures, chosen: Collection[str] | None) -> None:
-        """Takes the missing ones out of their package where it is there or they have no other home, or downloads."""
+    def bring_images(self, images: ImageSource, chosen: Collection[str] | None) -> None:
+        """Unpack missing images where their package is there or they have no other source; download the others."""
         try:
-            urls = pictures.urls(self.folder)
+            urls = images.urls(self.folder)
         except DAMAGED:
-            self.faults.append(f"{pictures.folder}/: its pictures, whose names are in the files above; {pictures.home}")
+            self.errors.append(f"{images.folder}/: its images, whose names are in the files above; {images.source}")
             return
-        home = self.folder / pictures.folder
+        folder = self.folder / images.folder
         urls = {name: url for name, url in urls.items() if chosen is None or name in chosen}
-        urls = {name: url for name, url in urls.items() if not resolve_image(home, name).is_file()}
-        if urls and pictures.package is not None and self._has_package(pictures.package, not all(urls.values())):
-            self._take(pictures, pictures.package, urls)
-        wanted = [File(f"{pictures.folder}/{name}", url) for name, url in urls.items()]
+        urls = {name: url for name, url in urls.items() if not resolve_image(folder, name).is_file()}
+        if urls and images.package is not None and self._has_package(images.package, not all(urls.values())):
+            self._take(images, images.package, urls)
+        wanted = [File(f"{images.folder}/{name}", url) for name, url in urls.items()]
         failed: dict[str, list[str]] = {}
         for file, reason in self._download(wanted, check=probe_image):
             failed.setdefault(reason, []).append(Path(file.path).name)
         for reason, names in failed.items():
-            self.faults.append(f"{pictures.folder}/: {_some(names)}, {pictures.home} ({reason})")
+            self.errors.append(f"{images.folder}/: {_some(names)}, {images.source} ({reason})")
 
     def _has_package(self, package: File, needed: bool) -> bool:
-        """Whether it is there now; it is downloaded only where the pictures have no other home."""
+        """Whether it is there now; it is downloaded only where the images have no other source."""
         return self._have(package) or (needed and bool(package.url) and not self._download([package]))
 
-    def _take(self, pictures: Pictures, package: File, urls: dict[str, str]) -> None:
-        """Moves pictures out of the package, and their names out of `urls`."""
+    def _take(self, images: ImageSource, package: File, urls: dict[str, str]) -> None:
+        """Unpack images, and remove their names from `urls`."""
         try:
-            for name, content in pictures.take(self.folder / package.path, list(urls)):
+            for name, content in images.take(self.folder / package.path, list(urls)):
                 probe_image(BytesIO(content))
-                write_atomic(resolve_image(self.folder / pictures.folder, name), content)
+                write_atomic(resolve_image(self.folder / images.folder, name), content)
                 del urls[name]
         except DAMAGED as error:
-            self.faults.append(f"{package.path}: {_reason(error)}; delete it to have it {package.home}")
+            self.errors.append(f"{package.path}: {reason_of(error)}; delete it to have it {package.source}")
 
     # ----------------------------------------------------------------------------------------------- transport
 
     def _download(self, files: Sequence[File], check: Callable[[Path], Any] | None = None) -> list[tuple[File, str]]:
-        """Several at a time. Returns those that did not come, and why."""
+        """Download several at a time. Returns those that failed, and why."""
         if not files or self.offline:
             return [(file, "missing") for file in files]
         title = files[0].path if len(files) == 1 else f"{len(files)} files"
@@ -208,7 +195,7 @@ class _Run:
         return [(file, reason) for file, reason in zip(files, reasons) if reason]
 
     def _attempt(self, file: File, bar: Any, check: Callable[[Path], Any] | None) -> str:
-        """Why the file did not come, or ""."""
+        """Download one file. Returns why it failed, or ""."""
         url = f"{self.mirror}/{quote(file.path)}" if self.mirror else file.url
         host = urlsplit(url).netloc
         if not url or host in self.unreachable:
@@ -224,14 +211,14 @@ class _Run:
                 url,
                 self.folder / file.path,
                 file.sha256,
-                size=LARGEST_PICTURE if check else file.size,
+                size=LARGEST_IMAGE if check else file.size,
                 check=check or (file.check if file.sha256 is None else None),
                 report=report,
             )
         except DAMAGED as error:
-            if str(error).startswith("URLError"):  # 800 pictures need not all find out
-                self.unreachable[host] = _reason(error)
-            return _reason(error)
+            if str(error).startswith("URLError"):  # so that 800 images need not all find out
+                self.unreachable[host] = reason_of(error)
+            return reason_of(error)
         if file.sha256 is None and check is None:
             self._record(file, received, redacted(url))
         return ""
@@ -242,7 +229,7 @@ class _Run:
         return read_record(self.folder / RECORD)
 
     def _record(self, file: File, received: Received, source: str) -> None:
-        """Writes down, and says, what a file without a published digest was when it came first."""
+        """Record and print the digest of a file without a published one."""
         entry = {"sha256": received.sha256, "bytes": received.size, "source": source}
         if received.revision:
             entry["revision"] = received.revision
@@ -252,64 +239,39 @@ class _Run:
         say(f"recorded: {file.path}  {source}{at}  {received.size} bytes  SHA-256 {received.sha256}")
 
 
-def read_record(path: Path) -> dict[str, dict[str, Any]]:
-    """What downloads.json holds: path of a file -> what it was when it came. DownloadError for anything else."""
-    if not path.exists():
-        return {}
-    remedy = f"delete {path}, which is written anew; files whose digests are published are checked by these"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DownloadError(f"{path}: cannot be read ({_reason(error)})\nRemedy: {remedy}") from error
-    if not isinstance(entries, dict):
-        raise DownloadError(f"{path}: expected an object of files, got {type(entries).__name__}\nRemedy: {remedy}")
-    faults = [
-        f"{name}: expected an object with a SHA-256, got {str(entry)[:60]!r}"
-        for name, entry in entries.items()
-        if not (isinstance(entry, dict) and re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))))
-    ]
-    if faults:
-        raise DownloadError(error_list(str(path), faults, remedy))
-    return entries
-
-
-def _content_fault(file: File, path: Path) -> str:
-    """Why the file at `path` is another than it should be, or ""."""
+def _content_error(file: File, path: Path) -> str:
+    """Return why the content of the file is not as expected, or ""."""
     try:
         if file.check is not None:
             file.check(path)
     except DAMAGED as error:
-        return f"its content is that of another file: {_reason(error)}"
+        return f"its content is that of another file: {reason_of(error)}"
     return ""
 
 
-def _reason(error: Exception) -> str:
-    return redacted(" ".join(str(error).split())[:300] or type(error).__name__)
-
-
 def _some(names: Sequence[str]) -> str:
-    """How many, and up to three by name."""
+    """Return how many, and up to three by name."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} pictures ({', '.join(names[:3])}{more})"
+    return f"{len(names)} images ({', '.join(names[:3])}{more})"
 
 
 # ------------------------------------------------------------------------------------------------------------- command
 
 
 def table(names: Sequence[str], folder: Path) -> Iterator[str]:
-    """A line a file, separated by tabs: place, there or missing, SHA-256, bytes, home; then every picture's."""
+    """Yield one line per file, separated by tabs: path, there or missing, SHA-256, bytes, source; then the images."""
     for name in names:
-        for file in BENCHMARKS[name].files:
+        for file in benchmarks.named(name).files:
             there = any((folder / path).is_file() for path in (file.path, file.instead) if path)
-            yield "\t".join([file.path, _state(there), file.sha256 or "-", str(file.size or "-"), file.home])
-        pictures = BENCHMARKS[name].pictures
+            yield "\t".join([file.path, _state(there), file.sha256 or "-", str(file.size or "-"), file.source])
+        images = benchmarks.named(name).images
         try:
-            urls = pictures.urls(folder)
+            urls = images.urls(folder)
         except DAMAGED:
             urls = {"*": ""}  # the files that name them are not there yet
-        for picture, url in urls.items():
-            there = (folder / pictures.folder / picture).is_file()
-            yield "\t".join([f"{pictures.folder}/{picture}", _state(there), "-", "-", url or pictures.home])
+        for image, url in urls.items():
+            there = (folder / images.folder / image).is_file()
+            yield "\t".join([f"{images.folder}/{image}", _state(there), "-", "-", url or images.source])
 
 
 def _state(there: bool) -> str:
@@ -317,29 +279,33 @@ def _state(there: bool) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument(
+        "benchmarks", nargs="*", metavar="BENCHMARK", help=f"{', '.join(benchmarks.names())} (default: all)"
+    )
     parser.add_argument("--folder", type=Path, help=f"default: DAMA_BENCH_DATA, else {DEFAULT_FOLDER}")
     parser.add_argument("--mirror", default="", metavar="URL",
-                        help="a copy of a complete folder, asked instead of the homes; `python -m http.server` in one "
+                        help="a copy of a complete folder, used instead of the sources; `python -m http.server` in one "
                         "makes it a mirror")  # fmt: skip
     parser.add_argument("--accept", nargs="+", default=(), metavar="FILE",
                         help="files without a published digest, named as by --list: what is there now replaces what "
                         "was recorded")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="only print each file, its state, digest, bytes and home")
+    parser.add_argument("--list", action="store_true", help="only print each file, its state, digest, bytes and source")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or 2 after an error."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    names, folder = args.benchmarks or list(BENCHMARKS), args.folder or data_folder()
-    unknown = [name for name in names if name not in BENCHMARKS]
+    names, folder = args.benchmarks or benchmarks.names(), args.folder or data_folder()
+    unknown = [name for name in names if name not in benchmarks.names()]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(BENCHMARKS)}")
-    known = {path for name in names for path in BENCHMARKS[name].paths_without_digest()}
+        parser.error(f"unknown: {', '.join(unknown)}; expected some of {', '.join(benchmarks.names())}")
+    known = {path for name in names for path in benchmarks.named(name).paths_without_digest()}
     if wrong := [path for path in args.accept if path not in known]:
         parser.error(f"--accept {', '.join(wrong)}: expected some of {', '.join(sorted(known)) or 'none'}")
     try:

@@ -1,76 +1,90 @@
-"""Object HalBench: which COCO objects does a description name, and which of them are not in the picture?
+"""Object HalBench: which COCO objects does a description name, and which of them are not in the image?
 
-    bench = load(folder)                                  # 300 questions, ground truth, synonyms
-    requests(bench), DECODING                             # for llava.eval.generate, in the RLAIF-V protocol
-    score(bench, answers)                                 # objhal-rules: the words of the answer itself are matched
-    run = judge(bench, answers, JUDGE.settings(url), out)           # or replay(out, judge_requests(...))
-    score(bench, answers, run)                            # objhal-llm: what a judge finds named in the answer
+    bench = load(folder)                              # 300 questions, ground truth, synonyms
+    score(bench, answers)                             # objhal-rules: the words of the answer itself are matched
+    verdicts = JUDGE.ask(bench, answers, JUDGE.settings(url), out)
+    score(bench, answers, verdicts)                   # objhal-llm: what a judge finds named in the answer
 
 Both are paths of the official scorer (RLHF-V / RLAIF-V, after CHAIR, Rohrbach et al. 2018). By rules EVERY OCCURRENCE
-counts, with a judge each surface string once per answer, so that mention-level figures of the two are not comparable.
-Different from the original on purpose: upper case hides no object, a phrase hides none beside it, synonyms of three
-words match whole, words are split at any white space, "()" is an empty list, a verdict that cannot be read is counted
-and in no metric, and a metric with nothing to divide by is None. `official_quirks` reads verdicts as the original.
+counts, with a judge each surface string once per answer, so mention-level metrics of the two are not comparable.
+Different from the original on purpose: upper case hides no object, a phrase hides no object beside it, synonyms of
+three words match as a whole, words are split at any white space, "()" is an empty list, an unreadable verdict is
+counted and in no metric, and a metric with denominator 0 is None. `official_quirks` reads verdicts as the original.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from dama.chat import ChatRequest, ChatSettings
 from dama.console import say
 from dama.errors import error_list
-from eval.core.judge import QUIRKS, JudgeRun, OfficialJudge, after_thoughts, ask_judge
+from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn
+from eval.core.judge import JudgeRun, after_thoughts, ask_judge
+from eval.core.judged import Judge
+from eval.core.metrics import Metric
 from eval.core.nouns import FALLBACK, Tagger, rule_tagger, spacy_tagger
 from eval.core.objects import Mention, ObjectVocabulary
-from eval.core.official import REMEDY, official_prompt, read_json, read_records, refuse_faults
-from eval.core.scores import aligned
-from eval.core.statistics import Interval, paired_difference, ratio_interval
-from eval.core.types import Answer, Benchmark, Question
-
-if TYPE_CHECKING:
-    from llava.generation.request import Request
+from eval.core.official import REMEDY, official_prompt, raise_errors, read_json, read_records
+from eval.core.scores import QUIRKS, Score, Table, TableColumn, score_items
+from eval.core.sources import (
+    CAPTIONS,
+    COCO_ANNOTATIONS,
+    COCO_FOLDER,
+    COCO_NAME,
+    COCO_SOURCE,
+    GITHUB_RAW,
+    INSTANCES,
+    File,
+    ImageSource,
+    coco_urls,
+    files_of,
+    is_script,
+    members,
+    rows_with,
+)
+from eval.core.types import Answer, BenchmarkData, Parts, Question, Record, record_of
 
 PROTOCOL, JUDGED = "objhal-rules", "objhal-llm"
-DECODING: dict[str, Any] = {"max_new_tokens": 1024, "num_beams": 3, "temperature": 0.0}  # of llava.eval.generate
-JUDGE = OfficialJudge("gpt-3.5-turbo-0613", temperature=0.0, max_tokens=512)  # the original: at temperature 0.2
+DECODING: dict[str, Any] = {"max_new_tokens": 1024, "num_beams": 3, "temperature": 0.0}
 SHORTEST_ASKED = 4  # words; shorter answers name nothing and no judge is asked
 
 _PROMPT_SHA256 = "c3dc8146b288c75245224456441b366c51eb64a173436beb05fbffbd6bec06ff"
-_QUIRK_TEMPERATURE = 0.2
+_OFFICIAL_TEMPERATURE = 0.2
 _QUESTION = {"org_idx": (int,), "image_id": (int,), "question": (str,)}
-_IMAGE = "COCO_val2014_{:012d}.jpg"
 
 
 # ------------------------------------------------------------------------------------------------------ benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjHal(Benchmark):
-    """ground_truth: image_id of a question -> the nodes in its picture, possibly none."""
+class ObjHal(BenchmarkData):
+    """Questions with ground truth: image_id of a question -> the nodes in its image, possibly none."""
 
     ground_truth: Mapping[str, frozenset[str]]
     vocabulary: ObjectVocabulary
 
 
-def load(folder: str | Path) -> ObjHal:
-    """obj_halbench_300_questions.jsonl, gt_objects_300.json, synonyms_refine.txt of folder/objhal; coco/val2014.
+def load(folder: str | Path, mode: str = "rules") -> ObjHal:
+    """Read the questions, ground truth and synonyms in folder/objhal; both modes have the same questions.
 
-    The judge's prompt: folder/prompts/objhal_extract.txt, or a string in folder/objhal/eval_gpt_obj_halbench.py; rules
-    need none. Raises ValueError, naming file and fields, also for ground truth that is absent or no node.
+    The judge's prompt is folder/prompts/objhal_extract.txt, or a string in folder/objhal/eval_gpt_obj_halbench.py;
+    rules need none. Raises ValueError, naming file and fields, also for missing ground truth and unknown nodes.
     """
-    home, images = Path(folder) / "objhal", Path(folder) / "coco/val2014"
+    home, images = Path(folder) / "objhal", Path(folder) / COCO_FOLDER
     vocabulary = ObjectVocabulary.from_synonym_lines(_read_lines(home / "synonyms_refine.txt"))
     path = home / "obj_halbench_300_questions.jsonl"
     rows = read_records(path, _QUESTION)
     twice = [number for number, times in Counter(row["org_idx"] for row in rows).items() if times > 1]
-    refuse_faults(path, [f"field 'org_idx': {number} is used more than once" for number in twice])
+    raise_errors(path, [f"field 'org_idx': {number} is used more than once" for number in twice])
     truth = _read_truth(home / "gt_objects_300.json", [row["image_id"] for row in rows], vocabulary)
     questions = tuple(_question(row, truth[row["image_id"]]) for row in rows)
     scripts = [Path(folder) / "prompts/objhal_extract.txt", home / "eval_gpt_obj_halbench.py"]
@@ -80,38 +94,38 @@ def load(folder: str | Path) -> ObjHal:
 
 
 def _read_lines(path: Path) -> list[str]:
-    refuse_faults(path, [] if path.is_file() else ["missing"])
+    raise_errors(path, [] if path.is_file() else ["missing"])
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def _read_truth(path: Path, pictures: Iterable[int], vocabulary: ObjectVocabulary) -> dict[int, frozenset[str]]:
-    """COCO id -> nodes, of these pictures."""
+def _read_truth(path: Path, images: Iterable[int], vocabulary: ObjectVocabulary) -> dict[int, frozenset[str]]:
+    """Read COCO id -> nodes of these images."""
     rows = read_json(path)
-    refuse_faults(path, [] if isinstance(rows, dict) else [f"expected an object, got {type(rows).__name__}"])
-    faults = []
-    for picture in pictures:
-        nodes = rows.get(str(picture))
+    raise_errors(path, [] if isinstance(rows, dict) else [f"expected an object, got {type(rows).__name__}"])
+    errors = []
+    for image in images:
+        nodes = rows.get(str(image))
         if not isinstance(nodes, list):
-            faults.append(f"picture {picture}: expected a list of its objects, got {nodes!r}")
+            errors.append(f"image {image}: expected a list of its objects, got {nodes!r}")
         elif unknown := sorted(set(nodes) - vocabulary.nodes):
-            faults.append(f"picture {picture}: {unknown} are no nodes of synonyms_refine.txt")
-    refuse_faults(path, faults)
-    return {picture: frozenset(rows[str(picture)]) for picture in pictures}
+            errors.append(f"image {image}: {unknown} are no nodes of synonyms_refine.txt")
+    raise_errors(path, errors)
+    return {image: frozenset(rows[str(image)]) for image in images}
 
 
 def _question(row: Mapping[str, Any], truth: frozenset[str]) -> Question:
     listed = ", ".join(sorted(truth))
-    return Question(str(row["org_idx"]), _IMAGE.format(row["image_id"]), row["question"], listed)
+    return Question(str(row["org_idx"]), COCO_NAME.format(row["image_id"]), row["question"], listed)
 
 
 def ground_truth_from_coco(
-    instances: Mapping[str, Any], captions: Mapping[str, Any], pictures: Iterable[int], vocabulary: ObjectVocabulary
+    instances: Mapping[str, Any], captions: Mapping[str, Any], images: Iterable[int], vocabulary: ObjectVocabulary
 ) -> dict[int, list[str]]:
-    """COCO id -> sorted nodes: the categories of its instances, and what its reference captions name.
+    """Return COCO id -> sorted nodes: the categories of its instances, and what its reference captions name.
 
     instances, captions: the contents of COCO's instances_*.json and captions_*.json.
     """
-    found: dict[int, set[str]] = {picture: set() for picture in pictures}
+    found: dict[int, set[str]] = {image: set() for image in images}
     categories = {row["id"]: vocabulary.node_of[row["name"]] for row in instances["categories"]}
     for row in instances["annotations"]:
         if row["image_id"] in found:
@@ -119,19 +133,18 @@ def ground_truth_from_coco(
     for row in captions["annotations"]:
         if row["image_id"] in found:
             found[row["image_id"]] |= {mention.node for mention in vocabulary.mentions(row["caption"])}
-    return {picture: sorted(nodes) for picture, nodes in found.items()}
-
-
-def requests(bench: ObjHal) -> list[Request]:
-    """What the model is asked: the raw question."""
-    return bench.requests()
+    return {image: sorted(nodes) for image, nodes in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- judge
 
 
 def judge_requests(bench: ObjHal, answers: Iterable[Answer], *, official_quirks: bool = False) -> list[ChatRequest]:
-    """What the judge is asked about each answer of more than three words: the official prompt as a system message."""
+    """Ask about each answer of more than three words, with the official prompt as a system message.
+
+    The original scorer's requests are the same. Raises ValueError where the prompt is missing.
+    """
+    del official_quirks
     if not bench.judge_prompt:
         raise ValueError(
             "Object HalBench: expected the judge's prompt in prompts/objhal_extract.txt or "
@@ -140,36 +153,27 @@ def judge_requests(bench: ObjHal, answers: Iterable[Answer], *, official_quirks:
     return [
         ChatRequest(question.id, ({"role": "system", "content": _filled(bench.judge_prompt, question, answer)},))
         for question, answer in bench.answered(answers)
-        if len(_spoken(answer).split()) >= SHORTEST_ASKED
+        if len(_without_speaker(answer).split()) >= SHORTEST_ASKED
     ]
 
 
-def _spoken(answer: Answer) -> str:
+def _without_speaker(answer: Answer) -> str:
     return answer.text.replace("Assistant:", "").strip()
 
 
 def _filled(template: str, question: Question, answer: Answer) -> str:
-    """Both slots at once, so that braces in an answer are only braces."""
-    slots = {"{question}": question.prompt, "{answer}": _spoken(answer)}
+    """Fill both slots at once, so that braces in an answer stay braces."""
+    slots = {"{question}": question.prompt, "{answer}": _without_speaker(answer)}
     return re.sub("|".join(map(re.escape, slots)), lambda slot: slots[slot[0]], template)
 
 
-def judge(
-    bench: ObjHal,
-    answers: Iterable[Answer],
-    settings: ChatSettings,
-    out: str | Path,
-    *,
-    tries: int = 3,
-    official_quirks: bool = False,
+def _ask_as_original(
+    settings: ChatSettings, requests: Sequence[ChatRequest], out: str | Path, prompt_digest: str, *, runs: int = 1
 ) -> JudgeRun:
-    """Asks what each answer names and writes out/verdicts.jsonl. Unreadable lists are asked for up to `tries` times."""
-    read: Callable[[str], list[str] | None] = parse
-    if official_quirks:
-        read = parse_official
-        if settings.temperature is not None:  # None: left to the server
-            settings = replace(settings, temperature=_QUIRK_TEMPERATURE, top_p=1.0)
-    return ask_judge(settings, judge_requests(bench, answers), out, bench.prompt_digest, parse=read, tries=tries)
+    """Ask at temperature 0.2, again up to twice for what the original cannot read."""
+    if settings.temperature is not None:  # None: left to the server
+        settings = replace(settings, temperature=_OFFICIAL_TEMPERATURE, top_p=1.0)
+    return ask_judge(settings, requests, out, prompt_digest, parse=parse_official, runs=runs, tries=3)
 
 
 def parse(text: str) -> list[str] | None:
@@ -257,165 +261,173 @@ def parse_official(text: str) -> list[str] | None:
     return None
 
 
+JUDGE = Judge(
+    "gpt-3.5-turbo-0613",
+    temperature=0.0,  # the original: 0.2
+    max_tokens=512,
+    requests=judge_requests,
+    parse=parse,
+    parse_official=parse_official,
+    repeats=False,
+    ask_official=_ask_as_original,
+)
+
+
 # -------------------------------------------------------------------------------------------------------- scoring
 
 
 @dataclass(frozen=True)
 class ObjHalItem:
-    """One answer, the objects it names that count, and the nodes that are in its picture.
+    """One answer, the objects it names that count, and the nodes that are in its image.
 
-    marks: where the text names them. unparsed: the judge's verdict could not be read, so that nothing is known.
+    marks: where the text names them. unparsed: whether the judge's verdict could not be read.
     """
 
+    question: Question
     answer: Answer
     mentions: tuple[Mention, ...]
     marks: tuple[Mention, ...]
     truth: frozenset[str]
-    image: str = ""
     unparsed: bool = False
 
-    @property
+    @cached_property
     def hallucinated(self) -> tuple[Mention, ...]:
+        """The mentions of objects that are not in the image."""
         return tuple(mention for mention in self.mentions if mention.node not in self.truth)
 
-    @property
+    @cached_property
     def found(self) -> frozenset[str]:
+        """The nodes in the image that are mentioned."""
         return self.truth & {mention.node for mention in self.mentions}
 
     @property
     def words(self) -> int:
-        return len(_spoken(self.answer).split())
+        """Number of words of the answer."""
+        return len(_without_speaker(self.answer).split())
 
     @property
     def repeated(self) -> int:
-        """Objects named more than once by the same word: "a dog and a dog" is one, "a man and a woman" is none."""
+        """Number of words for objects that occur repeatedly: 1 for "a dog and a dog", 0 for "a man and a woman"."""
         return sum(count > 1 for count in Counter(mark.surface for mark in self.marks).values())
 
-    def spans(self) -> list[tuple[int, int, Literal["hallucinated", "correct"]]]:
-        """(start, end, kind) per mark, character offsets into the answer's text, for marking them in place."""
-        return [(m.start, m.end, "correct" if m.node in self.truth else "hallucinated") for m in self.marks]
+    def parts(self) -> Parts:
+        """Return metric -> [numerator, denominator]; rates in percent, words and objects per response."""
+        wrong, scored = 100.0 * bool(self.hallucinated), float(not self.unparsed)
+        parts = {
+            "response_level": (wrong, bool(self.mentions)),  # CHAIRs_refine
+            "chairs": (wrong, scored),
+            "mention_level": (100.0 * len(self.hallucinated), len(self.mentions)),  # CHAIRi
+            "object_recall": (100.0 * len(self.found), len(self.truth) * scored),
+            "mean_words": (self.words, 1),
+            "repeated_objects": (self.repeated, scored),
+        }
+        return {name: [float(above), float(below)] for name, (above, below) in parts.items()}
 
-    def record(self) -> dict[str, Any]:
-        """As in results.json."""
-        return {
-            "id": self.answer.id,
-            "image_id": self.answer.image_id,
-            "image": self.image,
-            "prompt": self.answer.prompt,
-            "text": self.answer.text,
-            "truth": sorted(self.truth),
-            "wrong": None if self.unparsed else bool(self.hallucinated),
-            "spans": [[start, end] for start, end, kind in self.spans() if kind == "hallucinated"],
-            "parts": {name: [float(number) for number in part(self)] for name, part in METRICS.items()},
-            "mentions": [
+    def record(self) -> Record:
+        """Return the record of results.json."""
+        return record_of(
+            self.question,
+            self.answer.text,
+            wrong=None if self.unparsed else bool(self.hallucinated),
+            parts=self.parts(),
+            image_id=self.question.image_id or self.answer.image_id,
+            truth=sorted(self.truth),
+            spans=[[mark.start, mark.end] for mark in self.marks if mark.node not in self.truth],
+            mentions=[
                 {"surface": m.surface, "node": m.node, "start": m.start, "end": m.end, "correct": m.node in self.truth}
                 for m in self.mentions
             ],
-            "missed": [] if self.unparsed else sorted(self.truth - self.found),
-            "words": self.words,
-            "repeated_objects": self.repeated,
-        }
+            missed=[] if self.unparsed else sorted(self.truth - self.found),
+            words=self.words,
+            repeated_objects=self.repeated,
+        )
 
 
-# Each metric is sum(first) / sum(second) over the items; rates in percent, words and objects per response.
-METRICS: dict[str, Callable[[ObjHalItem], tuple[float, float]]] = {
-    "response_level": lambda item: (100.0 * bool(item.hallucinated), bool(item.mentions)),  # CHAIRs_refine
-    "chairs": lambda item: (100.0 * bool(item.hallucinated), not item.unparsed),
-    "mention_level": lambda item: (100.0 * len(item.hallucinated), len(item.mentions)),  # CHAIRi
-    "object_recall": lambda item: (100.0 * len(item.found), 0 if item.unparsed else len(item.truth)),
-    "mean_words": lambda item: (item.words, 1),
-    "repeated_objects": lambda item: (item.repeated, 0 if item.unparsed else 1),
-}
-
-
-@dataclass(frozen=True)
-class ObjHalScore:
-    """metrics: the names of METRICS -> value with its 95 % bootstrap interval over pictures; None where undefined.
-
-    judge: as in results.json, None by rules. missing: ids of the questions without answer.
-    """
-
-    items: tuple[ObjHalItem, ...]
-    metrics: Mapping[str, Interval]
-    protocol: str = PROTOCOL
-    judge: Mapping[str, Any] | None = None
-    missing: tuple[str, ...] = ()
-
-    @property
-    def unparsed(self) -> tuple[str, ...]:
-        return tuple(item.answer.id for item in self.items if item.unparsed)
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "answers": len(self.items),
-            "missing": len(self.missing),
-            "unparsed": len(self.unparsed),
-            "answers_without_object": sum(not item.mentions and not item.unparsed for item in self.items),
-            "mentions": sum(len(item.mentions) for item in self.items),
-            "hallucinated_mentions": sum(len(item.hallucinated) for item in self.items),
-            "objects_in_pictures": sum(len(item.truth) for item in self.items),
-        }
-
-    def metrics_record(self) -> dict[str, float | None]:
-        """As in results.json."""
-        return {name: interval.value for name, interval in self.metrics.items()}
+METRICS = (
+    Metric("response_level", "response-level %", "lower"),
+    Metric("chairs", "CHAIRs %", "lower"),
+    Metric("mention_level", "mention-level %", "lower"),
+    Metric("object_recall", "object recall %"),
+    Metric("mean_words", "mean words", None),
+    Metric("repeated_objects", "repeated objects", "lower", 2),
+)
 
 
 def score(
     bench: ObjHal,
     answers: Iterable[Answer],
-    run: JudgeRun | None = None,
+    verdicts: JudgeRun | None = None,
     *,
     tagger: Tagger | None = None,
     official_quirks: bool = False,
-) -> ObjHalScore:
-    """By rules, or from a judge's verdicts where there is a run of them.
+) -> Score:
+    """Score by rules, or from a judge's verdicts where they are given.
 
     tagger: finds the nouns in what the judge extracted; spaCy's en_core_web_trf where it can be loaded, else rules, and
-    then the protocol says so. ValueError for an answer that the judge was not asked about.
+    then the protocol says so. Raises ValueError for an answer that the judge was not asked about.
     """
     answered = bench.answered(answers)
-    missing = tuple(sorted({question.id for question in bench.questions} - {question.id for question, _ in answered}))
-    named = [replace(answer, image_id=question.image_id) for question, answer in answered]
-    images = {question.image_id: question.image for question, _ in answered}
-    if run is None:
+    if verdicts is None:
         if official_quirks:
-            raise ValueError(f"{PROTOCOL}: official_quirks are those of {JUDGED}; give its verdicts or leave it out")
-        return replace(score_captions(named, bench.ground_truth, bench.vocabulary, images), missing=missing)
+            raise ValueError(
+                f"{PROTOCOL}: expected no official_quirks, got them; they are those of {JUDGED}\n"
+                "Remedy: give the judge's verdicts, or leave them out"
+            )
+        items = [_item(*pair, bench.ground_truth[pair[0].image_id], bench.vocabulary) for pair in answered]
+        return _score(items, PROTOCOL, bench.questions)
     tagger = tagger or spacy_tagger() or _fallback(bench.vocabulary)
-    extracted = _extracted(named, run, parse_official if official_quirks else parse)
-    items = tuple(
-        _judged_item(answer, extracted[answer.id], bench, images[answer.image_id], tagger, official_quirks)
-        for answer in named
-    )
+    extracted = _extracted(answered, verdicts, parse_official if official_quirks else parse)
+    items = [_judged_item(*pair, extracted[pair[1].id], bench, tagger, official_quirks) for pair in answered]
     label = JUDGED + f"-{FALLBACK}" * (tagger.name == FALLBACK) + QUIRKS * official_quirks
-    return replace(_score(items, label), judge=run.provenance(), missing=missing)
+    return _score(items, label, bench.questions, verdicts.provenance())
+
+
+def _score(
+    items: Sequence[ObjHalItem],
+    protocol: str,
+    questions: Iterable[Question],
+    judge: Mapping[str, Any] | None = None,
+) -> Score:
+    counts = {
+        "unparsed": sum(item.unparsed for item in items),
+        "answers_without_object": sum(not item.mentions and not item.unparsed for item in items),
+        "mentions": sum(len(item.mentions) for item in items),
+        "hallucinated_mentions": sum(len(item.hallucinated) for item in items),
+        "objects_in_pictures": sum(len(item.truth) for item in items),
+    }
+    records = [item.record() for item in items]
+    return score_items(protocol, METRICS, records, questions, counts=counts, judge=judge)
 
 
 def _fallback(vocabulary: ObjectVocabulary) -> Tagger:
-    say(f"{JUDGED}: spaCy's en_core_web_trf cannot be loaded, so rules find the nouns; figures labelled {FALLBACK}")
+    say(f"{JUDGED}: spaCy's en_core_web_trf cannot be loaded, so rules find the nouns; metrics labeled {FALLBACK}")
     return rule_tagger(vocabulary.words)
 
 
 def _extracted(
-    answers: Sequence[Answer], run: JudgeRun, read: Callable[[str], list[str] | None]
+    answered: Sequence[tuple[Question, Answer]], run: JudgeRun, read: Callable[[str], list[str] | None]
 ) -> dict[str, list[str] | None]:
-    """Answer id -> what the judge found named in it; None where its verdict is no list."""
+    """Return answer id -> the objects that the judge lists for it; None where its verdict is no list."""
     verdicts = {verdict.id: verdict.text for verdict in run.verdicts}
-    long = {answer.id for answer in answers if len(_spoken(answer).split()) >= SHORTEST_ASKED}
-    faults = [f"answer {id_!r}: no verdict" for id_ in sorted(long - verdicts.keys())]
-    faults += [f"verdict on {id_!r}: there is no such answer" for id_ in sorted(verdicts.keys() - long)]
-    if faults:
-        raise ValueError(error_list("verdicts", faults, "score the answers that the judge was asked about"))
-    return {answer.id: read(verdicts[answer.id] or "") if answer.id in long else [] for answer in answers}
+    long = {answer.id for _, answer in answered if len(_without_speaker(answer).split()) >= SHORTEST_ASKED}
+    errors = [f"answer {id_!r}: no verdict" for id_ in sorted(long - verdicts.keys())]
+    errors += [f"verdict on {id_!r}: there is no such answer" for id_ in sorted(verdicts.keys() - long)]
+    if errors:
+        raise ValueError(error_list("verdicts", errors, "score the answers that the judge was asked about"))
+    return {answer.id: read(verdicts[answer.id] or "") if answer.id in long else [] for _, answer in answered}
 
 
 def _judged_item(
-    answer: Answer, objects: list[str] | None, bench: ObjHal, image: str, tagger: Tagger, official_quirks: bool
+    question: Question,
+    answer: Answer,
+    objects: list[str] | None,
+    bench: ObjHal,
+    tagger: Tagger,
+    official_quirks: bool,
 ) -> ObjHalItem:
-    truth, vocabulary = bench.ground_truth[answer.image_id], bench.vocabulary
+    truth, vocabulary = bench.ground_truth[question.image_id], bench.vocabulary
     if objects is None:
-        return ObjHalItem(answer, (), (), truth, image, unparsed=True)
+        return ObjHalItem(question, answer, (), (), truth, unparsed=True)
     surfaces: dict[str, None] = {}
     for name in objects:
         named = vocabulary.surfaces_of(tagger.words(f"a {name}"), official_quirks=official_quirks)
@@ -426,94 +438,142 @@ def _judged_item(
     mentions = [Mention(surface, vocabulary.node_of[surface.lower()]) for surface in surfaces if surface in known]
     nodes = {mention.node for mention in mentions}
     marks = tuple(mark for mark in vocabulary.mentions(answer.text) if mark.node in nodes)
-    place = {mark.surface: mark for mark in reversed(marks)}
-    return ObjHalItem(answer, tuple(place.get(m.surface, m) for m in mentions), marks, truth, image)
+    first_mark = {mark.surface: mark for mark in reversed(marks)}
+    return ObjHalItem(question, answer, tuple(first_mark.get(m.surface, m) for m in mentions), marks, truth)
 
 
 def score_captions(
-    captions: Iterable[Answer],
-    ground_truth: Mapping[str, Collection[str]],
-    vocabulary: ObjectVocabulary,
-    images: Mapping[str, str] | None = None,
-) -> ObjHalScore:
-    """Scores captions by rules, against image_id -> nodes in that picture (possibly none). images: id -> file name.
+    captions: Iterable[Answer], ground_truth: Mapping[str, Collection[str]], vocabulary: ObjectVocabulary
+) -> Score:
+    """Score captions by rules, against image_id -> nodes in that image (possibly none).
 
-    Raises ValueError for a caption whose picture has no ground truth, and for a node that the vocabulary lacks.
+    Raises ValueError for a caption whose image has no ground truth, and for a node that is not in the vocabulary.
     """
-    return _score(tuple(_item(answer, ground_truth, vocabulary, images or {}) for answer in captions), PROTOCOL)
+    captions = list(captions)
+    truth = {answer.id: _truth_of(answer, ground_truth, vocabulary) for answer in captions}
+    questions = [Question(a.id, "", a.prompt, ", ".join(sorted(truth[a.id]))) for a in captions]
+    items = [_item(question, a, truth[a.id], vocabulary) for question, a in zip(questions, captions)]
+    return _score(items, PROTOCOL, questions)
 
 
-def _score(items: tuple[ObjHalItem, ...], protocol: str) -> ObjHalScore:
-    groups = [item.answer.image_id for item in items]
-    metrics = {name: ratio_interval(*_sums(items, name), groups) for name in METRICS}
-    return ObjHalScore(items, metrics, protocol)
+def _item(question: Question, answer: Answer, truth: frozenset[str], vocabulary: ObjectVocabulary) -> ObjHalItem:
+    mentions = tuple(vocabulary.mentions(answer.text))
+    return ObjHalItem(question, answer, mentions, mentions, truth)
 
 
-def _item(
-    answer: Answer,
-    ground_truth: Mapping[str, Collection[str]],
-    vocabulary: ObjectVocabulary,
-    images: Mapping[str, str],
-) -> ObjHalItem:
+def _truth_of(
+    answer: Answer, ground_truth: Mapping[str, Collection[str]], vocabulary: ObjectVocabulary
+) -> frozenset[str]:
     if answer.image_id not in ground_truth:
         raise ValueError(
-            f"answer {answer.id!r}: image_id {answer.image_id!r} is not among the {len(ground_truth)} pictures with "
-            "ground truth; score the answers with the ground truth of their own pictures (ids are text)"
+            f"answer {answer.id!r}: image_id {answer.image_id!r} is not among the {len(ground_truth)} images with "
+            "ground truth; score the answers with the ground truth of their own images (ids are strings)"
         )
     truth = frozenset(ground_truth[answer.image_id])
     if unknown := truth - vocabulary.nodes:
         raise ValueError(
-            f"ground truth of picture {answer.image_id!r}: {sorted(unknown)} are no nodes of the vocabulary, so no "
+            f"ground truth of image {answer.image_id!r}: {sorted(unknown)} are no nodes of the vocabulary, so no "
             "caption can name them; use the vocabulary that the ground truth was made with"
         )
-    mentions = tuple(vocabulary.mentions(answer.text))
-    return ObjHalItem(answer, mentions, mentions, truth, images.get(answer.image_id, ""))
+    return truth
 
 
-def _sums(items: Sequence[ObjHalItem], metric: str) -> tuple[list[float], list[float]]:
-    pairs = [METRICS[metric](item) for item in items]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+format_table = Table(
+    (
+        TableColumn("response_level", "response-level %", interval=True),
+        TableColumn("mention_level", "mention-level %", interval=True),
+        TableColumn("object_recall", "object recall %", interval=True),
+        TableColumn("mean_words", "mean words", interval=True),
+        TableColumn("repeated_objects", "repeated objects", 2, interval=True),
+    ),
+    unparsed=False,
+    note="no readable list from the judge",
+)
 
 
-def difference(first: ObjHalScore, second: ObjHalScore) -> dict[str, Interval]:
-    """first - second per metric, with a paired bootstrap interval. ValueError unless both answer the same questions."""
-    ours, theirs = ({item.answer.id: item for item in score.items} for score in (first, second))
-    if ours.keys() != theirs.keys():
-        raise ValueError(
-            f"paired difference: {len(ours.keys() ^ theirs.keys())} question ids are in one of the two scores only "
-            f"(of {len(ours)} and {len(theirs)}); score both models on the same questions"
-        )
-    items, others = list(ours.values()), [theirs[key] for key in ours]
-    groups = [item.answer.image_id for item in items]
-    return {name: paired_difference(_sums(items, name), _sums(others, name), groups) for name in METRICS}
+# ------------------------------------------------------------------------------------------------------- benchmark
+
+_RLAIF_V = f"{GITHUB_RAW}/RLHF-V/RLAIF-V/83d917b2e8118ca8e7877a796d72af9bb3e6b356/eval"
+_QUESTIONS = "objhal/obj_halbench_300_questions.jsonl"
+_SYNONYMS = {"synonyms_refine.txt": (3594, "681041d2958d7871ed6fa69c3108f34aa6a0a354eb53ed4c5a425e65f86bc72a")}
+_PACKAGE = File(
+    "objhal/obj_halbench_300_with_image.jsonl",
+    f"{_RLAIF_V}/data/obj_halbench_300_with_image.jsonl",
+    check=rows_with("org_idx", "image_id", "question", "image"),
+)
 
 
-_COLUMNS = {
-    "response_level": ("response-level %", 1),
-    "mention_level": ("mention-level %", 1),
-    "object_recall": ("object recall %", 1),
-    "mean_words": ("mean words", 1),
-    "repeated_objects": ("repeated objects", 2),
-}
+def _make_questions(package: Path, data: Path) -> bytes:
+    """Return the package's rows without their images."""
+    del data
+    fields = ("org_idx", "image_id", "question")
+    rows = ({name: row[name] for name in fields} for row in read_json(package))
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def format_table(rows: Mapping[str, ObjHalScore]) -> str:
-    """One aligned line per model: each figure as "value [low, high]" with its 95 % interval, or n/a, and its protocol.
-
-    Below: the answers that are in no metric but the words, and the questions without answer.
-    """
-    lines = [["", "protocol", *(title for title, _ in _COLUMNS.values())]]
-    for name, score in rows.items():
-        cells = (_cell(score.metrics[key], decimals) for key, (_, decimals) in _COLUMNS.items())
-        lines.append([name, score.protocol, *cells])
-    notes = []
-    for name, score in rows.items():
-        for what, ids in (("no readable list from the judge", score.unparsed), ("no answer", score.missing)):
-            notes += [f"{name}: {what}: {len(ids)} of {len(score.items) + len(score.missing)}"] * bool(ids)
-    return "\n".join([aligned(lines), *notes])
+def _make_ground_truth(package: Path, data: Path) -> bytes:
+    """Return image_id -> the COCO objects in the image, from COCO's annotations."""
+    vocabulary = ObjectVocabulary.from_synonym_lines((data / "objhal/synonyms_refine.txt").read_text().splitlines())
+    images = [row["image_id"] for row in read_json(data / _QUESTIONS)]
+    contents = {name: json.loads(content) for name, content in members(package, (INSTANCES, CAPTIONS))}
+    objects = ground_truth_from_coco(contents[INSTANCES], contents[CAPTIONS], images, vocabulary)
+    return json.dumps({str(image): found for image, found in objects.items()}, indent=0).encode()
 
 
-def _cell(interval: Interval, decimals: int) -> str:
-    if interval.value is None:
-        return "n/a"
-    return f"{interval.value:.{decimals}f} [{interval.low:.{decimals}f}, {interval.high:.{decimals}f}]"
+def _image_urls(data: Path) -> dict[str, str]:
+    return coco_urls(COCO_NAME.format(row["image_id"]) for row in read_json(data / _QUESTIONS))
+
+
+def _take_images(package: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    for row in read_json(package):
+        name = COCO_NAME.format(row["image_id"])
+        if name in names:
+            yield name, base64.b64decode(row["image"])
+
+
+BENCHMARK = Benchmark(
+    name="objhal",
+    title="Object HalBench",
+    wrong="names an object that is not in the image",
+    files=(
+        *files_of("objhal", f"{_RLAIF_V}/data", _SYNONYMS),
+        File(
+            _QUESTIONS,
+            sha256="cd472b9e4053197fa0d669bf45a72d86629c294f18942070bc6d316b87b92c93",
+            size=51200,
+            package=_PACKAGE,
+            make=_make_questions,
+        ),
+        File(
+            "objhal/gt_objects_300.json",
+            sha256="48066570e510991b82d25bdcb6b95c027543eb398fa226a08b81ee8e0aed26cc",
+            size=13872,
+            package=COCO_ANNOTATIONS,
+            make=_make_ground_truth,
+        ),
+        File(
+            "objhal/eval_gpt_obj_halbench.py",
+            f"{_RLAIF_V}/eval_gpt_obj_halbench.py",
+            instead="prompts/objhal_extract.txt",
+            judge_only=True,
+            check=is_script,
+        ),
+    ),
+    images=ImageSource(COCO_FOLDER, _image_urls, COCO_SOURCE, _PACKAGE, _take_images),
+    load=load,
+    parts=(Part(DECODING),),
+    score=score,
+    metrics=METRICS,
+    columns=(
+        SummaryColumn("response_level", "ObjHal resp."),
+        SummaryColumn("mention_level", "ObjHal ment.", rim=50),
+    ),
+    modes=(
+        Mode("rules", "the answer's own words, no judge", quirks=False),
+        Mode("llm", "a judge extracts the objects; not comparable with rules", judged=True),
+    ),
+    judge=JUDGE,
+    table=format_table,
+    published_file=Path(__file__).with_name("objhal_published.json"),
+    aliases=("TinyCOCO captions",),
+)

@@ -1,14 +1,36 @@
-addEventListener("error", event => {
+function fail(message) {
   const note = document.getElementById("broken");
-  note.textContent = `Items cannot be shown: ${event.message}. Write the page anew with python -m eval.page.`;
+  note.textContent = `Items cannot be shown: ${message}. Write the page anew with python -m eval.page.`;
   note.hidden = false;
-});
-const read = id => JSON.parse(document.getElementById(id).textContent);
-const items = read("items-data"), pictures = read("pictures-data"), names = read("names-data");
+}
+addEventListener("error", event => fail(event.message));
+addEventListener("unhandledrejection", event => fail(event.reason));
+const dataOf = id => document.getElementById(id).textContent;
+const images = JSON.parse(dataOf("images-data")), names = JSON.parse(dataOf("names-data"));
+let items = [];
 const list = document.getElementById("items"), more = document.getElementById("more");
 const filters = document.getElementById("filters"), count = document.getElementById("count");
 const CHUNK = 30;  // items that are built at a time
 let found = [], built = 0;
+
+async function unpack(text) {  // as eval/page_items.py describes
+  if (!window.DecompressionStream) throw "this browser is too old (Chrome 80, Firefox 113 or Safari 16.4 are enough)";
+  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const content = JSON.parse(await new Response(stream).text()), texts = content.texts;
+  const all = numbers => numbers.map(number => texts[number]), marks = [null, "hallucinated", "correct"];
+  const piecesOf = numbers => {
+    const pieces = [];
+    for (let i = 0; i < numbers.length; i += 2) pieces.push([texts[numbers[i]], marks[numbers[i + 1]]]);
+    return pieces;
+  };
+  const answerFrom = ([outcome, pieces, facts, verdicts]) =>
+    ({ outcome: texts[outcome], pieces: piecesOf(pieces), facts: all(facts), verdicts: all(verdicts) });
+  return content.items.map(([id, image, number, prompt, truth, context, tags, state, answers]) => ({
+    id: texts[id], image: texts[image], number, prompt: texts[prompt], truth: all(truth), context: texts[context],
+    tags: all(tags), state: texts[state], answers: answers.map(answerFrom),
+  }));
+}
 
 const element = (tag, text, kind) => {
   const made = document.createElement(tag);
@@ -19,7 +41,7 @@ const element = (tag, text, kind) => {
 const copy = id => document.getElementById(id).content.firstElementChild.cloneNode(true);
 const written = number => number.toLocaleString("en");
 const SIGNS = { wrong: "✗ wrong", right: "✓ right", unparsed: "? unparsed", missing: "– no answer" };
-const TITLES = { hallucinated: "not in the picture", correct: "in the picture" };
+const TITLES = { hallucinated: "not in the image", correct: "in the image" };
 
 function answerOf(answer, number) {
   const box = copy("answer");
@@ -42,13 +64,13 @@ function answerOf(answer, number) {
 }
 
 function cardOf(item) {
-  const card = copy("item"), picture = pictures[item.picture], frame = card.querySelector(".picture");
-  if (picture) {
-    const [url, width, height] = picture;
-    const image = Object.assign(element("img"), { loading: "lazy", decoding: "async", alt: `Picture ${item.image}` });
-    Object.assign(image, { width, height, src: url });
+  const card = copy("item"), shown = images[item.number], frame = card.querySelector(".image");
+  if (shown) {
+    const [data, width, height] = shown;
+    const image = Object.assign(element("img"), { loading: "lazy", decoding: "async", alt: `Image ${item.image}` });
+    Object.assign(image, { width, height, src: `data:image/webp;base64,${data}` });
     frame.append(image);
-  } else frame.append(element("p", item.image ? `${item.image}: not there` : "no picture", "small"));
+  } else frame.append(element("p", item.image ? `${item.image}: missing` : "no image", "small"));
   card.setAttribute("aria-label", `Item ${item.id}`);
   card.querySelector(".id").textContent = item.id;
   for (const tag of item.tags) card.querySelector(".meta").append(element("span", tag, "tag"));
@@ -67,7 +89,7 @@ function build() {
   built += part.length;
   more.hidden = built >= found.length;
   more.textContent = `Show more (${written(found.length - built)})`;
-  watcher.unobserve(more);  // and observe anew, which tells at once when the end is still in sight
+  watcher.unobserve(more);  // and observe anew, which reports at once when the end is still in sight
   watcher.observe(more);
 }
 
@@ -106,4 +128,8 @@ document.addEventListener("keydown", event => {
   const keys = { "/": () => filters.elements.words.focus(), j: () => step(1), k: () => step(-1) };
   if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
 });
-choose();
+unpack(dataOf("items-data")).then(found => {
+  items = found;
+  choose();
+  document.body.dataset.ready = "";
+});

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,59 +15,65 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import report_error, say, write_atomic
+from dama.errors import error_list
+from eval import benchmarks
+from eval.core.benchmark import SummaryColumn
 from eval.core.official import read_json
 from eval.core.scores import aligned, cell
+from eval.results import unknown_metrics
 
-OTHER = "*"  # marks figures of another protocol or judge than the column's first
+OTHER = "*"  # marks metrics of another protocol or judge than the column's first
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of the table; `better` is "up" or "down". rim: the value that is drawn farthest out (figures that are
-    better down have it in the centre, and 0 at the rim); None leaves the figure out of the chart."""
+    """A column of the table: a benchmark's metric. lower: whether lower values are better."""
 
     benchmark: str
-    metric: str
-    title: str
-    better: str
-    rim: float | None = 100
-    decimals: int = 1
+    shown: SummaryColumn
+    lower: bool
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric in results.json."""
+        return self.shown.metric
 
     @property
     def heading(self) -> str:
-        return f"{self.title} {'+' if self.better == 'up' else '-'}"
+        """Title with + or - for the better direction."""
+        return f"{self.shown.title} {'-' if self.lower else '+'}"
 
 
-COLUMNS = (
-    Column("objhal", "response_level", "ObjHal resp.", "down"),
-    Column("objhal", "mention_level", "ObjHal ment.", "down", rim=50),
-    Column("amber", "chair", "AMBER CHAIR", "down", rim=20),
-    Column("amber", "cover", "Cover", "up"),
-    Column("amber", "hal", "Hal", "down"),
-    Column("amber", "cog", "Cog", "down", rim=None),
-    Column("amber", "f1", "AMBER F1", "up"),
-    Column("mmhal", "score", "MMHal", "up", rim=6, decimals=2),
-    Column("mmhal", "hallucination_rate", "MMHal hal.", "down"),
-    Column("llavabench", "relative", "LLaVA-Bench", "up"),
-    Column("mmvet", "total", "MM-Vet", "up"),
-    Column("pope", "mean_f1", "POPE F1", "up"),
-)
+def columns() -> list[Column]:
+    """Return the columns of all benchmarks, in the order of the tuple."""
+    return [
+        Column(benchmark.name, shown, benchmark.metric(shown.metric).better == "lower")
+        for benchmark in benchmarks.BENCHMARKS
+        for shown in benchmark.columns
+    ]
+
 
 Results = Mapping[str, Mapping[str, Any]]
 """Benchmark -> the content of its results.json."""
 
 
 def read_results(run: Path) -> dict[str, dict[str, Any]]:
-    """What there is in a model's folder."""
-    paths = {name: run / name / "results.json" for name in dict.fromkeys(column.benchmark for column in COLUMNS)}
-    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    """Read the results.json files in a model's folder. Raises ValueError for metrics that a benchmark does not have."""
+    paths = {name: run / name / "results.json" for name in benchmarks.names()}
+    results = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    for name, content in results.items():
+        if errors := unknown_metrics(content, benchmarks.named(name)):
+            remedy = "score the answers anew with eval.evaluate"
+            raise ValueError(error_list(str(paths[name]), errors, remedy))
+    return results
 
 
 def format_table(models: Mapping[str, Results]) -> str:
-    """One line a model, n/a where a benchmark has no result; below it the protocols."""
-    lines = [["", "", *(column.heading for column in COLUMNS)]]
+    """Format one line per model, n/a where a benchmark has no result; below it the protocols."""
+    shown = columns()
+    lines = [["", "", *(column.heading for column in shown)]]
     for name, results in models.items():
-        lines.append([name, "", *(_cell(models, results, column) for column in COLUMNS)])
+        lines.append([name, "", *(_cell(models, results, column) for column in shown)])
     return "\n".join([aligned(lines), "+ higher is better, - lower is better", *_protocols(models)])
 
 
@@ -74,7 +81,7 @@ def _cell(models: Mapping[str, Results], results: Results, column: Column) -> st
     if column.benchmark not in results:
         return "n/a"
     result = results[column.benchmark]
-    text = cell(result["metrics"].get(column.metric), column.decimals)
+    text = cell(result["metrics"].get(column.metric), column.shown.decimals)
     return text + OTHER * (_protocol(result) != _first_protocol(models, column.benchmark))
 
 
@@ -89,9 +96,9 @@ def _first_protocol(models: Mapping[str, Results], benchmark: str) -> str:
 
 
 def _protocols(models: Mapping[str, Results]) -> list[str]:
-    """A line for each benchmark; another one for what may not be compared with it."""
+    """Return a line for each benchmark, and another one for results that are not comparable with the first."""
     lines = []
-    for benchmark in dict.fromkeys(column.benchmark for column in COLUMNS):
+    for benchmark in benchmarks.names():
         named = {name: _protocol(results[benchmark]) for name, results in models.items() if benchmark in results}
         if not named:
             continue
@@ -103,37 +110,32 @@ def _protocols(models: Mapping[str, Results]) -> list[str]:
 
 
 def reach(column: Column, value: float) -> float:
-    """How far out a figure is drawn, 0 to 1; farther is better."""
-    assert column.rim is not None
-    share = min(1.0, max(0.0, value / column.rim))
-    return share if column.better == "up" else 1 - share
+    """Return how far out a value is drawn, 0 to 1; farther is better."""
+    assert column.shown.rim is not None
+    share = min(1.0, max(0.0, value / column.shown.rim))
+    return 1 - share if column.lower else share
 
 
 def radar(models: Mapping[str, Results]) -> bytes | None:
-    """A PNG: an axis for each figure that all models have, farther out is better; None for fewer than three."""
-    import math
-
+    """Draw a PNG with an axis for each metric that all models have, farther out is better; None for fewer than 3."""
     from matplotlib.figure import Figure
 
-    def value(results: Results, column: Column) -> float | None:
-        return results.get(column.benchmark, {}).get("metrics", {}).get(column.metric)
-
-    axes = [
-        column
-        for column in COLUMNS
-        if column.rim is not None and all(value(results, column) is not None for results in models.values())
-    ]
+    values = {
+        column: [results.get(column.benchmark, {}).get("metrics", {}).get(column.metric) for results in models.values()]
+        for column in columns()
+        if column.shown.rim is not None
+    }
+    axes = [column for column, numbers in values.items() if None not in numbers]
     if len(axes) < 3:
         return None
     angles = [2 * math.pi * i / len(axes) for i in range(len(axes))]
     figure = Figure(figsize=(8, 7), layout="constrained")
     chart = figure.add_subplot(projection="polar")
-    for name, results in models.items():
-        figures = [float(value(results, column) or 0.0) for column in axes]
-        reached = [reach(column, number) for column, number in zip(axes, figures)]
+    for number, name in enumerate(models):
+        reached = [reach(column, float(values[column][number])) for column in axes]
         chart.plot([*angles, angles[0]], [*reached, reached[0]], marker="o", label=name)
         chart.fill(angles, reached, alpha=0.1)
-    chart.set_xticks(angles, [_tick(column, [value(r, column) for r in models.values()]) for column in axes])
+    chart.set_xticks(angles, [_tick(column, values[column]) for column in axes])
     chart.tick_params(axis="x", pad=26)
     chart.set_ylim(0, 1)
     chart.set_yticks([0.25, 0.5, 0.75], [""] * 3)
@@ -145,13 +147,14 @@ def radar(models: Mapping[str, Results]) -> bytes | None:
 
 
 def _tick(column: Column, values: Sequence[float | None]) -> str:
-    """An axis' name, its figures in the order of the legend, and what lies at centre and rim."""
-    ends = (0, column.rim) if column.better == "up" else (column.rim, 0)
-    return f"{column.title}\n{' / '.join(cell(v, column.decimals) for v in values)}\n({ends[0]} to {ends[1]})"
+    """Label an axis: its name, its values in the order of the legend, and the values at center and rim."""
+    ends = (column.shown.rim, 0) if column.lower else (0, column.shown.rim)
+    shown = " / ".join(cell(value, column.shown.decimals) for value in values)
+    return f"{column.shown.title}\n{shown}\n({ends[0]} to {ends[1]})"
 
 
-def summarise(models: Mapping[str, Results], out: Path) -> None:
-    """Prints the table, and writes it to out/summary.txt; out/radar.png of three figures or more."""
+def summarize(models: Mapping[str, Results], out: Path) -> None:
+    """Print the table and write it to out/summary.txt; write out/radar.png where there are three metrics or more."""
     table, chart = format_table(models), radar(models)
     say(table)
     write_atomic(out / "summary.txt", table + "\n")
@@ -159,10 +162,11 @@ def summarise(models: Mapping[str, Results], out: Path) -> None:
         write_atomic(out / "radar.png", chart)
         say(f"summary: {out / 'summary.txt'}, {out / 'radar.png'}")
     else:
-        say(f"summary: {out / 'summary.txt'}; no chart, because the models have fewer than three figures in common")
+        say(f"summary: {out / 'summary.txt'}; no chart, because the models have fewer than three metrics in common")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m eval.summary", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of models, as eval.evaluate writes them")
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="for summary.txt, radar.png (%(default)s)")
@@ -172,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not any(models.values()):
             folders = ", ".join(map(str, args.runs))
             raise ValueError(f"expected results.json of a benchmark in {folders}, got none; run eval.evaluate first")
-        summarise(models, args.out)
+        summarize(models, args.out)
     except Exception as error:
         report_error(error, "summary")
         return 2

@@ -57,6 +57,7 @@ class Conversation:
     skip_next: bool = False
 
     def get_prompt(self) -> str:
+        """Return the conversation as one prompt."""
         return "".join(segment.text for segment in self.get_segments())
 
     def get_segments(self) -> list[Segment]:
@@ -81,6 +82,7 @@ class Conversation:
         return [(self.roles[0], tagged), (self.roles[1], "Received."), (role, question), *messages[1:]]
 
     def append_message(self, role: str, message: Message) -> None:
+        """Add a message; None leaves room for the model's answer."""
         self.messages.append([role, message])
 
     def process_image(
@@ -96,6 +98,7 @@ class Conversation:
 
         Returns:
             A PIL image, or its `image_format` bytes in base64.
+
         Raises:
             ValueError: unknown mode.
         """
@@ -166,6 +169,7 @@ class Template:
     offset: int = 0
 
     def copy(self) -> Conversation:
+        """Return a conversation that can be changed without changing this one."""
         messages = [[role, text] for role, text in self.messages]
         return Conversation(
             self.system, self.roles, messages, self.offset, self.sep_style, self.sep, self.sep2, self.version
@@ -173,6 +177,7 @@ class Template:
 
 
 def text_of(message: Message) -> Any:
+    """Return a message's text, also where it comes with an image."""
     return message[0] if isinstance(message, tuple) else message
 
 
@@ -252,6 +257,7 @@ def shrink(image: Image.Image, max_len: int, min_len: int) -> Image.Image:
 
 
 def encode_base64(image: Image.Image, image_format: str) -> str:
+    """Return the image's file content in base64."""
     buffer = BytesIO()
     image.save(buffer, format=image_format)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -31,7 +31,7 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
 
 
 def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
-    """The image in the middle of a square of that colour, or itself when it is square.
+    """The image in the middle of a square of that color, or itself when it is square.
 
     Raises:
         ImageError: the square would be too large, see `dama.images.exceeded_limit`.
@@ -49,7 +49,7 @@ def expand2square(pil_img: Image.Image, background_color: Any) -> Image.Image:
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Any:
     """The pixel values of RGB images, as `model_cfg.image_aspect_ratio` says.
 
-    "pad" fills up to a square of the processor's mean colour, "anyres" cuts into patches beside the whole image
+    "pad" fills up to a square of the processor's mean color, "anyres" cuts into patches beside the whole image
     (`model_cfg.image_grid_pinpoints`), anything else leaves it to the processor, which crops the middle.
 
     Returns:
@@ -72,7 +72,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
 
 
 def pixel_values(images: Sequence[Image.Image], image_processor: Any) -> torch.Tensor:
-    """float [N, 3, H, W] by the image processor alone."""
+    """Float [N, 3, H, W] by the image processor alone."""
     return image_processor.preprocess(list(images), return_tensors="pt")["pixel_values"]
 
 
@@ -129,7 +129,7 @@ def get_anyres_image_grid_shape(
 def process_anyres_image(
     image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """float [1 + patches, 3, H, W]: the whole image squeezed to a square, then its patches at the best resolution."""
+    """Float [1 + patches, 3, H, W]: the whole image squeezed to a square, then its patches at the best resolution."""
     resolution = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
     patches = divide_to_patches(resize_and_pad_image(image, resolution), processor.crop_size["height"])
     side = processor.size["shortest_edge"]
@@ -151,6 +151,7 @@ def tokenizer_image_token(
 
     Returns:
         a list of ids, or a LongTensor [T] for return_tensors="pt".
+
     Raises:
         ValueError: another kind of tensor is asked for.
     """
@@ -274,4 +275,5 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         return any(keyword in text for keyword in self.keywords)
 
     def __call__(self, output_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> bool:
+        """Whether every row of the batch has come to a keyword."""
         return all(self.call_for_batch(row[None], scores) for row in output_ids)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
@@ -23,8 +24,9 @@ def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
         return logger
     logger.setLevel(logging.INFO)
     formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s", "%Y-%m-%d %H:%M:%S")
-    os.makedirs(LOGDIR, exist_ok=True)
-    file = logging.FileHandler(os.path.join(LOGDIR, logger_filename), encoding="utf-8")
+    folder = Path(LOGDIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / logger_filename, encoding="utf-8")
     for handler in (logging.StreamHandler(), file):
         handler.setFormatter(formatter)
         logger.addHandler(handler)
@@ -35,7 +37,7 @@ def disable_torch_init() -> None:
     """Leaves the weights of new Linear and LayerNorm layers as allocated: they are about to be loaded anyway."""
     import torch
 
-    def keep(self: Any) -> None:
+    def keep(_: Any) -> None:
         return None
 
     for layer in (torch.nn.Linear, torch.nn.LayerNorm):

@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 import psutil
 
 from dama.console import end_on_interrupt, report_error, say
-from llava.train.checkpoints import PROVENANCE_FILE, lacking_in_checkpoint
-from llava.train.signing import SEAL_FILE
+from dama.train.checkpoints import missing_files
+from dama.train.provenance import PROVENANCE_FILE
+from dama.train.signing import SEAL_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "playground" / "tinycoco" / "weights"
@@ -208,12 +209,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoints_on_disk(folder: Path) -> str:
-    marks = [path.name + (" (cut short)" if lacking_in_checkpoint(path) else "") for path in checkpoints(folder)]
+    marks = [path.name + (" (cut short)" if missing_files(path) else "") for path in checkpoints(folder)]
     return ", ".join(marks) or "no checkpoint"
 
 
 def continues_from_checkpoint(folder: Path) -> str:
-    whole = [path.name for path in checkpoints(folder) if not lacking_in_checkpoint(path)]
+    whole = [path.name for path in checkpoints(folder) if not missing_files(path)]
     return f"continuing from {OUT}/{whole[-1]}\n" if whole else ""
 
 
@@ -350,7 +351,7 @@ def kill_once(job: Job, folder: Path, kind: str, gap: float, draw: random.Random
 
 def results(out: Path) -> dict[str, Path]:
     """The files that count, by relative name: no temporary ones, and none of a checkpoint that is not whole."""
-    cut_short = {path for path in out.glob("checkpoint-*") if lacking_in_checkpoint(path)}
+    cut_short = {path for path in out.glob("checkpoint-*") if missing_files(path)}
     return {
         path.relative_to(out).as_posix(): path
         for path in sorted(out.rglob("*"))

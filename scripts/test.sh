@@ -19,7 +19,5 @@ elif ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; t
 fi
 ruff check .
 mypy
-if grep -q '^\[tool\.importlinter\]' pyproject.toml; then
-    lint-imports
-fi
+lint-imports
 "${pytest[@]}" "$@"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 # {mark} is a file that the attack would make. Octal, hexadecimal and overlong numbers run no code, but mislead bash.

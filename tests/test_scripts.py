@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.estimate import doctor, preflight
+from llava.estimate import doctor, machine
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN
 
@@ -74,17 +74,15 @@ def page(capsys, monkeypatch, script, *flags, gpus=0, memory=80 * GIB, **environ
     """The doctor's page on a machine of so many GPUs."""
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    for module in (doctor, preflight):
-        monkeypatch.setattr(module, "gpus", lambda: [("GPU", memory)] * gpus)
+    monkeypatch.setattr(machine, "gpus", lambda: [("GPU", memory)] * gpus)
     status = doctor.main(["--config-of", str(ROOT / "scripts" / script), *flags])
     return status, capsys.readouterr().out
 
 
 def test_everything_missing_is_said_at_once(capsys, monkeypatch, tmp_path):
-    for module in (doctor, preflight):
-        monkeypatch.setattr(module, "host_memory", lambda: GIB)
-    usage = doctor.shutil.disk_usage(tmp_path)._replace(free=GIB)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(machine, "host_memory", lambda: GIB)
+    usage = shutil.disk_usage(tmp_path)._replace(free=GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     places = {"DATA": "no.json", "IMAGES": "nowhere", "OUTPUT": tmp_path / "x"}
     status, said = page(capsys, monkeypatch, "dama_7b.sh", "--gamma", "2", GPUS="3", MODEL="no/llava-7b", **places)
     assert status == 1 and "9 thing(s) missing for this training" in said
@@ -114,7 +112,7 @@ def test_memory_of_the_7b_recipe(capsys, monkeypatch, tmp_path):
     44.6 GiB; on 2 GPUs 14.1 + 40.6 + 27.0 = 81.7, 76.1 GiB, and with fragments more than 80 GB."""
     where = {"OUTPUT": tmp_path / "x"}
     said = page(capsys, monkeypatch, "dama_7b.sh", gpus=4, **where, GPUS="4")[1]
-    assert "about 44.6 GiB on each GPU, 51.9 GiB reserved, most in the phase of the optimiser" in memory_line(said)
+    assert "about 44.6 GiB on each GPU, 51.9 GiB reserved, most in the phase of the optimizer" in memory_line(said)
     assert "GPU memory" not in said and "of 80.0 GiB: micro-batches of up to 4 fit" in memory_line(said)
     said = page(capsys, monkeypatch, "dama_7b.sh", gpus=2, **where, GPUS="2")[1]
     assert (

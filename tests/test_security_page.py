@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).resolve().parents[1]
 LINES = (ROOT / "docs/security.md").read_text(encoding="utf-8").splitlines()
 THREATS = [line.strip("| ").split(" | ") for line in LINES if re.match(r"\| \d+ \|", line)]

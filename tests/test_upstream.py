@@ -148,7 +148,9 @@ def test_a_checkout_and_its_record_say_the_same(tmp_path, golden, findings, ours
 
 
 def signature(text: str) -> ast.arguments:
-    return ast.parse(f"def f({text}): ...").body[0].args
+    [function] = ast.parse(f"def f({text}): ...").body
+    assert isinstance(function, ast.FunctionDef)
+    return function.args
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Preference training of any model family: steps, the trainer, logs, the reference stage."""
+"""Training that is independent of the model family: steps, the trainer, logs, reference stage, sealed checkpoints."""

@@ -172,11 +172,12 @@ def compare(records: Sequence[Record], again: Sequence[Record], tolerance: float
 def summarize(records: Sequence[Record], facts: Sequence[Record]) -> Record:
     """Counts, tokens, means, and what the shards' verifications found."""
     checks = [fact["verified"] for fact in facts]
+    views = views_of(next(iter(records)))
     return {
         "pairs": len(records),
         "skipped": facts[0]["skipped"],
-        "tokens": {side: sum(r[f"{side}_tokens"] for r in records) for side in views_of(records[0])},
-        "mean_logp": {side: sum(r[f"{side}_logp"] for r in records) / len(records) for side in views_of(records[0])},
+        "tokens": {side: sum(r[f"{side}_tokens"] for r in records) for side in views},
+        "mean_logp": {side: sum(r[f"{side}_logp"] for r in records) / len(records) for side in views},
         "verified": {
             "pairs": sum(check["pairs"] for check in checks),
             "max_difference": max(check["max_difference"] for check in checks),

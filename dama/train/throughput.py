@@ -50,7 +50,8 @@ class PairLength:
     rejected: int
 
     @property
-    def positions(self) -> int:
+    def tokens(self) -> int:
+        """Tokens of prefix and both answers."""
         return self.prefix + self.chosen + self.rejected
 
     @property
@@ -108,13 +109,16 @@ class Throughput:
     _began: float | None = None
 
     def start(self) -> None:
+        """Start timing a step."""
         self._began = time.perf_counter()
 
     def add(self, pairs: float, tokens: float = 0.0, flops: float = 0.0) -> None:
+        """Count the work of the current step."""
         for name, value in zip(COUNTS, (pairs, tokens, flops), strict=True):
             self.counts[name] += value
 
     def stop(self) -> None:
+        """Stop timing a step."""
         if self._began is not None:
             self.seconds += time.perf_counter() - self._began
             self.steps += 1

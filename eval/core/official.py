@@ -70,24 +70,24 @@ def read_records(path: Path, fields: Fields) -> list[dict[str, Any]]:
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: expected a list of records, got {str(rows)[:60]}\nRemedy: {REMEDY}")
-    refuse_faults(path, [fault for i, row in enumerate(rows) for fault in field_faults(f"record {i}", row, fields)])
+    raise_errors(path, [error for i, row in enumerate(rows) for error in field_errors(f"record {i}", row, fields)])
     return rows
 
 
-def field_faults(where: str, row: Any, fields: Fields) -> list[str]:
+def field_errors(where: str, row: Any, fields: Fields) -> list[str]:
     """One line for each field that is absent or of another type."""
     if not isinstance(row, dict):
         return [f"{where}: expected an object, got {type(row).__name__}"]
-    faults = []
+    errors = []
     for name, types in fields.items():
         if not isinstance(row.get(name), types):
             expected = " or ".join(kind.__name__ for kind in types)
             got = type(row[name]).__name__ if name in row else "no such field"
-            faults.append(f"{where}: field {name!r}: expected {expected}, got {got}")
-    return faults
+            errors.append(f"{where}: field {name!r}: expected {expected}, got {got}")
+    return errors
 
 
-def refuse_faults(path: Path, faults: Sequence[str]) -> None:
+def raise_errors(path: Path, errors: Sequence[str]) -> None:
     """ValueError for all of them, if there are any."""
-    if faults:
-        raise ValueError(error_list(str(path), faults, REMEDY))
+    if errors:
+        raise ValueError(error_list(str(path), errors, REMEDY))

@@ -1,4 +1,5 @@
-"""POPE (Li et al. 2023): reading yes/no answers, counting them, and LLaVA's command that prints the figures:
+"""Read POPE's yes/no answers (Li et al. 2023), count them, and print LLaVA's metrics.
+
 `python -m llava.eval.eval_pope --annotation-dir DIR --question-file Q.jsonl --result-file A.jsonl`
 """
 
@@ -112,10 +113,12 @@ class Counts:
 
     @property
     def unread(self) -> int:
+        """Number of answers that are neither yes nor no."""
         return self.unread_positive + self.unread_negative
 
     @property
     def answers(self) -> int:
+        """Number of answers."""
         return self.tp + self.fp + self.tn + self.fn + self.unread
 
     def parts(self) -> dict[str, tuple[int, int]]:
@@ -223,6 +226,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.eval_pope", description=__doc__)
     parser.add_argument("--annotation-dir", type=str, help="folder with coco_pope_SPLIT.json")
     parser.add_argument("--question-file", type=str, help="JSONL with question_id and category")
@@ -232,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
     # Not `required`, which LLaVA's flags are not; but nothing works without them.

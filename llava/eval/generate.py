@@ -22,6 +22,7 @@ from llava.supported import validate_supported_model
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.generate", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name; with a server, its model")
     parser.add_argument("--model-base", help="base of a LoRA folder")
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p, args.samples, args.seed)
     shard = args.shard or Shard.from_launcher()

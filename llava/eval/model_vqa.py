@@ -1,4 +1,5 @@
-"""Answers to a file of questions in LLaVA's format, batched and resumable:
+"""Answer a file of questions in LLaVA's format, batched and resumable.
+
 `python -m llava.eval.model_vqa --model-path M --question-file Q.jsonl --image-folder DIR --answers-file A.jsonl`
 """
 
@@ -71,6 +72,7 @@ def answer_line(row: dict[str, Any], text: str, model_id: str) -> dict[str, Any]
 
 
 def build_parser(prog: str, max_new_tokens: int, description: str | None) -> argparse.ArgumentParser:
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(prog=f"python -m llava.eval.{prog}", description=description)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--model-base", help="base of a LoRA folder")
@@ -99,6 +101,7 @@ def build_parser(prog: str, max_new_tokens: int, description: str | None) -> arg
 
 
 def run(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Run a parser's command and return its exit status."""
     args = parser.parse_args(argv)
     try:
         eval_model(args)
@@ -109,6 +112,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     return run(build_parser("model_vqa", 1024, __doc__), argv)
 
 

@@ -13,6 +13,7 @@ __all__ = ["eval_model", "get_chunk", "main", "split_list"]
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     return run(build_parser("model_vqa_loader", 128, __doc__), argv)
 
 

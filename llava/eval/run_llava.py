@@ -1,4 +1,5 @@
-"""One question about one picture or several, the answer on standard output:
+"""Answer one question about one image or several on standard output.
+
 `python -m llava.eval.run_llava --model-path CHECKPOINT --image-file photo.jpg --query "What is this?"`
 """
 
@@ -15,8 +16,9 @@ from PIL import Image
 from dama.console import report_error, say
 from llava.constants import IMAGE_PLACEHOLDER
 from llava.generation.request import Decoding
-from llava.serve import chat
-from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
+from llava.serve import images
+from llava.serve.chat import DEFAULT_CONV_MODE
+from llava.serve.local_model import LocalModel
 
 
 def image_parser(args: Any) -> list[str]:
@@ -26,10 +28,11 @@ def image_parser(args: Any) -> list[str]:
 
 def load_image(image_file: str) -> Image.Image:
     """The picture in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
-    return chat.load_image(image_file)
+    return images.load_image(image_file)
 
 
 def load_images(image_files: list[str]) -> list[Image.Image]:
+    """Load several images, see `load_image`."""
     return [load_image(image_file) for image_file in image_files]
 
 
@@ -62,6 +65,7 @@ def with_images(query: str, image_tokens: str, count: int) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--model-base", help="base of a LoRA folder")
@@ -79,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     try:
         eval_model(args)

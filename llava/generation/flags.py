@@ -15,6 +15,7 @@ class AddFolder(argparse.Action):
     """Collects the folders of a flag that may be given more than once."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Append one folder."""
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), values])
 
 

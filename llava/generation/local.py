@@ -60,14 +60,17 @@ class Answerer:
 
     @property
     def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
         return self._loaded[0]
 
     @property
     def model(self) -> Any:
+        """The loaded model."""
         return self._loaded[1]
 
     @property
     def image_processor(self) -> Any:
+        """The vision tower's image processor."""
         return self._loaded[2]
 
     @property
@@ -76,6 +79,7 @@ class Answerer:
         return self.tokenizer.pad_token_id
 
     def identity(self) -> dict[str, Any]:
+        """Return checkpoint, digest of its weights, template and precision."""
         return {
             "model": self.model_path,
             "weights": digest_of_checkpoint(self.model_path),
@@ -85,6 +89,7 @@ class Answerer:
         }
 
     def length(self, request: Request) -> int:
+        """Tokens of the prompt."""
         return len(self.token_ids(request))
 
     def token_ids(self, request: Request) -> Tensor:

@@ -31,6 +31,7 @@ class Decoding:
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of transformers' `generate`."""
         chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "use_cache": True}
         chosen["do_sample"] = self.temperature > 0
         if self.temperature > 0:

@@ -39,10 +39,12 @@ class ServedAnswerer:
         self._clients: dict[Decoding, ChatClient] = {}
 
     def identity(self) -> dict[str, Any]:
+        """Return the served model's name; the server keeps its weights and template to itself."""
         served = {"model": self.name, "weights": "served", "template": "the server's", "precision": "the server's"}
         return served | ({"omitted": list(self.omit)} if self.omit else {})
 
     def length(self, request: Request) -> int:
+        """Characters of the prompt."""
         return len(request.prompt)
 
     def answer(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> list[list[str]]:

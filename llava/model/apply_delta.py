@@ -30,6 +30,7 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model-path", type=str, required=True)
     parser.add_argument("--target-model-path", type=str, required=True, help="new folder")

@@ -153,6 +153,7 @@ def check_hf_config(folder: str | Path, config: dict[str, Any]) -> None:
 
 
 def rename_weight(name: str, table: tuple[tuple[str, str], ...], subject: str) -> str:
+    """Rename a weight by the first pattern that matches its beginning; ValueError where none does."""
     for pattern, replacement in table:
         if match := re.match(pattern, name):
             return replacement + name[match.end() :]
@@ -229,6 +230,7 @@ def complete_tables(base: Weights, extra: Weights) -> Weights:
 
 
 def named_base(folder: Path, kind: Kind) -> str:
+    """Return the base that an adapter's config names; ValueError or FileNotFoundError where it has none."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") if kind is Kind.LORA else None
     if not base:
         raise ValueError(f"'{folder}' holds {kind.value}: expected its base model, got none. Pass --model-base.")

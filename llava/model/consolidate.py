@@ -26,6 +26,7 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", type=str, required=True, help="checkpoint: a folder or a hub name")
     parser.add_argument("--dst", type=str, required=True, help="new folder")

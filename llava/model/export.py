@@ -34,6 +34,7 @@ def export(source: str, destination: str | Path, to: str, model_base: str | None
     Returns:
         the largest difference of a logit between source and export on one picture and prompt, by image backend:
         {"pil": ..., "torchvision": ...}, the latter with `to='hf'` only.
+
     Raises:
         FileExistsError: the destination is not empty. OSError: the disk is too full.
         ValueError: the two do not agree; nothing is left behind then.
@@ -102,6 +103,7 @@ def hf_logits(folder: Path, backend: str, device: str) -> Tensor:
 
 
 def sample_prompt(config: Any) -> str:
+    """Return the prompt that both layouts are compared on."""
     conversation = get_template("vicuna_v1").copy()
     image = image_placeholder(getattr(config, "mm_use_im_start_end", False))
     conversation.append_message(conversation.roles[0], f"{image}\nWhat is in this picture?")
@@ -118,6 +120,7 @@ def sample_picture() -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", choices=("hf", "llava"), required=True, help="layout of the export")
     parser.add_argument("--model-base", help="base of a LoRA or projector folder; the one it names when left out")

@@ -40,7 +40,7 @@ def _digest_of_weights(path: Path) -> str:
     if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
         return digest_of_file(path)
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for k in range(SAMPLED_BLOCKS):
             file.seek(k * (size - BLOCK_BYTES) // (SAMPLED_BLOCKS - 1), os.SEEK_SET)
             digest.update(file.read(BLOCK_BYTES))

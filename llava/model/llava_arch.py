@@ -48,6 +48,7 @@ class LlavaMetaModel:
                 self.image_newline = nn.Parameter(torch.zeros(config.hidden_size, dtype=self.dtype))
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
+        """Return the vision tower, or None where the config names none."""
         tower = getattr(self, "vision_tower", None)
         # FSDP keeps modules that must not be sharded in a list.
         return tower[0] if isinstance(tower, list) else tower
@@ -164,6 +165,7 @@ def bracket_rows(path: str, rows: int) -> dict[str, Tensor]:
 
     Returns:
         {"input": [2, D], "output": [2, D]}, less what the file lacks.
+
     Raises:
         ValueError: a table of another length.
     """
@@ -230,9 +232,11 @@ class LlavaMetaForCausalLM(ABC):
     get_output_embeddings: Any
 
     @abstractmethod
-    def get_model(self) -> LlavaMetaModel: ...
+    def get_model(self) -> LlavaMetaModel:
+        """Return the model that has the vision tower and the projector."""
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
+        """Return the vision tower, or None where the config names none."""
         return self.get_model().get_vision_tower()
 
     def encode_images(self, images: Tensor) -> Tensor:

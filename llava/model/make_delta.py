@@ -40,7 +40,7 @@ def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hu
 
 
 def combined(model: Checkpoint, base: Weights, sign: int, subject: str) -> Weights:
-    """model + sign * base by name, float16; where the model has more rows of vocabulary, only the base's rows change.
+    """Model + sign * base by name, float16; where the model has more rows of vocabulary, only the base's rows change.
 
     Raises:
         ValueError: the base lacks a weight of the language model, has one more, or one of another shape.
@@ -69,6 +69,7 @@ def combined(model: Checkpoint, base: Weights, sign: int, subject: str) -> Weigh
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model-path", type=str, required=True)
     parser.add_argument("--target-model-path", type=str, required=True)

@@ -120,6 +120,7 @@ def kind_of(folder: str | Path) -> Kind:
 
 
 def full_folder(source: str, cache_dir: str | None = None) -> Path:
+    """Return the folder of a full checkpoint; ValueError for an adapter or a projector alone."""
     folder = fetch(source, cache_dir)
     kind = kind_of(folder)
     if kind in (Kind.LORA, Kind.PROJECTOR):

@@ -88,16 +88,15 @@ class ForwardPlan:
         sizes = [row.source.shape[1] for row in rows]
         groups = [PackedGroup(size - sum(tail), tuple(tail)) for size, tail in zip(sizes, tails, strict=True)]
         layout = PackLayout.of(groups, owners)
-        joined = concatenate(rows, sum(lengths))
+        joined = concatenate(rows)
         spliced = SplicePlan(*joined, torch.ones(1, layout.positions, dtype=torch.bool), layout.position_ids())
         return ForwardPlan(spliced, layout.answers(spliced.labels[0]), layout)
 
 
-def concatenate(rows: Sequence[SplicePlan], image_positions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(text_ids, source, labels) of single-row plans laid end to end: [N], [1, T'], [1, T'].
+def concatenate(rows: Sequence[SplicePlan]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (text_ids, source, labels) of single-row plans laid end to end: [N], [1, T'], [1, T'].
 
-    Args:
-        image_positions: rows of image features, which come behind the text of all rows.
+    Image features come behind the text of all rows.
     """
     total = sum(len(row.text_ids) for row in rows)
     sources, before = [], 0
@@ -163,7 +162,7 @@ def plan_splice(
 
 
 def interleave(text: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
-    """text 0, image 0, text 1, image 1, ..., text n, joined."""
+    """Text 0, image 0, text 1, image 1, ..., text n, joined."""
     between = [piece for pair in zip(images, text[1:]) for piece in pair]
     return torch.cat([text[0], *between])
 

@@ -43,6 +43,7 @@ def auto_upgrade(config: str) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 

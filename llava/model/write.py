@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -85,9 +84,9 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
     try:
-        os.chmod(temporary, 0o755)
+        temporary.chmod(0o755)
         yield temporary
-        os.replace(temporary, destination)
+        temporary.replace(destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

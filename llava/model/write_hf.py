@@ -60,6 +60,7 @@ def write_hf(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> None:
 def hf_config(
     checkpoint: Checkpoint, tower_config: CLIPVisionConfig, image_id: int, rows: int
 ) -> transformers.LlavaConfig:
+    """Return llava-hf's config; ValueError where it has no field for what this model does."""
     llava = checkpoint.config
     known_values = {
         "mm_projector_type": ("mlp2x_gelu",),
@@ -97,6 +98,7 @@ def hf_config(
 def write_hf_processor(
     checkpoint: Checkpoint, tokenizer: Any, images: CLIPImageProcessorPil, tower: CLIPVisionConfig, folder: Path
 ) -> None:
+    """Write tokenizer, image processor and chat template."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 

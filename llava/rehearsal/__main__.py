@@ -15,6 +15,7 @@ PROGRAM = "python -m llava.rehearsal"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     p = argparse.ArgumentParser(
         prog=PROGRAM, description="Run a Python script or module on a CUDA device without a GPU. Kernels do nothing; "
         "memory, argument checks and synchronizations are those of torch's CUDA build.",
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def capability(text: str) -> tuple[int, int]:
+    """Parse a compute capability such as 9.0."""
     major, _, minor = text.partition(".")
     if not (major.isdigit() and minor.isdigit()):
         raise argparse.ArgumentTypeError(f"expected two numbers such as 9.0, got {text!r}")
@@ -38,6 +40,7 @@ def capability(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     p = parser()
     options = p.parse_args(argv)
     program = ["-m", *options.module] if options.module else options.script

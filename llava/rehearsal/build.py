@@ -61,6 +61,7 @@ def cache_folder() -> Path:
 
 
 def check_tools() -> None:
+    """Raise RehearsalError unless Linux, a CUDA build of torch and a C compiler are available."""
     if not sys.platform.startswith("linux"):
         raise RehearsalError(f"rehearsal: expected Linux, whose loader preloads libraries, got {sys.platform}")
     if not (torch_folder() / "lib" / "libtorch_cuda.so").exists():
@@ -76,6 +77,7 @@ def check_tools() -> None:
 
 
 def torch_folder() -> Path:
+    """Return the folder of the torch package."""
     return package_folder("torch")
 
 
@@ -88,6 +90,7 @@ def package_folder(name: str) -> Path:
 
 
 def torch_libraries() -> list[Path]:
+    """Return the shared libraries of torch."""
     return sorted((torch_folder() / "lib").glob("lib*.so"))
 
 
@@ -102,6 +105,7 @@ def cuda_libraries() -> list[Path]:
 
 
 def headers() -> Path:
+    """Return the folder of CUDA's headers."""
     return package_folder("triton") / "backends" / "nvidia" / "include"
 
 
@@ -139,6 +143,7 @@ def build(folder: Path) -> None:
 
 
 def compile_into(folder: Path) -> None:
+    """Compile the null device and its stand-in libraries."""
     generated = folder / "stubs.c"
     generated.write_text(stubs.stand_ins(torch_libraries(), cuda_libraries(), SOURCE.read_text(encoding="utf-8")))
     command = ["cc", "-O1", "-w", "-shared", "-fPIC", f"-I{headers()}", f"-Wl,-soname,{LIBRARY}",

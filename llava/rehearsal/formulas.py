@@ -59,6 +59,7 @@ def masked_scores(q: Tensor, k: Tensor, a: dict[str, Any]) -> Tensor:
 
 
 def scale_of(a: dict[str, Any]) -> float:
+    """Return attention's scale."""
     return a["query"].shape[-1] ** -0.5 if a.get("scale") is None else a["scale"]
 
 

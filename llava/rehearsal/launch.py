@@ -63,5 +63,6 @@ def allow_forks() -> None:
 
 
 def before(first: str, variable: str) -> str:
+    """Return the value of a path variable with an entry in front."""
     rest = os.environ.get(variable)
     return f"{first}{os.pathsep}{rest}" if rest else first

@@ -104,11 +104,13 @@ class NullMode(TorchDispatchMode):
             super().__exit__(None, None, None)
 
     def computes(self, func: Any, inputs: list[Tensor], result: Any) -> bool:
+        """Whether an operator really runs, on the CPU."""
         if func.overloadpacket in ALLOCATIONS:
             return False
         return self.everything or (floats(inputs) <= self.limit and floats(tensors_in(result)) <= 4 * self.limit)
 
     def data_dependent(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator whose result's shape depends on values."""
         inputs = tensors_in((args, kwargs))
         if not self.everything and floats(inputs) > self.limit:
             raise RuntimeError(
@@ -199,8 +201,10 @@ def fill(result: Any, computed: Any) -> None:
 
 
 def without_masks(indices: Any) -> list[Tensor | None]:
-    """Indices of an indexing operator, each mask replaced by the positions that it selects: CUDA's code would count
-    them with a kernel."""
+    """Return the indices of an indexing operator, each mask replaced by the positions that it selects.
+
+    CUDA's code would count them with a kernel.
+    """
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and is_mask(index):
@@ -218,18 +222,22 @@ def flat_collective(func: Any, args: Any) -> Any:
 
 
 def is_metadata(func: Any) -> bool:
+    """Whether an operator reads no values."""
     return func.is_view or func._schema.name.removeprefix("aten::") in METADATA
 
 
 def is_mask(index: Tensor) -> bool:
+    """Whether an index is a mask."""
     return index.dtype in (torch.bool, torch.uint8)
 
 
 def on_cuda(device: Any) -> bool:
+    """Whether a device is a CUDA device."""
     return device is not None and torch.device(device).type == "cuda"
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
+    """Return all tensors of a nested structure."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -271,14 +279,14 @@ def copy_waits(source: Tensor, to_cuda: bool, non_blocking: bool | None) -> Iter
 # --- Where in the source ---------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[2]
-STANDARD_LIBRARY = os.path.dirname(os.__file__)
-HERE = os.path.dirname(__file__)
+STANDARD_LIBRARY = str(Path(os.__file__).parent)
+HERE = str(Path(__file__).parent)
 # Parts of torch whose lines say something; the others pass a call on.
 SPEAKING = ("torch/nn/modules/", "torch/nn/utils/", "torch/optim/", "torch/amp/", "torch/utils/checkpoint")
 
 
 def where() -> str:
-    """ "file:line function" of the nearest line that says something, " <- " and the nearest of the program itself."""
+    """Return "file:line function" of the nearest line of interest, " <- " and the nearest of the program itself."""
     frames = list(outward(sys._getframe(1)))
     telling = next((frame for frame in frames if is_telling(frame)), None)
     own = next((frame for frame in frames if is_own(frame)), None)
@@ -290,7 +298,7 @@ def where() -> str:
 def outward(frame: FrameType | None) -> Iterator[FrameType]:
     """A frame's callers, without those of this package."""
     while frame is not None:
-        if os.path.dirname(frame.f_code.co_filename) != HERE:
+        if str(Path(frame.f_code.co_filename).parent) != HERE:
             yield frame
         frame = frame.f_back
 
@@ -302,11 +310,13 @@ def library_name(frame: FrameType) -> str | None:
 
 
 def is_own(frame: FrameType) -> bool:
+    """Whether a frame is of the program itself."""
     file = frame.f_code.co_filename
     return library_name(frame) is None and not file.startswith((STANDARD_LIBRARY, "<"))
 
 
 def is_telling(frame: FrameType) -> bool:
+    """Whether a frame names the place of a wait to its reader."""
     name = library_name(frame)
     if name is None:
         return is_own(frame)
@@ -314,6 +324,7 @@ def is_telling(frame: FrameType) -> bool:
 
 
 def site(frame: FrameType) -> str:
+    """Return "file:line function" of a frame."""
     file = library_name(frame)
     if file is None:
         path = Path(frame.f_code.co_filename)

@@ -50,5 +50,6 @@ def stand_ins(torch_libraries: Iterable[Path], cuda_libraries: Iterable[Path], s
 
 
 def stand_in(name: str, status: int) -> str:
+    """Return the C source of a function that only returns a status."""
     count = "__atomic_add_fetch(&nullcuda_gemms, 1, __ATOMIC_RELAXED); " if "gemm" in name.lower() else ""
     return f"int {name}(void) {{ {count}return {status}; }}"

@@ -22,8 +22,12 @@ from dama.console import report_error, say
 from dama.losses import preference_loss
 from dama.train.throughput import PairLength
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.estimate.memory import Load, ModelShape
-from llava.estimate.preflight import Plan, configs_of, lengths_of, look_at_memory, size
+from llava.estimate.configs import configs_of
+from llava.estimate.fit import check_memory
+from llava.estimate.lengths import lengths_of
+from llava.estimate.machine import format_bytes
+from llava.estimate.plan import Plan
+from llava.estimate.sizes import Load, ModelShape
 from llava.model.attention import SHARED_PREFIX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -47,8 +51,11 @@ class Level:
 
 @dataclass
 class Rehearsal:
-    """What was found out: phases in their order, waits of the host in the first micro-batch's forward pass, and the
-    phase in which memory ran out."""
+    """Results of a rehearsal.
+
+    They are the phases in their order, waits of the host in the first micro-batch's forward pass, and the phase in
+    which memory ran out.
+    """
 
     levels: list[Level] = field(default_factory=list)
     waits: dict[str, int] = field(default_factory=dict)
@@ -56,10 +63,12 @@ class Rehearsal:
 
     @property
     def peak(self) -> int:
+        """Highest level of all phases, in bytes."""
         return max((level.peak for level in self.levels), default=0)
 
     @property
     def reserved(self) -> int:
+        """Most bytes that the allocator reserved."""
         return max((level.reserved for level in self.levels), default=0)
 
     @contextmanager
@@ -85,7 +94,7 @@ def rehearse(plan: Plan, lengths: Sequence[PairLength]) -> Rehearsal:
     if args.bits != 16:
         raise ValueError(f"--bits {args.bits}: bitsandbytes' kernels cannot be rehearsed; see the doctor's estimate")
     load = Load.of(args, plan.ranks, *plan.layout)
-    longest = (sorted(lengths, key=lambda pair: pair.positions, reverse=True) * load.pairs)[: load.pairs]
+    longest = (sorted(lengths, key=lambda pair: pair.tokens, reverse=True) * load.pairs)[: load.pairs]
     with NullMode() as mode, suppress(torch.OutOfMemoryError):  # `found` names the phase
         steps(plan, longest, 1 + load.several, found, mode)
     return found
@@ -149,6 +158,7 @@ def build(plan: Plan, dtype: torch.dtype | None = None) -> Any:
 
 
 def of_type(dtype: torch.dtype, make: Callable[[], Any]) -> Any:
+    """Make something under a default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -188,7 +198,7 @@ def random_batch(plan: Plan, pairs: Sequence[PairLength]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids, labels = [], []
     for pair in pairs:
-        row = torch.randint(3, config.vocab_size - 1, (pair.positions - patches + 1,), generator=generator)
+        row = torch.randint(3, config.vocab_size - 1, (pair.tokens - patches + 1,), generator=generator)
         row[1] = IMAGE_TOKEN_INDEX
         target = row.clone()
         target[: pair.prefix - patches + 1 if dpo else 2] = IGNORE_INDEX
@@ -237,13 +247,16 @@ class Alone:
         self.module, self.optimizer = model, optimizer_of(model, args)
 
     def model(self, **batch: Any) -> Any:
+        """Run the forward pass."""
         with self.autocast:
             return self.module(**batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """Run the backward pass; `last` ends the accumulation."""
         loss.backward()
 
     def step(self) -> None:
+        """Run the optimizer."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -263,10 +276,12 @@ class WithDeepSpeed:
         self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """Run the backward pass; `last` ends the accumulation."""
         self.model.set_gradient_accumulation_boundary(last)
         self.model.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
+        """Run the optimizer."""
         self.model.step()
 
 
@@ -277,27 +292,29 @@ def describe(found: Rehearsal, memory: int) -> None:
     """Phases with their peaks, and whether the device had enough."""
     say(f"{'phase':<28}{'peak':>12}{'reserved':>12}")
     for level in found.levels:
-        say(f"{level.phase:<28}{size(level.peak):>12}{size(level.reserved):>12}")
+        say(f"{level.phase:<28}{format_bytes(level.peak):>12}{format_bytes(level.reserved):>12}")
     waits = sum(found.waits.values())
     say(f"host-device synchronizations in the forward pass: {waits}")
     for site, count in found.waits.items():
         say(f"  {count} x {site}")
     if found.ran_out_in:
-        say(f"out of memory in {found.ran_out_in}: {size(memory)} do not suffice")
+        say(f"out of memory in {found.ran_out_in}: {format_bytes(memory)} do not suffice")
     else:
-        say(f"fits into {size(memory)}: {size(found.reserved)} reserved at the most, beside the driver's own")
+        reserved = format_bytes(found.reserved)
+        say(f"fits into {format_bytes(memory)}: {reserved} reserved at the most, beside the driver's own")
 
 
 def planned(words: Sequence[str], ranks: int) -> tuple[Plan, list[PairLength]]:
     """The training of a script (`--config-of SCRIPT FLAGS`) or of flags, and the lengths of its data."""
-    from llava.estimate.doctor import look_at_data, plan_of_flags, plan_of_script
+    from llava.estimate.checks import check_data
+    from llava.estimate.flags import plan_of_flags, plan_of_script
 
     script = words[1] if words[:1] == ["--config-of"] else None
     plan = plan_of_script(script, words[2:]) if script else plan_of_flags(words, ranks)
     args = plan.arguments[2]
     shape = ModelShape.of(*configs_of(plan.arguments[0], args.cache_dir))
-    lengths, known = lengths_of(plan.arguments, look_at_data(plan), shape.patches)
-    look_at_memory(plan, shape, lengths, known)
+    lengths, known = lengths_of(plan.arguments, check_data(plan), shape.patches)
+    check_memory(plan, shape, lengths, known)
     if args.deepspeed:
         args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(args.deepspeed)
         args.hf_deepspeed_config.trainer_config_process(args)

@@ -1,4 +1,5 @@
-"""A conversation about a picture in the terminal, answers streamed:
+"""A conversation about an image in the terminal, answers streamed.
+
 `python -m llava.serve.cli --model-path CHECKPOINT --image-file photo.jpg`. An empty line or Ctrl-D ends it.
 """
 
@@ -15,13 +16,14 @@ from PIL import Image
 
 from dama.console import printable, report_error, say
 from llava.generation.request import Decoding
-from llava.serve import chat
-from llava.serve.chat import DEFAULT_CONV_MODE, LocalModel
+from llava.serve import images
+from llava.serve.chat import DEFAULT_CONV_MODE
+from llava.serve.local_model import LocalModel
 
 
 def load_image(image_file: str) -> Image.Image:
     """The picture in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
-    return chat.load_image(image_file)
+    return images.load_image(image_file)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -42,6 +44,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def converse(model: LocalModel, image: Image.Image, decoding: Decoding, debug: bool = False) -> None:
+    """Read questions and stream answers until the input ends."""
     user, assistant = (role.split("\n")[0] for role in model.template.roles)
     history: list[tuple[str, str]] = []
     while question := read_line(f"{user}: "):
@@ -94,11 +97,13 @@ def show(texts: Iterator[str]) -> str:
 
 
 def write(text: str) -> None:
+    """Write text to standard output, control characters made visible."""
     sys.stdout.write(printable(text))
     sys.stdout.flush()
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--model-base", help="base of a LoRA folder")

@@ -1,4 +1,5 @@
-"""A chat about a picture in the browser, with one model or with two side by side, in one process:
+"""A chat about an image in the browser, with one model or with two side by side, in one process.
+
 `python -m llava.serve.gradio_web_server --model-path BASE --compare ALIGNED`, then open http://127.0.0.1:7860.
 """
 
@@ -23,24 +24,16 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from dama.console import report_error, say
+from dama.images import FORMATS
 from dama.redact import redacted
 from llava.conversation import shrink
 from llava.generation.request import Decoding
-from llava.serve.chat import (
-    DEFAULT_CONV_MODE,
-    FORMATS,
-    MAX_BYTES,
-    SUFFIXES,
-    ChatModel,
-    History,
-    LocalModel,
-    ObjectVocabulary,
-    ServerModel,
-    read_image,
-    read_vocabulary,
-    replies_together,
-)
+from llava.serve.chat import DEFAULT_CONV_MODE, ChatModel, History, replies_together
 from llava.serve.guard import Guard, is_loopback
+from llava.serve.images import MAX_BYTES, SUFFIXES, read_image
+from llava.serve.local_model import LocalModel
+from llava.serve.mentions import ObjectVocabulary, read_vocabulary
+from llava.serve.server_model import ServerModel
 
 EPILOG = """With --openai-base-url the models are those of a server, for which a checkpoint is exported first:
   python -m llava.model.export --to hf CHECKPOINT EXPORTED
@@ -88,6 +81,8 @@ PULSE_S = 0.5  # seconds after which an answer that does not grow is looked at: 
 
 @dataclass
 class Turn:
+    """A question and its answers."""
+
     question: str
     answers: list[str]  # one from each model
 
@@ -109,6 +104,7 @@ class Session:
         return Session()
 
     def history(self, model: int) -> History:
+        """Return one model's earlier questions and answers."""
         return [(turn.question, turn.answers[model]) for turn in self.turns]
 
     def begin(self, image: Image.Image | None) -> None:
@@ -337,6 +333,7 @@ class Page:
     def ask(
         self, session: Session, question: str, listed: str | None, temperature: float, top_p: float, max_tokens: int
     ) -> Iterator[list[Any]]:
+        """Stream the models' answers to a question into the page."""
         import gradio as gr
 
         try:
@@ -366,6 +363,7 @@ class Page:
             yield view
 
     def clear_history(self, session: Session) -> list[Any]:
+        """Begin a new conversation about the same image."""
         session.begin(session.image)
         return self.view(session)
 
@@ -374,6 +372,7 @@ class Page:
         return "" if listed is None else limited("the list of objects", listed, LISTED_LENGTH)
 
     def relist(self, session: Session, listed: str | None) -> Any:
+        """Mark the answers by another list of objects."""
         session.listed = self.objects(listed)
         chats = [messages(session, i, self.vocabulary) for i in range(len(self.models))]
         return chats if len(chats) > 1 else chats[0]
@@ -482,6 +481,7 @@ def private_cache() -> tempfile.TemporaryDirectory[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.serve.gradio_web_server", description=__doc__, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -524,6 +524,7 @@ def build_models(args: argparse.Namespace) -> list[ChatModel]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     args = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a plain end would leave the uploads behind
     with private_cache():

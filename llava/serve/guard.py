@@ -64,6 +64,7 @@ class Guard:
         self.uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request: refuse it, or pass it on to the page."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return

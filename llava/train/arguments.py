@@ -1,32 +1,38 @@
-"""The flags of training: three dataclasses, the checks that report all faults at once, and LLaVA's old flag names."""
+"""The flags of training: three dataclasses and their parser, which reports all errors at once."""
 
 from __future__ import annotations
 
-import difflib
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
-from functools import cached_property
-from pathlib import Path
-from textwrap import wrap
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
-import torch
 from transformers import HfArgumentParser
 
 from dama.console import say
-from dama.images import missing_folders
-from dama.losses import Loss
-from dama.notices import without_build_notices
 from dama.train.arguments import PreferenceArguments, described
-from dama.train.reference import BASE_AS_REFERENCE
-from dama.weighting import Selection, Strategy, Variant, WeightingConfig
-from llava.conversation import get_template
+from llava.train.flag_checks import BASE_AS_REFERENCE, find_errors
+from llava.train.flag_help import describe_flags
+from llava.train.flag_names import raise_flag_error, reject_unknown_flags, translate_flags
+
+__all__ = [
+    "BASE_AS_REFERENCE",
+    "Arguments",
+    "DataArguments",
+    "ModelArguments",
+    "TrainingArguments",
+    "dataclasses_of",
+    "find_errors",
+    "help_text",
+    "parse_arguments",
+    "translate_flags",
+]
 
 
 @dataclass
 class ModelArguments:
+    """Flags of the model."""
+
     model_name_or_path: str | None = described(
         None, "Checkpoint to start from: a LLaVA or LLaMA folder, or a hub name. For DPO it is also the reference."
     )
@@ -60,6 +66,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    """Flags of the data."""
+
     data_path: str | None = described(
         None, "Training data. Task DPO: preference pairs as RLAIF-V's JSON or JSONL. Task LM: LLaVA's conversations."
     )
@@ -68,10 +76,10 @@ class DataArguments:
         "folder that holds a path counts, and symbolic links may lead from one into another.", action="extend",
     )  # fmt: skip
     image_aspect_ratio: str | None = described(
-        None, "pad: to a square with the mean colour (LLaVA-v1.5); square: resize and cut the centre. "
+        None, "pad: to a square with the mean color (LLaVA-v1.5); square: resize and cut the center. "
         "Default: the checkpoint's, else pad."
     )  # fmt: skip
-    lazy_preprocess: bool = described(True, "Kept for LLaVA's scripts; data are always tokenised when needed.")
+    lazy_preprocess: bool = described(True, "Kept for LLaVA's scripts; data are always tokenized when needed.")
     is_multimodal: bool = described(True, "Kept for LLaVA's scripts; whether a row has an image is seen from the row.")
     on_bad_image: str = described("fail", "A missing or unreadable image: 'fail', or 'skip' and list the row.")
     on_long_pair: str = described("fail", "A pair longer than --model_max_length: 'fail', or 'skip' and list it.")
@@ -120,249 +128,20 @@ class TrainingArguments(PreferenceArguments):
         "effect with gradient checkpointing)."
     )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
-        self.optim = self.optim or ("adamw_torch_fused" if on_gpu else "adamw_torch")
-        self.dataloader_pin_memory: bool = self.dataloader_pin_memory and on_gpu  # memory to copy to GPUs from
-        super().__post_init__()
-
-    @cached_property
-    def _setup_devices(self) -> torch.device:
-        """This process's own GPU: transformers would spread its batches over all that it sees (DataParallel)."""
-        with without_build_notices():  # the ranks of a distributed run join here
-            device = super()._setup_devices
-        if self.n_gpu > 1:
-            say(
-                f"warning: {self.n_gpu} GPUs are visible and one process uses one; start one process for each, with "
-                "`deepspeed --include localhost:0,1,...` or `torchrun --nproc_per_node N`, to use them all"
-            )
-            self._n_gpu: int = 1
-        return device
-
-    def preference_loss(self) -> Loss:
-        """The objective, or the weighted sum of several, that the flags name."""
-        return Loss.parse(self.loss)
-
-    def weighting(self) -> WeightingConfig:
-        """The method's constants as the flags give them."""
-        return WeightingConfig(
-            strategy=Strategy(self.strategy),
-            variant=Variant(self.variant),
-            selection=Selection(self.selection),
-            beta=self.dpo_beta,
-            gamma=self.gamma,
-            keep=self.select_ratio,
-            beta_min=self.beta_min,
-            seed=self.data_seed if self.data_seed is not None else self.seed,
-        )
-
-
-# --train_sampling_strategy, by whether the task is DPO
-SAMPLING = {False: ("random", "sequential", "group_by_length"), True: ("random", "sequential")}
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
-USAGE = """\
-usage: train_mem.py --task LM|DPO --model_name_or_path M --data_path FILE --image_folder DIR --output_dir DIR [flags]
-
-Trains a LLaVA-v1.5 model: --task LM fine-tunes on conversations, --task DPO aligns on preference pairs with DAMA (or,
-with --strategy none, plain DPO). One optimiser step takes per_device_train_batch_size x GPUs x
-gradient_accumulation_steps rows or pairs. A run that was interrupted continues from its last checkpoint in
---output_dir. Start it with `deepspeed --include localhost:0,1,2,3` (the GPUs to use) and --deepspeed
-scripts/zero2.json, or plainly with python, which uses one GPU.
-
-example (what scripts/dama_7b.sh runs after the stages `python -m dama hardness` and `python -m dama reference`):
-  deepspeed --include localhost:0,1,2,3 llava/train/train_mem.py --deepspeed scripts/zero2.json --task DPO \\
-      --bf16 True --model_name_or_path liuhaotian/llava-v1.5-7b --data_path pairs.jsonl --image_folder images \\
-      --hardness runs/hardness --reference runs/reference --num_train_epochs 4 --learning_rate 5e-7 \\
-      --lr_scheduler_type cosine --warmup_steps 0.1 --per_device_train_batch_size 4 --output_dir runs/dama
-"""
-# transformers' own flags that most runs set; the others are listed by --help_all.
-OFTEN_USED = {
-    "output_dir": "Folder for checkpoints and the final model.",
-    "deepspeed": "DeepSpeed's JSON file: scripts/zero2.json.",
-    "num_train_epochs": "Passes over the data.",
-    "max_steps": "Optimiser steps; overrides epochs.",
-    "per_device_train_batch_size": "Rows or pairs in one forward pass on each GPU.",
-    "gradient_accumulation_steps": "Forward passes in one optimiser step.",
-    "learning_rate": "Peak learning rate (5e-7 for DAMA on 7B, 1e-5 with LoRA).",
-    "lr_scheduler_type": "linear, cosine, constant, ...",
-    "warmup_steps": "Steps of warm-up; a number below 1 is a share of all steps.",
-    "weight_decay": "AdamW's weight decay.",
-    "max_grad_norm": "Clips the gradient's norm; 0 is off.",
-    "bf16": "Weights and arithmetic in bfloat16.",
-    "full_determinism": "Same bits in every run on the same GPUs too, by slower kernels; on CPUs runs always repeat.",
-    "gradient_checkpointing": "Recompute activations in backward: less memory, about a third more time; see "
-    "--auto_checkpointing.",
-    "eval_strategy": "When held-out pairs are evaluated: no, steps or epoch.",
-    "save_strategy": "When checkpoints are written: no, steps, epoch or best.",
-    "save_total_limit": "Checkpoints kept; the best by --metric_for_best_model is kept beside the last.",
-    "metric_for_best_model": "eval_loss, eval_rewards/accuracies, ...",
-    "logging_steps": "Steps between log lines.",
-    "report_to": "none, tensorboard or wandb.",
-    "seed": "Of initialisation, dropout and held-out pairs.",
-    "data_seed": "Of the order of the data and of DAMA's selection. Default: --seed.",
-    "dataloader_num_workers": "Processes that prepare images ahead.",
-    "resume_from_checkpoint": "Checkpoint folder to continue from. Default: the last one in --output_dir.",
-    "use_cpu": "Train without a GPU.",
-}
-
-# Flags of LLaVA's and of the released code's scripts that transformers 5 or this repository calls otherwise.
-RENAMED = {
-    "--evaluation_strategy": "--eval_strategy",
-    "--no_cuda": "--use_cpu",
-    "--group_by_length": "--group_by_modality_length",
-}
-# ... or no longer has, and why.
-DROPPED = {
-    "--logging_dir": "TensorBoard's folder is set by the environment variable TENSORBOARD_LOGGING_DIR",
-    "--save_safetensors": "weights are always saved as safetensors",
-    "--overwrite_output_dir": "a run continues from its last checkpoint; give another --output_dir to start anew",
-    "--past_index": "transformers removed it",
-    "--mpt_attn_impl": "MPT is not supported",
-    "--data_source_names": "one file of pairs is read",
-    "--data_source_weights": "one file of pairs is read",
-    "--eval_data_source_names": "--eval_pairs holds pairs out",
-    "--image_token_len": "the vision tower says how many tokens an image has",
-    "--dpo_token_weight": "token-weighted log-probs are not part of DAMA",
-    "--dpo_token_weighted": "token-weighted log-probs are not part of DAMA",
-    "--shuffle_data": "training data are shuffled by --data_seed",
-}
-
-
-# What other trainers, or people, call flags.
-SHORT_NAMES = {
-    "accumulation_steps": "gradient_accumulation_steps",
-    "batch_size": "per_device_train_batch_size",
-    "beta": "dpo_beta",
-    "data": "data_path",
-    "dataset": "data_path",
-    "epochs": "num_train_epochs",
-    "grad_accum": "gradient_accumulation_steps",
-    "images": "image_folder",
-    "length": "model_max_length",
-    "lora": "lora_enable",
-    "lora_rank": "lora_r",
-    "lr": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "max_length": "model_max_length",
-    "max_seq_length": "model_max_length",
-    "micro_batch_size": "per_device_train_batch_size",
-    "model": "model_name_or_path",
-    "model_path": "model_name_or_path",
-    "num_epochs": "num_train_epochs",
-    "out": "output_dir",
-    "output": "output_dir",
-    "per_device_batch_size": "per_device_train_batch_size",
-    "scheduler": "lr_scheduler_type",
-    "steps": "max_steps",
-    "template": "version",
-    "use_lora": "lora_enable",
-    "warmup": "warmup_steps",
-    "wd": "weight_decay",
-}
-
-
-def translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Old flag names to today's: (arguments, one warning for each change)."""
-    translated: list[str] = []
-    warnings: list[str] = []
-    skipping = False
-    for word in argv:
-        flag, has_value, value = word.partition("=")
-        if not word.startswith("--"):
-            if not skipping:
-                translated.append(word)
-            continue
-        flag = "--" + flag[2:].replace("-", "_")
-        skipping = flag in DROPPED
-        if skipping:
-            warnings.append(f"{flag} is ignored: {DROPPED[flag]}")
-            continue
-        if flag in RENAMED:
-            warnings.append(f"{flag} is now {RENAMED[flag]}")
-            flag = RENAMED[flag]
-        translated.append(f"{flag}={value}" if has_value else flag)
-    return merge_warmup(translated, warnings), warnings
-
-
-def merge_warmup(words: Sequence[str], warnings: list[str]) -> list[str]:
-    """Replace --warmup_ratio, which transformers 5 no longer has, by --warmup_steps under transformers' old rule.
-
-    Steps above 0 win over the ratio. A ratio of 1 warms up over all steps, which --warmup_steps 1 would not.
-
-    Raises:
-        ValueError: a value that is not a number, or a ratio outside 0 to 1.
-    """
-    rest, ratio = take_flag(words, "--warmup_ratio")
-    if ratio is None:
-        return rest
-    others, steps = take_flag(rest, "--warmup_steps")
-    if steps is not None and as_number("--warmup_steps", steps) > 0:
-        warnings.append(f"--warmup_ratio {ratio} is ignored: --warmup_steps {steps} wins over it")
-        return [*others, "--warmup_steps", steps]
-    share = as_number("--warmup_ratio", ratio)
-    if not 0 <= share <= 1:
-        raise ValueError(f"--warmup_ratio: expected a share of all steps from 0 to 1, got {ratio}")
-    warnings.append("--warmup_ratio is now --warmup_steps")
-    return [*others, "--warmup_steps", ratio if share < 1 else repr(math.nextafter(1, 0))]
-
-
-def take_flag(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
-    """(words without `flag` and its value, the last value given or None)."""
-    rest: list[str] = []
-    found: str | None = None
-    remaining = iter(words)
-    for word in remaining:
-        name, has_value, value = word.partition("=")
-        if name != flag:
-            rest.append(word)
-        else:
-            found = value if has_value else next(remaining, "")
-    return rest, found
-
-
-def as_number(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"{flag}: expected a number, got {text!r}") from error
-
 
 def help_text() -> str:
-    """The flags by what they are about, each with its meaning and default."""
-    own = PreferenceArguments.__annotations__ | TrainingArguments.__annotations__
-    lora = ("lora_", "bits", "double_quant", "quant_type")
-    dama_flags = (
-        "loss", "dpo_beta", "dpo_use_average", "label_smoothing", "simpo_margin", "orpo_lambda", "mdpo_anchor",
-        "symmpo_lambda", "corruption", "strategy", "variant", "selection", "select_ratio", "gamma", "beta_min",
-        "delta_bar", "check_reference", "shared_prefix", "logp_chunk", "pair_log",
-    )  # fmt: skip
-    groups = {
-        "DAMA (--task DPO)": [TrainingArguments.__dataclass_fields__[name] for name in dama_flags],
-        "data": list(DataArguments.__dataclass_fields__.values()),
-        "model": list(ModelArguments.__dataclass_fields__.values()),
-        "LoRA and quantization": [TrainingArguments.__dataclass_fields__[n] for n in own if n.startswith(lora)],
-    }
-    rest = [name for name in own if name not in dama_flags and not name.startswith(lora)]
-    groups["training"] = [TrainingArguments.__dataclass_fields__[name] for name in [*rest, *OFTEN_USED]]
-    lines = [USAGE]
-    for title, entries in groups.items():
-        lines.append(f"{title}:")
-        for entry in entries:
-            text = OFTEN_USED.get(entry.name) or entry.metadata["help"]
-            default = "" if entry.default in (None, MISSING) or "Default" in text else f" Default: {entry.default}."
-            lines += wrap(text + default, 118, initial_indent=f"  --{entry.name:<30}", subsequent_indent=" " * 34)
-        lines.append("")
-    lines.append("--help_all lists every flag of transformers' TrainingArguments too.")
-    return "\n".join(lines)
+    """Return the help of training, with each flag's meaning and default."""
+    return describe_flags(ModelArguments, DataArguments, TrainingArguments)
 
 
 def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) -> Arguments:
     """Flags to the three dataclasses, checked. `task` overrides the default of --task.
 
     Raises:
-        ValueError: listing every fault.
+        ValueError: listing every error.
     """
     words, warnings = translate_flags(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
@@ -374,9 +153,9 @@ def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) 
         data_args.is_multimodal = True
     for warning in warnings:
         say(f"warning: {warning}")
-    faults = find_faults(model_args, data_args, training_args)
-    if faults:
-        raise ValueError("\n  ".join([f"{len(faults)} fault(s) in the flags:", *faults]))
+    errors = find_errors(model_args, data_args, training_args)
+    if errors:
+        raise ValueError("\n  ".join([f"{len(errors)} error(s) in the flags:", *errors]))
     return model_args, data_args, training_args
 
 
@@ -388,17 +167,7 @@ class FlagParser(HfArgumentParser):
         super().__init__(groups, description=__doc__, prog="train_mem.py", allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        flag, colon, reason = message.removeprefix("argument ").partition(": ")
-        raise ValueError(f"{flag.split('/')[0]}{colon}{reason} (--help lists the flags)")
-
-    def reject_unknown_flags(self, words: Sequence[str]) -> None:
-        """Raises ValueError naming the flag nearest to each that is unknown."""
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-        unknown = [flag for flag in dict.fromkeys(flags) if flag not in known]
-        if unknown:
-            hints = [f"{flag}: no such flag{nearest_flag(flag, known)}" for flag in unknown]
-            raise ValueError(f"{'; '.join(hints)} (--help lists the flags)")
+        raise_flag_error(message)
 
 
 def dataclasses_of(words: Sequence[str], task: str | None = None) -> Arguments:
@@ -411,7 +180,7 @@ def dataclasses_of(words: Sequence[str], task: str | None = None) -> Arguments:
     if task is not None:
         parser.set_defaults(task=task)
     words = ["--help" if word == "--help_all" else word for word in words]
-    parser.reject_unknown_flags(words)
+    reject_unknown_flags(words, parser)
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except (ValueError, ImportError) as error:  # of transformers' own checks
@@ -420,133 +189,3 @@ def dataclasses_of(words: Sequence[str], task: str | None = None) -> Arguments:
         raise ValueError(f"{' '.join(rest)}: expected a flag before each value (--help lists the flags)")
     model_args, data_args, training_args = parsed
     return model_args, data_args, training_args
-
-
-def nearest_flag(flag: str, known: Sequence[str]) -> str:
-    """`; did you mean --X?`, or nothing where no flag is near."""
-    name = flag.lstrip("-").lower().replace("-", "_")
-    if name in SHORT_NAMES:
-        return f"; did you mean --{SHORT_NAMES[name]}?"
-    names = [other.removeprefix("--") for other in known if "-" not in other.removeprefix("--")]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    parts = sorted((other for other in names if name in other or other in name), key=len) if len(name) > 2 else []
-    best = [*close, *parts][:1]
-    return f"; did you mean --{best[0]}?" if best else ""
-
-
-def find_faults(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> list[str]:
-    """Everything that can be known to be wrong before any long work."""
-    faults = []
-
-    def expect(holds: bool, fault: str) -> None:
-        if not holds:
-            faults.append(fault)
-
-    def one_of(name: str, value: Any, allowed: tuple) -> None:
-        named = ["the default" if choice is None else str(choice) for choice in allowed]
-        expect(value in allowed, f"--{name}: expected one of {', '.join(named)}, got {value!r}")
-
-    expect(bool(model_args.model_name_or_path), "--model_name_or_path: expected a folder or hub name, got none")
-    data, folders = data_args.data_path, data_args.image_folder or []
-    got = repr(data) if data else "none"
-    expect(bool(data) and Path(str(data)).exists(), f"--data_path: expected an existing path, got {got}")
-    expect(bool(folders), "--image_folder: expected an existing path, got none")
-    faults += [f"--image_folder: expected an existing path, got {str(path)!r}" for path in missing_folders(folders)]
-    one_of("task", args.task, ("LM", "DPO"))
-    one_of("bits", args.bits, (4, 8, 16))
-    one_of("debug_sync", args.debug_sync, ("off", "warn", "error"))
-    one_of("on_bad_image", data_args.on_bad_image, ("fail", "skip"))
-    one_of("on_long_pair", data_args.on_long_pair, ("fail", "skip"))
-    one_of("image_aspect_ratio", data_args.image_aspect_ratio, (None, "pad", "square", "anyres"))
-    one_of("mm_vision_select_feature", model_args.mm_vision_select_feature, (None, "patch", "cls_patch"))
-    one_of("mm_patch_merge_type", model_args.mm_patch_merge_type, (None, "flat", "spatial", "spatial_unpad"))
-    expect(
-        args.bits == 16 or args.lora_enable, f"--bits {args.bits}: a quantised base is trained with --lora_enable True"
-    )
-    expect(data_args.eval_pairs >= 0, f"--eval_pairs: expected a share or a number, got {data_args.eval_pairs}")
-    expect(
-        args.per_device_train_batch_size >= 1,
-        f"--per_device_train_batch_size: expected 1 or more, got {args.per_device_train_batch_size}",
-    )
-    expect(not args.lora_weight_path, "--lora_weight_path: starting from an adapter is not supported; merge it first "
-           "with scripts/merge_lora_weights.py")  # fmt: skip
-    faults += unsupported_flags(model_args, args)
-    faults += resume_errors(args)
-    for check in (lambda: get_template(model_args.version or "v1"), args.weighting):
-        try:
-            check()
-        except (ValueError, KeyError) as error:
-            faults.append(str(error))
-    if args.task == "DPO":
-        for name, stage in (("hardness", data_args.hardness), ("reference", data_args.reference)):
-            expect(
-                stage in (None, BASE_AS_REFERENCE) or (Path(stage) / "manifest.json").is_file(),
-                f"--{name}: expected a folder written by `python -m dama {name}`, got {stage!r}",
-            )
-        expect(
-            data_args.image_aspect_ratio != "anyres",
-            "--image_aspect_ratio anyres: not supported for --task DPO; use pad or square",
-        )
-        expect(
-            args.eval_strategy == "no" or data_args.eval_pairs > 0,
-            f"--eval_strategy {args.eval_strategy}: needs held-out pairs, give --eval_pairs (a share or a number)",
-        )
-        expect(
-            args.bits == 16 or data_args.reference == BASE_AS_REFERENCE,
-            f"--bits {args.bits}: the reference must be the same quantised base, give --reference base",
-        )
-        expect(
-            data_args.reference != BASE_AS_REFERENCE or (args.lora_enable and args.freeze_mm_mlp_adapter),
-            "--reference base: needs --lora_enable True and --freeze_mm_mlp_adapter True, or what is left with the "
-            "adapters off is not the model that training started from",
-        )
-    return faults
-
-
-def unsupported_flags(model_args: ModelArguments, args: TrainingArguments) -> list[str]:
-    """Flags that would be accepted and then ignored, or end in an error in the middle of a run."""
-    adapter_file = model_args.pretrain_mm_mlp_adapter
-    checks = [
-        (args.label_smoothing_factor == 0, f"--label_smoothing_factor {args.label_smoothing_factor}: not supported, "
-         "its loss does not know the image tokens; leave it at 0"),
-        (not args.neftune_noise_alpha, f"--neftune_noise_alpha {args.neftune_noise_alpha}: not supported, images "
-         "and text share one sequence of embeddings; leave it out"),
-        (args.model_max_length >= 1, f"--model_max_length: expected 1 or more tokens, got {args.model_max_length}"),
-        (not args.auto_find_batch_size, "--auto_find_batch_size: not supported, it would change the pairs or rows of "
-         "a step; use --auto_micro_batch True"),
-        (not args.ignore_data_skip, "--ignore_data_skip: not supported, a resumed run would train on rows twice"),
-        (args.train_sampling_strategy in SAMPLING[args.task == "DPO"], f"--train_sampling_strategy "
-         f"{args.train_sampling_strategy}: expected one of {', '.join(SAMPLING[args.task == 'DPO'])}"),
-        (not args.load_best_model_at_end or args.eval_strategy != "no", "--load_best_model_at_end: needs evaluations "
-         "during training, give --eval_strategy (and --eval_pairs)"),
-        (args.task == "DPO" or args.eval_strategy == "no", f"--eval_strategy {args.eval_strategy.value}: not "
-         "supported for --task LM, which has no held-out rows; leave it at no"),
-        (not (model_args.tune_mm_mlp_adapter and model_args.mm_use_im_start_end), "--tune_mm_mlp_adapter True with "
-         "--mm_use_im_start_end True: not supported, choose one of the two"),
-        (not (model_args.tune_mm_mlp_adapter and args.lora_enable), "--tune_mm_mlp_adapter True with --lora_enable "
-         "True: adapters would not train; choose one of the two"),
-        (adapter_file is None or Path(adapter_file).is_file(),
-         f"--pretrain_mm_mlp_adapter: expected an existing file, got {adapter_file!r}"),
-    ]  # fmt: skip
-    return [error for holds, error in checks if not holds]
-
-
-def resume_errors(args: TrainingArguments) -> list[str]:
-    """Why --resume_from_checkpoint cannot be honored, known from the flags and the folders' names."""
-    value, folder = args.resume_from_checkpoint, Path(str(args.output_dir))
-    if value is None:
-        return []
-    if value.lower() in ("true", "false"):
-        found, wanted = any(folder.glob("checkpoint-*")), value.lower() == "true"
-        if found == wanted:
-            return []
-        remedy = (
-            "leave the flag out to train from scratch" if wanted else "give another --output_dir to train from scratch"
-        )
-        return [
-            f"--resume_from_checkpoint {value}: expected {'a' if wanted else 'no'} checkpoint in '{folder}', found "
-            f"{'none' if wanted else 'some'}; {remedy}"
-        ]
-    if (Path(value) / "trainer_state.json").is_file():
-        return []
-    return [f"--resume_from_checkpoint: expected a checkpoint folder with trainer_state.json, got '{value}'"]

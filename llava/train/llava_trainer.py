@@ -13,6 +13,8 @@ from torch.utils.data import Sampler
 
 from dama.console import say, writing
 from dama.train.base import BaseTrainer
+from dama.train.checkpoints import missing_files, seal_checkpoint
+from dama.train.signing import validate_signature
 from llava.model.checkpoint import VOCABULARY_TABLES
 from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
@@ -20,15 +22,12 @@ from llava.train.checkpoints import (
     PROJECTOR_KEYS,
     get_mm_adapter_state_maybe_zero_3,
     keep_tower_inside,
-    lacking_in_checkpoint,
     matching,
     maybe_zero_3,
     names_beside_adapter,
-    seal_checkpoint,
     without_frozen_tower,
     write_model_card,
 )
-from llava.train.signing import refuse_unsigned
 
 __all__ = ["LLaVATrainer", "LengthGroupedSampler", "maybe_zero_3", "get_mm_adapter_state_maybe_zero_3"]
 
@@ -230,12 +229,12 @@ class LLaVATrainer(BaseTrainer):
         """
         recorded = Path(str(self.state.best_model_checkpoint))
         best = Path(self.args.output_dir) / recorded.name  # the output folder may have moved since it was recorded
-        if lacking := lacking_in_checkpoint(best):
+        if lacking := missing_files(best):
             raise ValueError(
                 f"--load_best_model_at_end: expected the best checkpoint at '{best}', found no whole {lacking[0]}. "
                 f"The last checkpoint is complete; start again without the flag to save the last model."
             )
-        refuse_unsigned(best, trust=self.args.trust_checkpoint)
+        validate_signature(best, trust=self.args.trust_checkpoint)
         self.state.best_model_checkpoint = str(best)
         say(f"loading the best checkpoint, {best} ({self.args.metric_for_best_model} {self.state.best_metric:.6g})")
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -147,7 +147,7 @@ def caption_segments(template: Template, turns: Sequence[Turn]) -> list[Segment]
 
 
 def signal_segments(template: Template, turns: Sequence[Turn]) -> list[Segment]:
-    """LLaVA-v0's training text: `### Human: ...\\n### Assistant: ...\\n### `, not quite its prompt."""
+    r"""LLaVA-v0's training text: `### Human: ...\n### Assistant: ...\n### `, not quite its prompt."""
     names = dict(zip(("human", "gpt"), template.roles))
     said = [Segment(f"### {names.get(who, 'unknown')}: {text}\n", who != "human") for who, text in turns]
     return [Segment(f"{template.system}\n\n", False), *said, Segment("### ", True)]
@@ -219,7 +219,7 @@ def preprocess_v1(
     *,
     template: Template = conv_templates["v1"],
 ) -> Batch:
-    """`USER: ... ASSISTANT: ...</s>`"""
+    """Encode turns as `USER: ... ASSISTANT: ...</s>`."""
     return preprocess(sources, tokenizer, has_image, template=_of_style(template, SeparatorStyle.TWO))
 
 
@@ -230,7 +230,7 @@ def preprocess_llama_2(
     *,
     template: Template = conv_templates["llava_llama_2"],
 ) -> Batch:
-    """`[INST] ... [/INST] ... </s>`"""
+    """Encode turns as `[INST] ... [/INST] ... </s>`."""
     return preprocess(sources, tokenizer, has_image, template=_of_style(template, SeparatorStyle.LLAMA_2))
 
 
@@ -241,7 +241,7 @@ def preprocess_mpt(
     *,
     template: Template = conv_templates["mpt"],
 ) -> Batch:
-    """`<|im_start|>user ...<|im_end|><|im_start|>assistant ...<|im_end|>`"""
+    """Encode turns as `<|im_start|>user ...<|im_end|><|im_start|>assistant ...<|im_end|>`."""
     return preprocess(sources, tokenizer, has_image, template=_of_style(template, SeparatorStyle.MPT))
 
 

@@ -189,6 +189,7 @@ class DataCollatorForSupervisedDataset:
     image_tokens: int | None = None
 
     def __call__(self, instances: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Collate rows into ids, labels [B, T], attention_mask, and images where rows have some."""
         limit = self.tokenizer.model_max_length
         ids = [item["input_ids"][:limit] for item in instances]
         input_ids = pad_sequence(ids, True, self.tokenizer.pad_token_id)

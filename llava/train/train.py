@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from dama.console import digest_of_file, end_on_interrupt, say
+from dama.train.checkpoints import resume_point
+from dama.train.provenance import provenance_of, step_settings
 from llava.conversation import get_template
 from llava.estimate.preflight import preflight
 from llava.model.llava_arch import start_rows_as_mean
@@ -23,10 +23,7 @@ from llava.train.checkpoints import (
     get_peft_state_non_lora_maybe_zero_3,
     is_finished,
     maybe_zero_3,
-    provenance_of,
-    resume_point,
     safe_save_model_for_hf_trainer,
-    step_settings,
 )
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.preprocess import (
@@ -46,6 +43,9 @@ from llava.train.sft_data import (
     supervised_settings,
 )
 from llava.train.sft_rows import checked_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DataArguments", "DataCollatorForSupervisedDataset", "LazySupervisedDataset", "ModelArguments",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dama.console import end_on_interrupt, say
+from dama.train.checkpoints import resume_point
 from dama.train.data import (
     PreferenceData,
     data_fingerprint,
@@ -16,6 +17,7 @@ from dama.train.data import (
     join_pairs,
     read_checked_pairs,
 )
+from dama.train.provenance import provenance_of
 from dama.train.reference import BASE_AS_REFERENCE, reference_of_pairs
 from dama.weighting import Variant
 from llava.estimate.preflight import preflight
@@ -27,7 +29,7 @@ from llava.train.arguments import (
     parse_arguments,
 )
 from llava.train.base_model import validate_base
-from llava.train.checkpoints import is_finished, provenance_of, resume_point
+from llava.train.checkpoints import is_finished
 from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from llava.train.family import LlavaFamily

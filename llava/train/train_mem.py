@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from dama.console import end_on_interrupt, report_error
 from llava.supported import validate_supported_model
+from llava.train.flag_names import check_flags_early
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     if argv is None:
         end_on_interrupt()
     try:
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> None:
     """Parses the flags and trains. What is imported here takes seconds."""
     refuse_missing_gpus(argv)
+    check_flags_early(argv)
     validate_supported_model(value_of(argv, "model_name_or_path"), "--model_name_or_path")
     import transformers
 

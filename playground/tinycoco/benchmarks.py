@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import write_atomic, write_json
-from eval.core.sources import BENCHMARKS
+from eval import benchmarks
+from eval.core.record import RECORD
 from eval.core.transfer import digest
-from eval.download import RECORD
 from playground.tinycoco.captions import PLURALS, QUESTIONS, article
 from playground.tinycoco.mmhal import CLEARLY_BESIDE, NUMBERS, write_mmhal
 from playground.tinycoco.scenes import Scene, SceneObject, draw, sample_scene
@@ -55,7 +55,7 @@ def write_benchmarks(folder: Path, scenes: int, split: str) -> None:
 
 def write_record(folder: Path) -> None:
     """downloads.json, which says what the files are that are not the published ones."""
-    files = [file for name in ("objhal", "amber", "pope", "mmhal") for file in BENCHMARKS[name].files]
+    files = [file for name in ("objhal", "amber", "pope", "mmhal") for file in benchmarks.named(name).files]
     paths = {name: folder / name for file in files for name in (file.path, file.instead) if name}
     entries = {
         name: {"sha256": digest(path), "bytes": path.stat().st_size, "source": "TinyCOCO"}

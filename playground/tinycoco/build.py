@@ -12,7 +12,7 @@ from dama.hardness.clip import load_clip
 from dama.hardness.score import run_hardness, summarize
 from dama.pairs import check_pairs, read_pairs
 from dama.stage import read_stage
-from eval.objhal import ObjHalScore, format_table
+from eval.objhal import format_table
 from playground.tinycoco import clip_training, sft
 from playground.tinycoco.preferences import make_pairs
 from playground.tinycoco.run import prepare, score_answers
@@ -89,12 +89,12 @@ def caption_figures(answerer, out: Path, work: Path, split: str = "test", scenes
     prepare(data, 0, scenes, split, out / "pairs.json")
     questions = read_questions(data / "questions.jsonl")
     generate_answers(answerer, questions, data / "images", data / "answers", Decoding(96), batch_size=32)
-    score: ObjHalScore = score_answers(data / "answers" / "answers.jsonl")
+    score = score_answers(data / "answers" / "answers.jsonl")
     say(format_table({"SFT": score}))
     return {
-        "response-level of SFT, %": score.metrics["response_level"].value or 0.0,
-        "mention-level of SFT, %": score.metrics["mention_level"].value or 0.0,
-        "object recall of SFT, %": score.metrics["object_recall"].value or 0.0,
+        "response-level of SFT, %": score.metrics["response_level"] or 0.0,
+        "mention-level of SFT, %": score.metrics["mention_level"] or 0.0,
+        "object recall of SFT, %": score.metrics["object_recall"] or 0.0,
     }
 
 

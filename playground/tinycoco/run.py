@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dama.console import digest_of, digest_of_file, say, write_atomic, write_json
 from dama.hardness.score import load_hardness
 from dama.report import GalleryItem, Hardness, MarkedCaption, Metric, Report, write_report
 from dama.stage import open_stage, read_stage
+from eval.core.objects import ObjectVocabulary
+from eval.core.scores import Score, difference
 from eval.core.store import Provenance, read_answers, write_results
-from eval.objhal import PROTOCOL, ObjectVocabulary, ObjHalScore, difference, format_table, score_captions
+from eval.core.types import Record
+from eval.objhal import PROTOCOL, format_table, score_captions
 from playground.tinycoco.captions import QUESTIONS
 from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.scenes import Scene, draw, sample_scene
@@ -86,44 +89,44 @@ def vocabulary() -> ObjectVocabulary:
     return ObjectVocabulary.from_mapping(SYNONYMS)
 
 
-def score_answers(answers: Path) -> ObjHalScore:
+def score_answers(answers: Path) -> Score:
     """Object HalBench in rule mode; the ground truth is what the scene generator drew."""
     captions = sorted(read_answers(answers), key=lambda answer: answer.id)  # the file is in order of length
     truth = {answer.image_id: set(scene_of(answer.image_id).categories) for answer in captions}
     return score_captions(captions, truth, vocabulary())
 
 
-def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, ObjHalScore]:
+def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, Score]:
     """Scores run/captions/NAME of each model, prints the table, writes results.json, report.html and report.md.
 
     Args:
         models: name in the table -> checkpoint folder, the one before alignment first.
         smoke: say first that so small a run shows nothing about the methods.
     """
-    scores: dict[str, ObjHalScore] = {}
+    scores: dict[str, Score] = {}
     for name, checkpoint in models.items():
         folder = run / "captions" / slug(name)
         manifest, _ = read_stage(folder, "answers")
         scores[name] = score_answers(folder / "answers.jsonl")
         write_results(
             folder / "results.json",
-            scores[name].metrics_record(),
+            scores[name].metrics,
             Provenance(
                 benchmark="TinyCOCO captions",
                 protocol=PROTOCOL,
                 checkpoint=str(checkpoint),
                 fingerprint=manifest["fingerprint"]["weights"],
                 decoding=manifest["fingerprint"]["decoding"],
-                counts=scores[name].counts(),
+                counts=scores[name].counts,
             ),
-            [item.record() for item in scores[name].items],
+            scores[name].items,
         )
     say(format_table(scores))
     page = Report(
         title="TinyCOCO: captions before and after alignment",
         how_to_read=HOW_TO_READ,
         metrics=METRICS,
-        results={name: {key: score.metrics[key] for key in METRICS} for name, score in scores.items()},
+        results={name: {key: score.interval(key) for key in METRICS} for name, score in scores.items()},
         provenance=provenance(run, models, scores),
         notes=notes(scores),
         gallery=gallery(scores, 12),
@@ -143,12 +146,12 @@ def slug(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
-def notes(scores: dict[str, ObjHalScore]) -> list[str]:
+def notes(scores: dict[str, Score]) -> list[str]:
     """What the paired differences say, in words the intervals allow."""
     names = list(scores)
     lines = []
     for ours, theirs in [(name, names[0]) for name in names[1:]] + [(names[-1], name) for name in names[1:-1]]:
-        gaps = difference(scores[ours], scores[theirs])
+        gaps = difference(scores[ours], scores[theirs], ("response_level", "object_recall"))
         parts = []
         for key, title in (("response_level", "response-level"), ("object_recall", "object recall")):
             value, low, high = gaps[key]
@@ -160,20 +163,30 @@ def notes(scores: dict[str, ObjHalScore]) -> list[str]:
     return lines
 
 
-def gallery(scores: dict[str, ObjHalScore], count: int) -> list[GalleryItem]:
+def gallery(scores: dict[str, Score], count: int) -> list[GalleryItem]:
     """The first scenes on which the models' captions differ in what they invent, then others, in order of scene."""
     models = list(scores)
     items = list(zip(*(scores[name].items for name in models)))
-    telling = [row for row in items if len({len(item.hallucinated) for item in row}) > 1]
+    telling = [row for row in items if len({invented(item) for item in row}) > 1]
     chosen = (telling + [row for row in items if row not in telling])[:count]
     return [
         GalleryItem(
-            draw(scene_of(row[0].answer.image_id)),
-            row[0].answer.prompt,
-            [MarkedCaption(name, item.answer.text, item.spans()) for name, item in zip(models, row)],
+            draw(scene_of(row[0]["image_id"])),
+            row[0]["prompt"],
+            [MarkedCaption(name, item["text"], marks(item)) for name, item in zip(models, row)],
         )
         for row in chosen
     ]
+
+
+def invented(item: Record) -> int:
+    """Number of objects that a caption names although they are not in the image."""
+    return sum(not mention["correct"] for mention in item["mentions"])
+
+
+def marks(item: Record) -> list[tuple[int, int, Literal["hallucinated", "correct"]]]:
+    """Spans of a caption that name an object, and whether it is in the image."""
+    return [(m["start"], m["end"], "correct" if m["correct"] else "hallucinated") for m in item["mentions"]]
 
 
 def hardness(run: Path) -> Hardness:
@@ -189,7 +202,7 @@ def curve(checkpoint: Path) -> list[dict[str, Any]]:
     return [row for row in history if "loss" in row]
 
 
-def provenance(run: Path, models: dict[str, Path], scores: dict[str, ObjHalScore]) -> dict[str, str]:
+def provenance(run: Path, models: dict[str, Path], scores: dict[str, Score]) -> dict[str, str]:
     first = next(iter(scores.values()))
     pairs = json.loads((run / "data" / "pairs.json").read_text())
     lines = {

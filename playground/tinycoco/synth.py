@@ -21,9 +21,10 @@ from dama.stage import Record, read_stage
 from dama.synth import command
 from dama.synth.images import Drawn
 from dama.synth.prompts import RANK_IMAGES, RANK_RESPONSES, read_step
+from eval.core.scores import Score
 from eval.core.statistics import LEVEL, RESAMPLES
 from eval.core.store import Provenance, write_results
-from eval.objhal import METRICS, PROTOCOL, ObjHalScore, format_table
+from eval.objhal import PROTOCOL, format_table
 from playground.tinycoco import run, scenes
 from playground.tinycoco.captions import PLACES, QUESTIONS, SETTINGS, truthful_caption
 from playground.tinycoco.preferences import best_and_worst, judge
@@ -176,13 +177,13 @@ def share(part: int, whole: int) -> str:
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def gain_reached(before: ObjHalScore, ours: ObjHalScore, truth: ObjHalScore, metric: str) -> tuple[float, float, float]:
+def gain_reached(before: Score, ours: Score, truth: Score, metric: str) -> tuple[float, float, float]:
     """(before - ours) / (before - truth) in percent, with its 95 % bootstrap interval over scenes.
 
     NaN where the truth gains nothing.
     """
     parts = np.array(
-        [[METRICS[metric](item) for item in sorted(score.items, key=lambda item: item.answer.id)]
+        [[item["parts"][metric] for item in sorted(score.items, key=lambda item: item["id"])]
          for score in (before, ours, truth)], dtype=float
     )  # fmt: skip
     value = float(_reached(parts.sum(axis=1)[None])[0])
@@ -202,7 +203,7 @@ def _reached(sums: Any) -> Any:
     return 100 * np.divide(ours, most, out=np.full(ours.shape, np.nan), where=most != 0)
 
 
-def gain_notes(scores: dict[str, ObjHalScore]) -> list[str]:
+def gain_notes(scores: dict[str, Score]) -> list[str]:
     """How much of what ranking by the truth gains each round reaches; the first is before, the last the truth's."""
     names, notes = list(scores), []
     for name in names[1:-1]:
@@ -213,20 +214,20 @@ def gain_notes(scores: dict[str, ObjHalScore]) -> list[str]:
     return notes
 
 
-def score(folder: Path, checkpoint: Path) -> ObjHalScore:
+def score(folder: Path, checkpoint: Path) -> Score:
     """Scores the captions in a folder and writes results.json beside them."""
     manifest, _ = read_stage(folder, "answers")
     result = run.score_answers(folder / "answers.jsonl")
     provenance = Provenance(
         benchmark="TinyCOCO captions", protocol=PROTOCOL, checkpoint=str(checkpoint),
         fingerprint=manifest["fingerprint"]["weights"], decoding=manifest["fingerprint"]["decoding"],
-        counts=result.counts(),
+        counts=result.counts,
     )  # fmt: skip
-    write_results(folder / "results.json", result.metrics_record(), provenance, [i.record() for i in result.items])
+    write_results(folder / "results.json", result.metrics, provenance, result.items)
     return result
 
 
-def report(home: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, ObjHalScore]:
+def report(home: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, Score]:
     """Print the table and write home/report. models: before alignment first, each round, ranked by truth last.
 
     smoke: say first that so small a run shows nothing about the methods.
@@ -242,7 +243,7 @@ def report(home: Path, models: dict[str, Path], smoke: bool = False) -> dict[str
         title="TinyCOCO: pairs from reward models alone",
         how_to_read=run.HOW_TO_READ + " Candidates, scores and pairs: round-1/report.html.",
         metrics=run.METRICS,
-        results={name: {key: result.metrics[key] for key in run.METRICS} for name, result in scores.items()},
+        results={name: {key: result.interval(key) for key in run.METRICS} for name, result in scores.items()},
         provenance=figures | {"scorer": f"Object HalBench, rule mode ({PROTOCOL})"},
         notes=notes,
         gallery=run.gallery(scores, 12),

@@ -112,8 +112,8 @@ def gap(answerer: Answerer, request: Request, images: Path, one: Tensor, other: 
     """Difference of the two tokens' logits where the answers part."""
     k = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
     ids = torch.cat([answerer.token_ids(request), one[:k]])[None].to(answerer.device)
-    pixels = answerer.pixels(request, images)[None].to(answerer.device, answerer.dtype)
-    logits = answerer.model(ids, images=pixels).logits[0, -1].float()
+    pixels, _ = answerer.pixels(request, images)
+    logits = answerer.model(ids, images=pixels[None].to(answerer.device, answerer.dtype)).logits[0, -1].float()
     return abs(float(logits[one[k]] - logits[other[k]]))
 
 

@@ -97,7 +97,9 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
     """Bytes that this rank needed and the estimate, by phase."""
     from transformers import CLIPVisionConfig
 
-    from llava.estimate.memory import ModelShape, TensorPeak, estimate_step
+    from llava.estimate.measure import TensorPeak
+    from llava.estimate.memory import estimate_step
+    from llava.estimate.sizes import ModelShape
     from llava.model.language_model.llava_llama import LlavaConfig
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_data import DPODataset

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from dama.console import end_on_interrupt, say, write_json
 from dama.train.reference import plan_batches
 from dama.train.throughput import PairLength, forward_flops
-from llava.estimate.doctor import first_loss
+from llava.estimate.one_batch import first_loss
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava
 from llava.train.dpo_data import PairCollator
@@ -57,7 +57,7 @@ class Case:
     @property
     def tokens(self) -> int:
         """Distinct positions of the language model's input."""
-        return self.pairs * self.length.positions
+        return self.pairs * self.length.tokens
 
 
 @dataclass(frozen=True)

@@ -95,14 +95,14 @@ def run_child(name: str, results: Path, log: Path, limit: float, rehearse: bool)
 
     In rehearsals, where no driver is in the way, processes are forked from one that has imported what takes seconds.
     """
-    context = get_context("forkserver" if rehearse else "spawn")
+    context = get_context("forkserver") if rehearse else get_context("spawn")
     child = context.Process(target=run_in_child, args=(name, results, log))
     child.start()
     try:
         child.join(limit)
         return child.exitcode
     finally:
-        if child.is_alive():
+        if child.pid and child.is_alive():
             with suppress(ProcessLookupError):  # it has a group of its own from its first line on
                 os.killpg(child.pid, signal.SIGKILL)
             child.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from llava.rehearsal import training
 from scripts.gpu.block import Report
@@ -30,6 +31,6 @@ def measure(report: Report) -> None:
     report.line = "; ".join(f"{name}: {short(found)}" for name, found in report.cases.items())
 
 
-def llava_of(trainer: training.Alone):
+def llava_of(trainer: training.Alone) -> Any:
     """The LLaVA inside PEFT's wrapper."""
     return trainer.module.get_base_model()

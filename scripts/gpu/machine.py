@@ -12,7 +12,7 @@ import torch
 
 from dama.console import say
 from dama.shared_prefix import attention_backend
-from llava.estimate.preflight import driver_version, why_no_gpu
+from llava.estimate.machine import driver_version, gpu_problem
 from llava.rehearsal.launch import is_rehearsed
 
 PACKAGES = (
@@ -44,7 +44,7 @@ def describe() -> dict[str, Any]:
 
 def main() -> int:
     if not torch.cuda.is_available():
-        sys.stderr.write(f"gpu_check: error: expected one GPU: {why_no_gpu()}; --rehearse runs without one\n")
+        sys.stderr.write(f"gpu_check: error: expected one GPU: {gpu_problem()}; --rehearse runs without one\n")
         return 2
     say(json.dumps(describe()))
     return 0

@@ -16,8 +16,10 @@ from measure import SHAPES, Shape, write_configs
 from torch import Tensor
 
 from dama.train.throughput import ModelSize, PairLength, peak_flops, step_flops
-from llava.estimate.memory import ModelShape, Training, Zero, estimate
-from llava.estimate.preflight import Plan, configs_of
+from llava.estimate.configs import configs_of
+from llava.estimate.memory import estimate
+from llava.estimate.plan import Plan
+from llava.estimate.sizes import ModelShape, Training, Zero
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.arguments import parse_arguments
@@ -65,7 +67,7 @@ def estimated_peak(plan: Plan, pairs: list[PairLength], optimizer: bool) -> int:
     if optimizer:
         return estimate(shape, run, pairs).peak
     of_step = estimate(shape, replace(run, zero=Zero()), pairs)  # as under DeepSpeed, all weights in half precision
-    return max(size for phase, size in of_step.phases.items() if phase != "optimiser") - of_step.optimiser
+    return max(size for phase, size in of_step.phases.items() if phase != "optimizer") - of_step.optimizer
 
 
 # --- Timing ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dama.train.reference import TOLERANCE
 from dama.train.trainer import REFERENCE_DRIFT
-from llava.estimate.preflight import Plan
+from llava.estimate.plan import Plan
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from scripts.gpu.block import Report

@@ -16,7 +16,7 @@ from dpo_step import Settings, batch_of, plain_step, trl_step
 from measure import PeakMemory, Shape, time_of, write_checkpoint
 from torch.profiler import ProfilerActivity, profile
 
-from llava.estimate.preflight import Plan
+from llava.estimate.plan import Plan
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
 from llava.train.setup_model import compile_layers
@@ -207,6 +207,7 @@ def set_sizes(config: Any, shape: Shape) -> None:
 
 def with_adamw(report: Report, folder: Path) -> None:
     """Whole steps of a training in fp32 under autocast, whose optimizer states fit because there are fewer layers."""
+    trainer: training.Alone | None = None
     for name in ("adamw_torch_fused", "adamw_torch"):
         with report.case(f"1 pair, {FEWER_LAYERS} layers, {name}") as found:
             plan = plan_of(folder / name, shape_of(FEWER_LAYERS), "--optim", name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
@@ -45,7 +45,7 @@ def steps_on_cpu(words: list[str]) -> list[dict[str, float]]:
     return steps_of([*words, "--use_cpu", "True"])
 
 
-def compare(report: Report, way: str, expected) -> None:
+def compare(report: Report, way: str, expected: Future[list[dict[str, float]]]) -> None:
     """Largest relative difference of losses and gradient norms; beyond the tolerance the case fails."""
     with report.case(way) as found:
         steps, on_cpu = steps_of(WAYS[way]), expected.result()

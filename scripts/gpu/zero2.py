@@ -42,6 +42,7 @@ def one_rank() -> Iterator[None]:
 
 def measure(report: Report) -> None:
     with one_rank(), tempfile.TemporaryDirectory() as name:
+        trainer: training.WithDeepSpeed | None = None
         for optimizer in OPTIMIZERS:
             with report.case(f"{LAYERS} layers, {count_of(PAIRS)}, {optimizer}") as found:
                 words = ("--optim", optimizer, "--deepspeed", str(ROOT / "scripts/zero2.json"))

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
-from llava.estimate.memory import ModelShape, estimate_step
-from llava.estimate.preflight import configs_of, reserved
+from llava.estimate.configs import configs_of
+from llava.estimate.fit import reserved
+from llava.estimate.memory import estimate_step
+from llava.estimate.sizes import ModelShape
 from llava.rehearsal.engine import single_rank_world
 from llava.rehearsal.training import planned, rehearse
 
@@ -34,7 +36,7 @@ def main(out: str, ranks: str, *words: str) -> None:
         "memory": torch.cuda.get_device_properties(0).total_memory,
         "layout": plan.layout,
         "checkpointing": args.gradient_checkpointing,
-        "faults": [fault for fault in plan.faults if "memory: " in fault],
+        "faults": [fault for fault in plan.errors if "memory: " in fault],
     }
     Path(out).write_text(json.dumps(facts))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from llava.estimate.preflight import why_no_gpu
+from llava.estimate.machine import gpu_problem
 from llava.rehearsal.launch import environment
 from tests.cuda.conftest import outcomes_of, skip_unless_possible
 
@@ -118,4 +118,4 @@ def test_why_there_is_no_gpu(tmp_path, monkeypatch, driver, visible, said):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert said in why_no_gpu()
+    assert said in gpu_problem()

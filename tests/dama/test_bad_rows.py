@@ -11,6 +11,8 @@ import pytest
 from dama.pairs import PairsError, check_pairs, parse_pairs, read_pairs
 from tests.dama.prepare_sets import card, lines, picture, prepare
 
+pytestmark = pytest.mark.fast
+
 GOOD = {"idx": "good", "image": "good.png", "question": "What?", "chosen": "A cat.", "rejected": "A dog."}
 FIELDS = (
     *("idx", "id", "image", "image_path", "images", "question", "prompt", "chosen", "rejected", "origin_dataset"),

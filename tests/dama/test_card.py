@@ -11,6 +11,8 @@ import pytest
 from dama.prepare.rows import clean
 from tests.dama.prepare_sets import card, picture, prepare, write_lines
 
+pytestmark = pytest.mark.fast
+
 ATTACKS = {
     "HTML": '<img src="http://evil.example/a.png" onerror="alert(1)">',
     "a script": "<script>alert(1)</script>",

@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -81,7 +82,7 @@ def test_a_folder_with_its_own_tokenizer(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="right"
     )
-    text_cfg = {"context_length": 12, "vocab_size": 8, "width": 32, "heads": 2, "layers": 2}
+    text_cfg: dict[str, Any] = {"context_length": 12, "vocab_size": 8, "width": 32, "heads": 2, "layers": 2}
     text_cfg |= {"pool_type": "eos", "eos_id": 2, "hf_tokenizer_name": "own"}
     folder = write_tiny_clip(tmp_path / "own", config=MODEL_CFG | {"text_cfg": text_cfg})
     tokenizer.save_pretrained(folder)
@@ -121,8 +122,8 @@ def test_texts_beyond_the_context_are_refused(scorer: ClipScorer) -> None:
 def test_image_features_are_open_clips_own(scorer: ClipScorer, tmp_path: Path) -> None:
     paths = []
     for index in range(7):
-        pixels = np.random.default_rng(index).integers(0, 255, (50, 40 + index, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        array = np.random.default_rng(index).integers(0, 255, (50, 40 + index, 3), dtype=np.uint8)
+        Image.fromarray(array).save(tmp_path / f"{index}.png")
         paths.append(tmp_path / f"{index}.png")
     with torch.inference_mode():
         pixels = torch.stack([scorer.preprocess(Image.open(path).convert("RGB")) for path in paths])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from dama.hardness.split_llm import _Batches
 from dama.prepare.outputs import LinesFile
 from dama.stage import open_stage
 from eval.core.transfer import download
+
+pytestmark = pytest.mark.fast
 
 
 @pytest.fixture
@@ -137,9 +139,9 @@ def test_replies_behind_a_link_are_refused(tmp_path: Path, victim: Path) -> None
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_pipe_or_a_folder_is_no_file_to_append_to(tmp_path: Path, make: object) -> None:
+def test_a_pipe_or_a_folder_is_no_file_to_append_to(tmp_path: Path, make: Callable[[Path], None]) -> None:
     """Opening a pipe for writing would wait for a reader without end."""
-    make(tmp_path / "records")  # type: ignore[operator]
+    make(tmp_path / "records")
     with pytest.raises((UnsafeFileError, IsADirectoryError)):
         open(tmp_path / "records", "ab", opener=regular_file)  # noqa: SIM115 (it never opens)
 

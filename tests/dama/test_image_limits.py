@@ -21,6 +21,8 @@ from llava.train.arguments import parse_arguments
 from llava.train.sft_data import read_rows
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture()
 def linked(tmp_path: Path) -> SimpleNamespace:

@@ -17,12 +17,14 @@ from PIL import Image
 
 from dama.images import FORMATS, ImageError, load_image, open_image, probe_image
 from dama.pairs import PreferencePair, check_pairs
-from eval.page import shrunk
+from eval.page_images import shrunk
 from llava.generation.answers import check_requests
 from llava.generation.request import Request
 from llava.mm_utils import load_image_from_base64
-from llava.serve.chat import read_image
+from llava.serve.images import read_image
 from tests.dama.prepare_sets import picture, prepare, write_lines
+
+pytestmark = pytest.mark.fast
 
 ROOT = Path(__file__).parents[2]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"

@@ -9,6 +9,8 @@ import torch
 
 from dama.logps import IGNORE_INDEX, Float32Product, TargetLogps, answer_logps, float32_head, token_logps
 
+pytestmark = pytest.mark.fast
+
 
 def test_on_paper() -> None:
     """Logits (0, log 3): probabilities 1/4 and 3/4; d log p_0 / dz = (1 - 1/4, -3/4)."""

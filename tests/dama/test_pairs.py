@@ -7,7 +7,7 @@ import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,8 @@ from dama.pairs import (
     parse_pairs,
     read_pairs,
 )
+
+pytestmark = pytest.mark.fast
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ROW = {"idx": 7, "image_path": "a.png", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
@@ -272,8 +274,8 @@ def test_load_image_drops_alpha_and_ignores_exif(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["id", "image", "question", "chosen", "rejected", "kind", "source"])
 def test_fingerprint_sees_every_field(field: str) -> None:
-    pairs = [pair(id="1"), pair(id="2")]
-    assert pairs_fingerprint([pairs[0], replace(pairs[1], **{field: "other"})]) != pairs_fingerprint(pairs)
+    pairs, other = [pair(id="1"), pair(id="2")], {field: "other"}
+    assert pairs_fingerprint([pairs[0], replace(pairs[1], **cast(Any, other))]) != pairs_fingerprint(pairs)
 
 
 def test_fingerprint_sees_order_and_scores() -> None:

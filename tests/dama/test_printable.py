@@ -11,6 +11,8 @@ from dama.pairs import PairsError, check_pairs, read_pairs
 from llava.serve import cli
 from tests.openai_server import ScriptedServer, failure
 
+pytestmark = pytest.mark.fast
+
 ESCAPES = [
     ("\x1b[2J\x1b[H", r"\x1b[2J\x1b[H"),  # clears the screen
     ("\x1b]0;title\x07", r"\x1b]0;title\x07"),  # renames the window

@@ -25,6 +25,8 @@ from llava.tokenization import load_tokenizer
 from tests.dama.prepare_sets import prepare, rlaifv_row, write_parquet
 from tests.dama.tiny_clip import MODEL_CFG, write_tiny_clip
 
+pytestmark = pytest.mark.fast
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 CODE = """
 from pathlib import Path

@@ -19,6 +19,8 @@ from dama.shared_prefix import (
 )
 from dama.transfer import to_device
 
+pytestmark = pytest.mark.fast
+
 LAYOUT = PackLayout.of([PackedGroup(3, (2, 1)), PackedGroup(1, (1, 2))])
 
 

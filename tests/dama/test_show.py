@@ -14,7 +14,7 @@ from PIL import Image
 
 from dama.cli import main
 from dama.console import USER_ERROR
-from dama.hardness.score import hardness_delta, summarise
+from dama.hardness.score import hardness_delta, summarize
 from dama.hardness.show import by_field, correlations, draw_sheet, pick_groups, sheet_text, write_hardness_page
 from dama.stage import StageError, open_stage
 
@@ -56,7 +56,7 @@ def write_stage(folder: Path, records: list[dict[str, Any]] = RECORDS, **facts: 
     fingerprint = {"pairs": "abc", "clip": {"model": "tiny"}, "reduction": "sum"}
     with open_stage(folder / "hardness", "hardness", fingerprint, [len(records)]) as stage:
         stage.append(records)
-        stage.finish(summarise(records, [{"skipped": [], "image_folder": str(folder / "images")} | facts]))
+        stage.finish(summarize(records, [{"skipped": [], "image_folder": str(folder / "images")} | facts]))
     return folder / "hardness"
 
 
@@ -213,7 +213,7 @@ def test_records_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
 def test_a_constant_delta_has_no_correlation() -> None:
     """One pair: every figure is defined but r."""
     rows = [record(0, [0.3], [0.1])]
-    manifest = {"summary": summarise(rows, [{"skipped": []}]), "fingerprint": {"reduction": "sum"}}
+    manifest = {"summary": summarize(rows, [{"skipped": []}]), "fingerprint": {"reduction": "sum"}}
     assert manifest["summary"]["correlations"] == {"statements": None, "words": None}
     picture = {"red.png": Image.new("RGB", (8, 8), "red")}
     assert draw_sheet(manifest, rows, pick_groups(rows, 3), picture).startswith(b"\x89PNG")

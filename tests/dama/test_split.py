@@ -29,6 +29,8 @@ from dama.hardness.split_llm import (
 )
 from tests.openai_server import Call, Scripted, ScriptedServer, failure
 
+pytestmark = pytest.mark.fast
+
 CASES = json.loads((Path(__file__).parent / "split_cases.json").read_text(encoding="utf-8"))
 # What a split may leave out of an answer: joining words, and the marks of lists and headings.
 JOINING = {"and", "but", "while", "whereas", "with"}
@@ -47,9 +49,9 @@ def test_expected_statements(case: dict[str, str]) -> None:
 def test_no_word_is_added_lost_or_moved(case: dict[str, str]) -> None:
     """The statements' words are the answer's in their order; only joining words and the marks of lists are missing."""
     source = iter(words(case["answer"]))
-    left_out = []
+    left_out: list[str] = []
     for word in words(" ".join(split_statements(case["answer"]))):
-        left_out += takewhile(lambda other, word=word: other != word, source)
+        left_out += takewhile(word.__ne__, source)
     marks = re.findall(r"(?:^|[\s:(])\(?(\d{1,2})[.)]\s", case["answer"])
     assert set([*left_out, *source]) <= set(marks)
 
@@ -177,7 +179,7 @@ def test_a_server_splits_and_its_replies_are_kept(tmp_path: Path) -> None:
         assert server_splitter(settings, tmp_path / "splits.jsonl").split(answers) == expected
         assert len(server.calls) == asked + 2  # one answer, tried twice
     with pytest.raises(ChatError, match="no server answers"):
-        server_splitter(settings, None).split([BEACH])
+        server_splitter(settings, tmp_path / "none.jsonl").split([BEACH])
 
 
 @pytest.fixture(scope="module")

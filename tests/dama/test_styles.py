@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from dama.pairs import PairsError, PreferencePair, check_pairs, pair_from_row, r
 from dama.prepare.sources import SourceError
 from dama.texts import visible_text, without_image_token
 from tests.dama.prepare_sets import card, lines, picture, prepare, write_lines, write_parquet
+
+pytestmark = pytest.mark.fast
 
 
 def user(text: Any = "<image>\nWhat is it?") -> dict[str, Any]:
@@ -202,7 +205,7 @@ def test_wrong_rows_are_named_by_the_files_fields(name: str, tmp_path: Path) -> 
 def test_named_columns_are_called_what_the_file_calls_them(form: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(picture(0))
     names, source = ("ask", "good", "bad", "file", "key"), tmp_path / f"rows.{form}"
-    table = [["What?", "A cat.", "A dog.", "a", "1"], ["What?", None, "A dog.", "a", "2"]]
+    table: list[list[Any]] = [["What?", "A cat.", "A dog.", "a", "1"], ["What?", None, "A dog.", "a", "2"]]
     if form == "csv":
         with open(source, "w", newline="") as file:
             csv.writer(file).writerows([names, *table])
@@ -344,3 +347,17 @@ def test_prepare_leaves_them_out_and_counts_them_and_training_refuses_them(tmp_p
     assert [pair.id for pair in read_pairs(tmp_path / "out/pairs.jsonl")] == ["good"]
     with pytest.raises(PairsError, match="row CRLF .*: chosen and rejected answer are equal but for what cannot"):
         check_pairs(read_pairs(source), tmp_path)
+
+
+class Unhurried(str):
+    """Text that does not count as ASCII, so that it takes the general way."""
+
+    def isascii(self):
+        return False
+
+
+def test_plain_text_is_seen_as_any_text_is():
+    draw = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choices("ab  \n\n.~\t", k=draw.randint(0, 12)))
+        assert visible_text(text) == visible_text(Unhurried(text)), repr(text)

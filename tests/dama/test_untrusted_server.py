@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import threading
-import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -198,10 +197,9 @@ HOPELESS = {
 def test_a_hopeless_server_ends_it_at_the_first_reply(name):
     trouble, words = HOPELESS[name]
     server = ScriptedServer(lambda call: trouble)
-    started = time.monotonic()
     with server as url, pytest.raises(ChatError, match="(?s)" + re.escape(words).replace(r"\ ", " ")):
         client_of(url, retries=6).ask(ask_of(*"abcdefgh"))
-    assert len(server.calls) == 1 and time.monotonic() - started < 5
+    assert len(server.calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -330,7 +328,7 @@ def test_a_gzipped_reply_is_read():
 
 
 class Dripping:
-    """`with Dripping(head) as base_url`: sends `head` at once, and then a byte every 50 ms for at most 20 s."""
+    """`with Dripping(head) as base_url`: sends `head` at once, and then a byte every 50 ms until the client leaves."""
 
     def __init__(self, head=b""):
         self.head, self.stopped = head, threading.Event()
@@ -353,9 +351,7 @@ class Dripping:
             try:
                 connection.recv(1 << 16)
                 connection.sendall(self.head)
-                for _ in range(400):
-                    if self.stopped.wait(0.05):
-                        return
+                while not self.stopped.wait(0.05):
                     connection.sendall(b"a")
             except OSError:  # the client has gone
                 return
@@ -376,11 +372,8 @@ class Dripping:
 )
 def test_a_reply_has_a_longest_time(head):
     """A byte now and then keeps any limit on silence from firing; the attempt ends all the same."""
-    with Dripping(head) as url:
-        started = time.monotonic()
-        with pytest.raises(ChatError, match="no complete reply within 1 seconds"):
-            client_of(url, retries=0, timeout=0.5).ask(ask_of("a"))
-    assert time.monotonic() - started < 6
+    with Dripping(head) as url, pytest.raises(ChatError, match="no complete reply within 1 seconds"):
+        client_of(url, retries=0, timeout=0.5).ask(ask_of("a"))
 
 
 def test_a_reward_endpoint_is_bounded_too(tmp_path):

@@ -20,6 +20,8 @@ from dama.weighting import (
 )
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.fast
+
 CASES = json.loads((GOLDEN / "f_dpo_functions.json").read_text())
 RELEASED_DELTA_BAR = CASES["dpo_loss"]["constant_vlm_mean"]
 

@@ -10,7 +10,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-MODEL_CFG = {
+MODEL_CFG: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},

@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
-from eval import page, pope
-from eval.compare import Published, compare, figure_of, main, read_all, read_published, rows_of, verdict
-from eval.core.scores import ratios
+from eval import benchmarks, page, pope
+from eval.compare import compare, main, rows_of, verdict
+from eval.core.metrics import ratios
+from eval.core.published import Published
 from eval.core.statistics import Interval
 from eval.core.store import Provenance, read_answers, write_results
+from eval.results import read_all
 
+pytestmark = pytest.mark.fast
+OBJHAL = benchmarks.named("objhal")
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 JUDGE = {"name": "gpt-4-0613", "version": "gpt-4-0613", "prompt_digest": "ab12", "temperature": 0.0}
 
@@ -73,10 +77,10 @@ def test_a_difference_on_paper(tmp_path: Path) -> None:
     (row,) = compare(pair(tmp_path, responses(100, 100), responses(100, 0))).rows
     assert [value.value for value in row.values] == [100, 50] and row.differences == (Interval(-50, -100, 0),)
     assert row.values[1] == Interval(50, 0, 100)
-    assert verdict("response_level", row.differences[0], "aligned") == "no clear difference"
+    assert verdict(OBJHAL, "response_level", row.differences[0], "aligned") == "no clear difference"
     (row,) = compare(pair(tmp_path, responses(100, 100), responses(0, 0))).rows
     assert row.differences == (Interval(-100, -100, -100),)
-    assert verdict("response_level", row.differences[0], "aligned") == "aligned better"
+    assert verdict(OBJHAL, "response_level", row.differences[0], "aligned") == "aligned better"
 
 
 def test_items_are_matched_by_id(tmp_path: Path) -> None:
@@ -94,13 +98,14 @@ def test_a_picture_is_drawn_with_all_its_items(tmp_path: Path) -> None:
         return [row | {"image_id": f"im{n // 50}"} for n, row in enumerate(responses(*rates))]
 
     comparison = compare(pair(tmp_path, asked(100), asked(0)))
-    assert comparison.rows[0].differences == (Interval(-50, -100, 0),) and comparison.pictures == 2
+    assert comparison.rows[0].differences == (Interval(-50, -100, 0),) and comparison.images == 2
 
 
 def test_f1_is_a_ratio_of_sums(tmp_path: Path) -> None:
     """F1 = 2 TP / (2 TP + FP + FN). Base: a hit and a miss, 2 / 3; aligned: two hits, 4 / 4."""
     hit, miss = {"f1": [200.0, 2.0]}, {"f1": [0.0, 1.0]}
-    (row,) = compare(pair(tmp_path, [item(0, hit), item(1, miss)], [item(0, hit), item(1, hit)])).rows
+    base, aligned = [item(0, hit), item(1, miss)], [item(0, hit), item(1, hit)]
+    (row,) = compare(pair(tmp_path, base, aligned, benchmark="amber")).rows
     assert [value.value for value in row.values] == pytest.approx([200 / 3, 100])
     assert row.differences[0] == pytest.approx((100 / 3, 0, 100))
 
@@ -123,7 +128,7 @@ def test_derived_figures_are_resampled_together(tmp_path: Path) -> None:
     """CHAIR and F1 of the same pictures: where one picture has both 0 and the other both 100, CHAIR cancels F1 in each
     resample and the score is always 50. Resampled apart it would spread from 0 to 100."""
     rows = [item(n, {"chair": [value, 1.0], "f1": [value, 1.0]}) for n, value in enumerate((0.0, 100.0))]
-    (run,) = read_all([results(tmp_path, "base", rows)])
+    (run,) = read_all([results(tmp_path, "base", rows, benchmark="amber")])
     values = {row.metric: row.values for row in rows_of([run])}
     assert values["amber_score"] == (Interval(50, 50, 50),) and values["chair"] == (Interval(50, 0, 100),)
 
@@ -142,33 +147,51 @@ def test_the_mean_over_popes_splits(tmp_path: Path) -> None:
 
 def test_nothing_to_divide_by(tmp_path: Path) -> None:
     """Where one of them has no figure there is no difference, and where none has, the figure is named below."""
-    some, none = {"a": [50.0, 1.0], "b": [0.0, 0.0]}, {"a": [0.0, 0.0], "b": [0.0, 0.0]}
+    some = {"chairs": [50.0, 1.0], "mention_level": [0.0, 0.0]}
+    none = {"chairs": [0.0, 0.0], "mention_level": [0.0, 0.0]}
     comparison = compare(pair(tmp_path, [item(0, some)], [item(0, none)]))
     assert comparison.rows[0].differences == (Interval(None, None, None),)
-    assert ["a", "undefined", "50.0", "n/a", "n/a"] in [line.split() for line in comparison.text.splitlines()]
-    assert "Undefined: b." in comparison.text
+    assert ["CHAIRs", "%", "undefined", "50.0", "n/a", "n/a"] in [line.split() for line in comparison.text.splitlines()]
+    assert "Undefined: mention_level." in comparison.text
 
 
 @pytest.mark.parametrize(
-    "metric, low, high, words",
+    "benchmark, metric, low, high, words",
     [
-        ("mention_level", -3, -1, "B better"),
-        ("mention_level", 1, 3, "B worse"),
-        ("object_recall", -3, -1, "B worse"),
-        ("relation_f1", 1, 3, "B better"),
-        ("mean_words", 1, 3, "B higher"),
-        ("random_yes_ratio", -3, -1, "B lower"),
-        ("score", 0, 3, "no clear difference"),
-        ("score", None, None, "undefined"),
+        ("objhal", "mention_level", -3, -1, "B better"),
+        ("objhal", "mention_level", 1, 3, "B worse"),
+        ("objhal", "object_recall", -3, -1, "B worse"),
+        ("amber", "relation_f1", 1, 3, "B better"),
+        ("objhal", "mean_words", 1, 3, "B higher"),
+        ("pope", "random_yes_ratio", -3, -1, "B lower"),
+        ("mmhal", "score", 0, 3, "no clear difference"),
+        ("mmhal", "score", None, None, "undefined"),
     ],
 )
-def test_words(metric: str, low: float | None, high: float | None, words: str) -> None:
-    assert verdict(metric, Interval(low, low, high), "B") == words
+def test_words(benchmark: str, metric: str, low: float | None, high: float | None, words: str) -> None:
+    assert verdict(benchmarks.named(benchmark), metric, Interval(low, low, high), "B") == words
 
 
 def test_decimals_are_those_of_the_papers() -> None:
-    metrics = ("response_level", "score", "score_counting", "relative", "total", "mean_f1", "f1", "mean_words")
-    assert [figure_of(metric).decimals for metric in metrics] == [1, 2, 2, 1, 1, 2, 1, 1]
+    metrics = {"objhal": ("response_level", "mean_words"), "mmhal": ("score", "score_counting"), "amber": ("f1",),
+               "llavabench": ("relative",), "mmvet": ("total",), "pope": ("mean_f1",)}  # fmt: skip
+    decimals = [[benchmarks.named(name).metric(metric).decimals for metric in of] for name, of in metrics.items()]
+    assert decimals == [[1, 1], [2, 2], [1], [1], [1], [2]]
+
+
+def test_an_unknown_metric_or_benchmark_is_an_error(tmp_path: Path) -> None:
+    """Neither direction is assumed: the file, the benchmark, its metrics and the remedy are named."""
+    path = results(tmp_path, "base", [item(0, {"hallucinations": [1.0, 1.0]})])
+    with pytest.raises(ValueError, match="metric 'hallucinations': expected a metric of Object HalBench") as caught:
+        read_all([path])
+    assert str(path) in str(caught.value) and "(response_level, chairs, " in str(caught.value)
+    assert "Remedy: give a results.json that eval.evaluate wrote" in str(caught.value)
+    with pytest.raises(ValueError, match="metric 'bleu': expected a metric of Object HalBench"):
+        read_all([results(tmp_path, "base", responses(1), metrics={"bleu": None})])
+    with pytest.raises(ValueError, match="benchmark: expected one of objhal, .*, pope, got 'halbench'"):
+        read_all([results(tmp_path, "base", responses(1), benchmark="halbench")])
+    with pytest.raises(ValueError, match="metric 'bleu'"):
+        verdict(OBJHAL, "bleu", Interval(1, 1, 1), "B")
 
 
 def test_each_later_result_against_the_first(tmp_path: Path) -> None:
@@ -182,13 +205,13 @@ def test_notes(tmp_path: Path) -> None:
     def run(name: str, beams: int) -> Path:
         return results(
             tmp_path, name, [item(0, {"total": [50.0, 1.0]})], judge=JUDGE | {"version": ""}, fingerprint="same",
-            metrics={"total_std": 0.25}, counts={"missing": 2, "unparsed": 0},
+            metrics={"total_std": 0.25}, benchmark="mmvet", counts={"missing": 2, "unparsed": 0},
             decoding={"generative": {"num_beams": beams}},
         )  # fmt: skip
 
     text = compare([run("base", 1), run("aligned", 3)]).text
     for note in (
-        "Pictures: only 1,", "No sums over items, so without interval: total_std 0.25 / 0.25.",
+        "Images: only 1,", "No sums over items, so without interval: total_std 0.25 / 0.25.",
         "Missing: base 2, aligned 2.", "The judge's version is not named", "base and aligned have the same weights.",
         "Decoded differently, generative num_beams: base 1, aligned 3.",
     ):  # fmt: skip
@@ -202,7 +225,7 @@ def test_notes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"benchmark": "amber"}, "benchmark: 'objhal' in base, 'amber' in aligned"),
+        ({"benchmark": "TinyCOCO captions"}, "benchmark: 'objhal' in base, 'TinyCOCO captions' in aligned"),
         ({"protocol": "objhal-llm"}, "protocol: 'objhal-rules' in base, 'objhal-llm' in aligned"),
         ({"judge": JUDGE | {"name": "gpt-4o"}}, "judge's name: 'gpt-4-0613' in base, 'gpt-4o' in aligned"),
         ({"judge": JUDGE | {"version": "2"}}, "judge's version: 'gpt-4-0613' in base, '2' in aligned"),
@@ -298,11 +321,27 @@ def test_names(tmp_path: Path) -> None:
         read_all([paths[0], paths[0]])
 
 
+@pytest.mark.parametrize("benchmark", benchmarks.names())
+def test_results_of_the_revision_before_are_read_and_compared_to_the_digit(tmp_path: Path, benchmark: str) -> None:
+    """Both results.json, and the rows of their comparison, as revision 70a1940 wrote them."""
+    content = json.loads((Path(__file__).with_name("written_before") / f"{benchmark}.json").read_text())
+    paths = [tmp_path / f"{name}.json" for name in ("base", "aligned")]
+    for path in paths:
+        path.write_text(json.dumps(content[path.stem]))
+    rows = json.loads(json.dumps(compare(paths).record()["rows"]))
+    assert [row["metric"] for row in rows] == [row["metric"] for row in content["rows"]]
+    for row, before in zip(rows, content["rows"]):
+        assert row["better"] == before["better"]
+        for values in ("values", "differences"):
+            for now, then in zip(row[values], before[values], strict=True):
+                assert now == pytest.approx(then)
+
+
 # -------------------------------------------------------------------------------------------------------- published
 
 
 def published(protocol: str | None = "mm-vet", judge: str | None = None) -> Published:
-    return Published("mmvet", "LLaVA", {"total": 31.1}, protocol, judge, {"LLaVA": "eval.zip"}, "")
+    return Published("LLaVA", {"total": 31.1}, protocol, judge, {"LLaVA": "eval.zip"}, "")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +359,7 @@ def published(protocol: str | None = "mm-vet", judge: str | None = None) -> Publ
 )
 def test_standing(tmp_path: Path, protocol: str | None, judge: str | None, judged: Any, standing: str) -> None:
     (run,) = read_all([results(tmp_path, "base", responses(0), protocol="mm-vet", judge=judged)])
-    assert published(protocol, judge).standing(run) == standing
+    assert published(protocol, judge).standing(run.protocol, run.judge) == standing
 
 
 def test_published_figures_beside_these(tmp_path: Path) -> None:
@@ -344,17 +383,21 @@ def test_published_results_come_on_request_and_last(tmp_path: Path, capsys: pyte
     assert main([*paths, "--published"]) == 0
     asked = capsys.readouterr().out
     own, published = asked.index("aligned better"), asked.index("UE-DPO")
-    assert own < asked.index("published figures") < published and "--published shows" not in asked
+    assert own < asked.index("published results") < published and "--published shows" not in asked
 
 
 def test_every_published_figure_says_where_it_is_from() -> None:
-    entries = read_published()
-    assert {entry.benchmark for entry in entries} == {"objhal", "amber", "mmhal", "llavabench", "mmvet", "pope"}
-    for entry in entries:
-        assert entry.sources and (entry.figures or entry.note)
-        assert all(0 <= value <= 100 for value in entry.figures.values())
+    unknown = set()
+    for benchmark in benchmarks.BENCHMARKS:
+        assert benchmark.published()
+        for entry in benchmark.published():
+            assert entry.sources and (entry.metrics or entry.note)
+            assert all(0 <= value <= 100 for value in entry.metrics.values())
+            unknown |= {(benchmark.name, metric) for metric in entry.metrics if metric not in benchmark.metric_named}
+    assert unknown == {("pope", "accuracy"), ("pope", "precision")}  # over a split that is not stated
     # AMBER's README prints the score as well: (100 - CHAIR + F1) / 2, of figures that are rounded to one decimal.
-    scored = [entry.figures for entry in entries if "amber_score" in entry.figures]
+    entries = benchmarks.named("amber").published()
+    scored = [entry.metrics for entry in entries if "amber_score" in entry.metrics]
     assert len(scored) == 9
     for row in scored:
         assert row["amber_score"] == pytest.approx((100 - row["chair"] + row["f1"]) / 2, abs=0.1001)
@@ -369,9 +412,9 @@ def test_popes_published_figures_are_what_the_answers_give(tmp_path: Path) -> No
     facts = Provenance("pope", score.protocol, "llava-v1.5-13b", "", {}, score.counts)
     write_results(tmp_path / "results.json", score.metrics, facts, score.items)
     (run,) = read_all([tmp_path / "results.json"])
-    (entry,) = (entry for entry in read_published() if entry.benchmark == "pope" and entry.standing(run) == "same")
+    (entry,) = (e for e in benchmarks.named("pope").published() if e.standing(run.protocol, run.judge) == "same")
     values = {row.metric: row.values[0].value for row in rows_of([run])}
-    assert {name: values[name] for name in entry.figures} == pytest.approx(dict(entry.figures), abs=0.00501)
+    assert {name: values[name] for name in entry.metrics} == pytest.approx(dict(entry.metrics), abs=0.00501)
 
 
 # ---------------------------------------------------------------------------------------------------------- command
@@ -381,7 +424,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     paths = [str(path) for path in pair(tmp_path, responses(100, 100), responses(0, 0))]
     assert main([*paths, "--names", "before", "after"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("Object HalBench, protocol objhal-rules; 2 answers about 2 pictures\n")
+    assert said.startswith("Object HalBench, protocol objhal-rules; 2 answers about 2 images\n")
     assert "response-level %  after better   100.0    0.0      -100.0  [-100.0, -100.0]" in said
     assert main([*paths, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)

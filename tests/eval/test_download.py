@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import threading
-import time
 import zipfile
 from hashlib import sha256
 from pathlib import Path
@@ -15,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval import benchmarks
 from eval import download as command
 from eval.core import transfer
-from eval.core.sources import BENCHMARKS
 from eval.core.transfer import TransferError, download, members
 from eval.download import DownloadError, fetch, main
 from tests.eval.loopback import FileServer
@@ -211,7 +210,7 @@ def test_pictures_come_one_by_one_and_only_the_chosen(tmp_path):
     assert "llava_bench/rule.json: from https://raw.githubusercontent.com/haotian-liu" in str(
         error.value
     )  # wrong digest
-    assert "llava_bench/images/: 1 pictures (001.jpg), each from https://huggingface.co/" in str(error.value)
+    assert "llava_bench/images/: 1 images (001.jpg), each from https://huggingface.co/" in str(error.value)
     assert "002.jpg" not in str(error.value)
     assert left_in(tmp_path / "llava_bench/images") == ["000.jpg"]
 
@@ -221,10 +220,10 @@ def test_offline_and_incomplete_is_one_message(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DAMA_BENCH_DATA", str(tmp_path / "data"))
     assert main(["--mirror", "http://127.0.0.1:9"]) == 2
     said = capsys.readouterr().err
-    for name, benchmark in BENCHMARKS.items():
+    for benchmark in benchmarks.BENCHMARKS:
         for file in benchmark.files:
-            assert file.path in said and file.home in said, name
-        assert f"{benchmark.pictures.folder}/" in said
+            assert file.path in said and file.source in said, benchmark.name
+        assert f"{benchmark.images.folder}/" in said
     assert "Remedy: run `python -m eval.download`" in said and said.count("Remedy") == 1
     assert str(tmp_path / "data") in said and not (tmp_path / "data").exists()
 
@@ -336,7 +335,7 @@ def test_a_file_of_known_size_ends_there(tmp_path):
 
 
 class Endless:
-    """`with Endless(head, block, pause) as url`: sends `head`, then `block` every `pause` seconds, 10 s at most."""
+    """`with Endless(head, block, pause) as url`: sends `head`, then `block` every `pause` s until the client leaves."""
 
     def __init__(self, head, block, pause):
         self.head, self.block, self.pause, self.stopped = head, block, pause, threading.Event()
@@ -357,12 +356,11 @@ class Endless:
             threading.Thread(target=self.send, args=(connection,), daemon=True).start()
 
     def send(self, connection):
-        deadline = time.monotonic() + 10
         with connection:
             try:
                 connection.recv(1 << 16)
                 connection.sendall(self.head)
-                while time.monotonic() < deadline and not self.stopped.wait(self.pause):
+                while not self.stopped.wait(self.pause):
                     connection.sendall(self.block)
             except OSError:  # the client has gone
                 return
@@ -390,10 +388,9 @@ def test_a_download_has_a_largest_size_and_a_least_pace(tmp_path, monkeypatch, h
     monkeypatch.setattr(transfer, "LARGEST_FILE", 1_000_000)
     monkeypatch.setattr(transfer, "PATIENCE", 0.5)
     server = Endless(head, block, pause)
-    started = time.monotonic()
     with server as url, pytest.raises(TransferError, match=words):
         download(f"{url}/a", tmp_path / "a")
-    assert time.monotonic() - started < 8 and server.connections <= 3
+    assert server.connections <= 3
     assert not (tmp_path / "a").exists()
 
 
@@ -489,7 +486,7 @@ def test_amber_and_pope_from_a_mirror(tmp_path):
     files = {
         file.path: Path(OFFICIAL, file.path).read_bytes()
         for name in ("amber", "pope")
-        for file in BENCHMARKS[name].files
+        for file in benchmarks.named(name).files
     }
     files["amber/AMBER.zip"] = archive({f"image/AMBER_{i}.jpg": jpeg() for i in (1, 2)})
     files["coco/val2014/COCO_val2014_000000310196.jpg"] = jpeg()

@@ -16,42 +16,54 @@ from dama.chat import ChatError, ChatRequest, ChatUsage
 from eval.core.judge import (
     VERDICTS,
     JudgeRun,
-    OfficialJudge,
     Verdict,
     after_thoughts,
     ask_judge,
-    format_scores,
     replay,
-    score_verdicts,
 )
-from eval.core.types import Answer, Benchmark, Question
+from eval.core.judged import Judge, score_verdicts
+from eval.core.metrics import Metric
+from eval.core.scores import Table, TableColumn
+from eval.core.types import Answer, BenchmarkData, Question
 from tests.openai_server import VERSION, Call, ScriptedServer, completion, failure, malformed, rate_limited
 
 ROOT = Path(__file__).resolve().parents[2]
-JUDGE = OfficialJudge("gpt-0", temperature=0.0, max_tokens=8)
 COUNT = 24
+METRICS = tuple(Metric(name, name) for name in ("mean", "even", "odd", "mean_std"))
+TABLE = Table(
+    (TableColumn("mean", "mean", 2, interval=True), TableColumn("odd", "odd")),
+    protocol=False,
+    note="unreadable verdicts, in no mean",
+)
 
 
-def benchmark_of(count: int = 3) -> Benchmark:
+def benchmark_of(count: int = 3) -> BenchmarkData:
     """Question i is "Which digit is i?", on picture i // 2; its kind is even or odd."""
     questions = (
         Question(f"q{i}", f"{i // 2}.jpg", f"Which digit is {i}?", str(i), (("even", "odd")[i % 2],))
         for i in range(count)
     )
-    return Benchmark(tuple(questions), "How right is it?")
+    return BenchmarkData(tuple(questions), "How right is it?")
 
 
-def answers_of(benchmark: Benchmark) -> list[Answer]:
+def answers_of(benchmark: BenchmarkData) -> list[Answer]:
     return [Answer(q.id, q.image_id, q.prompt, f"It is {q.truth}.") for q in benchmark.questions]
 
 
-def requests_of(benchmark: Benchmark, answers: list[Answer] | None = None) -> list[ChatRequest]:
+def requests_of(
+    benchmark: BenchmarkData, answers: list[Answer] | None = None, *, official_quirks: bool = False
+) -> list[ChatRequest]:
     answers = answers_of(benchmark) if answers is None else answers
     return [ChatRequest(a.id, ({"role": "user", "content": f"{a.id}: {a.text}"},)) for a in answers]
 
 
 def number(text: str) -> float | None:
     return float(text) if text.isdigit() else None
+
+
+JUDGE = Judge(
+    "gpt-0", temperature=0.0, max_tokens=8, requests=requests_of, parse=number, parse_official=number, unreadable=0.0
+)
 
 
 def run_of(*texts: str | None, runs: int = 1) -> JudgeRun:
@@ -62,19 +74,19 @@ def run_of(*texts: str | None, runs: int = 1) -> JudgeRun:
     return JudgeRun("gpt-0", 0.0, "digest", tuple(verdicts))
 
 
-def score_of(run: JudgeRun, benchmark: Benchmark | None = None, *, otherwise: float | None = None, answers=None):
+def score_of(run: JudgeRun, benchmark: BenchmarkData | None = None, *, official_quirks: bool = False, answers=None):
     """The mean of the digits, in all and by kind."""
     benchmark = benchmark or benchmark_of()
     return score_verdicts(
         "digits",
+        JUDGE,
+        METRICS,
         benchmark,
         answers_of(benchmark) if answers is None else answers,
         run,
-        ("mean", "even", "odd"),
-        parse=number,
         parts=lambda question, values: {name: [sum(values) / len(values), 1.0] for name in ("mean", *question.kinds)},
         wrong=lambda values: sum(values) / len(values) < 5,
-        otherwise=otherwise,
+        official_quirks=official_quirks,
     )
 
 
@@ -219,7 +231,7 @@ def test_two_kills_change_nothing(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- replay
 
 
-def judged(folder) -> Benchmark:
+def judged(folder) -> BenchmarkData:
     benchmark = benchmark_of()
     with ScriptedServer(lambda call: call.text[1]) as base_url:
         ask_judge(settings_of(base_url), requests_of(benchmark), folder, "d", parse=number, runs=2)
@@ -314,7 +326,7 @@ def test_an_unreadable_verdict_is_in_no_mean():
 
 def test_the_original_s_value_is_given_only_when_asked_for():
     """3, unreadable as 0, 4: 7 / 3. Counted as unreadable all the same."""
-    score = score_of(run_of("3", "maybe", "4"), otherwise=0.0)
+    score = score_of(run_of("3", "maybe", "4"), official_quirks=True)
     assert score.metrics["mean"] == pytest.approx(7 / 3)
     assert (score.counts["unparsed"], score.items[1]["wrong"]) == (1, True)
 
@@ -323,7 +335,7 @@ def test_without_any_readable_verdict_there_is_no_score():
     score = score_of(run_of(None, "maybe", None))
     assert set(score.metrics.values()) == {None}
     assert (score.counts["failed"], score.counts["unparsed"]) == (2, 1)
-    assert "n/a" in format_scores({"m": score}, {"mean": ("mean", 1)})
+    assert "n/a" in TABLE({"m": score})
 
 
 def test_runs_are_averaged_within_an_item_and_compared_between():
@@ -348,7 +360,7 @@ def test_questions_without_answer_are_counted_and_listed():
     answers = answers_of(benchmark_of())[:2]
     score = score_of(run_of("3", "5"), answers=answers)
     assert (score.counts["answers"], score.counts["missing"], score.missing) == (2, 1, ("q2",))
-    assert "m: no answer: q2" in format_scores({"m": score}, {"mean": ("mean", 1)})
+    assert "m: no answer: 1 of 3: q2" in TABLE({"m": score})
 
 
 def test_answers_to_other_questions_are_refused():
@@ -377,11 +389,11 @@ def test_answers_and_verdicts_belong_together():
 
 def test_the_table_counts_and_lists_what_it_leaves_out():
     rows = {"base": score_of(run_of("3", "maybe", None)), "aligned": score_of(run_of("9", "9", "9"))}
-    lines = format_scores(rows, {"mean": ("mean", 2), "odd": ("odd", 1)}).splitlines()
+    lines = TABLE(rows).splitlines()
     assert lines[0].split() == ["mean", "odd", "unparsed"]
     assert lines[1].split() == ["base", "3.00", "[3.00,", "3.00]", "n/a", "2", "of", "3"]
     assert lines[2].split() == ["aligned", "9.00", "[9.00,", "9.00]", "9.0", "0", "of", "3"]
-    assert lines[3:] == ["base: unreadable verdicts, in no mean: q1, q2"]
+    assert lines[3:] == ["base: unreadable verdicts, in no mean: 2 of 3: q1, q2"]
 
 
 def test_thoughts_are_no_verdict():

@@ -12,19 +12,21 @@ import pytest
 from eval import llavabench
 from eval.core.judge import JudgeRun, Verdict, replay
 from eval.core.store import read_answers
-from eval.core.types import Answer, Benchmark, Question
+from eval.core.types import Answer, BenchmarkData, Question
 from tests.openai_server import ScriptedServer, failure
+
+pytestmark = pytest.mark.fast
 
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 official = pytest.mark.skipif(not BENCH, reason="DAMA_BENCH_DATA not set")
 
 
-def benchmark_of(*kinds: str) -> Benchmark:
+def benchmark_of(*kinds: str) -> BenchmarkData:
     questions = (
         Question(str(i), f"{i:03d}.jpg", f"What is {i}?", f"reference {i}", (kind,), f"context {i}")
         for i, kind in enumerate(kinds)
     )
-    return Benchmark(tuple(questions), "Give two scores.")
+    return BenchmarkData(tuple(questions), "Give two scores.")
 
 
 def answers_of(benchmark):
@@ -39,7 +41,7 @@ def score_of(benchmark, *texts, **others):
 # ------------------------------------------------------------------------------------------------- the real reviews
 
 
-def golden() -> tuple[Benchmark, list[Answer]]:
+def golden() -> tuple[BenchmarkData, list[Answer]]:
     """The questions as far as they are known (no pictures, contexts and references) and LLaVA-1.5-7B's answers."""
     home = Path(BENCH, "llava_bench")
     rows = [json.loads(line) for line in (home / "questions_recovered.jsonl").read_text().splitlines()]
@@ -47,7 +49,7 @@ def golden() -> tuple[Benchmark, list[Answer]]:
         Question(str(r["question_id"]), "", r["text"], "", (r["category"].removeprefix("llava_bench_"),)) for r in rows
     )
     answers = read_answers(home / "golden/answers/llava-v1.5-7b.jsonl")
-    return Benchmark(tuple(questions), llavabench._rule(home / "rule.json")), answers
+    return BenchmarkData(tuple(questions), llavabench._rule(home / "rule.json")), answers
 
 
 def review(number: int) -> Path:
@@ -131,7 +133,7 @@ def test_the_official_layout(tmp_path):
     question = Question("1", "001.jpg", "What is 1?", "reference 1", ("detail",), "context 1\nmore")
     assert benchmark.questions[1] == question
     assert benchmark.prompt_digest == "2ce22b562d600886"
-    request = llavabench.requests(benchmark)[1]
+    request = benchmark.requests()[1]
     assert (request.id, request.prompt, request.image, request.image_id) == ("1", "What is 1?", "001.jpg", "001")
 
 
@@ -238,7 +240,7 @@ def test_a_judge_that_fails_every_time_gives_no_score(tmp_path):
     benchmark = benchmark_of("conv", "detail")
     with ScriptedServer(lambda call: failure(500)) as base_url:
         settings = llavabench.JUDGE.settings(base_url, retries=1)
-        run = llavabench.judge(benchmark, answers_of(benchmark), settings, tmp_path)
+        run = llavabench.JUDGE.ask(benchmark, answers_of(benchmark), settings, tmp_path)
     ours = llavabench.score(benchmark, answers_of(benchmark), run)
     assert (ours.metrics["relative"], ours.counts["failed"]) == (None, 2)
     theirs = llavabench.score(benchmark, answers_of(benchmark), run, official_quirks=True)
@@ -255,8 +257,8 @@ def test_judged_resumed_and_scored_over_http(tmp_path):
     answers = answers_of(benchmark)
     with server as base_url:
         settings = llavabench.JUDGE.settings(base_url, "local")
-        llavabench.judge(benchmark, answers[2:], settings, tmp_path)
-        run = llavabench.judge(benchmark, answers[::-1], settings, tmp_path)
+        llavabench.JUDGE.ask(benchmark, answers[2:], settings, tmp_path)
+        run = llavabench.JUDGE.ask(benchmark, answers[::-1], settings, tmp_path)
     assert len(server.calls) == 3
     assert {"model": "local", "temperature": 0.2, "max_tokens": 1024}.items() <= server.calls[0].body.items()
     score = llavabench.score(benchmark, answers, run)

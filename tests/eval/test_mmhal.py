@@ -10,20 +10,22 @@ import pytest
 
 from eval import mmhal
 from eval.core.judge import JudgeRun, Verdict, replay
-from eval.core.types import Answer, Benchmark, Question
+from eval.core.types import Answer, BenchmarkData, Question
 from tests.openai_server import VERSION, ScriptedServer
+
+pytestmark = pytest.mark.fast
 
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 official = pytest.mark.skipif(not BENCH, reason="DAMA_BENCH_DATA not set")
 TEMPLATE = "{}\nQ {}\nT {}\nA {}"
 
 
-def benchmark_of(*kinds: str) -> Benchmark:
+def benchmark_of(*kinds: str) -> BenchmarkData:
     questions = (
         Question(f"im{i}", f"im{i}.jpg", f"How many on {i}?", f"There are {i}.", (kind,), "Cat, Dog")
         for i, kind in enumerate(kinds)
     )
-    return Benchmark(tuple(questions), TEMPLATE)
+    return BenchmarkData(tuple(questions), TEMPLATE)
 
 
 def answers_of(benchmark):
@@ -43,7 +45,7 @@ def test_the_official_file():
     assert [q.kinds[0] for q in benchmark.questions] == list(mmhal.KINDS) * 12
     first = benchmark.questions[0]
     assert (first.id, first.image, first.context) == ("df62a56fdc1bb12b", "df62a56fdc1bb12b.jpg", "Fire hydrant")
-    assert mmhal.requests(benchmark)[0].prompt == "What color is the fire hydrant cap in the picture?"
+    assert benchmark.requests()[0].prompt == "What color is the fire hydrant cap in the picture?"
     assert benchmark.prompt_digest == "2db099baee2b452e"
 
 
@@ -106,7 +108,7 @@ def test_a_missing_field_and_missing_files(tmp_path):
 
 
 def test_a_prompt_without_its_slots_is_refused():
-    benchmark = Benchmark((), "Rate {}")
+    benchmark = BenchmarkData((), "Rate {}")
     with pytest.raises(ValueError, match="expected 4 slots, got 1"):
         mmhal.judge_requests(benchmark, [])
 
@@ -172,7 +174,7 @@ def test_metrics_on_paper():
         "score_other": 1.0,
     }
     assert [item["wrong"] for item in score.items] == [False, True, False, True]
-    assert set(score.items[0]["parts"]) == set(mmhal.METRICS)
+    assert set(score.items[0]["parts"]) == {metric.name for metric in mmhal.METRICS} - {"score_std"}
     assert "3.00 [" in mmhal.format_table({"m": score})
 
 
@@ -197,7 +199,7 @@ def test_an_alias_does_not_loop(tmp_path):
     benchmark = benchmark_of("other", "counting")
     server = ScriptedServer(lambda call: "Rating: 4")
     with server as base_url:
-        run = mmhal.judge(benchmark, answers_of(benchmark), mmhal.JUDGE.settings(base_url, "gpt-4"), tmp_path)
+        run = mmhal.JUDGE.ask(benchmark, answers_of(benchmark), mmhal.JUDGE.settings(base_url, "gpt-4"), tmp_path)
     assert len(server.calls) == 2
     assert (run.name, run.version) == ("gpt-4", VERSION)
     assert {"temperature": 0.0, "max_tokens": 512}.items() <= server.calls[0].body.items()
@@ -212,7 +214,7 @@ def test_answers_are_joined_by_id(tmp_path):
     server = ScriptedServer(lambda call: f"Rating: {ratings[call.text.split('I see ')[1][:3]]}")
     shuffled = [answers_of(benchmark)[i] for i in (2, 0, 1)]
     with server as base_url:
-        run = mmhal.judge(benchmark, shuffled, mmhal.JUDGE.settings(base_url), tmp_path)
+        run = mmhal.JUDGE.ask(benchmark, shuffled, mmhal.JUDGE.settings(base_url), tmp_path)
     for call in server.calls:
         shown = call.text.split("I see ")[1][:3]
         assert f"How many on {shown[2]}?" in call.text

@@ -11,20 +11,22 @@ import pytest
 
 from eval import mmvet
 from eval.core.judge import JudgeRun, Verdict, replay
-from eval.core.types import Answer, Benchmark, Question
+from eval.core.types import Answer, BenchmarkData, Question
 from tests.openai_server import ScriptedServer
+
+pytestmark = pytest.mark.fast
 
 BENCH = os.environ.get("DAMA_BENCH_DATA", "")
 official = pytest.mark.skipif(not BENCH, reason="DAMA_BENCH_DATA not set")
 
 
-def benchmark_of(*kinds: str) -> Benchmark:
+def benchmark_of(*kinds: str) -> BenchmarkData:
     """One question for each, which names the capabilities that it needs."""
     questions = (
         Question(f"v1_{i}", f"v1_{i}.png", f"What is {i}?", "-1<AND>-5", tuple(kind.split()))
         for i, kind in enumerate(kinds)
     )
-    return Benchmark(tuple(questions), "Question | Truth | Prediction | Correctness\n--- | --- | --- | ---")
+    return BenchmarkData(tuple(questions), "Question | Truth | Prediction | Correctness\n--- | --- | --- | ---")
 
 
 def answers_of(benchmark, *texts):
@@ -45,7 +47,7 @@ def score_of(benchmark, *grades, **others):
 # -------------------------------------------------------------------------------------------------- the real grades
 
 
-def golden() -> tuple[Benchmark, list[Answer], JudgeRun]:
+def golden() -> tuple[BenchmarkData, list[Answer], JudgeRun]:
     """LLaVA-1.5-7B's answers and its three grades each; capabilities only where mm-vet.json is at hand."""
     home = Path(BENCH, "mmvet")
     if (home / "mm-vet.json").is_file():
@@ -53,7 +55,7 @@ def golden() -> tuple[Benchmark, list[Answer], JudgeRun]:
     else:
         rows = [json.loads(line) for line in (home / "llava-mm-vet.jsonl").read_text().splitlines()]
         questions = (Question(f"v1_{r['question_id']}", r["image"], r["text"], "") for r in rows)
-        benchmark = Benchmark(tuple(questions), "")
+        benchmark = BenchmarkData(tuple(questions), "")
     prompts = {question.id: question.prompt for question in benchmark.questions}
     texts = json.loads((home / "golden/llava-v1.5-7b.json").read_text())
     answers = [Answer(id_, "", prompts[id_], text) for id_, text in texts.items()]
@@ -100,7 +102,7 @@ def test_the_official_prompt_and_layout(tmp_path):
     assert benchmark.questions == (Question("v1_0", "v1_0.png", "What is x?", "-1<AND>-5", ("ocr", "math")),)
     (request,) = mmvet.judge_requests(benchmark, [Answer("v1_0", "", "What is x?", "x = 3")])
     assert request.messages == ({"role": "user", "content": f"{prompt}\nWhat is x? | -1 <AND> -5 | x = 3 | "},)
-    assert mmvet.requests(benchmark)[0].image_id == "v1_0"
+    assert benchmark.requests()[0].image_id == "v1_0"
 
 
 def test_faults_name_file_and_field(tmp_path):
@@ -213,7 +215,7 @@ def test_a_grader_that_explains_is_read_and_the_temperature_stays(tmp_path):
     benchmark = benchmark_of("rec", "ocr")
     server = ScriptedServer(lambda call: "Correctness: 0.5" if call.attempt == 2 else "well")
     with server as base_url:
-        run = mmvet.judge(benchmark, answers_of(benchmark), mmvet.JUDGE.settings(base_url), tmp_path)
+        run = mmvet.JUDGE.ask(benchmark, answers_of(benchmark), mmvet.JUDGE.settings(base_url), tmp_path)
     assert mmvet.score(benchmark, answers_of(benchmark), run).metrics["total"] == 50.0
     assert len(server.calls) == 6
     assert {call.body["temperature"] for call in server.calls} == {0.0}
@@ -229,8 +231,8 @@ def test_the_original_s_way_when_asked_for(tmp_path):
     server = ScriptedServer(lambda call: "0.9" if call.body["temperature"] >= 1.0 and never not in call.text else "hm")
     with server as base_url:
         settings = mmvet.JUDGE.settings(base_url, concurrency=1)
-        run = mmvet.judge(benchmark, answers_of(benchmark), settings, tmp_path, official_quirks=True)
-        again = mmvet.judge(benchmark, answers_of(benchmark), settings, tmp_path, official_quirks=True)
+        run = mmvet.JUDGE.ask(benchmark, answers_of(benchmark), settings, tmp_path, official_quirks=True)
+        again = mmvet.JUDGE.ask(benchmark, answers_of(benchmark), settings, tmp_path, official_quirks=True)
     asked = [call.body for call in server.calls if never in call.text]
     assert [body["temperature"] for body in asked] == [0.0, 0.5, 1.0, 1.5, 2.0]
     assert {body["max_tokens"] for body in asked} == {3}
@@ -249,7 +251,7 @@ def test_five_runs_as_in_the_paper(tmp_path):
     benchmark = benchmark_of("rec")
     server = ScriptedServer(lambda call: f"0.{call.attempt}")
     with server as base_url:
-        run = mmvet.judge(benchmark, answers_of(benchmark), mmvet.JUDGE.settings(base_url), tmp_path, runs=5)
+        run = mmvet.JUDGE.ask(benchmark, answers_of(benchmark), mmvet.JUDGE.settings(base_url), tmp_path, runs=5)
     score = mmvet.score(benchmark, answers_of(benchmark), run)
     assert score.by_run == (0.0, 10.0, 20.0, 30.0, 40.0)
     assert score.metrics["total"] == pytest.approx(20.0)

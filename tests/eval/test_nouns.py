@@ -6,6 +6,8 @@ import pytest
 
 from eval.core.nouns import FALLBACK, nltk_tagger, rule_tagger, singularise, spacy_tagger
 
+pytestmark = pytest.mark.fast
+
 KNOWN = frozenset(
     ("dog", "man", "bench", "can", "watch", "water", "orange", "light", "painting", "glass", "train", "cup", "person",
      "female", "park", "bird")

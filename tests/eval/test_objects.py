@@ -6,6 +6,8 @@ import pytest
 from eval.core.nouns import Word, rule_tagger
 from eval.core.objects import Mention, ObjectVocabulary
 
+pytestmark = pytest.mark.fast
+
 LINES = [
     "person, man, woman, child, baby, adult, policeman",
     "dog, puppy",

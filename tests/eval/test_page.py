@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -11,17 +12,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from eval import amber, llavabench, mmhal, mmvet, objhal, pope
-from eval.compare import figure_of, read_all
+from eval import amber, benchmarks, llavabench, mmhal, mmvet, objhal, pope
 from eval.core.judge import JudgeRun, Verdict
 from eval.core.nouns import rule_tagger
 from eval.core.scores import cell
 from eval.core.store import Provenance, write_results
-from eval.core.types import Answer, Benchmark, Question
-from eval.page import SIDE, is_of_kind, main, marked, read_pictures, state_of, tags_of, write_page
+from eval.core.types import Answer, BenchmarkData, Question
+from eval.page import is_of_kind, main, write_page
+from eval.page_images import ALL_IMAGES, SIDE, read_images
+from eval.page_items import ItemView, item_view, marked, packed, state_of, tags_of, unpacked
+from eval.results import read_all
 from playground.tinycoco.vocabulary import SYNONYMS
 from tests.eval import tiny_bench
 
@@ -37,21 +41,21 @@ def scored_objhal(folder: Path, texts: Texts) -> Any:
     tiny_bench.objhal(folder)
     bench = objhal.load(folder)
     score = objhal.score(bench, answers(bench.questions, texts))
-    return score, [item.record() for item in score.items], score.metrics_record(), score.counts(), bench.image_folder
+    return score, bench.image_folder
 
 
 def scored_amber(folder: Path, texts: Texts) -> Any:
     tiny_bench.amber(folder)
     bench = amber.load(folder)
     score = amber.score(bench, answers(bench.questions, texts), tagger=rule_tagger(frozenset(SYNONYMS)))
-    return score, score.items, score.metrics, score.counts, bench.image_folder
+    return score, bench.image_folder
 
 
 def scored_pope(folder: Path, texts: Texts) -> Any:
     tiny_bench.pope(folder)
     bench = pope.load(folder)
     score = pope.score(bench, answers(bench.questions, texts))
-    return score, score.items, score.metrics, score.counts, bench.image_folder
+    return score, bench.image_folder
 
 
 def judged(module: Any, kinds: Texts, verdicts: Texts) -> Callable[[Path, Texts], Any]:
@@ -63,10 +67,10 @@ def judged(module: Any, kinds: Texts, verdicts: Texts) -> Callable[[Path, Texts]
             Question(str(i), f"{i}.jpg", f"What is in picture {i}?", f"Truth {i}.", (kind,), f"Context {i}.")
             for i, kind in enumerate(kinds)
         )
-        bench = Benchmark(questions, "prompt", folder / "images")
+        bench = BenchmarkData(questions, "prompt", folder / "images")
         given = tuple(Verdict(q.id, 0, "", text, None, "v1") for q, text in zip(questions, verdicts))
         score = module.score(bench, answers(questions, texts), JudgeRun("judge", 0.0, "digest", given))
-        return score, score.items, score.metrics, score.counts, bench.image_folder
+        return score, bench.image_folder
 
     return scored
 
@@ -93,10 +97,10 @@ SAID = {
 def run_of(folder: Path, benchmark: str, name: str = "base", texts: Texts | None = None) -> tuple[Path, Path]:
     """results.json of a run of the real scorer, and the folder of its pictures."""
     said = texts or SAID.get(benchmark, [ATTACK, "Two cars.", "A \N{SMILING FACE WITH SUNGLASSES} dog.", ""])
-    score, items, metrics, counts, images = SCORED[benchmark](folder / "data", said)
-    facts = Provenance(benchmark, score.protocol, f"runs/{name}", name, {"num_beams": 1}, counts, score.judge)
+    score, images = SCORED[benchmark](folder / "data", said)
+    facts = Provenance(benchmark, score.protocol, f"runs/{name}", name, {"num_beams": 1}, score.counts, score.judge)
     path = folder / name / benchmark / "results.json"
-    write_results(path, metrics, facts, items)
+    write_results(path, score.metrics, facts, score.items)
     return path, images
 
 
@@ -114,11 +118,12 @@ class Reader(HTMLParser):
         self.tags.append(tag)
         facts = dict(attrs)
         assert not any(name.startswith("on") for name in facts), facts
-        self._id = str(facts["id"]) if facts.get("type") == "application/json" else ""
+        self._id = str(facts["id"]) if "id" in facts and tag == "script" else ""
 
     def handle_data(self, data: str) -> None:
         if self._id:
-            self.data[self._id.removesuffix("-data")] = json.loads(data)
+            name = self._id.removesuffix("-data")
+            self.data[name] = unpacked(data) if name == "items" else json.loads(data)
             self._id = ""
         else:
             self.text += data
@@ -135,20 +140,20 @@ def test_every_benchmark(tmp_path: Path, benchmark: str) -> None:
     page = read(write_page(path, tmp_path / "page.html", images))
     content = json.loads(path.read_text())
     items = page.data["items"]
-    assert [item["id"] for item in items] == [row["id"] for row in content["items"]]
+    assert [item.id for item in items] == [row["id"] for row in content["items"]]
     for item, row in zip(items, content["items"]):
-        (answer,) = item["answers"]
-        assert "".join(piece for piece, _ in answer["pieces"]) == row["text"]
-        wrong = [piece for piece, kind in answer["pieces"] if kind == "hallucinated"]
+        (answer,) = item.answers
+        assert "".join(piece for piece, _ in answer.pieces) == row["text"]
+        wrong = [piece for piece, kind in answer.pieces if kind == "hallucinated"]
         assert wrong == [row["text"][start:end] for start, end in row["spans"]]
-        assert item["state"] == answer["outcome"] == {True: "wrong", False: "right", None: "unparsed"}[row["wrong"]]
-        assert item["truth"] == (row["truth"] if isinstance(row["truth"], list) else [row["truth"]])
-        url, width, height = page.data["pictures"][item["picture"]]
-        assert url.startswith("data:image/jpeg;base64,") and max(width, height) <= SIDE
-    assert {item["state"] for item in items} >= {"wrong"} and page.tags.count("script") == 4
+        assert item.state == answer.outcome == {True: "wrong", False: "right", None: "unparsed"}[row["wrong"]]
+        assert item.truth == (row["truth"] if isinstance(row["truth"], list) else [row["truth"]])
+        data, width, height = page.data["images"][item.image_number]
+        assert base64.b64decode(data)[8:12] == b"WEBP" and max(width, height) <= SIDE
+    assert {item.state for item in items} >= {"wrong"} and page.tags.count("script") == 4
     assert ATTACK not in (tmp_path / "page.html").read_text()
     first = next(name for name, value in content["metrics"].items() if value is not None)
-    assert cell(content["metrics"][first], figure_of(first).decimals) in page.text
+    assert cell(content["metrics"][first], benchmarks.named(benchmark).metric(first).decimals) in page.text
 
 
 def test_what_the_scorers_found_is_said(tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ def test_what_the_scorers_found_is_said(tmp_path: Path) -> None:
     for benchmark in SCORED:
         path, images = run_of(tmp_path, benchmark)
         items = read(write_page(path, tmp_path / "page.html", images)).data["items"]
-        facts[benchmark] = [item["answers"][0]["facts"] for item in items]
+        facts[benchmark] = [item.answers[0].facts for item in items]
     assert facts["mmhal"] == [["judged 5"], ["judged 1"], ["judged unreadable"], ["judged 6"]]
     assert facts["llavabench"][0] == ["judged 6 (reference 8)"]
     assert facts["mmvet"][2] == ["judged 0.5"]
@@ -193,12 +198,46 @@ def test_pictures_are_made_small_and_stay_in_their_folder(tmp_path: Path) -> Non
     Image.new("RGBA", (1200, 300), "red").save(home / "wide.png")
     (home / "text.jpg").write_text("no picture")
     Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
-    pictures, faults = read_pictures(["wide.png", "text.jpg", "../outside.png", "absent.png"], home)
-    assert list(pictures) == ["wide.png"] and pictures["wide.png"][1:] == (SIDE, SIDE // 4)
-    assert [fault.split(" ")[0] for fault in faults] == ["text.jpg", "../outside.png", "absent.png"]
-    assert "leaves the image folder" in faults[1]
-    with pytest.raises(ValueError, match="expected 1 pictures, got none that can be shown, e.g. absent.png"):
-        read_pictures(["absent.png"], home)
+    images, errors = read_images(["wide.png", "text.jpg", "../outside.png", "absent.png"], home)
+    assert list(images) == ["wide.png"] and images["wide.png"][1:] == (SIDE, SIDE // 4)
+    assert [error.split(" ")[0] for error in errors] == ["text.jpg", "../outside.png", "absent.png"]
+    assert "leaves the image folder" in errors[1]
+    with pytest.raises(ValueError, match="expected 1 images, got none that can be shown, e.g. absent.png"):
+        read_images(["absent.png"], home)
+
+
+def test_images_share_the_size_of_a_page(tmp_path: Path) -> None:
+    """Thirty images full of noise: smaller and coarser where they have less, and never more than that."""
+    noise = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC).save(tmp_path / f"{number}.png")
+    names = [f"{number}.png" for number in range(30)]
+    widths = []
+    for limit in (9_000_000, 300_000, 100_000):
+        images, errors = read_images(names, tmp_path, limit)
+        assert errors == [] and sum(len(image.data) for image in images.values()) <= limit
+        widths.append(images["0.png"].width)
+    assert widths[0] == SIDE and widths == sorted(widths, reverse=True) and widths[-1] < SIDE
+
+
+def test_equal_images_are_stored_once(tmp_path: Path) -> None:
+    path, images = run_of(tmp_path, "objhal")
+    first, *others = sorted(images.iterdir())
+    for other in others:
+        shutil.copy(first, other)
+    page = read(write_page(path, tmp_path / "page.html", images))
+    assert len(page.data["images"]) == 1 and {item.image_number for item in page.data["items"]} == {0}
+
+
+def test_items_are_packed_and_unpacked() -> None:
+    """Every field of an item is the same after packing, and equal texts are stored once."""
+    record = {"id": "1", "image": "a.jpg", "prompt": "What?", "truth": ["dog", "cat"], "wrong": True, "spans": [[2, 5]],
+              "text": "A cat, a \N{DOG FACE}.", "context": "No cat.", "kinds": ["rec"], "verdicts": ["", "1"],
+              "values": [None, 1.0]}  # fmt: skip
+    silent = record | {"text": "", "spans": [], "wrong": None, "missing": "refusal"}
+    items = [item_view([record, silent], {"a.jpg": 3}), item_view([record, record], {})]
+    assert unpacked(packed(items)) == items and isinstance(items[0], ItemView)
+    assert len(packed(items * 50)) < 2 * len(packed(items))
 
 
 def test_missing_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,9 +245,9 @@ def test_missing_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixt
     gone = sorted(images.iterdir())[0]
     gone.unlink()
     page = read(write_page(path, tmp_path / "page.html", images))
-    assert f"Pictures that could not be shown: 1, e.g. {gone.name}" in page.text
-    assert f"picture left out: {gone.name}" in capsys.readouterr().out
-    assert [item["picture"] for item in page.data["items"]] == [-1, 0, 1, 2, 3, 4]
+    assert f"Images that could not be shown: 1, e.g. {gone.name}" in page.text
+    assert f"image left out: {gone.name}" in capsys.readouterr().out
+    assert [item.image_number for item in page.data["items"]] == [-1, 0, 1, 2, 3, 4]
 
 
 def test_two_results_must_be_comparable(tmp_path: Path) -> None:
@@ -230,7 +269,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path, images = run_of(tmp_path, "objhal")
     other, _ = run_of(tmp_path, "objhal", "aligned", ["A dog."])
     assert main([str(path), str(other), "--images", str(images)]) == 0
-    assert f"page: {path.with_name('page.html')}, 6 items, 6 pictures" in capsys.readouterr().out
+    assert f"page: {path.with_name('page.html')}, 6 items, 6 images" in capsys.readouterr().out
     text = read(path.with_name("page.html")).text
     assert "Object HalBench: base beside aligned" in text and "Difference" in text
     assert main([str(path), "--images", str(tmp_path)]) == 2
@@ -264,6 +303,7 @@ class Screen:
     def __init__(self, chrome: Any, page: Path) -> None:
         self.chrome = chrome
         chrome.get(page.as_uri())
+        self.until(lambda: self.find("body[data-ready]"))
 
     def find(self, selector: str) -> list[Any]:
         return self.chrome.find_elements("css selector", selector)
@@ -341,7 +381,7 @@ def test_both_answers_with_their_marks(browser: Any, two_runs: Path) -> None:
     assert [mark.get_attribute("class") for mark in wrong] == ["correct", "hallucinated"]
     picture = card.find_elements("css selector", "img")[0]
     assert picture.get_property("naturalWidth") > 0
-    assert "response-level" in screen.texts(".figures tbody tr")[0]
+    assert "response-level" in screen.texts(".metrics tbody tr")[0]
 
 
 def test_a_models_text_is_only_text(browser: Any, two_runs: Path) -> None:
@@ -401,6 +441,28 @@ def test_two_thousand_items_are_built_as_one_scrolls(browser: Any, tmp_path: Pat
     assert screen.texts("#count") == ["1,111 of 2,000 items"] and len(screen.find(".item")) < 100
 
 
+def test_fifteen_thousand_items_of_two_models_are_a_small_page(browser: Any, tmp_path: Path) -> None:
+    """Items and everything but images take less than 3 of 12 MB; images are limited to 9. All can be searched."""
+    runs = []
+    for name in ("base", "aligned"):
+        path, images = run_of(tmp_path, "amber", name, [f"{name} has seen a dog.", "Yes", "No", "Perhaps."])
+        content = json.loads(path.read_text())
+        row = next(row for row in content["items"] if row["part"] == "discriminative")
+        texts = [f"{('Yes', 'No')[n % 3 > 0]}, {name} says of {n * 7919 % 15220}." for n in range(15220)]
+        content["items"] = [row | {"id": str(n), "prompt": f"Is there a {n}?", "text": t} for n, t in enumerate(texts)]
+        content["metrics"] = {metric: above / below for metric, (above, below) in row["parts"].items() if below}
+        path.write_text(json.dumps(content))
+        runs.append(path)
+    page = write_page(runs[0], tmp_path / "page.html", images, runs[1])
+    assert page.stat().st_size < 3_000_000 and ALL_IMAGES <= 9_000_000
+    screen = Screen(browser, page)
+    assert screen.texts("#count") == ["15,220 of 15,220 items"]
+    screen.search("there a 15219?")
+    assert screen.ids() == ["15219"]
+    assert screen.texts(".item .text")[1] == f"Yes, aligned says of {15219 * 7919 % 15220}."
+    assert browser.get_log("browser") == []
+
+
 @pytest.mark.parametrize("benchmark", ["amber", "mmhal"])
 def test_one_run_and_its_kinds(browser: Any, tmp_path: Path, benchmark: str) -> None:
     path, images = run_of(tmp_path, benchmark)
@@ -441,9 +503,9 @@ def test_on_a_phone_the_verdict_is_one_hinted_scroll_away(phone: Any, two_runs: 
     assert hint.is_displayed() and "verdict" in hint.text
     name, verdict = screen.find("table.two tbody th")[0], screen.find("table.two td.words")[0]
     assert box_of(verdict)[0] > 390
-    phone.execute_script("document.querySelector('.figures').scrollLeft = 10000")
+    phone.execute_script("document.querySelector('.metrics').scrollLeft = 10000")
     assert 0 <= box_of(name)[0] < box_of(name)[1] <= box_of(verdict)[0] and box_of(verdict)[1] <= 390
-    region = screen.find(".figures")[0]
+    region = screen.find(".metrics")[0]
     assert (region.get_attribute("tabindex"), region.get_attribute("role")) == ("0", "region")
 
 

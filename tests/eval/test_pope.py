@@ -9,7 +9,9 @@ import pytest
 
 from eval.core.store import read_answers
 from eval.core.types import Answer
-from eval.pope import DECODING, RATIOS, SPLITS, SUFFIX, format_table, load, requests, score
+from eval.pope import DECODING, RATIOS, SPLITS, SUFFIX, format_table, load, score
+
+pytestmark = pytest.mark.fast
 
 LABELS = ("yes", "no", "yes", "no")
 THINGS = ("dog", "cat", "car", "bus")
@@ -54,7 +56,7 @@ def test_both_variants_are_numbered_as_llava_does(folder, pope):
     assert [q.id for q in load(folder).questions] == (
         ["10000001", "10000002"] + [f"2000000{i}" for i in range(1, 5)] + [str(i) for i in range(1, 5)]
     )
-    (first, *_) = requests(pope)
+    (first, *_) = pope.requests()
     assert (first.image, first.image_id) == ("0.jpg", "0")
     assert first.prompt == "Is there a dog in the image?\nAnswer the question using a single word or phrase."
     assert DECODING == {"max_new_tokens": 128, "num_beams": 1, "temperature": 0.0}
@@ -75,7 +77,7 @@ def test_figures_on_paper(pope):
     assert (found.metrics["mean_f1"], found.metrics["mean_accuracy"]) == pytest.approx((200 / 3, 175 / 3))
     assert found.counts == {"answers": 12, "missing": 0, "unparsed": 1}
     assert found.protocol == "pope-official"
-    assert "m: 1 unparsed answers are right in no metric" in format_table({"m": found})
+    assert "m: unparsed, right in no metric, which lowers accuracy and recall: 1 of 12" in format_table({"m": found})
     assert found.interval("random_f1").value == pytest.approx(200 / 3)
     with pytest.raises(KeyError):
         found.interval("mean_f1")
@@ -96,7 +98,7 @@ def test_a_split_without_answers_is_undefined_and_said(pope):
     assert (found.metrics["random_f1"], found.metrics["popular_f1"], found.metrics["mean_f1"]) == (100.0, None, None)
     assert found.counts["missing"] == len(found.missing) == 8
     table = format_table({"model": found})
-    assert "model: no answer to 8 questions" in table and "n/a" in table and "pope-official" in table
+    assert "model: no answer: 8 of 12: " in table and "n/a" in table and "pope-official" in table
 
 
 class TestFaultsOfTheOriginal:

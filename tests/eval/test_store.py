@@ -10,6 +10,8 @@ from eval.core.statistics import Interval
 from eval.core.store import Provenance, read_answers, write_results
 from eval.core.types import Answer
 
+pytestmark = pytest.mark.fast
+
 PROVENANCE = Provenance(
     benchmark="Object HalBench",
     protocol="objhal-rules",

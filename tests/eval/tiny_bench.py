@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.core.sources import BENCHMARKS
+from eval import benchmarks
+from eval.core.record import RECORD
 from eval.core.transfer import digest
-from eval.download import RECORD
 from playground.tinycoco.captions import QUESTIONS
 from playground.tinycoco.scenes import Scene, draw, sample_scene
 from playground.tinycoco.vocabulary import SYNONYMS
@@ -73,7 +73,7 @@ def pope(folder: Path, count: int = 2) -> None:
     paint(folder / "coco/val2014", {f"COCO_val2014_{i:012d}.jpg": scene for i, scene in enumerate(chosen)})
     for variant in ("", "llava_variant/"):
         for split in ("random", "popular", "adversarial"):
-            rows = []
+            rows: list[dict[str, object]] = []
             for i, scene in enumerate(chosen):
                 absent = next(word for word in SYNONYMS if word not in scene.categories)
                 for thing, label in ((sorted(scene.categories)[0], "yes"), (absent, "no")):
@@ -101,6 +101,6 @@ MMHAL_PROMPT = "Contents {} question {} standard {} answer {}"
 
 def record(folder: Path) -> None:
     """Says in downloads.json that these files are meant to be as they are, although they are not the published ones."""
-    files = [file.path for benchmark in BENCHMARKS.values() for file in benchmark.files]
+    files = [file.path for benchmark in benchmarks.BENCHMARKS for file in benchmark.files]
     known = {path: {"sha256": digest(folder / path)} for path in files if (folder / path).is_file()}
     write(folder / RECORD, known)

@@ -5,9 +5,12 @@ import re
 import pytest
 import torch
 
-from llava.train.arguments import help_text, parse_arguments, translate_flags
+from llava.train.arguments import help_text, parse_arguments
+from llava.train.flag_names import translate_flags
 from llava.train.train_mem import main, refuse_missing_gpus
 from tests.conftest import GOLDEN
+
+pytestmark = pytest.mark.fast
 
 GOOD = [
     "--model_name_or_path", "m", "--data_path", str(GOLDEN / "dama" / "rlaifv_records.json"),
@@ -42,7 +45,7 @@ def test_llavas_own_script_parses(capsys):
 def test_all_faults_at_once():
     flags = ["--model_name_or_path", "m", "--data_path", "no.json", "--image_folder", "nowhere", "--use_cpu", "True",
              "--output_dir", "o", "--task", "DPO", "--gamma", "2", "--version", "v11", "--hardness", "no"]  # fmt: skip
-    with pytest.raises(ValueError, match=r"^5 fault\(s\) in the flags") as error:
+    with pytest.raises(ValueError, match=r"^5 error\(s\) in the flags") as error:
         parse_arguments(flags)
     for part in ("--data_path: expected an existing path, got 'no.json'", "--image_folder", "did you mean", "gamma: ",
                  "--hardness: expected a folder written by `python -m dama hardness`, got 'no'"):  # fmt: skip

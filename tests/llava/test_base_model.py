@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava.estimate.preflight import trial_save
+from llava.estimate.disk import trial_save
 from llava.model.builder import load_pretrained_model
 from llava.train import train, train_dpo
 from llava.train.arguments import parse_arguments

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.generation.local import Answerer
 from llava.generation.request import Decoding, Request
-from llava.serve.chat import LocalModel
+from llava.serve.local_model import LocalModel
 from tests.conftest import GOLDEN
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from llava import constants, conversation
 from llava.conversation import conv_templates, default_conversation, get_template, image_placeholder
 
+pytestmark = pytest.mark.fast
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/a_conversation.json").read_text())
 Q1, A1, Q2, A2 = (GOLDEN["inputs"][key] for key in ("Q1", "A1", "Q2", "A2"))
 PICTURE = Image.new("RGB", (12, 8), (200, 30, 30))

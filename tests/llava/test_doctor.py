@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+import shutil
 from importlib.metadata import version
 
 import numpy as np
@@ -12,20 +13,15 @@ import torch
 
 from dama.pairs import read_pairs
 from dama.train.throughput import PairLength
-from llava.estimate import doctor
-from llava.estimate import preflight as preflight_module
+from llava.estimate import machine
+from llava.estimate.configs import configs_of
+from llava.estimate.disk import checkpoint_bytes, checkpoints_at_a_time, trial_save
 from llava.estimate.doctor import main
-from llava.estimate.memory import ModelShape, Parts, Training, Zero, estimate_step
-from llava.estimate.preflight import (
-    checkpoint_bytes,
-    checkpoints_at_a_time,
-    configs_of,
-    fit_micro_batch,
-    lengths_of,
-    preflight,
-    trial_save,
-    use_layout,
-)
+from llava.estimate.fit import apply_layout, fit_micro_batch
+from llava.estimate.lengths import lengths_of
+from llava.estimate.memory import estimate_step
+from llava.estimate.preflight import preflight
+from llava.estimate.sizes import LayerSizes, ModelShape, Training, Zero
 from llava.train import train
 from llava.train.arguments import parse_arguments
 from tests.llava.test_memory import SHAPE
@@ -48,10 +44,10 @@ def test_the_page_of_a_training_that_can_start(in_golden, tmp_path, capsys):
     for part in (
         "torch " + version("torch"),
         "attention by scaled_dot_product_attention with the prefix shared, gloo, fp32, no DeepSpeed",
-        "8 pairs on 7 images, 0 rows with faults",
+        "8 pairs on 7 images, 0 rows with errors",
         "0: wide.png 120 x 70, 'What is in the picture?', 10 and 10 words",
         "4 pairs = 4 x 1 rank(s) x 1 micro-batch(es)",
-        "(tokenised)",
+        "(tokenized)",
         "micro-batches of up to 4 fit",
         "written, read and removed",
         "4 of the longest pairs forward and backward",
@@ -64,7 +60,7 @@ def test_the_page_of_a_training_that_can_start(in_golden, tmp_path, capsys):
 @pytest.mark.parametrize("way", [[], ["--gradient_checkpointing", "True"], ["--shared_prefix", "False"]])
 def test_one_batch_needs_what_is_estimated(in_golden, tmp_path, capsys, way):
     said = page(capsys, *flags(tmp_path, *way))[1]
-    used, estimated = re.search(r"([\d.]+) MiB at the peak without optimiser, estimated ([\d.]+) MiB", said).groups()
+    used, estimated = re.search(r"([\d.]+) MiB at the peak without optimizer, estimated ([\d.]+) MiB", said).groups()
     assert float(estimated) == pytest.approx(float(used), rel=0.15)
 
 
@@ -85,7 +81,7 @@ def test_bad_rows_are_shown(in_golden, tmp_path, capsys):
     del rows[1]["chosen"]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     status, said = page(capsys, *flags(tmp_path), "--data_path", tmp_path / "pairs.json")
-    assert status == 1 and "7 pairs on 7 images, 1 rows with faults" in said
+    assert status == 1 and "7 pairs on 7 images, 1 rows with errors" in said
     assert "data: row 2: " in said and "images: missing.png: " in said
 
 
@@ -120,7 +116,7 @@ def test_a_checkpoint_on_disk():
     assert checkpoint_bytes(SHAPE, Training("full")) == (404 * 12, 404 * 4)
     assert checkpoint_bytes(SHAPE, Training("full", Zero(2), half=True)) == (404 * 14 + 504 * 2, 404 * 2)
     assert checkpoint_bytes(SHAPE, Training("lora", half=True, lora_rank=1)) == (552 + 148 * 8, 552)
-    assert SHAPE.parameters == Parts(40, 20, 150, 44)
+    assert SHAPE.parameters == LayerSizes(40, 20, 150, 44)
 
 
 @pytest.mark.parametrize("way", [[], ["--lora_enable", "True", "--lora_r", "32"]], ids=["full", "lora"])
@@ -161,7 +157,7 @@ def test_lengths_without_a_tokenizer_or_data(in_golden, tmp_path):
     """Of 62 tokens, 9 of them before the picture's 16; by characters; or all that --model_max_length leaves."""
     arguments = parse_arguments(flags(tmp_path))
     pairs = read_pairs("dama/rlaifv_records.json")
-    longest = max(lengths_of(arguments, pairs, 16)[0], key=lambda pair: pair.positions)
+    longest = max(lengths_of(arguments, pairs, 16)[0], key=lambda pair: pair.tokens)
     assert longest == PairLength(62, 25, 13)
     nowhere = copy.deepcopy(arguments)
     nowhere[0].model_name_or_path = str(tmp_path)
@@ -195,12 +191,12 @@ def test_auto_micro_batch_changes_the_layout_alone(in_golden, tmp_path, monkeypa
     assert (arguments[2].per_device_train_batch_size, arguments[2].gradient_accumulation_steps) == (8, 1)
     shape = ModelShape.of(*configs_of(arguments[0]))
     needed = estimate_step(arguments, shape, lengths_of(arguments, pairs, shape.patches)[0], 1, False, (2, 4)).peak
-    monkeypatch.setattr(preflight_module, "host_memory", lambda: needed)
+    monkeypatch.setattr(machine, "host_memory", lambda: needed)
     arguments = parse_arguments(words)
     preflight(arguments, pairs)
     assert (arguments[2].per_device_train_batch_size, arguments[2].gradient_accumulation_steps) == (2, 4)
     assert "micro-batches of up to 2 fit" in capsys.readouterr().out
-    monkeypatch.setattr(preflight_module, "host_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "host_memory", lambda: 1000)
     with pytest.raises(ValueError, match="rank memory: 0.0 MiB on each, about"):
         preflight(parse_arguments(words), pairs)
 
@@ -233,7 +229,7 @@ def test_fine_tuning(in_golden, tmp_path, capsys):
     assert status == 0, said
     for part in ("6 conversations, ", "3 rows = 3 x 1 rank(s)", "3 of the longest rows forward and backward"):
         assert part in said, part
-    used, estimated = re.search(r"([\d.]+) MiB at the peak without optimiser, estimated ([\d.]+) MiB", said).groups()
+    used, estimated = re.search(r"([\d.]+) MiB at the peak without optimizer, estimated ([\d.]+) MiB", said).groups()
     assert float(estimated) == pytest.approx(float(used), rel=0.15)
 
 
@@ -252,13 +248,13 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_model_is_loaded(
 
 
 def test_a_full_disk(in_golden, tmp_path, monkeypatch):
-    usage = doctor.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(ValueError, match=r"disk: 0.0 MiB free at '.*', about \d\.\d MiB needed; set OUTPUT"):
         preflight(parse_arguments(flags(tmp_path, "--save_strategy", "epoch")), [])
 
 
 def test_a_layout_reaches_the_flags(in_golden, tmp_path):
     args = parse_arguments(flags(tmp_path))[2]
-    use_layout(args, (1, 4))
+    apply_layout(args, (1, 4))
     assert (args.train_batch_size, args.gradient_accumulation_steps) == (1, 4)

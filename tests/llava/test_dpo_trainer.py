@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dama.train.checkpoints import seal_checkpoint
+from dama.train.provenance import recorded_flags
 from llava.model.builder import load_pretrained_model
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
-from llava.train.checkpoints import TOWER_PREFIX, recorded_flags, seal_checkpoint
+from llava.train.checkpoints import TOWER_PREFIX
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from tests.llava.tiny import PAPER, flags, prepare
 

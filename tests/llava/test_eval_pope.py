@@ -10,6 +10,8 @@ import pytest
 from llava.eval.eval_pope import Counts, count, eval_pope, main, official_reading, read_answer
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.fast
+
 LABELS = [
     {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"},
     {"question_id": 2, "image": "a.jpg", "text": "Is there a cat in the image?", "label": "no"},

@@ -1,15 +1,13 @@
 """The plan of a batch, made from ids on the CPU: the same numbers as without one, and nothing that a device must be
 asked for."""
 
-import time
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dama.transfer import to_device
-from llava.estimate.preflight import CLIP_SHAPE, SHAPES
+from llava.estimate.configs import CLIP_SHAPE, SHAPES
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.attention import SHARED_PREFIX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -110,8 +108,6 @@ def test_the_forward_pass_of_7b_asks_for_no_value(shared_prefix):
     plan = ForwardPlan.of_groups(*rows, [[120, 110]] * 4) if shared_prefix else ForwardPlan.of_rows(*rows)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = seven_b().train()
-        began = time.perf_counter()
         sums = model(plan=plan, images=torch.zeros(4, 3, 336, 336), logp_chunk=1024)
-        print(f"{time.perf_counter() - began:.2f} s")  # noqa: T201 (shown with pytest -s)
     assert sums.logps.shape == (8 if shared_prefix else 4,)
     assert sums.tokens.sum() == 4 * 230

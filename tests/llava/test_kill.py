@@ -10,16 +10,11 @@ import pytest
 import torch
 
 from dama import cli
+from dama.train.checkpoints import last_complete_checkpoint, missing_files, seal_checkpoint
+from dama.train.provenance import PROVENANCE_FILE
 from llava.eval import generate
 from llava.train import train_mem
-from llava.train.checkpoints import (
-    PROVENANCE_FILE,
-    is_finished,
-    keep_tower_inside,
-    lacking_in_checkpoint,
-    last_whole_checkpoint,
-    seal_checkpoint,
-)
+from llava.train.checkpoints import is_finished, keep_tower_inside
 from playground.tinycoco import __main__ as tinycoco
 from scripts.soak import OUT, Run, compare, free_port, jobs, make_folder, remove_shared_memory
 
@@ -79,7 +74,7 @@ def test_training_killed_at_a_save(training, monkeypatch, capsys):
     """The second save, so that there is a whole checkpoint beside the one that is cut short."""
     folder, job = training
     kill_at(job, folder / "killed", "save", 2)
-    whole = last_whole_checkpoint(folder / "killed" / OUT)
+    whole = last_complete_checkpoint(folder / "killed" / OUT)
     capsys.readouterr()
     run_here(job.command, folder / "killed", monkeypatch)
     assert f"continuing from {OUT}/{whole.name}\n" in capsys.readouterr().out
@@ -163,13 +158,13 @@ def write_checkpoint(folder, step, names=SHARDS, world_size=2):
 @pytest.mark.parametrize("how", ["missing", "cut short"])
 def test_every_rank_file_must_be_there_and_complete(tmp_path, capsys, name, how):
     older, newer = write_checkpoint(tmp_path, 4), write_checkpoint(tmp_path, 10)
-    assert last_whole_checkpoint(tmp_path) == newer
+    assert last_complete_checkpoint(tmp_path) == newer
     if how == "missing":
         (newer / name).unlink()
     else:
         os.truncate(newer / name, (newer / name).stat().st_size // 2)
-    assert lacking_in_checkpoint(newer) == [name]
-    assert last_whole_checkpoint(tmp_path) == older
+    assert missing_files(newer) == [name]
+    assert last_complete_checkpoint(tmp_path) == older
     assert f"checkpoint-10 is incomplete (its save or its removal was interrupted; no whole {name})" in (
         capsys.readouterr().out
     )
@@ -178,9 +173,9 @@ def test_every_rank_file_must_be_there_and_complete(tmp_path, capsys, name, how)
 @pytest.mark.parametrize("names", [["adapter_model.safetensors", "non_lora_trainables.bin"], ["mm_projector.bin"]])
 def test_adapters_and_projectors_are_held_to_the_same(tmp_path, names):
     checkpoint = write_checkpoint(tmp_path, 2, [*names, "optimizer.pt", "rng_state.pth"], world_size=1)
-    assert last_whole_checkpoint(tmp_path) == checkpoint
+    assert last_complete_checkpoint(tmp_path) == checkpoint
     (checkpoint / names[-1]).write_text("")
-    assert last_whole_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path) is None
 
 
 def test_a_save_repeated_over_an_interrupted_one(tmp_path):
@@ -190,7 +185,7 @@ def test_a_save_repeated_over_an_interrupted_one(tmp_path):
     write_checkpoint(tmp_path, 4)
     (first / ".dama_state.json.x1y2").unlink()
     (first / "trainer_state.json").write_text('{"global_step": 4, "longer": true}')
-    assert lacking_in_checkpoint(first) == []
+    assert missing_files(first) == []
 
 
 def test_another_number_of_ranks_is_refused(tmp_path, monkeypatch):

@@ -9,14 +9,9 @@ import torch
 from transformers import CLIPVisionConfig
 
 from dama.train.throughput import PairLength
+from llava.estimate.lengths import length_of
+from llava.estimate.measure import TensorPeak
 from llava.estimate.memory import (
-    HALF,
-    Load,
-    ModelShape,
-    Parts,
-    TensorPeak,
-    Training,
-    Zero,
     attention_bytes,
     bucket_bytes,
     estimate,
@@ -25,13 +20,13 @@ from llava.estimate.memory import (
     gradient_bytes,
     layer_bytes,
     logit_bytes,
-    optimiser_bytes,
+    optimizer_bytes,
     picture_bytes,
-    positions_of,
+    tokens_of,
     trained_parameters,
     weight_bytes,
 )
-from llava.estimate.preflight import length_of
+from llava.estimate.sizes import HALF, LayerSizes, Load, ModelShape, Training, Zero
 from llava.model.attention import SHARED_PREFIX, no_mask
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.arguments import parse_arguments
@@ -40,7 +35,8 @@ from tests.llava.tiny import flags, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = ModelShape(
-    layers=2, width=4, queries=4, keys=2, heads=2, intermediate=8, vocabulary=10, parameters=Parts(40, 20, 150, 44),
+    layers=2, width=4, queries=4, keys=2, heads=2, intermediate=8, vocabulary=10,
+    parameters=LayerSizes(40, 20, 150, 44),
     matrix=40, tower_parameters=100, tower_layers=3, tower_width=2, tower_intermediate=5, patches=6, pixels=12,
 )  # fmt: skip
 PAIR = PairLength(10, 3, 2)
@@ -58,23 +54,23 @@ def test_what_is_resident():
     """404 = 40 + 20 + 2 x 150 + 44 parameters train, 100 of the tower do not. fp32 without DeepSpeed: 504 x 4 bytes,
     and 404 x 8 for Adam. ZeRO-2 in bf16 on 2 ranks: 504 x 2, and 404 / 2 x 12. ZeRO-3 halves the weights as well, and
     gathers them; offloading leaves nothing."""
-    assert (weight_bytes(SHAPE, FULL), optimiser_bytes(SHAPE, FULL)) == (2016, 3232)
-    assert (weight_bytes(SHAPE, deepspeed(2)), optimiser_bytes(SHAPE, deepspeed(2))) == (1008, 2424)
-    assert (weight_bytes(SHAPE, deepspeed(3)), optimiser_bytes(SHAPE, deepspeed(3))) == (504, 2424)
+    assert (weight_bytes(SHAPE, FULL), optimizer_bytes(SHAPE, FULL)) == (2016, 3232)
+    assert (weight_bytes(SHAPE, deepspeed(2)), optimizer_bytes(SHAPE, deepspeed(2))) == (1008, 2424)
+    assert (weight_bytes(SHAPE, deepspeed(3)), optimizer_bytes(SHAPE, deepspeed(3))) == (504, 2424)
     assert (gathered_bytes(SHAPE, deepspeed(3)), gathered_bytes(SHAPE, deepspeed(3, max_live=7))) == (1008, 14)
     offloaded = deepspeed(3, offload_optimizer=True, offload_weights=True)
-    assert (weight_bytes(SHAPE, offloaded), optimiser_bytes(SHAPE, offloaded)) == (0, 0)
+    assert (weight_bytes(SHAPE, offloaded), optimizer_bytes(SHAPE, offloaded)) == (0, 0)
 
 
 def test_adapters_and_quantised_weights():
     """Rank 1: r (in + out) is 4+4 for queries and output, 4+2 for keys and values, 4+8 for each of three: 64 a layer.
     4 bits: 0.516 bytes for each of 2 x 150 weights of the layers; the other 204 stay fp32, as adapters do."""
     lora = Training("lora", lora_rank=1, half=True)
-    assert trained_parameters(SHAPE, lora) == Parts(0, 20, 64, 0)
+    assert trained_parameters(SHAPE, lora) == LayerSizes(0, 20, 64, 0)
     assert weight_bytes(SHAPE, lora) == 504 * 2 + 128 * 4
     assert weight_bytes(SHAPE, Training("lora", lora_rank=1, half=True, bits=4)) == 204 * 4 + 154 + 128 * 4
-    assert trained_parameters(SHAPE, Training("projector")) == Parts(0, 20, 0, 0)
-    assert trained_parameters(SHAPE, Training("head", trains_projector=False)) == Parts(0, 0, 0, 40)
+    assert trained_parameters(SHAPE, Training("projector")) == LayerSizes(0, 20, 0, 0)
+    assert trained_parameters(SHAPE, Training("head", trains_projector=False)) == LayerSizes(0, 0, 0, 40)
 
 
 def test_gradients():
@@ -91,7 +87,7 @@ def test_positions_and_attention():
     and values 2 x 2 x (13 + 12), sums 15 x 2, a mask 2 x 12, and outputs joined 15 x 4, of 4 bytes each."""
     padded = Training("full", shared_prefix=False)
     tuning = Training("full", shared_prefix=False, logp_chunk=None)
-    assert [positions_of(run, [PAIR]) for run in (FULL, padded, tuning)] == [15, 26, 13]
+    assert [tokens_of(run, [PAIR]) for run in (FULL, padded, tuning)] == [15, 26, 13]
     assert attention_bytes(SHAPE, FULL, [PAIR]) == 4 * (120 + 100 + 30 + 24 + 60)
     assert attention_bytes(SHAPE, Training("full", varlen=True, half=True), [PAIR]) == 2 * (120 + 100) + 4 * 30
 

@@ -28,6 +28,8 @@ from llava.mm_utils import (
 )
 from llava.tokenization import load_tokenizer
 
+pytestmark = pytest.mark.fast
+
 FOLDER = Path(__file__).parents[1] / "golden"
 IMAGES = json.loads((FOLDER / "b_images.json").read_text())
 TOKENS = json.loads((FOLDER / "b_tokenizer_image_token.json").read_text())

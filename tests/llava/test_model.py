@@ -12,6 +12,8 @@ from llava.model.builder import load_pretrained_model
 from llava.model.splice import assemble_crops, assign_images, unpad_image
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.fast
+
 PREPARED = load_file(GOLDEN / "d_prepare_inputs.safetensors")
 FORWARD = load_file(GOLDEN / "e_forward.safetensors")
 EXPECTED = json.loads((GOLDEN / "e_forward_generate.json").read_text())

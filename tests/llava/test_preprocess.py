@@ -16,6 +16,8 @@ from llava.tokenization import load_tokenizer
 from llava.train import preprocess as prep
 from llava.train.preprocess import encode_turns, preprocess, preprocess_multimodal, preprocess_v1, render_supervised
 
+pytestmark = pytest.mark.fast
+
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "c_preprocess.json").read_text())
 CONVERSATIONS = GOLDEN["conversations"]

@@ -4,16 +4,10 @@ import json
 
 import pytest
 
+from dama.train.provenance import ALWAYS_RECORDED, PROVENANCE_FILE, provenance_of, recorded_flags, step_settings
 from llava.train import train, train_dpo
 from llava.train.arguments import parse_arguments
-from llava.train.checkpoints import (
-    ALWAYS_RECORDED,
-    PROVENANCE_FILE,
-    is_finished,
-    provenance_of,
-    recorded_flags,
-    step_settings,
-)
+from llava.train.checkpoints import is_finished
 from tests.llava.tiny import arguments, flags
 
 STEPS = ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
@@ -117,7 +111,7 @@ def test_a_half_finished_folder_of_an_earlier_revision_is_continued(in_golden, t
 
 def seal_again(checkpoint):
     """A checkpoint's seal lists its files' sizes and digests, the rewritten record's among them."""
-    from llava.train.checkpoints import seal_checkpoint
+    from dama.train.checkpoints import seal_checkpoint
 
     seal_checkpoint(checkpoint, world_size=1)
 

@@ -13,6 +13,8 @@ from llava.generation.questions import read_question_rows, read_questions
 from llava.generation.request import Request
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.fast
+
 ASKED = {"question_id": 1, "image": "wide.png", "text": "What is it?"}
 PLAIN = {"question_id": "b", "text": "Say something."}
 READ = [Request("1", "What is it?", "wide.png", "wide.png"), Request("b", "Say something.", None, "")]

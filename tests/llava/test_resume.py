@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed
 
+from dama.train.checkpoints import seal_checkpoint
+from dama.train.provenance import PROVENANCE_FILE
 from llava.model.utils import read_file
 from llava.train import train, train_dpo
 from llava.train.arguments import parse_arguments
-from llava.train.checkpoints import PROVENANCE_FILE, seal_checkpoint
 from llava.train.llava_trainer import LLaVATrainer
 from scripts.soak import free_port
 from tests.conftest import GOLDEN

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dama.train.family import join_answers
+from dama.losses import Loss
+from dama.train.family import join_answers, shown_images
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.attention import SHARED_PREFIX
 from llava.train.arguments import parse_arguments
-from llava.train.dpo_data import DataCollatorForDPODataset
+from llava.train.dpo_data import DataCollatorForDPODataset, PairCollator
 from llava.train.preprocess import EncodedTurns
 from tests.llava.tiny import flags, prepare
 
@@ -134,3 +135,47 @@ def test_the_plain_way_is_a_flag(in_golden, tmp_path):
     arguments = parse_arguments(flags(tmp_path, "--shared_prefix", "False"))
     model, _, _ = prepare(arguments)
     assert not arguments[2].shared_prefix
+
+
+@pytest.mark.parametrize("loss", ["dpo", "mdpo", "symmpo"])
+def test_views_packed_are_views_apart(world, loss):
+    """One, two and five rows beyond a pair's own: three answers to one image, two images of a pair, several pairs."""
+    model, tokenizer, data = world
+    model.train()
+    views = Loss.parse([loss]).views
+    generator = torch.Generator().manual_seed(4)
+    items = [with_views(data.train[i], views, generator) for i in range(3)]
+    images = shown_images(items)
+    pixels = torch.stack([data.train.pixels(image) for image in images])
+    found = {}
+    for shared in (True, False):
+        plan = PairCollator(model.get_vision_tower().tokens_per_image, shared, views)(items)["plan"]
+        model.zero_grad()
+        sums = model(plan=plan, images=pixels, logp_chunk=7)
+        (sums.logps * torch.linspace(-1, 1, len(sums.logps))).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found[shared] = sums, gradients, plan.splice.source.numel()
+    (packed, packed_gradients, fewer), (apart, apart_gradients, more) = found[True], found[False]
+    assert packed.tokens.tolist() == apart.tokens.tolist() and fewer < 0.8 * more
+    assert len(packed.logps) == 3 * len(views) and relative(packed.logps, apart.logps) < 1e-5
+    for name, gradient in apart_gradients.items():
+        assert relative(packed_gradients[name], gradient) < 1e-5, name
+
+
+def with_views(item, views, generator):
+    """The pair with random answers of its own lengths in every view, on its image and a blank one."""
+    item = random_pair(item, generator, question=9)
+    third = random_pair(item, generator, question=9).chosen
+    prefix = item.chosen.unsupervised
+    answers = {"chosen": item.chosen, "rejected": item.rejected}
+    answers["second"] = EncodedTurns(
+        torch.cat([item.chosen.input_ids[:prefix], third.input_ids[prefix:]]), third.labels
+    )
+    images = tuple(replace_corruption(item.images[0], view.corrupted) for view in views)
+    return replace(
+        item, rows=tuple(answers[view.answer] for view in views), images=images, reference=(0.0,) * len(views)
+    )
+
+
+def replace_corruption(image, corrupted):
+    return image._replace(corruption="blank", pair="x") if corrupted else image

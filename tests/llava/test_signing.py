@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dama.train.checkpoints import missing_files, seal_checkpoint
+from dama.train.provenance import PROVENANCE_FILE
+from dama.train.signing import KEY_FILE, SEAL_FILE, key_path, signature_problem, signing_key, validate_signature
 from llava.train import train
-from llava.train.checkpoints import PROVENANCE_FILE, SEAL_FILE, lacking_in_checkpoint, seal_checkpoint
-from llava.train.signing import KEY_FILE, key_path, refuse_unsigned, signing_key, why_unsigned
 from tests.conftest import ROOT
 from tests.llava.tiny import SAVES, arguments
 
@@ -52,9 +53,9 @@ def checkpoint(tmp_path):
 
 
 def test_what_a_run_wrote_itself_is_accepted_and_moves_with_its_folder(checkpoint, tmp_path):
-    refuse_unsigned(checkpoint)
+    validate_signature(checkpoint)
     shutil.copytree(checkpoint, tmp_path / "elsewhere" / "checkpoint-2")
-    refuse_unsigned(tmp_path / "elsewhere" / "checkpoint-2")
+    validate_signature(tmp_path / "elsewhere" / "checkpoint-2")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,9 +63,9 @@ def test_no_file_can_be_exchanged_added_or_removed(checkpoint, name):
     """With another content of the same size, which the sizes alone would not show."""
     path = checkpoint / name
     path.write_text(path.read_text()[::-1])
-    assert why_unsigned(checkpoint) == f"{name} changed after it was signed"
+    assert signature_problem(checkpoint) == f"{name} changed after it was signed"
     path.unlink()
-    assert why_unsigned(checkpoint) == f"its files are not those that were signed ({name})"
+    assert signature_problem(checkpoint) == f"its files are not those that were signed ({name})"
 
 
 @pytest.mark.parametrize("name", ["global_step2/x_mp_rank_00_model_states.pt", "global_step9/states.pt", "extra.pth"])
@@ -72,30 +73,30 @@ def test_a_file_beside_those_that_were_signed_is_refused(checkpoint, name):
     (checkpoint / name).parent.mkdir(exist_ok=True)
     torch.save(Touch(checkpoint / "pwned"), checkpoint / name)
     with pytest.raises(ValueError, match=f"its files are not those that were signed .{name}.*--trust_checkpoint True"):
-        refuse_unsigned(checkpoint)
+        validate_signature(checkpoint)
 
 
 def test_a_link_to_a_file_outside_is_refused(checkpoint, tmp_path):
     (tmp_path / "outside.pt").write_text("other")
     (checkpoint / "latest").unlink()
     (checkpoint / "latest").symlink_to(tmp_path / "outside.pt")
-    assert why_unsigned(checkpoint) == "latest changed after it was signed"
+    assert signature_problem(checkpoint) == "latest changed after it was signed"
     (checkpoint / "dangling").symlink_to(tmp_path / "gone")
-    assert "dangling" in why_unsigned(checkpoint)
+    assert "dangling" in signature_problem(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["adapter", "global_step9", "global_step2/more"])
 def test_a_link_to_a_folder_outside_is_refused(checkpoint, tmp_path, name):
     (tmp_path / "outside").mkdir()
     (checkpoint / name).symlink_to(tmp_path / "outside")
-    assert why_unsigned(checkpoint) == f"its files are not those that were signed ({name})"
+    assert signature_problem(checkpoint) == f"its files are not those that were signed ({name})"
 
 
 def test_a_folder_cannot_be_exchanged_for_a_link(checkpoint, tmp_path):
     """Though the files behind the link are those that were signed: they may change after they are checked."""
     (checkpoint / "global_step2").rename(tmp_path / "outside")
     (checkpoint / "global_step2").symlink_to(tmp_path / "outside")
-    assert why_unsigned(checkpoint).startswith("its files are not those that were signed")
+    assert signature_problem(checkpoint).startswith("its files are not those that were signed")
 
 
 def test_the_seal_cannot_be_edited_forged_or_left_out(checkpoint, key):
@@ -113,32 +114,32 @@ def test_the_seal_cannot_be_edited_forged_or_left_out(checkpoint, key):
         {"world_size": "1"},
     ):
         path.write_text(json.dumps(seal | change))
-        assert "not of this user's key" in why_unsigned(checkpoint), change
+        assert "not of this user's key" in signature_problem(checkpoint), change
     for content in ('{"world_size": 1, "sizes": {}}', '{"sha256": {}}', "[]"):
         path.write_text(content)
-        assert why_unsigned(checkpoint) == f"{SEAL_FILE} has no signature"
+        assert signature_problem(checkpoint) == f"{SEAL_FILE} has no signature"
     for content in ("{", "[" * 100_000, '{"sha256": ' + "9" * 5000 + "}"):
         path.write_text(content)
-        assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
-        assert lacking_in_checkpoint(checkpoint) == [SEAL_FILE]
+        assert signature_problem(checkpoint) == f"{SEAL_FILE} is missing or damaged"
+        assert missing_files(checkpoint) == [SEAL_FILE]
     path.unlink()
     path.mkdir()
-    assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
-    assert lacking_in_checkpoint(checkpoint) == [SEAL_FILE]
+    assert signature_problem(checkpoint) == f"{SEAL_FILE} is missing or damaged"
+    assert missing_files(checkpoint) == [SEAL_FILE]
     path.rmdir()
-    assert why_unsigned(checkpoint) == f"{SEAL_FILE} is missing or damaged"
+    assert signature_problem(checkpoint) == f"{SEAL_FILE} is missing or damaged"
 
 
 def test_another_users_signature_is_none(checkpoint, key):
     key.unlink()
-    assert "this user has no key" in why_unsigned(checkpoint)
+    assert "this user has no key" in signature_problem(checkpoint)
     signing_key()
-    assert "not of this user's key" in why_unsigned(checkpoint)
+    assert "not of this user's key" in signature_problem(checkpoint)
 
 
 def test_trust_goes_on_and_names_the_reason(checkpoint, capsys):
     (checkpoint / "latest").write_text("other")
-    refuse_unsigned(checkpoint, trust=True)
+    validate_signature(checkpoint, trust=True)
     assert "is resumed although latest changed after it was signed" in capsys.readouterr().out
 
 
@@ -156,7 +157,7 @@ def test_the_key_is_the_users_alone_and_stays(key):
 
 
 def test_processes_that_start_together_share_one_key(key):
-    program = "import sys; from llava.train.signing import signing_key; sys.stdout.write(signing_key().hex())"
+    program = "import sys; from dama.train.signing import signing_key; sys.stdout.write(signing_key().hex())"
     started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert len({process.communicate(timeout=120)[0] for process in started}) == 1
 

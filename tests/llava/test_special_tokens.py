@@ -14,7 +14,7 @@ from llava.eval import run_llava
 from llava.generation.local import Answerer
 from llava.generation.request import Decoding, Request
 from llava.mm_utils import BREAK, encode_prompt, literal, tokenizer_image_token
-from llava.serve.chat import LocalModel
+from llava.serve.local_model import LocalModel
 from llava.tokenization import load_tokenizer
 from llava.train.dpo_data import encode_pair
 from llava.train.sft_data import LazySupervisedDataset

@@ -14,6 +14,8 @@ from dama.views import PAIR_VIEWS
 from dama.weighting import Weights
 from llava.train.family import size_of
 
+pytestmark = pytest.mark.fast
+
 SIZE = ModelSize(decoder=10, output=6, attention=2, tower=7, projector=3, patches=4)
 
 

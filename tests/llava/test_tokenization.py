@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextStreamer
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.tokenization import LlamaTokenizer, load_tokenizer
 
+pytestmark = pytest.mark.fast
+
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "b_tokenizer_encode.json").read_text())
 FOLDERS = {"legacy_false": "llava-v1.5-tiny", "legacy_true": "tokenizer-legacy"}

@@ -15,6 +15,8 @@ from playground.tinycoco.run import SFT
 from playground.tinycoco.scenes import sample_scene
 from playground.tinycoco.vocabulary import companion_of
 
+pytestmark = pytest.mark.fast
+
 SCENES = 60
 
 

@@ -18,6 +18,8 @@ from playground.tinycoco.scenes import Scene, SceneObject, sample_scene
 from playground.tinycoco.tokenizer import SYSTEM_PROMPT, corpus, train_tokenizer
 from playground.tinycoco.vocabulary import CONTEXTS, SYNONYMS, mentioned_categories
 
+pytestmark = pytest.mark.fast
+
 SCENES = [sample_scene(index, "train") for index in range(400)]
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava-v1.5-tiny"
 

@@ -18,6 +18,8 @@ from playground.tinycoco.vocabulary import (
     mentioned_categories,
 )
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def scenes():

@@ -17,14 +17,20 @@ from llava.model.splice import ForwardPlan
 
 
 class LlavaConfig(LlamaConfig):
+    """LLaMA's config with LLaVA's fields."""
+
     model_type = "llava_llama"
 
 
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """LLaMA without its output layer, with vision tower and projector."""
+
     config_class = LlavaConfig
 
 
 class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
+    """LLaMA that reads images, as LLaVA-1.5 trains and saves it."""
+
     config_class = LlavaConfig
     # The tower has a home of its own (config.mm_vision_tower); old checkpoints repeat its weights.
     _keys_to_ignore_on_load_unexpected = [r"model\.vision_tower\."]
@@ -38,6 +44,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         self.post_init()
 
     def get_model(self) -> LlavaLlamaModel:
+        """Return the model without its output layer."""
         return self.model
 
     def forward(

@@ -66,6 +66,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def is_frozen(self) -> bool:
+        """Whether no parameter of the tower is trained."""
         return not any(p.requires_grad for p in self.vision_tower.parameters())
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -75,18 +76,22 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def dummy_feature(self) -> Tensor:
+        """[1, D] zeros."""
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
         return self.vision_tower.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.vision_tower.device
 
     @property
     def config(self) -> CLIPVisionConfig:
+        """CLIP's config, read from the folder where the tower is not loaded yet."""
         if self.is_loaded:
             return self.vision_tower.config
         if self.cfg_only is None:
@@ -95,14 +100,17 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def hidden_size(self) -> int:
+        """Width of the features."""
         return self.config.hidden_size
 
     @property
     def num_patches_per_side(self) -> int:
+        """Patches along one side of an image."""
         return self.config.image_size // self.config.patch_size
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image."""
         return self.num_patches_per_side**2
 
     @property

@@ -12,10 +12,12 @@ class IdentityMap(nn.Module):
     """Features are passed on as they are."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the features unchanged."""
         return x
 
     @property
     def config(self) -> dict[str, str]:
+        """The config field that names this projector."""
         return {"mm_projector_type": "identity"}
 
 
@@ -28,6 +30,7 @@ class SimpleResBlock(nn.Module):
         self.proj = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C]."""
         normed = self.pre_norm(x)
         return normed + self.proj(normed)
 

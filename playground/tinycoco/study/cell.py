@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from dama.console import digest_of, write_json
 from eval.core.types import Answer
-from eval.objhal import METRICS, score_captions
+from eval.objhal import score_captions
 from playground.tinycoco import run
 from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.study.data import Pool, Row, given_row, rows_of
@@ -184,7 +184,7 @@ def captions(answerer: Any, scenes: Scenes) -> dict[str, Any]:
     answers = [Answer(r.id, r.image_id, r.prompt, texts[r.id]) for r in ordered]
     truth = {answer.image_id: set(scene_of(answer.image_id).categories) for answer in answers}
     items = score_captions(answers, truth, run.vocabulary()).items
-    return {name: [[int(number) for number in METRICS[name](item)] for item in items] for name in SCORED}
+    return {name: [[int(number) for number in item["parts"][name]] for item in items] for name in SCORED}
 
 
 def sft_captions(world: World, out: Path) -> dict[str, Any]:

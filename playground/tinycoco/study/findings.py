@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from dama.hardness.score import REDUCTIONS, hardness_delta
+from dama.train.provenance import repository_revision
 from eval.core.statistics import Interval
-from llava.train.checkpoints import repository_revision
 from playground.tinycoco.study import analysis, mechanism
 from playground.tinycoco.study.analysis import LEVELS, METRICS, SHOWN_LEVEL, Curve, Study, interval_of, verdict
 from playground.tinycoco.study.data import THIRDS, Pool

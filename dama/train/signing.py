@@ -106,7 +106,7 @@ def digests(folder: Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of each file."""
 
     def digest(name: str) -> str:
-        with open(folder / name, "rb") as file:
+        with (folder / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -120,7 +120,7 @@ def signature(seal: dict[str, Any], key: bytes) -> str:
     return hmac.new(key, text.encode("utf-8"), hashlib.sha256).hexdigest()
 
 
-def refuse_unsigned(checkpoint: Path, *, trust: bool = False) -> None:
+def validate_signature(checkpoint: Path, *, trust: bool = False) -> None:
     """Raise unless this user's own run wrote every file of the checkpoint; with `trust` print why not, and go on.
 
     Ranks of one run share the reading: each checks its part of the files, and none gets past the first collective
@@ -129,7 +129,7 @@ def refuse_unsigned(checkpoint: Path, *, trust: bool = False) -> None:
     Raises:
         ValueError: with the reason.
     """
-    reason = why_unsigned(checkpoint)
+    reason = signature_problem(checkpoint)
     if reason is None:
         return
     if trust:
@@ -142,7 +142,7 @@ def refuse_unsigned(checkpoint: Path, *, trust: bool = False) -> None:
     )
 
 
-def why_unsigned(checkpoint: Path) -> str | None:
+def signature_problem(checkpoint: Path) -> str | None:
     """What keeps a checkpoint from being this user's own; None where nothing does."""
     try:
         seal = json.loads((checkpoint / SEAL_FILE).read_bytes())

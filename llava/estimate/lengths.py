@@ -1,0 +1,104 @@
+"""Lengths of the longest training items, in tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+from dama.pairs import PreferencePair
+from dama.train.data import ImageChoice
+from dama.train.family import PreparedPair, common_length
+from dama.train.throughput import PairLength
+from llava.conversation import get_template
+from llava.tokenization import load_tokenizer
+from llava.train.arguments import Arguments
+from llava.train.dpo_data import encode_pair
+from llava.train.preprocess import preprocess, preprocess_multimodal
+from llava.train.sft_data import Row
+
+LONGEST = 64  # pairs whose lengths are looked at
+PROMPT = 64  # tokens of a template with a short question
+
+
+def lengths_of(
+    arguments: Arguments, items: Sequence[PreferencePair] | Sequence[Row], patches: int
+) -> tuple[list[PairLength], str]:
+    """(lengths of about the longest pairs, or rows of fine-tuning, that training does not leave out; how known).
+
+    Without data the longest that --model_max_length allows.
+    """
+    model_args, _, args = arguments
+    limit = args.model_max_length
+    try:
+        tokenizer = load_tokenizer(str(model_args.model_name_or_path), model_max_length=limit, padding_side="right")
+    except (OSError, ValueError):
+        tokenizer = None
+    if args.task == "DPO":
+        pairs = cast("Sequence[PreferencePair]", items)
+        if pairs and tokenizer:
+            longest = [length_of(item, patches) for item in longest_items(pairs, arguments, tokenizer, patches)]
+            if longest:
+                return longest, "tokenized"
+        if pairs:
+            return [guess_length(pair, patches) for pair in pairs], "a token for 3 characters"
+    elif items and tokenizer:
+        rows = longest_rows(cast("Sequence[Row]", items), patches)
+        return [row_length(row, arguments, tokenizer, patches) for row in rows], "tokenized"
+    answer = max(1, limit - patches - PROMPT)
+    return [PairLength(patches + PROMPT, answer, answer * (args.task == "DPO"))], "--model_max_length"
+
+
+def guess_length(pair: PreferencePair, patches: int) -> PairLength:
+    """Estimate a pair's tokens from its characters, where no tokenizer is available."""
+    return PairLength(patches + PROMPT + len(pair.question) // 3, len(pair.chosen) // 3, len(pair.rejected) // 3)
+
+
+def longest_items(
+    pairs: Sequence[PreferencePair], arguments: Arguments, tokenizer: Any, patches: int
+) -> list[PreparedPair]:
+    """Return about the longest pairs that fit into --model_max_length.
+
+    They are tokenized in the order of their characters until there are enough; hardness and reference are left at 0.
+    """
+    model_args, _, args = arguments
+    template, found = get_template(str(model_args.version)), []
+    for pair in sorted(pairs, key=lambda p: -len(p.question + p.chosen + p.rejected)):
+        both = encode_pair(pair, tokenizer, template, bool(model_args.mm_use_im_start_end))
+        if max(len(answer.input_ids) for answer in both) - 1 + patches <= args.model_max_length:
+            found.append(PreparedPair(pair, both, ImageChoice().images(pair)))
+        if len(found) == LONGEST:
+            break
+    return found
+
+
+def length_of(item: PreparedPair, patches: int) -> PairLength:
+    """Return the tokens of an encoded pair, with `patches` for its image."""
+    shared = common_length(item.rows)
+    chosen, rejected = (len(answer.input_ids) - shared for answer in (item.chosen, item.rejected))
+    return PairLength(shared - 1 + patches, chosen, rejected)
+
+
+def longest_rows(rows: Sequence[Row], patches: int) -> list[Row]:
+    """About the longest conversations, by their characters."""
+    return sorted(rows, key=lambda row: -(patches * ("image" in row) + len(text_of_row(row)) / 4))[:LONGEST]
+
+
+def row_length(row: Row, arguments: Arguments, tokenizer: Any, patches: int) -> PairLength:
+    """What goes over --model_max_length is cut in training, the picture's positions put in afterwards."""
+    model_args, data_args, args = arguments
+    source, template = copy.deepcopy(row["conversations"]), get_template(str(model_args.version))
+    if has_image := "image" in row:
+        flags = SimpleNamespace(
+            is_multimodal=data_args.is_multimodal, mm_use_im_start_end=model_args.mm_use_im_start_end
+        )
+        (source,) = preprocess_multimodal([source], flags)
+    (ids,) = preprocess([source], tokenizer, has_image=has_image, template=template)["input_ids"]
+    positions = min(len(ids), args.model_max_length) + has_image * (patches - 1)
+    return PairLength(min(positions, args.model_max_length), 0, 0)
+
+
+def text_of_row(row: Row) -> str:
+    """Return the text of all turns."""
+    return " ".join(str(turn["value"]) for turn in row["conversations"])

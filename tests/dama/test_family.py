@@ -1,0 +1,198 @@
+"""A model family of a few lines that shares nothing with LLaVA trains DAMA through the protocol alone."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dama.logps import AnswerIndex, indexed_logps
+from dama.losses import Loss
+from dama.pairs import PreferencePair
+from dama.shared_prefix import PackedGroup
+from dama.train.arguments import PreferenceArguments
+from dama.train.data import PairValues, join_pairs
+from dama.train.family import EncodedRow, PackedRows, shown_images
+from dama.train.reference import reference_of_pairs, run_reference
+from dama.train.throughput import ModelSize
+from dama.train.trainer import PreferenceTrainer
+from dama.views import PAIR_VIEWS
+
+LETTERS = 128
+
+
+class TinyModel(nn.Module):
+    """Predicts a letter from the one before it and the image's mean color: one matrix and one embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.letters, self.color, self.head = nn.Embedding(LETTERS, 16), nn.Linear(3, 16), nn.Linear(16, LETTERS)
+        self.dtype, self.config = torch.float32, SimpleNamespace(to_dict=dict)
+
+    def forward(self, ids, colors, index):
+        hidden = torch.tanh(self.letters(ids) + self.color(colors)[:, None])
+        return indexed_logps(hidden, index, self.head, chunk=64)
+
+
+class TinyFamily:
+    """Two rows per pair, padded; images are their mean colors."""
+
+    encodes_ahead, max_tokens = False, 64
+
+    def __init__(self, loss="dpo"):
+        self.module, self.views = TinyModel(), Loss.parse([loss]).views
+
+    def encode(self, pair):
+        question = [ord(letter) for letter in pair.question]
+        rows = {}
+        for view in self.views:
+            answer = [ord(letter) for letter in getattr(pair, view.answer)]
+            labels = torch.tensor([-100] * len(question) + answer)
+            rows[view] = EncodedRow(torch.tensor(question + answer), labels)
+        return tuple(rows.values())
+
+    def tokens(self, row):
+        return len(row.input_ids)
+
+    def groups(self, item):
+        packed = PackedRows.of([item], self.views)
+        return tuple(PackedGroup(len(r.input_ids) - sum(tail), tail) for r, tail in zip(packed.rows, packed.tails))
+
+    @staticmethod
+    def prepare_image(image):
+        pixels = torch.tensor(list(image.get_flattened_data()), dtype=torch.float32)
+        return pixels.mean(0) / 255
+
+    def collate(self, items):
+        rows = [(item.rows[v], item.images[v]) for v in range(len(self.views)) for item in items]
+        images = shown_images(items)
+        return {
+            "ids": nn.utils.rnn.pad_sequence([row.input_ids for row, _ in rows], True),
+            "labels": nn.utils.rnn.pad_sequence([row.labels for row, _ in rows], True, -100),
+            "shown": torch.tensor([images.index(image) for _, image in rows]),
+        }
+
+    def answer_logps(self, model, batch, images, encoded, chunk):
+        colors = torch.stack(list(images))[batch["shown"]]
+        return model(batch["ids"], colors, AnswerIndex.of(batch["labels"]))
+
+    def size(self):
+        return ModelSize(decoder=256, output=2048, attention=0, tower=0, projector=48, patches=0)
+
+    def fingerprint(self):
+        return {"model": "tiny"}
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Eight pairs about plain images: "red" is right on red ones and "blue" on blue ones."""
+    pairs = []
+    for i in range(8):
+        color, other = ("red", "blue") if i % 2 else ("blue", "red")
+        Image.new("RGB", (4, 4), color).save(tmp_path / f"{i}.png")
+        texts = {"chosen": f"It is {color}.", "rejected": f"It is {other}.", "second": f"No {color}."}
+        pairs.append(PreferencePair(str(i), f"{i}.png", "Color? ", **texts))
+    data_args = SimpleNamespace(
+        data_path="pairs", image_folder=str(tmp_path), on_long_pair="fail", reference=None, eval_pairs=2
+    )
+    return pairs, data_args, tmp_path
+
+
+def train(world, loss="dpo", **flags):
+    """Reference stage, joining, training; the trainer and its losses by step."""
+    pairs, data_args, folder = world
+    torch.manual_seed(0)
+    family = TinyFamily(loss)
+    args = PreferenceArguments(
+        output_dir=str(folder / f"out_{loss}"), use_cpu=True, loss=[loss], learning_rate=0.05, num_train_epochs=20,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=1, **flags,
+    )  # fmt: skip
+    data_args.reference = str(folder / f"reference_{loss}")
+    run_reference(family, data_args, args, pairs, [], data_args.reference, batch_size=4, progress=False)
+    reference = reference_of_pairs(pairs, data_args, args, {}, family)
+    hardness = PairValues([0.1 * i for i in range(len(pairs))], {})
+    data = join_pairs(pairs, hardness, reference, family, data_args, args)
+    trainer = PreferenceTrainer(
+        family, None, args, train_dataset=data.train, eval_dataset=data.held_out, delta_bar=data.delta_bar
+    )
+    trainer.train()
+    return trainer, [row for row in trainer.state.log_history if "loss" in row]
+
+
+def test_dama_trains_a_model_that_is_not_llava(world):
+    """Six pairs a step: the first loss is log 2, the model being its reference; at the end held-out pairs are right."""
+    trainer, rows = train(world, per_device_train_batch_size=6)
+    assert rows[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"] and rows[-1]["dama/R_bar"] > 0
+    assert trainer.evaluate()["eval_rewards/accuracies"] == 1.0
+
+
+@pytest.mark.parametrize("loss", ["mdpo", "adavip", "opa", "symmpo", "bco_pair", "ipo"])
+def test_a_step_does_not_depend_on_its_micro_batches(world, loss):
+    """6 pairs at once = 3 x 2 = 1 x 6, also with a second image, a second answer and a running mean."""
+    _, whole = train(world, loss, per_device_train_batch_size=6, corruption="other_image")
+    for size, accumulation in ((3, 2), (1, 6)):
+        layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        _, parts = train(world, loss, corruption="other_image", **layout)
+        for one, other in zip(whole, parts, strict=True):
+            for name in ("loss", "grad_norm", "dama/R_bar", "dama/beta"):
+                assert other[name] == pytest.approx(one[name], rel=1e-3, abs=2e-5), name
+
+
+def test_an_objective_on_two_images_learns_both(world):
+    """mdpo with other images raises the chosen answer on its own image above the same answer on another one."""
+    _, rows = train(world, "mdpo", per_device_train_batch_size=6, corruption="other_image")
+    last = rows[-1]
+    assert last["rewards/chosen"] > last["rewards/chosen_corrupted"] and last["rewards/margins"] > 0
+
+
+def test_a_reference_free_objective_needs_no_stage(world):
+    pairs, data_args, folder = world
+    args = PreferenceArguments(output_dir=str(folder / "out"), use_cpu=True, loss=["simpo"], strategy="none")
+    found = reference_of_pairs(pairs, data_args, args, {}, TinyFamily("simpo"))
+    assert found.values == [(0.0, 0.0)] * 8
+    args.strategy = "model"
+    with pytest.raises(ValueError, match="expected log-probs for every pair"):
+        reference_of_pairs(pairs, data_args, args, {}, TinyFamily("simpo"))
+
+
+def test_a_stage_without_the_views_names_the_command(world):
+    pairs, data_args, folder = world
+    args = PreferenceArguments(output_dir=str(folder / "out"), use_cpu=True)
+    data_args.reference = str(folder / "plain")
+    run_reference(TinyFamily(), data_args, args, pairs, [], data_args.reference, batch_size=4, progress=False)
+    args.loss = ["mdpo"]
+    with pytest.raises(ValueError, match="views chosen_corrupted for --loss mdpo.*dama reference --loss mdpo"):
+        reference_of_pairs(pairs, data_args, args, {}, TinyFamily("mdpo"))
+    family = TinyFamily()
+    assert family.views == PAIR_VIEWS
+
+
+def test_another_corruption_is_another_reference(world):
+    pairs, data_args, folder = world
+    args = PreferenceArguments(output_dir=str(folder / "out"), use_cpu=True, loss=["mdpo"], corruption="blank")
+    data_args.reference = str(folder / "blank")
+    run_reference(TinyFamily("mdpo"), data_args, args, pairs, [], data_args.reference, batch_size=4, progress=False)
+    args.corruption = "noise"
+    with pytest.raises(ValueError, match="--corruption"):
+        reference_of_pairs(pairs, data_args, args, {}, TinyFamily("mdpo"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ({"loss": ["mdpo"], "corruption": "field"}, "8 of 8 pairs without rejected_images"),
+        ({"loss": ["symmpo"]}, "without a second answer"),
+    ],
+)
+def test_pairs_that_lack_what_the_views_need_are_refused(world, flags, match):
+    pairs, data_args, folder = world
+    pairs = [PreferencePair(p.id, p.image, p.question, p.chosen, p.rejected) for p in pairs]
+    args = PreferenceArguments(output_dir=str(folder / "out"), use_cpu=True, **flags)
+    family = TinyFamily("mdpo")
+    family.views = args.preference_loss().views
+    data_args.reference = "somewhere"
+    family.encode = lambda pair: (EncodedRow(torch.ones(2).long(), torch.ones(2).long()),) * len(family.views)
+    with pytest.raises(ValueError, match=match):
+        join_pairs(pairs, PairValues([0.0] * 8, {}), PairValues([(0.0,) * 6] * 8, {}), family, data_args, args)
