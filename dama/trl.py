@@ -7,8 +7,10 @@
 
     processor = AutoProcessor.from_pretrained("llava-hf", backend="pil")
     dataset = dataset_of_pairs("pairs.jsonl", "images", processor, hardness="runs/hardness", reference="runs/reference")
+    model = LlavaForConditionalGeneration.from_pretrained("llava-hf")
+    model.model.vision_tower.requires_grad_(False)  # TRL trains it otherwise
     trainer = DamaDPOTrainer(
-        LlavaForConditionalGeneration.from_pretrained("llava-hf"),
+        model,
         args=DPOConfig("runs/dama-trl", max_length=None, per_device_train_batch_size=4),
         train_dataset=dataset,
         processing_class=processor,
@@ -17,7 +19,8 @@
     trainer.train()
 
 The two folders are written by `python -m dama hardness` and `python -m dama reference` for the same pairs; the model is
-that of the reference, as `python -m llava.model.export --to hf` writes it. Either folder may be missing: without
+that of the reference, as `python -m llava.model.export --to hf` writes it. Its output layer has up to 64 rows more than
+LLaVA's, which take some probability from every token; the check of the first step reports it where that matters. Either folder may be missing: without
 `reference` TRL keeps its reference model, without `hardness` only `Strategy.NONE`, `MODEL` and `BETA_DPO` have what
 they need. For a dataset of your own, give `join_stages` the ids of its rows.
 
@@ -38,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image, List
+from datasets import Dataset
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
@@ -47,7 +50,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from dama.console import digest_of, write_json
 from dama.errors import error_list
 from dama.hardness.score import load_hardness
-from dama.images import ImageFolder, resolve_image
+from dama.images import ImageFolder, load_image, resolve_image
 from dama.losses import ViewLogps
 from dama.pairs import PreferencePair, image_digests, pairs_fingerprint, read_pairs
 from dama.stage import read_stage
@@ -87,7 +90,6 @@ def dataset_of_pairs(
     """
     pairs = read_pairs(data)
     rows = Dataset.from_list([row_of_pair(pair, image_folder, processor) for pair in pairs])
-    rows = rows.cast_column("images", List(Image()))
     made_from = {"pairs": pairs_fingerprint(pairs), "images": digest_of(image_digests(pairs, image_folder))}
     return join_stages(rows, hardness=hardness, reference=reference, made_from=made_from)
 
@@ -95,8 +97,7 @@ def dataset_of_pairs(
 def row_of_pair(pair: PreferencePair, image_folder: ImageFolder, processor: Any) -> dict[str, Any]:
     """Prompt and answers as text, which TRL encodes apart.
 
-    The prompt begins with the BOS token, which TRL does not add. Answers begin without the space behind `ASSISTANT:`,
-    because LLaMA's tokenizer puts one in front of every text.
+    Answers begin without the space behind `ASSISTANT:`, because LLaMA's tokenizer puts one in front of every text.
     """
     tokenizer = processor.tokenizer
     content = [{"type": "image"}, {"type": "text", "text": pair.question}]
@@ -104,10 +105,24 @@ def row_of_pair(pair: PreferencePair, image_folder: ImageFolder, processor: Any)
     return {
         "id": pair.id,
         "images": [str(resolve_image(image_folder, pair.image))],
-        "prompt": tokenizer.bos_token + prompt.removeprefix(tokenizer.bos_token),
+        "prompt": with_bos(prompt, tokenizer),
         "chosen": pair.chosen + tokenizer.eos_token,
         "rejected": pair.rejected + tokenizer.eos_token,
     }
+
+
+def with_bos(prompt: str, tokenizer: Any) -> str:
+    """A prompt whose tokens without special ones, as TRL encodes, are those that the tokenizer gives with them.
+
+    Raises:
+        ValueError: spelling the BOS token does not give these tokens.
+    """
+    wanted = tokenizer(prompt).input_ids
+    spellings = (prompt, f"{tokenizer.bos_token}{prompt}", f"{tokenizer.bos_token} {prompt}")
+    for text in spellings:
+        if tokenizer(text, add_special_tokens=False).input_ids == wanted:
+            return text
+    raise ValueError(f"tokenizer: expected a spelling of BOS that gives its tokens of {prompt[:40]!r}, found none")
 
 
 def join_stages(
@@ -146,7 +161,10 @@ def join_stages(
 
 @dataclass
 class DamaCollator(DataCollatorForVisionPreference):
-    """TRL's batch, with the columns of `join_stages` that its examples have: [N] each."""
+    """TRL's batch, with the columns of `join_stages` that its examples have: [N] each.
+
+    Images that are paths are read as in the stages: without EXIF rotation, which `datasets` applies.
+    """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate N examples into 2 N rows, the chosen answers first.
@@ -155,13 +173,21 @@ class DamaCollator(DataCollatorForVisionPreference):
             ValueError: naming pairs whose answers have another number of tokens than in the reference stage.
         """
         own = {name: [example[name] for example in examples] for name in COLUMNS if name in examples[0]}
-        batch = super().torch_call(examples)
+        batch = super().torch_call([read_images(example) for example in examples])
         if TOKENS[0] in own:
             validate_tokens(own, batch["completion_mask"].sum(1).view(2, -1).tolist())
         for name in (DELTA, *LOGPS):
             if name in own:
                 batch[name] = torch.tensor(own[name], dtype=torch.float32)
         return batch
+
+
+def read_images(example: dict[str, Any]) -> dict[str, Any]:
+    """An example with images in place of their paths."""
+    images = example.get("images", [])
+    if not any(isinstance(image, str) for image in images):
+        return example
+    return example | {"images": [load_image(image) if isinstance(image, str) else image for image in images]}
 
 
 def validate_tokens(own: dict[str, list], counts: Sequence[Sequence[int]]) -> None:
@@ -281,6 +307,17 @@ class DamaDPOTrainer(DPOTrainer):
         return beta.to(outputs.log_probs)
 
     # R_bar is saved and resumed like the optimizer's state.
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse what transformers only warns of: to continue from a checkpoint of which no weights were loaded."""
+        missing = load_result.missing_keys
+        if missing and set(missing) - set(self.model._keys_to_ignore_on_save or ()):
+            raise ValueError(
+                f"checkpoint: expected all weights of the model, {len(missing)} are missing (first: {missing[0]}). "
+                "transformers saves llava-hf models under other names than it resumes them from; train without "
+                "interruption, or with a peft_config, whose adapters it resumes."
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

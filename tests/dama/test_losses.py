@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -500,7 +501,7 @@ def at(batch: dict, pairs: list[int]) -> dict:
 
 
 @torch.no_grad()
-def logps_of(trainer: DPOTrainer, batch: dict) -> ViewLogps:
+def logps_of(trainer: Any, batch: dict) -> ViewLogps:
     """The log-probs of TRL's own forward pass, from which its loss is made."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -508,7 +509,8 @@ def logps_of(trainer: DPOTrainer, batch: dict) -> ViewLogps:
         model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(1).view(2, -1)
         for model in (trainer.model, trainer.ref_model)
     ]
-    return ViewLogps(PAIR_VIEWS, *sums, batch["completion_mask"].sum(1).view(2, -1))
+    policy, reference = sums
+    return ViewLogps(PAIR_VIEWS, policy, reference, batch["completion_mask"].sum(1).view(2, -1))
 
 
 @pytest.mark.parametrize(
