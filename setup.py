@@ -33,9 +33,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["llava*", "dama*", "eval*"]),
     package_data={
-        "dama": ["*.html.jinja", "*.md.jinja"],
+        "dama.pages": ["*.jinja", "*.css"],
         "dama.prepare": ["*.json"],
-        "eval": ["*.html.jinja", "*.json"],
+        "eval": ["*.html.jinja", "*.css", "*.js", "*.json"],
+        "llava": ["*.json"],
         "llava.rehearsal": ["*.c"],
     },
     install_requires=[

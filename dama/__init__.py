@@ -1,4 +1,4 @@
-"""DAMA: what makes preference optimisation data- and model-aware, and the stages around it."""
+"""DAMA: what makes preference optimization data- and model-aware, and the stages around it."""
 
 import sys
 

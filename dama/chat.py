@@ -189,7 +189,7 @@ class ChatClient:
         desc: str = "chat",
         on_reply: Callable[[ChatReply], None] | None = None,
     ) -> dict[str, ChatReply]:
-        """id -> reply, in the order of the requests; on_reply sees each as it comes.
+        """Id -> reply, in the order of the requests; on_reply sees each as it comes.
 
         A text that `accept` turns down is asked for anew, up to `tries` times in all; if none is accepted the last one
         is returned. Requests of equal content are asked once. A request that fails for good is a reply with an error.
@@ -200,7 +200,7 @@ class ChatClient:
         repeated = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
         if repeated:
             raise ValueError(f"chat requests: {len(repeated)} ids are used more than once, e.g. {repeated[0]!r}")
-        accept = accept or (lambda text: True)
+        accept = accept or (lambda _: True)
         replies: dict[str, ChatReply] = {}
         with tqdm(total=len(requests), desc=printable(desc), unit="reply", disable=not requests) as bar:
 
@@ -299,7 +299,7 @@ class ChatClient:
         settle: Callable[[_Group], Awaitable[tuple[ChatReply, Exception | None]]],
         keep: Callable[[Sequence[ChatRequest], ChatReply], None],
     ) -> Sequence[_Group]:
-        """Asks one by one until the server answers, and returns the groups that are left.
+        """Ask one by one until the server answers, and returns the groups that are left.
 
         Where the server, the key or the address is wrong, the others need not find out too. Raises ChatError.
         """
@@ -325,7 +325,7 @@ class ChatClient:
     async def _settle(
         self, server: AsyncOpenAI, request: ChatRequest, start: int, accept: Accept, tries: int
     ) -> tuple[ChatReply, Exception | None]:
-        """Tries `start`, `start` + 1 ... until one is accepted; a failure ends it, and is returned beside the reply."""
+        """Try `start`, `start` + 1 ... until one is accepted; a failure ends it, and is returned beside the reply."""
         import openai
 
         for number in range(start, tries):
@@ -441,11 +441,11 @@ _KEPT = ("text", "model", "prompt_tokens", "completion_tokens")
 
 
 def _read_cache(path: Path) -> dict[str, Completion]:
-    """key -> reply; lines torn by a kill are counted, said and asked for again."""
+    """Key -> reply; lines torn by a kill are counted, said and asked for again."""
     if not path.exists():
         return {}
     entries, torn = {}, 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 row = json.loads(line)

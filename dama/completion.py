@@ -54,7 +54,7 @@ class ReportedError(NoCompletionError):
 
 
 def read_completion(completion: Any) -> Completion:
-    """Reads what the openai package made of a reply, any field of which may be missing or of another type.
+    """Read what the openai package made of a reply, any field of which may be missing or of another type.
 
     Raises NoCompletionError for what is no completion.
     """

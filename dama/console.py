@@ -31,7 +31,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 
 def printable(text: str) -> str:
-    """Text of unknown origin for the terminal: control characters become escapes such as \\x1b and \\u202e.
+    r"""Make text of unknown origin safe for the terminal: control characters become escapes such as \x1b and \u202e.
 
     Tab and line feed stay; so do letters, marks and symbols of every language.
     """
@@ -70,8 +70,9 @@ def writing(path: str | Path, size: int, *foreign: type[Exception]) -> Iterator[
     """Give a write that fails for lack of room the path and the sizes, which the system's error does not have.
 
     Args:
-        path: the file, or the folder of several. size: bytes about to be written, at least.
-        foreign: errors other than OSError by which a library reports that a write failed.
+        path: the file, or the folder of several.
+        size: bytes about to be written, at least.
+        *foreign: errors other than OSError by which a library reports that a write failed.
 
     Raises:
         DiskFullError: the disk, the quota or the limit on a file's size is exhausted. Other errors pass.
@@ -97,7 +98,7 @@ def _lacks_room(error: Exception) -> bool:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a run after a crash, sees the old content or the new and never a part.
+    """Write a file so that a reader, or a run after a crash, sees the old content or the new and never a part.
 
     The file gets the rights that the umask leaves. A symbolic link at `path` is replaced, not followed.
     """
@@ -116,14 +117,14 @@ def atomic_file(path: str | Path, size: int) -> Iterator[BinaryIO]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with writing(path, size), open(temporary, "xb") as file:
+    with writing(path, size), temporary.open("xb") as file:
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink()
             raise
 
 
@@ -155,12 +156,14 @@ def _unsafe(path: str, what: str) -> UnsafeFileError:
 
 
 def open_fresh(path: str | Path) -> BinaryIO:
-    """Opens a new, empty file for writing; a file or a symbolic link of that name is removed first, never followed."""
-    Path(path).unlink(missing_ok=True)
-    return open(path, "xb")
+    """Open a new, empty file for writing; a file or a symbolic link of that name is removed first, never followed."""
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file atomically, indented by two spaces."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -172,12 +175,12 @@ def digest_of(value: Any) -> str:
 
 def digest_of_file(path: str | Path) -> str:
     """The first 16 hex digits of the SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def report_error(error: BaseException, program: str) -> None:
-    """Says on standard error what went wrong; with a traceback where it was not this repository that said it.
+    """Say on standard error what went wrong; with a traceback where it was not this repository that said it.
 
     Ranks of a distributed run mostly fail alike: rank 0 says all, the others their number and the first line.
     """

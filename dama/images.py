@@ -65,7 +65,7 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
 
 def _kind_of(source: str | Path | BinaryIO) -> str:
     if isinstance(source, str | Path):
-        with open(source, "rb") as file:
+        with Path(source).open("rb") as file:
             start = file.read(32)
     else:
         source.seek(0, io.SEEK_SET)
@@ -132,7 +132,7 @@ def exceeded_limit(size: tuple[int, int]) -> str | None:
 
 
 def validate_size(image: Image.Image, name: str = "image") -> None:
-    """Raises ImageError where an image exceeds a limit; its header is enough, nothing is decoded."""
+    """Raise ImageError where an image exceeds a limit; its header is enough, nothing is decoded."""
     limit = exceeded_limit(image.size)
     if limit is not None:
         bomb = " (decompression bomb?)" if image.width * image.height > MAX_PIXELS else ""
@@ -151,7 +151,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel. 16-bit grey is scaled, where Pillow would clip it to white; 32 bits are refused."""
+    """Eight bits a channel. 16-bit gray is scaled, where Pillow would clip it to white; 32 bits are refused."""
     if image.mode in ("I", "F"):
         raise ImageError(f"the image has 32 bits a pixel (mode {image.mode}), expected 8 or 16 a channel")
     if image.mode.startswith("I;16"):
@@ -168,7 +168,7 @@ class ImageFacts(NamedTuple):
 
 
 def probe_image(source: Path | BinaryIO) -> ImageFacts:
-    """Decodes all of the image, a JPEG at an eighth of its size: that is quick, and sees a truncated one.
+    """Decode all of the image, a JPEG at an eighth of its size: that is quick, and sees a truncated one.
 
     Raises ImageError saying what is wrong, in words that do not depend on the path or on Pillow's version.
     """

@@ -100,7 +100,7 @@ def float32_head(lm_head: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def token_logps(hidden: Tensor, targets: Tensor, lm_head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
-    """log softmax(lm_head(hidden))[target] at every position.
+    """Log softmax(lm_head(hidden))[target] at every position.
 
     Args:
         hidden: [M, D] final hidden states. targets: [M] token ids.

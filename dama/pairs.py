@@ -69,10 +69,10 @@ class SkippedPair:
 
 
 def read_pairs(path: str | Path) -> list[PreferencePair]:
-    """Reads JSON or JSONL of RLAIF-V's fields, of the released DAMA code's (the same with `logps` and `*_logits`), or
-    of the fields that `named_fields` knows.
+    """Read preference pairs from JSON or JSONL.
 
-    Fields: idx or id (a digest of the content where absent), image_path or image, question, chosen, rejected,
+    The layout is RLAIF-V's, the released DAMA code's (the same with `logps` and `*_logits`), or any that `named_fields`
+    knows. Fields: idx or id (a digest of the content where absent), image_path or image, question, chosen, rejected,
     origin_dataset, origin_split, kind; kind falls back to origin_split's "type". Whether it is a list or one record
     a line is seen from the first character. Raises PairsError naming every torn line and every row with a bad field.
     """
@@ -107,7 +107,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
 
     A line that cannot be read comes as the ValueError that says why. Raises PairsError for a list that cannot.
     """
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         if _first_character(file) == b"[":
             yield from ((f"row {number}", row) for number, row in enumerate(_json_list(path, file.read()), start=1))
             return

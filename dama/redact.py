@@ -82,6 +82,8 @@ def redacted(text: str, secrets: Iterable[str] = (), *, known_only: bool = False
     credential: user and password in a URL, authorization headers, cookies, keys in a query, API keys.
 
     Args:
+        text: text of any origin.
+        secrets: further values to remove.
         known_only: leave out what only looks like one, as for a model's answer, whose words must not change.
     """
     known = {*secrets, *_environment_secrets()}

@@ -43,7 +43,7 @@ PANELS = {
 _PICTURE_SIDE = 640  # pixels; longer sides are scaled down to keep the page small
 _PNG_LIMIT = 100_000  # bytes; a drawing stays a PNG, a photograph becomes a JPEG
 
-# Figures are drawn in the light theme's colours; on the page each becomes the style sheet's variable of the same role.
+# Figures are drawn in the light theme's colors; on the page each becomes the style sheet's variable of the same role.
 _INK, _LINE = "#3d444d", "#d8dbe0"
 SERIES = ("#2f6fb7", "#d9822b", "#2a9d8f", "#8a63b8", "#7a828c")
 _STYLE: dict[Any, Any] = {
@@ -90,6 +90,8 @@ class MarkedCaption:
 
 @dataclass(frozen=True)
 class GalleryItem:
+    """An image with its prompt and the captions of each model."""
+
     picture: Image.Image
     prompt: str
     captions: Sequence[MarkedCaption]
@@ -131,7 +133,7 @@ class _Plot(NamedTuple):
 
 
 def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
-    """Writes report.html, report.md and report_files/ into the folder; returns the paths of the first two."""
+    """Write report.html, report.md and report_files/ into the folder; returns the paths of the first two."""
     folder = Path(folder)
     markdown, files = render_markdown(report, "report_files")
     for name, content in files.items():
@@ -167,7 +169,7 @@ def render_markdown(report: Report, folder: str) -> tuple[str, dict[str, bytes]]
 
 
 def svg_of(name: str, draw: Callable[[Axes], None]) -> Markup:
-    """A plot as an SVG element in the page's colours. `name` tells it from the others on the page."""
+    """A plot as an SVG element in the page's colors. `name` tells it from the others on the page."""
     return Markup(_themed_svg(_Plot(name, "", "", draw)))
 
 
@@ -261,7 +263,7 @@ def _view(report: Report, pictures: Sequence[str], plots: Sequence[Mapping[str, 
 
 
 def _table(report: Report) -> dict[str, list[dict[str, Any]]]:
-    """method -> one cell per metric: text, interval, best, the bar's ends and dot in percent, and its scale."""
+    """Method -> one cell per metric: text, interval, best, the bar's ends and dot in percent, and its scale."""
     for method, row in report.results.items():
         if row.keys() != report.metrics.keys():
             raise ValueError(
@@ -357,7 +359,7 @@ def _draw(plot: _Plot, kind: Literal["svg", "png"]) -> bytes:
 
 
 def _themed_svg(plot: _Plot) -> str:
-    """The plot's SVG element, its colours taken from the page's style sheet, without styles that leak into the page."""
+    """The plot's SVG element, its colors taken from the page's style sheet, without styles that leak into the page."""
     svg = _draw(plot, "svg").decode("utf-8")
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)

@@ -228,7 +228,8 @@ def shared_prefix_attention(
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scale: float) -> Tensor:
     """One call for each answer, no mask tensor: queries [prefix, first answer] on the same keys; queries of a further
-    answer on keys [prefix, that answer], the causal triangle aligned to the bottom right."""
+    answer on keys [prefix, that answer], the causal triangle aligned to the bottom right.
+    """
     options: dict[str, Any] = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     # Pieces by split: the gradient of a slice is as large as the whole row.
     queries = iter(

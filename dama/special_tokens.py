@@ -15,7 +15,9 @@ def escaped(text: str, tokenizer: Any, *more: str) -> str:
     differently.
 
     Args:
-        tokenizer: Hugging Face's. more: further spellings, such as a processor's placeholder of an image.
+        text: text from a user or a file.
+        tokenizer: Hugging Face tokenizer.
+        *more: further spellings, such as a processor's placeholder of an image.
     """
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     spellings = {name for name in {*special, *tokenizer.all_special_tokens, *more} if len(name) > 1}

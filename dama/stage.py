@@ -151,14 +151,16 @@ class Stage:
 
     @property
     def records_done(self) -> int:
+        """Number of records in the finished chunks."""
         return sum(self.chunk_sizes[: self.chunks_done])
 
     @property
     def records_path(self) -> Path:
+        """Path of the stage's records."""
         return self.folder / f"{self.name}.jsonl"
 
     def append(self, records: Sequence[Record]) -> None:
-        """Writes the next chunk, one line a record, and returns when it is on the disk."""
+        """Write the next chunk, one line a record, and returns when it is on the disk."""
         if self._file is None:
             raise StageError(f"{self.name}: nothing can be appended to a stage that is complete or closed")
         if self.chunks_done == len(self.chunk_sizes):
@@ -188,7 +190,7 @@ class Stage:
             raise StageError(f"{self.name}: {which}: {problem}\nRemedy: {remedy}") from error
 
     def fill(self, work: Callable[[int], Sequence[Record]], unit: str) -> None:
-        """Appends what `work` makes of each chunk that is still to do; the progress bar counts records in `unit`s."""
+        """Append what `work` makes of each chunk that is still to do; the progress bar counts records in `unit`s."""
         silent = self.complete
         with tqdm(total=self.total, initial=self.records_done, desc=self.name, unit=unit, disable=silent) as bar:
             for number in self.to_do:
@@ -198,7 +200,7 @@ class Stage:
 
     def records(self) -> list[Record]:
         """All records written so far, read back from the file."""
-        with open(self.records_path, encoding="utf-8") as file:
+        with self.records_path.open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def finish(self, summary: Record, places: Sequence[int] = ()) -> Record:
@@ -226,10 +228,11 @@ class Stage:
         return manifest
 
     def conclude(self, summarise: Summarise, facts: Record, place: Place | None = None) -> Record | None:
-        """Finishes what is not finished yet, and returns the whole stage's manifest or, while other shards are
-        missing, None. The last shard to finish merges all. `facts` is what the summary needs besides the records.
+        """Finish the stage; the last shard to finish merges all.
 
-        With `place` the finished file is in that order; a stage that is complete already stays as it is.
+        Returns the manifest of the whole stage, or None while other shards are missing. `facts` is what the summary
+        needs besides the records. With `place` the finished file is in that order; a stage that is complete already
+        stays as it is.
         """
         if self.shard.count == 1:
             return _read_manifest(self.folder) if self.complete else self._finish_whole(summarise, facts, place)
@@ -265,7 +268,7 @@ class Stage:
         return manifest is not None and tuple(manifest[key] for key in ("complete", *_SAME_IN_SHARDS)) == mine
 
     def close(self) -> None:
-        """Gives the folder free for another process; what is written stays and can be continued."""
+        """Give the folder free for another process; what is written stays and can be continued."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -277,7 +280,7 @@ class Stage:
         self.close()
 
     def _hold(self) -> None:
-        """Opens the records for appending and locks them, so that a second process is told instead of let in."""
+        """Open the records for appending and locks them, so that a second process is told instead of let in."""
         # Without a buffer, which on a full disk would fail once more when the file is closed.
         file = open(self.records_path, "ab", buffering=0, opener=regular_file)  # noqa: SIM115 (held until close)
         try:
@@ -293,7 +296,7 @@ class Stage:
         self._file.truncate(size)
 
     def _recover(self) -> None:
-        """Keeps the whole chunks that are readable; a torn line and its unfinished chunk are cut off and done again."""
+        """Keep the whole chunks that are readable; a torn line and its unfinished chunk are cut off and done again."""
         ends = _line_ends(self.records_path)
         if len(ends) > self.total:
             raise _damaged(self.records_path, f"{len(ends)} records, planned were {self.total}")
@@ -318,7 +321,7 @@ def open_stage(
     overwrite: bool = False,
     flags: Flags = NO_FLAGS,
 ) -> Stage:
-    """Opens folder/name.jsonl and folder/manifest.json for these inputs, one stage to a folder.
+    """Open folder/name.jsonl and folder/manifest.json for these inputs, one stage to a folder.
 
     `fingerprint` holds whatever the records depend on, as JSON values; `chunk_sizes` the records of each planned chunk
     of the whole input (one chunk is what a kill can cost). A `shard` of several writes to folder/shards instead.
@@ -379,7 +382,7 @@ def read_stage(folder: str | Path, name: str) -> tuple[Record, list[Record]]:
         raise StageError(f"{name}: the stage in {folder} was interrupted\nRemedy: {remedy}")
     path = folder / f"{name}.jsonl"
     _check_records(path, manifest)
-    with open(path, encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         return manifest, [json.loads(line) for line in file]
 
 
@@ -404,8 +407,10 @@ def stage_of(folder: str | Path) -> str:
 
 
 def merge_shards(folder: str | Path, name: str, summarise: Summarise) -> Record:
-    """Joins all shards in folder/shards to folder/name.jsonl and its manifest, the bytes of an unsharded run; returns
-    the manifest. Raises StageError, naming every shard that is unfinished, of other inputs, missing or there twice.
+    """Join all shards in folder/shards to folder/name.jsonl and its manifest, the bytes of an unsharded run.
+
+    Returns the manifest. Raises StageError naming every shard that is unfinished, of other inputs, missing or there
+    twice.
     """
     parts = shards_in(folder)
     if not parts:
@@ -518,6 +523,9 @@ def differences(old: Any, new: Any, flags: Flags = NO_FLAGS, field: str = "") ->
     """`flag: old -> new` for every leaf in which two JSON values differ; a value that is not recorded is the default.
 
     Args:
+        old: earlier value.
+        new: present value.
+        field: name of the compared field; empty for the whole record.
         flags: the beginning of a field, such as "decoding." -> what to call it; other fields go by their own names.
     """
     if isinstance(old, dict) and isinstance(new, dict):
@@ -596,7 +604,7 @@ def _check_records(path: Path, manifest: Record) -> None:
 def _line_ends(path: Path) -> list[int]:
     """Byte offsets after each line, up to the first line that is torn or not JSON."""
     ends, end = [], 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n") or not _is_json(line):
                 break

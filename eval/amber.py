@@ -167,7 +167,7 @@ def _objects(annotation: Mapping[str, Any]) -> Objects:
 def _read_associations(path: Path) -> dict[str, tuple[str, ...]]:
     rows = read_json(path)
     raise_errors(path, [] if isinstance(rows, dict) else [f"expected an object, got {type(rows).__name__}"])
-    raise_errors(path, [fault for word in rows for fault in field_errors("associations", rows, {word: (list,)})])
+    raise_errors(path, [error for word in rows for error in field_errors("associations", rows, {word: (list,)})])
     return {word: tuple(others) for word, others in rows.items()}
 
 

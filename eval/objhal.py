@@ -79,15 +79,15 @@ def load(folder: str | Path, mode: str = "rules") -> ObjHal:
     The judge's prompt is folder/prompts/objhal_extract.txt, or a string in folder/objhal/eval_gpt_obj_halbench.py;
     rules need none. Raises ValueError, naming file and fields, also for missing ground truth and unknown nodes.
     """
-    home, images = Path(folder) / "objhal", Path(folder) / COCO_FOLDER
-    vocabulary = ObjectVocabulary.from_synonym_lines(_read_lines(home / "synonyms_refine.txt"))
-    path = home / "obj_halbench_300_questions.jsonl"
+    source, images = Path(folder) / "objhal", Path(folder) / COCO_FOLDER
+    vocabulary = ObjectVocabulary.from_synonym_lines(_read_lines(source / "synonyms_refine.txt"))
+    path = source / "obj_halbench_300_questions.jsonl"
     rows = read_records(path, _QUESTION)
     twice = [number for number, times in Counter(row["org_idx"] for row in rows).items() if times > 1]
     raise_errors(path, [f"field 'org_idx': {number} is used more than once" for number in twice])
-    truth = _read_truth(home / "gt_objects_300.json", [row["image_id"] for row in rows], vocabulary)
+    truth = _read_truth(source / "gt_objects_300.json", [row["image_id"] for row in rows], vocabulary)
     questions = tuple(_question(row, truth[row["image_id"]]) for row in rows)
-    scripts = [Path(folder) / "prompts/objhal_extract.txt", home / "eval_gpt_obj_halbench.py"]
+    scripts = [Path(folder) / "prompts/objhal_extract.txt", source / "eval_gpt_obj_halbench.py"]
     prompt = official_prompt(scripts, _PROMPT_SHA256) if any(path.is_file() for path in scripts) else ""
     by_image = {question.image_id: truth[row["image_id"]] for question, row in zip(questions, rows)}
     return ObjHal(questions, prompt, images, ground_truth=by_image, vocabulary=vocabulary)

@@ -22,6 +22,7 @@ SIZES = (
     (SIDE, 65, 0.6),
     (320, 60, 0.4),
     (256, 55, 0.25),
+    (256, 40, 0.19),
     (208, 45, 0.14),
     (160, 40, 0.08),
     (128, 30, 0.045),
@@ -67,7 +68,7 @@ def read_images(
 def shrunk(path: Path, largest: int = ALL_IMAGES) -> PageImage:
     """Encode an image with at most `largest` bytes, or the smallest of SIZES; not rotated by EXIF, as the model saw it.
 
-    Raises ImageFault or OSError for a file that is no image.
+    Raises ImageError or OSError for a file that is no image.
     """
     with open_image(path) as image:
         validate_size(image)

@@ -110,7 +110,7 @@ def _protocols(models: Mapping[str, Results]) -> list[str]:
 
 
 def reach(column: Column, value: float) -> float:
-    """Return how far out a value is drawn, 0 to 1; farther is better."""
+    """Return how far out a value is plotted, 0 to 1; farther is better."""
     assert column.shown.rim is not None
     share = min(1.0, max(0.0, value / column.shown.rim))
     return 1 - share if column.lower else share

@@ -1,6 +1,6 @@
 """Numbers and strings that checkpoints, data files and prompts share; all as in LLaVA-v1.5."""
 
-# In prompts: where a picture goes, and the marks that older checkpoints put around it.
+# In prompts: where an image goes, and the marks that older checkpoints put around it.
 DEFAULT_IMAGE_TOKEN = "<image>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN = "<im_start>", "<im_end>"

@@ -51,6 +51,7 @@ class TextTokens:
         return [*ids, 0, 0, 0] if self.tokenizer.tokenizer_mode == "clips" else list(ids)
 
     def count(self, text: str) -> int:
+        """Count the tokens of a text."""
         return len(self.ids(text))
 
     def batch(self, texts: Sequence[str], rows: Sequence[list[int]]) -> Tensor:
@@ -97,7 +98,7 @@ class ClipScorer:
 
     @property
     def logit_scale(self) -> float:
-        """exp of the learned temperature, about 100 for OpenAI's models."""
+        """Exp of the learned temperature, about 100 for OpenAI's models."""
         return float(self.model.get_parameter("logit_scale").detach().float().exp())
 
     @property
@@ -213,7 +214,7 @@ def _shortened_text_tower(model: nn.Module, length: int) -> dict[str, Tensor]:
 
 
 def fetch_later(values: Tensor) -> Callable[[], list[float]]:
-    """Starts the copy of [N] to the CPU; the result, when called, waits for that copy and not for work queued since."""
+    """Start the copy of [N] to the CPU; the result, when called, waits for that copy and not for work queued since."""
     if values.device.type != "cuda":
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -232,7 +233,7 @@ def fetch_later(values: Tensor) -> Callable[[], list[float]]:
 
 
 def load_clip(model: str, pretrained: str | None, device: str | torch.device, precision: str = "fp32") -> ClipScorer:
-    """Loads an open_clip model for scoring.
+    """Load an open_clip model for scoring.
 
     `model` is an architecture's name, with `pretrained` one of its tags (None: openai), a file of weights, or "random"
     for seeded random ones; or, with weights of their own, "hf-hub:ORG/NAME" or a folder with open_clip_config.json and

@@ -168,7 +168,7 @@ def _longest(runs: list[list[_Marker]]) -> list[list[_Marker]]:
 
 
 def _is_inline_list(run: list[_Marker], line: str) -> bool:
-    """Begins a line or follows a colon (a mark, where marks end all items), with a word in every item.
+    """Begin a line or follows a colon (a mark, where marks end all items), with a word in every item.
 
     "Panels (a) and (b)" or "(a) a cup, (b) a dog" run on as one sentence.
     """

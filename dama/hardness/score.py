@@ -55,7 +55,7 @@ class Hardness:
 def hardness_delta(chosen_scores: Sequence[float], rejected_scores: Sequence[float], reduction: str = "sum") -> float:
     """delta_i = sum over S_w of c(I, s) - sum over S_l of c(I, s)  (Eq. 5); "mean" takes each answer's mean instead.
 
-    The sum grows with the number of statements, so it favours the longer answer; the mean does not.
+    The sum grows with the number of statements, so it favors the longer answer; the mean does not.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
@@ -127,7 +127,7 @@ def run_hardness(
 
 
 def load_hardness(folder: str | Path) -> Hardness:
-    """Reads what run_hardness wrote. Raises dama.stage.StageError where it is absent, unfinished or damaged."""
+    """Read what run_hardness wrote. Raises dama.stage.StageError where it is absent, unfinished or damaged."""
     manifest, records = read_stage(folder, STAGE)
     delta = {record["id"]: record["delta"] for record in records}
     return Hardness(delta, manifest["summary"]["delta_bar"], manifest["fingerprint"])
@@ -173,7 +173,7 @@ def summarize(records: Sequence[Record], facts: Sequence[Record] = ()) -> Record
 
 
 def spread(deltas: Sequence[float]) -> Record:
-    """sd is that of the population; `negative` the share of pairs whose rejected answer fits the image better."""
+    """Sd is that of the population; `negative` the share of pairs whose rejected answer fits the image better."""
     return {
         "pairs": len(deltas),
         "mean": statistics.fmean(deltas),
@@ -281,7 +281,7 @@ class ChunkSplitter:
             splits = {answer: split.Split(split.split_statements(answer)) for answer in answers}
         else:
             splits = self.splitter.split(answers)
-        ids: dict[str, list[int]] = {}  # each text is tokenised once
+        ids: dict[str, list[int]] = {}  # each text is tokenized once
 
         def count(text: str) -> int:
             if text not in ids:
@@ -340,8 +340,11 @@ def _queue_scores(
     score: Callable[[Tensor, Tensor], Tensor],
     reduction: str,
 ) -> Callable[[], list[Record]]:
-    """Starts the scores of a chunk's pairs from features [I, D] and [S, D]; the result, when called, waits for them
-    and gives the records."""
+    """Start scoring a chunk's pairs from features [I, D] and [S, D].
+
+    Returns:
+        A function that waits for the scores and returns the records.
+    """
     image_row = {name: row for row, name in enumerate(distinct_images(chunk))}
     text_row = {statement: row for row, statement in enumerate(texts.statements)}
     splits = [(texts.splits[pair.chosen], texts.splits[pair.rejected]) for pair in chunk]
@@ -365,7 +368,7 @@ def _queue_scores(
 
 
 def _require_finite(pair: PreferencePair, splits: Sequence[split.Split], scores: Sequence[Sequence[float]]) -> None:
-    """Raises ClipError, naming the pair and its image, where CLIP gives NaN or an infinite score."""
+    """Raise ClipError, naming the pair and its image, where CLIP gives NaN or an infinite score."""
     scored = [item for parts, of_side in zip(splits, scores) for item in zip(parts.statements, of_side)]
     wrong = [(statement, score) for statement, score in scored if not math.isfinite(score)]
     if not wrong:

@@ -37,6 +37,8 @@ LEAD = (
 
 
 class Plot(NamedTuple):
+    """A plot of the page."""
+
     name: str
     title: str
     draw: Callable[[Axes], None]
@@ -54,7 +56,7 @@ class Group:
 def write_hardness_page(
     folder: str | Path, out: str | Path, image_folder: ImageFolder | None = None, count: int = 6
 ) -> tuple[Path, Path]:
-    """Writes out/hardness.html and out/hardness.png of the stage in `folder`, `count` pairs in each group.
+    """Write out/hardness.html and out/hardness.png of the stage in `folder`, `count` pairs in each group.
 
     Images are read from `image_folder`, or from the folder that the manifest names where that is inside `folder`: a
     manifest of somebody else could name any other. Raises StageError where the stage is not complete or the images are
@@ -107,7 +109,7 @@ def _load_pictures(groups: Sequence[Group], image_folder: ImageFolder) -> dict[s
 
 
 def by_field(records: Sequence[Record], field: str) -> dict[str, list[float]]:
-    """delta by the value of a field; the most frequent values apart, the rest together."""
+    """Delta by the value of a field; the most frequent values apart, the rest together."""
     counts = Counter(record[field] or f"(no {field})" for record in records)
     shown = [value for value, _ in counts.most_common(SOURCES_SHOWN)]
     groups: dict[str, list[float]] = {value: [] for value in shown}
@@ -261,7 +263,7 @@ def _draw_group(part: Figure, group: Group, rows: int, pictures: dict[str, Image
 
 
 def sheet_text(record: Record, width: int = 64) -> str:
-    """delta and both answers' scored statements in lines of `width` characters, cut after some."""
+    """Delta and both answers' scored statements in lines of `width` characters, cut after some."""
     view = _pair_view(record, {record["image"]: ""})
     lines = [f"δ = {record['delta']:+.4f}   pair {record['id']}   {'   '.join(view['words'])}"[:width]]
     lines += textwrap.wrap(view["question"], width, max_lines=2, placeholder=" …")

@@ -188,7 +188,7 @@ def _has_main_verb(text: str, verbs: re.Pattern[str]) -> bool:
 
 
 def _is_clause(text: str) -> bool:
-    """Begins with "there is", or with a subject that names something and, within six words, its verb."""
+    """Begin with "there is", or with a subject that names something and, within six words, its verb."""
     text = text[match.end() :] if (match := _ADVERB.match(text)) else text
     if _ELLIPTICAL.search(text):
         return False

@@ -56,7 +56,7 @@ class LlmSplitter:
 
 
 def server_splitter(settings: ChatSettings, cache: str | Path) -> LlmSplitter:
-    """Asks an OpenAI-compatible server. Replies are kept in the file `cache`, by content."""
+    """Ask an OpenAI-compatible server. Replies are kept in the file `cache`, by content."""
     client = ChatClient(settings, cache)
 
     def ask(answers: Sequence[str]) -> list[str | None]:
@@ -68,8 +68,10 @@ def server_splitter(settings: ChatSettings, cache: str | Path) -> LlmSplitter:
 
 
 def local_splitter(folder: str | Path, cache: str | Path, device: str = "cpu", precision: str = "fp32") -> LlmSplitter:
-    """Asks a local chat model in Hugging Face's format, greedily, in batches. Replies are kept in the file `cache`, by
-    the content of the batch: rounding, and with it a word now and then, depends on what a text is padded to.
+    """Split with a local chat model in Hugging Face format, greedily, in batches.
+
+    Replies are cached in the file `cache` by the content of the batch: rounding, and with it a word now and then,
+    depends on what a text is padded to.
 
     Raises ValueError for a model without a chat template.
     """

@@ -36,10 +36,12 @@ class Tally:
         self.kinds: Counter[str] = Counter()
 
     def add_left_out(self, record: Record) -> None:
+        """Count a row that was left out."""
         self.rows += 1
         self.left_out[record["reason"]] += 1
 
     def add_pair(self, record: Record, held_out: bool) -> None:
+        """Count a pair."""
         self.rows += 1
         self.pairs_of[held_out] += 1
         self.contaminated += record["contaminated"] is not None

@@ -80,6 +80,7 @@ class PrepareError(ValueError):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all flags of the command."""
     parser.add_argument("src", nargs="+", metavar="SRC", help="file, folder, glob, or hf://owner/name[@revision]")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the prepared set, made when absent")
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out was made from other inputs")
@@ -150,6 +151,7 @@ class Input:
 
     @property
     def facts(self) -> Record:
+        """Name, rows, size in bytes and digest of the file."""
         return {
             "name": self.file.name,
             "rows": self.rows,
@@ -173,7 +175,7 @@ class Lengths:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Checks everything that can be seen at once, then goes through the rows and says what came out."""
+    """Check everything that can be seen at once, then goes through the rows and says what came out."""
     columns = checked_flags(args)
     out = Path(args.out)
     left_aside: LeftAside = {}
@@ -267,7 +269,7 @@ def find_inputs(
 
 
 def load_lengths(tokenizer: str | None, trust_remote_code: bool = False) -> Lengths:
-    """Counts the tokenizer's tokens, or words where none is given."""
+    """Count the tokenizer's tokens, or words where none is given."""
     if tokenizer is None:
         return Lengths(lambda texts: [len(text.split()) for text in texts], "words (no --tokenizer was given)", "")
     from transformers import AutoTokenizer
@@ -308,6 +310,7 @@ def matched_generators(wanted: Sequence[str], files: Sequence[SourceFile], colum
 
 
 def with_digests(files: Sequence[SourceFile], sizes: Sequence[int], image_folder: str | None) -> list[Input]:
+    """Attach rows, digest and image folder to each file."""
     digests = (digest_of_file(file.path) for file in files)
     bar = tqdm(digests, "reading checksums of the files", total=len(files), unit="file", leave=False)
     return [
@@ -325,7 +328,7 @@ def append_rows(
     count: CountTokens,
     workers: int,
 ) -> None:
-    """Appends every chunk that the stage lacks, in the order of the plan; pictures are checked by `workers` threads."""
+    """Append every chunk that the stage lacks, in the order of the plan; pictures are checked by `workers` threads."""
     rows_before = 0
     bar = tqdm(total=stage.total, initial=stage.records_done, desc=NAME, unit="row", smoothing=0.05)
     with bar, ThreadPoolExecutor(workers) as pool:
@@ -343,6 +346,7 @@ def append_rows(
 
 
 def log_card(out: Path) -> None:
+    """Log the counts of the data card and the output folder."""
     card = read_card(out)
     counts, images = card["counts"], card["images"]
     log(f"rows {counts['rows']}: pairs {counts['pairs']}, held out {counts['held_out']}, left out {counts['left_out']}")

@@ -94,7 +94,7 @@ class ImageStore:
         self._known: dict[str, StoredImage | str] = {}  # by digest; a text says what is wrong
 
     def add(self, data: bytes, digest: str) -> StoredImage:
-        """Checks and writes the picture with these bytes and their SHA-256. Raises ImageError saying what is wrong."""
+        """Check and write the picture with these bytes and their SHA-256. Raises ImageError saying what is wrong."""
         if digest not in self._known:
             try:
                 self._known[digest] = self._store(data, digest)
@@ -119,7 +119,7 @@ class ImageStore:
         return StoredImage(name, facts.width, facts.height, len(data))
 
     def remove_unused(self, used: Container[str]) -> int:
-        """Deletes pictures stored here that no pair shows, and what a kill left of some; how many there were."""
+        """Delete pictures stored here that no pair shows, and what a kill left of some; how many there were."""
         own = [path for path in self.folder.glob("[0-9a-f][0-9a-f]/*") if OWN_FILE.fullmatch(path.name)]
         unused = [path for path in own if path.relative_to(self.folder).as_posix() not in used]
         for path in unused:
@@ -128,4 +128,5 @@ class ImageStore:
 
 
 def sha256(data: bytes) -> str:
+    """Return the SHA-256 of bytes as hex digits."""
     return hashlib.sha256(data).hexdigest()

@@ -49,7 +49,7 @@ def settled(path: Path) -> Iterator[Record]:
     """The stage's records, a pair or an id that came before as a row left out."""
     pairs: dict[str, str] = {}
     ids: dict[str, str] = {}
-    with open(path, encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
             if "reason" not in record:
@@ -78,22 +78,23 @@ class LinesFile:
         self._file: BinaryIO = open_fresh(self.partial)  # closed by finish
 
     def write(self, record: Record) -> None:
+        """Append one record as a line."""
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
         self.digest.update(line)
         with writing(self.path, len(line)):
             self._file.write(line)
 
     def finish(self) -> str:
-        """Gives the file its name; returns the SHA-256 of its bytes."""
+        """Give the file its name; returns the SHA-256 of its bytes."""
         with writing(self.path, self._file.tell()), self._file as file:
             file.flush()
             os.fsync(file.fileno())
-        os.replace(self.partial, self.path)
+        self.partial.replace(self.path)
         return self.digest.hexdigest()
 
 
 def write_outputs(stage: Stage, store: ImageStore, split: Split, facts: Record) -> Record:
-    """Writes all files from the stage's records; returns the manifest's summary. `facts` go to the head of the card.
+    """Write all files from the stage's records; returns the manifest's summary. `facts` go to the head of the card.
 
     Raises PairsError, with the first reasons, where no pair is left to train on.
     """
@@ -135,7 +136,7 @@ def _write_lines(stage: Stage, held_out: frozenset[str]) -> tuple[Tally, dict[st
 
 def _reasons(out: Path, tally: Tally) -> list[str]:
     counted = [f"{count} x {reason}" for reason, count in tally.left_out.most_common()]
-    with open(out / DROPPED, encoding="utf-8") as file:
+    with (out / DROPPED).open(encoding="utf-8") as file:
         first = [json.loads(line) for line in islice(file, SHOWN_ROWS)]
     more = tally.left_out.total() - len(first)
     rest = [f"... and {more} more rows"] if more else []
@@ -143,11 +144,12 @@ def _reasons(out: Path, tally: Tally) -> list[str]:
 
 
 def read_card(out: Path) -> Record:
+    """Read the data card of an output folder."""
     return json.loads((out / CARD_JSON).read_text(encoding="utf-8"))
 
 
 def check_outputs(out: Path) -> None:
-    """Raises PairsError where files of a complete run are gone or changed; a picture's name is its own checksum."""
+    """Raise PairsError where files of a complete run are gone or changed; a picture's name is its own checksum."""
     remedy = "Remedy: --overwrite makes them anew"
     missing = [name for name in OUTPUTS if not (out / name).is_file()]
     if missing:

@@ -34,7 +34,7 @@ Record = dict[str, Any]
 CountTokens = Callable[[Sequence[str]], list[int]]
 
 
-class LeftOut(ValueError):
+class LeftOutError(ValueError):
     """A row that is left out: one of the reasons above, and what in this row."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -75,7 +75,7 @@ def record_of(place: str, row: Any, rules: Rules, image_folder: Path, store: Ima
     """
     try:
         return {"place": clean(place), **_pair_record(row, rules, image_folder, store)}
-    except LeftOut as fault:
+    except LeftOutError as fault:
         return {"place": clean(place), **_identity(row), "reason": fault.reason, "detail": clean(str(fault))}
     except RecursionError:
         return {"place": clean(place), **_identity(row), "reason": UNREADABLE, "detail": TOO_DEEP}
@@ -101,18 +101,18 @@ def clean(text: str) -> str:
 def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) -> Record:
     row, image, generator = _readable(row)
     if rules.generators and folded(generator) not in rules.generators:
-        raise LeftOut(OTHER_GENERATOR, generator)
+        raise LeftOutError(OTHER_GENERATOR, generator)
     dataset = row.get("origin_dataset")
     evaluated = contamination(image.names, dataset if isinstance(dataset, str) else "", rules.benchmarks)
     if evaluated is not None and not rules.keep_contaminated:
-        raise LeftOut(EVALUATION, evaluated)
+        raise LeftOutError(EVALUATION, evaluated)
     try:
         data = image_bytes(image, image_folder)
         digest = sha256(data)
         pair = _checked_pair(row, digest)
         stored = store.add(data, digest)
     except ImageError as fault:
-        raise LeftOut(BAD_IMAGE, str(fault)) from fault
+        raise LeftOutError(BAD_IMAGE, str(fault)) from fault
     return {
         "idx": pair.id,
         "image": stored.name,
@@ -139,7 +139,7 @@ def _readable(row: Any) -> tuple[NamedRow, RowImage, str]:
         row = named_fields(row)
         return row, image_of_row(row), generator_of(row)
     except ValueError as fault:
-        raise LeftOut(UNREADABLE, str(fault)) from fault
+        raise LeftOutError(UNREADABLE, str(fault)) from fault
 
 
 def _checked_pair(row: NamedRow, digest: str) -> PreferencePair:
@@ -147,12 +147,12 @@ def _checked_pair(row: NamedRow, digest: str) -> PreferencePair:
     try:
         pair = pair_of_fields(row.replaced(image_path=digest))
     except ValueError as fault:
-        raise LeftOut(UNREADABLE, str(fault)) from fault
+        raise LeftOutError(UNREADABLE, str(fault)) from fault
     texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "id": pair.id}
     long = [f"{name}: {len(text)} characters" for name, text in texts.items() if len(text) > MAX_CHARACTERS]
     faults = [f"{fault}, more than {MAX_CHARACTERS}" for fault in long] or list(text_faults(pair))
     if faults:
-        raise LeftOut(BAD_TEXT, "; ".join(faults))
+        raise LeftOutError(BAD_TEXT, "; ".join(faults))
     return pair
 
 
@@ -163,7 +163,7 @@ def _scores(row: Record) -> Record:
 
 
 def add_lengths(records: Sequence[Record], count: CountTokens) -> None:
-    """Gives every pair its field lengths: tokens of question, chosen and rejected answer."""
+    """Give every pair its field lengths: tokens of question, chosen and rejected answer."""
     pairs = [record for record in records if "reason" not in record]
     lengths = count([pair[name] for pair in pairs for name in ("question", "chosen", "rejected")])
     for index, pair in enumerate(pairs):

@@ -85,8 +85,9 @@ class SourceFile(NamedTuple):
 def find_files(
     sources: Sequence[str], split: str | None = None, left_aside: LeftAside | None = None
 ) -> list[SourceFile]:
-    """The files of rows that folders, globs, files and hf://owner/name[@revision][/glob] lead to:
-    local sources as they are given, then the hub's, the files of each in order of name.
+    """Find the files of rows that folders, globs, files and hf://owner/name[@revision][/glob] lead to.
+
+    Local sources come first, as given, then the hub's; the files of each in order of name.
 
     Of a folder, a glob, several files or a hub set whose names tell splits apart only `split` is read, by default
     train; a file that is named by itself is read whatever its split, unless `split` is given. Files that are not read
@@ -195,7 +196,7 @@ def _first_kind(files: Sequence[Path], source: str) -> list[Path]:
 
 
 def _hub_files(source: str, split: str | None, aside: LeftAside) -> list[SourceFile]:
-    """Downloads a hub data set's tables at one revision; names carry the commit, so that the data card can."""
+    """Download a hub data set's tables at one revision; names carry the commit, so that the data card can."""
     match = HUB.fullmatch(source)
     if match is None:
         raise SourceError(f"{source}: expected hf://owner/name, hf://owner/name@revision, or either with /files")
@@ -357,7 +358,7 @@ def _rows_of_text(file: SourceFile) -> Iterator[tuple[str, Any]]:
 
 def _rows_of_csv(path: Path) -> Iterator[tuple[str, Any]]:
     # Bytes that are not UTF-8 pass as lone surrogates, so that only their own row is refused.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         header = next(reader, [])
         number = 0

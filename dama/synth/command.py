@@ -79,6 +79,7 @@ CHECKPOINTS = "llava.eval.responder"  # module whose `open_checkpoint` serves ll
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add all flags of the command."""
     parser.add_argument("step", nargs="?", choices=(*STEPS, REPORT), help="one of the steps above. Default: all four")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run, made when absent")
     parser.add_argument("--overwrite", action="store_true", help="start a step anew where its inputs changed")
@@ -342,6 +343,7 @@ def open_reward(args: argparse.Namespace, word: str, step: str, device: str) -> 
 
 
 def open_responder(args: argparse.Namespace, word: str, device: str) -> Responder:
+    """Open the responder that KIND:WHAT names; its weights are loaded at the first answer."""
     from dama.synth.respond import HfResponder, ServedResponder
 
     kind, _, what = word.partition(":")

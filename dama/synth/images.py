@@ -29,7 +29,7 @@ FLAT = 2 / 255  # a channel that varies by less shows nothing
 
 REFUSED = "refused by the safety checker"
 NOT_FINITE = "the picture has values that are not numbers"
-ONE_COLOUR = "the picture is of one colour"
+ONE_COLOUR = "the picture is of one color"
 REPEATED = "the same picture as another candidate"
 
 
@@ -63,6 +63,7 @@ class DiffusersPainter:
 
     @cached_property
     def pipeline(self) -> Any:
+        """Load the diffusers pipeline."""
         import torch
         from diffusers import DiffusionPipeline
 
@@ -76,10 +77,12 @@ class DiffusersPainter:
         return pipeline.to(self.device)
 
     def identity(self) -> Record:
+        """Identify the pipeline and its settings in the fingerprint."""
         precision = "float16" if self.device.startswith("cuda") else "float32"
         return checkpoint_identity(self.name) | {"steps": self.steps, "size": self.size, "precision": precision}
 
     def draw(self, prompts: Sequence[str], guidance: float, seeds: Sequence[int]) -> list[Drawn]:
+        """Draw one image per prompt and seed."""
         import torch
 
         size = {"width": self.size[0], "height": self.size[1]} if self.size else {}
@@ -116,7 +119,7 @@ def run_images(
     suffix: str = "jpg",
     overwrite: bool = False,
 ) -> Record:
-    """Draws a candidate for each guidance scale into out/stages/images; returns the manifest.
+    """Draw a candidate for each guidance scale into out/stages/images; returns the manifest.
 
     A record is {id, prompt, question, candidate, guidance, seed, image, digest, fault}; `image` is null where
     there is a fault. `batch_size` counts prompts drawn at once.
@@ -157,7 +160,7 @@ def _draw_chunk(
 
 
 def _keep(drawn: Drawn, path: Path, suffix: str, taken: set[str]) -> Record:
-    """Writes a usable picture; `taken` holds the digests of the prompt's other candidates' pixels."""
+    """Write a usable picture; `taken` holds the digests of the prompt's other candidates' pixels."""
     fault = drawn.fault
     if drawn.picture is not None:
         picture = drawn.picture.convert("RGB")
@@ -174,7 +177,7 @@ def _keep(drawn: Drawn, path: Path, suffix: str, taken: set[str]) -> Record:
 
 
 def is_flat(picture: Image.Image) -> bool:
-    """Black, or any other single colour."""
+    """Black, or any other single color."""
     return all(high - low < 255 * FLAT for low, high in picture.getextrema())  # type: ignore[misc]
 
 

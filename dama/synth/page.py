@@ -26,7 +26,7 @@ BLIND = "It never sees the picture: it can tell how an answer is written, not wh
 
 
 def write_page(out: str | Path, hardness: str | Path | None = None, count: int = 12) -> Path:
-    """Writes out/report.html with `count` pairs; `hardness` is the folder of that stage for these pairs, for delta."""
+    """Write out/report.html with `count` pairs; `hardness` is the folder of that stage for these pairs, for delta."""
     manifest, ranked = read_step(out, RANK_RESPONSES)
     home = Path(manifest["summary"]["image_folder"])
     pictures, painted = read_step(home, RANK_IMAGES)

@@ -46,7 +46,7 @@ PLACEHOLDER = f"{IMAGE_TOKEN} inside the text"
 def run_rank_responses(
     rewards: Sequence[Reward], out: str | Path, filters: Filters, *, overwrite: bool = False
 ) -> Record:
-    """Chooses a pair for each picture; records in out/stages/rank-responses, then writes the outputs.
+    """Choose a pair for each picture; records in out/stages/rank-responses, then writes the outputs.
 
     A record is {id, image, question, chosen, rejected, fault, answers: [{responder, sample, text, fault, scores,
     score}]}; chosen and rejected are rows of `answers`, null where there is no pair, and `fault` says why.
@@ -140,7 +140,7 @@ def _is_moved(record: Record) -> bool:
 
 
 def write_outputs(out: str | Path) -> Record:
-    """Writes pairs.jsonl, pds_dpo.json, dropped.jsonl and summary.json from the finished step; returns the summary.
+    """Write pairs.jsonl, pds_dpo.json, dropped.jsonl and summary.json from the finished step; returns the summary.
 
     Raises SynthError, with the reasons and their counts, where no pair is left.
     """

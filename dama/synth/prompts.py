@@ -97,6 +97,7 @@ def _prompt(default_id: str, row: Any, asked: Any) -> Prompt:
 
 
 def step_folder(out: str | Path, step: str) -> Path:
+    """Return the folder of a step's stage."""
     return Path(out) / "stages" / step
 
 
@@ -112,6 +113,7 @@ def read_step(out: str | Path, step: str) -> tuple[Record, list[Record]]:
 
 
 def chunks_of(items: Sequence[Any], size: int) -> list[list[Any]]:
+    """Split items into lists of `size`; the last may be shorter."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
@@ -124,6 +126,7 @@ def by_prompt(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Digest all prompts, in order."""
     return digest_of([[prompt.id, prompt.prompt, prompt.question] for prompt in prompts])
 
 

@@ -116,19 +116,20 @@ def likeness(one: str, other: str) -> float:
 
 
 def score_all(rewards: Sequence[Reward], items: Sequence[Judged]) -> dict[str, list[float | None]]:
-    """reward -> score of each item, None for NaN and infinities."""
+    """Reward -> score of each item, None for NaN and infinities."""
     every = {reward.name: reward.score(items) if items else [] for reward in rewards}
     return {name: [x if math.isfinite(x) else None for x in scores] for name, scores in every.items()}
 
 
 def rewards_identity(rewards: Sequence[Reward]) -> Record:
+    """Identify the rewards in the fingerprint."""
     return {reward.name: reward.identity() | {"sees_image": reward.sees_image} for reward in rewards}
 
 
 def run_rank_images(
     rewards: Sequence[Reward], out: str | Path, *, threshold: float | None = None, overwrite: bool = False
 ) -> Record:
-    """Copies the best candidate of each prompt to out/images/ID.jpg; records in out/stages/rank-images.
+    """Copy the best candidate of each prompt to out/images/ID.jpg; records in out/stages/rank-images.
 
     A record is {id, prompt, question, image, best, fault, candidates: [{image, digest, guidance, seed, fault, scores,
     score}]}; `image` is null where the prompt is left out, `fault` says why. threshold: the least score of the best,

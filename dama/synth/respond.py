@@ -58,14 +58,14 @@ class Responder(Protocol):
         """`sampling.samples` answers to each; an empty text where the model gives none."""
 
     def release(self) -> None:
-        """Gives the memory back; it has answered all."""
+        """Give the memory back; it has answered all."""
 
 
 class HfResponder:
     """A Hugging Face image-text-to-text model with its own chat template, loaded when it is first needed.
 
     Args:
-        load_4bit: quantise the weights to 4 bits by bitsandbytes, as PDS-DPO does.
+        load_4bit: quantize the weights to 4 bits by bitsandbytes, as PDS-DPO does.
         trust_remote_code: run the code that comes with the checkpoint, which may do anything.
     """
 
@@ -93,9 +93,11 @@ class HfResponder:
         return processor, (model if self.load_4bit else model.to(self.device)).eval()
 
     def identity(self) -> Record:
+        """Identify the model and its settings in the fingerprint."""
         return checkpoint_identity(self.checkpoint) | {"kind": "hf", "load_4bit": self.load_4bit}
 
     def answer(self, questions: Sequence[Question], images: Path, sampling: Sampling, seed: int) -> list[list[str]]:
+        """Answer each question with one text per sample."""
         import torch
 
         processor, model = self._loaded
@@ -119,6 +121,7 @@ class HfResponder:
         return options
 
     def release(self) -> None:
+        """Free the memory of the model."""
         self.__dict__.pop("_loaded", None)
         release_memory()
 
@@ -144,9 +147,11 @@ class ServedResponder:
         self._answered = False  # whether a chunk before this one was
 
     def identity(self) -> Record:
+        """Identify the model and its settings in the fingerprint."""
         return {"kind": "server", "model": self.name} | ({"omitted": list(self.omit)} if self.omit else {})
 
     def answer(self, questions: Sequence[Question], images: Path, sampling: Sampling, seed: int) -> list[list[str]]:
+        """Answer each question with one text per sample."""
         settings = ChatSettings(
             self.base_url,
             self.name,
@@ -203,9 +208,11 @@ class DrivenResponder:
         return self._make()
 
     def identity(self) -> Record:
+        """Identify the model and its settings in the fingerprint."""
         return {"kind": "checkpoint"} | self._driver.identity()
 
     def answer(self, questions: Sequence[Question], images: Path, sampling: Sampling, seed: int) -> list[list[str]]:
+        """Answer each question with one text per sample."""
         import torch
 
         torch.manual_seed(seed)
@@ -213,6 +220,7 @@ class DrivenResponder:
         return self._driver.answer(requests, images, self._decoding(sampling, seed))
 
     def release(self) -> None:
+        """Free the memory of the model."""
         self.__dict__.pop("_driver", None)
         release_memory()
 
@@ -241,7 +249,7 @@ def run_respond(
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> Record:
-    """Asks every responder about every picture; records in out/stages/respond, one responder after the other.
+    """Ask every responder about every picture; records in out/stages/respond, one responder after the other.
 
     A record is {id, question, image, responder, sample, text, fault}. pictures: the --out of another run whose pictures
     are asked about (on-policy rounds). A chunk is seeded by its number, so a resumed run draws what an undisturbed one

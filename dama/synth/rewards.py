@@ -100,9 +100,11 @@ class TextReward:
         return tokenizer, model.to(self.device).eval()
 
     def identity(self) -> Record:
+        """Identify the reward in the fingerprint."""
         return checkpoint_identity(self.checkpoint) | {"kind": "text"}
 
     def score(self, items: Sequence[Judged]) -> list[float]:
+        """Score each item; NaN for an item without a score."""
         import torch
 
         _, model = self._loaded
@@ -153,12 +155,15 @@ class ClipReward:
 
     @cached_property
     def scorer(self) -> ClipScorer:
+        """Load the CLIP."""
         return load_clip(self.model, self.pretrained, self.device)
 
     def identity(self) -> Record:
+        """Identify the reward in the fingerprint."""
         return {**self.scorer.identity, "kind": "clip", "reduction": self.reduction, "splitter": split.VERSION}
 
     def score(self, items: Sequence[Judged]) -> list[float]:
+        """Score each item; NaN for an item without a score."""
         tokens = self.scorer.tokens
         parts = [_statements(item.text, tokens.count, tokens.context_length) for item in items]
         paths = list(dict.fromkeys(item.image for item in items))
@@ -202,9 +207,11 @@ class ImageTextReward:
         return processor, model.to(self.device).eval()
 
     def identity(self) -> Record:
+        """Identify the reward in the fingerprint."""
         return checkpoint_identity(self.checkpoint) | {"kind": "image-text", "reduction": self.reduction}
 
     def score(self, items: Sequence[Judged]) -> list[float]:
+        """Score each item; NaN for an item without a score."""
         return [self._score(item) for item in items]
 
     def _score(self, item: Judged) -> float:
@@ -236,11 +243,13 @@ class JudgeReward:
         self.client = ChatClient(settings, cache)
 
     def identity(self) -> Record:
+        """Identify the reward in the fingerprint."""
         prompts = digest_of([JUDGE_PROMPT, JUDGE_PROMPT_OF_PICTURES])
         return {"kind": "judge", "model": self.settings.model, "temperature": self.settings.temperature,
                 "sees_image": self.sees_image, "prompts": prompts}  # fmt: skip
 
     def score(self, items: Sequence[Judged]) -> list[float]:
+        """Score each item; NaN for an item without a score."""
         requests = [ChatRequest(str(number), (self._turn(item),)) for number, item in enumerate(items)]
         replies = self.client.ask(requests, accept=lambda text: read_grade(text) is not None, tries=3, desc=self.name)
         grades = [None if reply.text is None else read_grade(reply.text) for reply in replies.values()]
@@ -276,9 +285,11 @@ class EndpointReward:
         self.name = f"http:{self.shown_url}"
 
     def identity(self) -> Record:
+        """Identify the reward in the fingerprint."""
         return {"kind": "http", "url": self.shown_url, "sees_image": self.sees_image}
 
     def score(self, items: Sequence[Judged]) -> list[float]:
+        """Score each item; NaN for an item without a score."""
         import httpx
 
         images = [base64.b64encode(item.image.read_bytes()).decode() if self.sees_image else None for item in items]

@@ -30,10 +30,10 @@ def ensure_answers(
     decoding: Decoding,
     args: Namespace,
 ) -> None:
-    """Brings folder/answers.jsonl to completion, as the stage of llava.eval.generate.
+    """Complete folder/answers.jsonl, as the stage of llava.eval.generate.
 
-    args: processes, batch_size, overwrite, and what the other processes are told: model_base, conv_mode, device. They
-    read the questions from FOLDER.questions.jsonl, which a cluster's jobs may be given, too.
+    args: processes, batch_size, overwrite, and what is passed to the other processes: model_base, conv_mode, device.
+    They read the questions from FOLDER.questions.jsonl, which jobs of a cluster may use, too.
     """
     if args.processes == 1 or is_answered(responder, requests, images, folder, decoding, args):
         run_answers(
@@ -70,7 +70,7 @@ def _question_line(request: Request) -> str:
 def _command(
     responder: Responder, questions: Path, images: ImageFolder, folder: Path, decoding: Decoding, args: Namespace
 ) -> list[str]:
-    """One process's part of the generation; the environment says which."""
+    """Return the command of one process; its environment holds its rank."""
     flags = {
         "--model-path": getattr(responder, "model_path", responder.name),
         "--model-base": args.model_base,
@@ -89,7 +89,7 @@ def _command(
 
 
 def spawn(count: int, command: Sequence[str]) -> None:
-    """Runs the command as `count` processes, one a GPU where there are some. Raises where one of them fails."""
+    """Run the command as `count` processes, one per GPU if there are GPUs. Raises AnsweringError if one fails."""
     children = []
     try:
         for rank in range(count):

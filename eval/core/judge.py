@@ -25,7 +25,7 @@ CACHE = "judge_cache.jsonl"  # every reply as it came; an interrupted run contin
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge wrote about one answer; `error` instead of `text` where no reply could be had.
+    """The judge's reply about one answer; `error` instead of `text` where there was no reply.
 
     run: counts from 0 how often the same was asked. request: digest of the messages. version: as the server names it.
     finish: why the text ends, as the server says it.
@@ -43,7 +43,7 @@ class Verdict:
 
     @property
     def shown(self) -> str:
-        """The text, or why there is none."""
+        """The text, or the reason that there is none."""
         if self.text:
             return self.text
         return f"({self.error or 'no reply'})" if self.text is None else f"(empty reply, finish reason {self.finish})"
@@ -51,7 +51,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class JudgeRun:
-    """All verdicts on one model's answers. usage: what this run paid for and what its cache held; nothing on replay."""
+    """All verdicts on one model's answers. usage: paid and cached replies of this run; nothing on replay."""
 
     name: str
     temperature: float | None  # None where it is left to the server
@@ -65,16 +65,16 @@ class JudgeRun:
         return ", ".join(sorted({verdict.version for verdict in self.verdicts} - {""}))
 
     def provenance(self) -> dict[str, Any]:
-        """What results.json says of the judge; figures of judges that differ in it may not be compared."""
+        """Return the judge's entry in results.json; metrics of judges that differ in it are not comparable."""
         named = {"name": self.name, "version": self.version}
         return named | {"prompt_digest": self.prompt_digest, "temperature": self.temperature}
 
     def cost(self, prompt_price: float, completion_price: float) -> float:
-        """Of what this run paid for, in the currency of the prices, which are per million tokens."""
+        """Return the cost of this run, in the currency of the prices, which are per million tokens."""
         return (self.usage.prompt_tokens * prompt_price + self.usage.completion_tokens * completion_price) / 1e6
 
     def summary(self, prices: tuple[float, float] | None = None) -> str:
-        """One line on replies and tokens, and on the cost where prices are given, as `cost` takes them."""
+        """Return one line on replies and tokens, and on the cost where prices are given, as `cost` takes them."""
         usage = self.usage
         cost = f", cost {self.cost(*prices):.2f}" if prices else ""
         failed = next((f"; failed, e.g. {v.id}: {v.error}" for v in self.verdicts if v.text is None), "")
@@ -85,7 +85,7 @@ class JudgeRun:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes folder/verdicts.jsonl, one verdict a line, each with the judge that gave it."""
+        """Write folder/verdicts.jsonl, one verdict per line, each with the judge that gave it."""
         judge = {"judge": self.name, "temperature": self.temperature, "prompt_digest": self.prompt_digest}
         lines = [json.dumps(asdict(verdict) | judge, ensure_ascii=False) + "\n" for verdict in self.verdicts]
         write_atomic(Path(folder) / VERDICTS, "".join(lines))
@@ -101,10 +101,10 @@ def ask_judge(
     runs: int = 1,
     tries: int = 1,
 ) -> JudgeRun:
-    """Asks for `runs` independent verdicts on each request and keeps them in folder/verdicts.jsonl.
+    """Ask for `runs` independent verdicts on each request and store them in folder/verdicts.jsonl.
 
-    A verdict that `parse` makes None of is asked for up to `tries` times, always with the same settings. An interrupted
-    run goes on where it stopped, whatever the order of the requests: replies are kept by content.
+    A verdict that `parse` returns None for is asked for up to `tries` times, always with the same settings. An
+    interrupted run continues where it stopped, whatever the order of the requests: replies are stored by content.
     """
 
     def readable(text: str) -> bool:
@@ -113,9 +113,9 @@ def ask_judge(
     client = ChatClient(settings, Path(folder) / CACHE)
     verdicts = []
     for run in range(runs):
-        drawn = [replace(request, sample=run) for request in requests]
-        replies = client.ask(drawn, accept=readable, tries=tries, desc=f"judge, run {run + 1} of {runs}")
-        verdicts += [verdict_of(request, replies[request.id]) for request in drawn]
+        samples = [replace(request, sample=run) for request in requests]
+        replies = client.ask(samples, accept=readable, tries=tries, desc=f"judge, run {run + 1} of {runs}")
+        verdicts += [verdict_of(request, replies[request.id]) for request in samples]
     result = JudgeRun(settings.model, settings.temperature, prompt_digest, tuple(verdicts), client.usage)
     result.save(folder)
     return result
@@ -132,9 +132,9 @@ def _digest(request: ChatRequest) -> str:
 
 
 def replay(folder: str | Path, requests: Sequence[ChatRequest]) -> JudgeRun:
-    """The verdicts that folder/verdicts.jsonl holds on exactly these requests; asks nobody.
+    """Read the verdicts in folder/verdicts.jsonl on exactly these requests, without asking a judge.
 
-    Raises ValueError, naming every fault: a request without verdict, a verdict on another answer, two judges in a file.
+    Raises ValueError, naming every error: a request without verdict, a verdict on another answer, two judges in a file.
     """
     path, remedy = Path(folder) / VERDICTS, "ask the judge about these answers"
     if not path.is_file():

@@ -34,7 +34,7 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class Tagger:
-    """`words`: text -> its words in order. `name` says whose they are."""
+    """`words`: text -> its words in order. `name`: of the tagger."""
 
     name: str
     words: Callable[[str], list[Word]]
@@ -56,7 +56,7 @@ def spacy_tagger(model: str = "en_core_web_trf") -> Tagger | None:
         pipeline = spacy.load(model, exclude=["parser", "ner"])
         pipeline("a dog")  # some components fail only when they run
     except UNLOADABLE as error:
-        _say_reason(f"spaCy's {model}", error)
+        _log_reason(f"spaCy's {model}", error)
         return None
     if not any(name in pipeline.pipe_names for name in _SETS_TAGS):
         say(f"nouns: spaCy's {model} has no tagger; its components are {', '.join(pipeline.pipe_names) or 'none'}")
@@ -70,9 +70,9 @@ def spacy_tagger(model: str = "en_core_web_trf") -> Tagger | None:
 
 
 def nltk_tagger(*, lower: bool = True) -> Tagger | None:
-    """nltk's tokenizer, tagger and WordNet lemmatiser; None where nltk or its data is not installed.
+    """nltk's tokenizer, tagger and WordNet lemmatizer; None where nltk or its data is not installed.
 
-    lower: words are lemmatised in lower case. As they stand, "Dogs" at the head of a sentence stays "Dogs".
+    lower: words are lemmatized in lower case. As they stand, "Dogs" at the head of a sentence stays "Dogs".
     """
     try:
         import nltk
@@ -81,7 +81,7 @@ def nltk_tagger(*, lower: bool = True) -> Tagger | None:
         lemma = WordNetLemmatizer().lemmatize
         nltk.pos_tag(nltk.word_tokenize(lemma("dogs")))
     except UNLOADABLE as error:
-        _say_reason("nltk or its data", error)
+        _log_reason("nltk or its data", error)
         return None
 
     def words(text: str) -> list[Word]:
@@ -92,7 +92,7 @@ def nltk_tagger(*, lower: bool = True) -> Tagger | None:
     return Tagger("nltk", words)
 
 
-def _say_reason(what: str, error: Exception) -> None:
+def _log_reason(what: str, error: Exception) -> None:
     lines = (line.strip() for line in f"{type(error).__name__}: {error}".splitlines())
     reason = " ".join(line for line in lines if line.strip("*"))  # nltk frames its messages with asterisks
     say(f"nouns: {what} cannot be loaded: {reason[:200]}")
@@ -122,7 +122,7 @@ _ENDINGS = (
 )
 
 
-def singularise(word: str, known: Collection[str]) -> str:
+def singularize(word: str, known: Collection[str]) -> str:
     """The singular of a lower-case word if it is among the known words, else the word unchanged.
 
     Because only a known singular is accepted, the rules may be generous: "stoves" tries stof and stofe before stove.
@@ -194,7 +194,7 @@ _NEARNESS = _set("next close adjacent due similar")  # what makes "to" a preposi
 
 
 def rule_tagger(known: Collection[str]) -> Tagger:
-    """Nouns told by closed classes, endings and neighbours; lemmas are singulars among the known words."""
+    """Return a tagger that finds nouns by closed classes, endings and neighbors; lemmas are known singulars."""
     return Tagger(FALLBACK, partial(_tag, known=known))
 
 
@@ -207,7 +207,7 @@ def _tag(text: str, known: Collection[str]) -> list[Word]:
     after = [*(word if near else "" for word, near in zip(words[1:], joined)), ""]
     found = []
     for i, match in enumerate(matches):
-        lemma = singularise(words[i], known)
+        lemma = singularize(words[i], known)
         noun = _is_noun(words[i], before[max(i - 1, 0)], before[i], after[i], lemma in known)
         found.append(Word(lemma, noun, match.start(), match.end()))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from eval.core.nouns import WORD, Word, singularise
+from eval.core.nouns import WORD, Word, singularize
 
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 # Two-word rules of CHAIR beside the vocabulary's own phrases. Values outside the vocabulary are named on purpose:
@@ -93,7 +93,7 @@ class ObjectVocabulary:
     def _surfaces(self, text: str) -> Iterator[tuple[str, int, int]]:
         """Singular words from left to right, with the longest phrase that begins at a word in its place."""
         matches = list(WORD.finditer(text))
-        words = [singularise(match.group().lower(), self.words) for match in matches]
+        words = [singularize(match.group().lower(), self.words) for match in matches]
         # joined[i]: only white space lies between word i - 1 and word i, so a comma ends a phrase.
         joined = [i > 0 and text[matches[i - 1].end() : match.start()].isspace() for i, match in enumerate(matches)]
         i = 0

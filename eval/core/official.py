@@ -1,4 +1,4 @@
-"""Reading the benchmarks' official files: every fault named with file and field, prompts out of scripts never run."""
+"""Read the benchmarks' official files: every error names file and field; prompts come out of scripts that never run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fields = Mapping[str, tuple[type, ...]]
 
 
 def official_prompt(candidates: Iterable[Path], sha256: str, recorded: str | None = None) -> str:
-    """The text with this digest: the content of the first file that is there, or a string in it where it is a script.
+    """Return the text with this digest: the content of the first file that exists, or a string in it if it is a script.
 
     A script is parsed and never run. White space around the text does not count. recorded: digest of another text
     that is accepted, which downloads.json lists. ValueError where neither is found.
@@ -37,7 +37,7 @@ def official_prompt(candidates: Iterable[Path], sha256: str, recorded: str | Non
 
 
 def digest_of_text(text: str) -> str:
-    """SHA-256 in hex, as `sha256sum` prints it for a file with this text."""
+    """Return SHA-256 in hexadecimal, as `sha256sum` prints it for a file with this text."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
@@ -47,7 +47,7 @@ def _strings(script: Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or the list of a JSONL file's lines. ValueError names the file, and the line."""
+    """Read the content of a JSON file, or the list of a JSONL file's lines. ValueError names the file, and the line."""
     if not path.is_file():
         raise ValueError(f"{path}: missing\nRemedy: {REMEDY}")
     text = path.read_text(encoding="utf-8")
@@ -66,7 +66,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def read_records(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """A list of objects with at least these fields. ValueError names the file and every field that is amiss."""
+    """Read a list of objects with at least these fields. ValueError names the file and every wrong field."""
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: expected a list of records, got {str(rows)[:60]}\nRemedy: {REMEDY}")
@@ -75,7 +75,7 @@ def read_records(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def field_errors(where: str, row: Any, fields: Fields) -> list[str]:
-    """One line for each field that is absent or of another type."""
+    """Return one line for each field that is missing or of another type."""
     if not isinstance(row, dict):
         return [f"{where}: expected an object, got {type(row).__name__}"]
     errors = []
@@ -88,6 +88,6 @@ def field_errors(where: str, row: Any, fields: Fields) -> list[str]:
 
 
 def raise_errors(path: Path, errors: Sequence[str]) -> None:
-    """ValueError for all of them, if there are any."""
+    """Raise ValueError for all errors, if there are any."""
     if errors:
         raise ValueError(error_list(str(path), errors, REMEDY))

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 RESAMPLES = 10_000
 LEVEL = 0.95
-_DRAWS_AT_ONCE = 1_000_000  # bounds the memory of one block of drawn item numbers (8 MB)
+_DRAWS_AT_ONCE = 1_000_000  # bounds the memory of one block of sampled item numbers (8 MB)
 
 
 class Interval(NamedTuple):
@@ -25,10 +25,10 @@ class Interval(NamedTuple):
 def ratio_interval(
     numerators: ArrayLike, denominators: ArrayLike, groups: Sequence[Any] | None = None, *, seed: int = 0
 ) -> Interval:
-    """sum(numerators) / sum(denominators) with its 95 % interval over items.
+    """Compute sum(numerators) / sum(denominators) with its 95 % interval over items.
 
-    numerators, denominators: [n], one entry per item. groups: [n], e.g. picture ids: a group is drawn as one.
-    10,000 resamples; a resample whose denominator is 0 has no ratio and is left out.
+    numerators, denominators: [n], one entry per item. groups: [n], e.g. image ids: a group is resampled as one.
+    10,000 resamples; a resample whose denominator is 0 has no ratio and is excluded.
     """
     totals, sums = resample([numerators, denominators], groups, seed=seed)
     return interval(ratio(*totals), ratio(*sums))
@@ -41,9 +41,9 @@ def paired_difference(
     *,
     seed: int = 0,
 ) -> Interval:
-    """Ratio of `first` minus ratio of `second`, each (numerators, denominators), [n] over the SAME items in one order.
+    """Compute the ratio of `first` minus that of `second`, each (numerators, denominators), [n] over the SAME items.
 
-    Both models meet the same drawn items in each resample, so what makes an item hard for both cancels.
+    Both models have the same items in each resample, so what makes an item hard for both cancels.
     """
     totals, sums = resample([*first, *second], groups, seed=seed)
     return interval(ratio(*totals[:2]) - ratio(*totals[2:]), ratio(*sums[:2]) - ratio(*sums[2:]))
@@ -52,9 +52,9 @@ def paired_difference(
 def resample(
     columns: Sequence[ArrayLike], groups: Sequence[Any] | None = None, *, seed: int = 0
 ) -> tuple[Array, Array]:
-    """The sums of C columns over all items, [C], and over as many items drawn with replacement, [C, RESAMPLES].
+    """Compute sums of C columns over all items, [C], and over as many sampled with replacement, [C, RESAMPLES].
 
-    columns: C of [n]. All columns meet the same items in each resample, so that any figure made of the sums, such as
+    columns: C of [n]. All columns have the same items in each resample, so that any metric made of the sums, such as
     the difference of two models, may be made of each resample's sums and handed to `interval`.
     """
     grouped = _grouped(columns, groups)
@@ -65,19 +65,19 @@ def resample(
     rows = max(1, _DRAWS_AT_ONCE // count)
     sums = []
     for start in range(0, RESAMPLES, rows):
-        drawn = generator.integers(count, size=(min(rows, RESAMPLES - start), count))
-        sums.append(grouped @ _times(drawn).T)
+        sampled = generator.integers(count, size=(min(rows, RESAMPLES - start), count))
+        sums.append(grouped @ _times(sampled).T)
     return grouped.sum(axis=1), np.concatenate(sums, axis=1)
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Array:
-    """Element-wise ratio, NaN where the denominator is 0."""
+    """Return the element-wise ratio, NaN where the denominator is 0."""
     top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
 
 
 def interval(value: ArrayLike, samples: Array) -> Interval:
-    """A figure and the percentile interval of its resamples, [RESAMPLES]; those that are NaN are left out."""
+    """Return a metric and the percentile interval of its resamples, [RESAMPLES]; NaN resamples are excluded."""
     if np.isnan(value):
         return Interval(None, None, None)
     low, high = np.nanquantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -85,7 +85,7 @@ def interval(value: ArrayLike, samples: Array) -> Interval:
 
 
 def _grouped(columns: Sequence[ArrayLike], groups: Sequence[Any] | None) -> Array:
-    """[C, n] as float64, summed within groups to [C, number of groups]."""
+    """Return [C, n] as float64, summed within groups to [C, number of groups]."""
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     lengths = {array.shape for array in arrays} | ({(len(groups),)} if groups is not None else set())
     if len(lengths) > 1 or arrays[0].ndim != 1:
@@ -96,8 +96,8 @@ def _grouped(columns: Sequence[ArrayLike], groups: Sequence[Any] | None) -> Arra
     return np.stack([np.bincount(members, weights=array, minlength=len(names)) for array in arrays])
 
 
-def _times(drawn: NDArray[np.int64]) -> Array:
-    """How often each item is in each draw: [draws, n] item numbers to [draws, n] counts."""
-    draws, count = drawn.shape
-    flat = drawn + count * np.arange(draws)[:, None]
+def _times(sampled: NDArray[np.int64]) -> Array:
+    """Count how often each item is in each draw: [draws, n] item numbers to [draws, n] counts."""
+    draws, count = sampled.shape
+    flat = sampled + count * np.arange(draws)[:, None]
     return np.bincount(flat.ravel(), minlength=draws * count).reshape(draws, count).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Files of an evaluation: answers.jsonl is read, results.json written, with all that a figure depends on."""
+"""Files of an evaluation: answers.jsonl is read, results.json written, with all that a metric depends on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eval.core.types import Answer
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a figure depends on. `counts`: the answers and everything left out; `judge`: its name,
+    """What a metric depends on. `counts`: the answers and everything left out; `judge`: its name,
     version, prompt_digest and temperature; None where rules decide."""
 
     benchmark: str
@@ -30,11 +30,11 @@ class Provenance:
 
 
 def read_answers(path: str | Path) -> list[Answer]:
-    """Reads answers.jsonl with LLaVA's and RLHF-V's field names.
+    """Read answers.jsonl with LLaVA's and RLHF-V's field names.
 
     Fields: question_id, prompt (or question), text (or answer); if present image_id, model_id and missing (why there
     is no answer); others are not used.
-    Raises ValueError, with the line number, for a line that is no JSON object, lacks a field or repeats a question_id.
+    Raises ValueError, with the line number, for a line that is no JSON object, misses a field or repeats an id.
     """
     answers: dict[str, Answer] = {}
     with open(path, encoding="utf-8") as file:
@@ -83,7 +83,7 @@ def _field(row: Mapping[str, Any], where: str, *names: str) -> Any:
 
 
 def not_finite(value: Any, place: str = "") -> Iterator[str]:
-    """Where in a JSON value NaN and infinities are, as "metrics, mean_f1: nan"."""
+    """Yield where in a JSON value NaN and infinities are, as "metrics, mean_f1: nan"."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{place}: {value}"
     elif isinstance(value, Mapping):
@@ -98,7 +98,7 @@ def not_finite(value: Any, place: str = "") -> Iterator[str]:
 def write_results(
     path: str | Path, metrics: Mapping[str, Any], provenance: Provenance, items: Iterable[Mapping[str, Any]] = ()
 ) -> None:
-    """Writes results.json: provenance, metrics, a record per answer. Undefined is null.
+    """Write results.json: provenance, metrics, a record per answer. Undefined is null.
 
     Raises ValueError, naming their places, for numbers that JSON does not have: NaN and infinities.
     """

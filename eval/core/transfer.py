@@ -1,4 +1,4 @@
-"""Files from untrusted homes: one over HTTP, continued where it broke off and checked; or out of an archive.
+"""Files from untrusted sources: one over HTTP, continued where it broke off and checked; or out of an archive.
 
 A server may send neither more bytes than a file has, nor at a pace that never ends.
 """
@@ -48,7 +48,7 @@ class RefusedError(TransferError):
 
 @dataclass(frozen=True)
 class Received:
-    """revision: the commit that a hub says the file is of, or ""."""
+    """revision: the commit that a hub names for the file, or ""."""
 
     sha256: str
     size: int
@@ -64,11 +64,11 @@ def download(
     check: Callable[[Path], Any] | None = None,
     report: Report = lambda new, left: None,
 ) -> Received:
-    """Brings `url` to `target`, which appears when it is whole and right and not before.
+    """Download `url` to `target`, which appears when it is complete and right and not before.
 
-    What arrived before a cut is kept in TARGET.part and continued, in this run or a later one, provided that the file
-    at its home is still the same. size: bytes that it may have, LARGEST_FILE if None; more are not read. check: raises
-    where the content is of no use. Raises TransferError.
+    What arrived before a cut is stored in TARGET.part and continued, in this run or a later one, provided that the file
+    at its source is still the same. size: bytes that it may have, LARGEST_FILE if None; more are not read. check:
+    raises where the content is of no use. Raises TransferError.
     """
     if not url.startswith(("http://", "https://")):
         raise TransferError(f"no http or https address: {url!r}")
@@ -212,7 +212,7 @@ def _size(path: Path) -> int:
 
 
 def _validator(part: Path) -> Path:
-    """Holds what tells two versions of the file apart: its ETag or date, as its home gave it."""
+    """Return the file that stores the ETag or date of a download, which distinguish its versions."""
     return part.with_name(part.name + ".version")
 
 

@@ -104,7 +104,7 @@ def check_rows(plan: Plan, data: Path, images: ImageFolder) -> list[Row]:
     except ValueError as error:
         plan.errors.append(f"data: {error}")
         return []
-    plan.note("data", f"{len(rows)} conversations, {sum('image' in row for row in rows)} with a picture")
+    plan.note("data", f"{len(rows)} conversations, {sum('image' in row for row in rows)} with an image")
     return rows
 
 
@@ -134,7 +134,7 @@ def check_model(plan: Plan) -> ModelShape | None:
     plan.note(
         "model",
         f"{source}: {total / 1e6:,.1f} million parameters, {trained / 1e6:,.1f} million trained; {shape.layers} layers "
-        f"of width {shape.width}, {shape.patches} positions a picture",
+        f"of width {shape.width}, {shape.patches} positions an image",
     )
     return shape
 

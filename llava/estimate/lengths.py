@@ -86,7 +86,7 @@ def longest_rows(rows: Sequence[Row], patches: int) -> list[Row]:
 
 
 def row_length(row: Row, arguments: Arguments, tokenizer: Any, patches: int) -> PairLength:
-    """What goes over --model_max_length is cut in training, the picture's positions put in afterwards."""
+    """What goes over --model_max_length is cut in training, the image's positions put in afterwards."""
     model_args, data_args, args = arguments
     source, template = copy.deepcopy(row["conversations"]), get_template(str(model_args.version))
     if has_image := "image" in row:

@@ -133,9 +133,9 @@ def predictions_of(run: Training, pairs: Sequence[PairLength]) -> int:
     return tokens_of(run, pairs) if run.logp_chunk is None else sum(p.chosen + p.rejected for p in pairs)
 
 
-def picture_bytes(shape: ModelShape, run: Training, pictures: int) -> int:
+def image_bytes(shape: ModelShape, run: Training, images: int) -> int:
     """While the frozen tower runs: every layer's output (LLaVA reads one of the last), and the MLP of one."""
-    rows = min(pictures, IMAGES_AT_ONCE) * (shape.patches + 1) * run.weight
+    rows = min(images, IMAGES_AT_ONCE) * (shape.patches + 1) * run.weight
     return rows * ((shape.tower_layers + 1) * shape.tower_width + 2 * shape.tower_intermediate)
 
 
@@ -183,7 +183,7 @@ def estimate(shape: ModelShape, run: Training, pairs: Sequence[PairLength]) -> E
         return below + (index + 1) * kept + recomputed + work + gradients_at(shape, run, index)
 
     phases = {
-        "pictures": picture_bytes(shape, run, len(pairs)),
+        "images": image_bytes(shape, run, len(pairs)),
         "loss": saved + 2 * border + logits + differentiated + head * summed,
         "output layer": saved + max(logits + head * (3 if summed else 1), gradients_at(shape, run, shape.layers)),
         "layers": max(in_layer(0), in_layer(shape.layers - 1)),

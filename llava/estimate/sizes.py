@@ -50,8 +50,8 @@ class ModelShape:
     tower_layers: int
     tower_width: int
     tower_intermediate: int
-    patches: int  # positions of a picture
-    pixels: int  # numbers of a picture
+    patches: int  # positions of an image
+    pixels: int  # numbers of an image
 
     @staticmethod
     def of(config: Any, tower: Any) -> ModelShape:

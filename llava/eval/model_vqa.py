@@ -44,7 +44,7 @@ def eval_model(args: Any) -> None:
     and a run with other inputs is refused, the difference named (`--overwrite` starts anew).
     """
     rows = get_chunk(read_question_rows(args.question_file), args.num_chunks, args.chunk_idx)
-    # Question ids may repeat (MME asks twice about each picture), so a question goes by its place in the chunk.
+    # Question ids may repeat (MME asks twice about each image), so a question goes by its place in the chunk.
     requests = [Request(str(i), prompt_of_row(row), row.get("image")) for i, row in enumerate(rows)]
     answerer = Answerer(args.model_path, args.model_base, conv_mode=args.conv_mode, device=args.device)
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p, seed=args.seed)

@@ -1,6 +1,6 @@
 """model_vqa for short answers, as LLaVA's benchmark scripts call it: the same flags, 128 tokens an answer.
 
-LLaVA keeps the two apart because only this one loads pictures in worker processes; here both batch.
+LLaVA keeps the two apart because only this one loads images in worker processes; here both batch.
 """
 
 from __future__ import annotations

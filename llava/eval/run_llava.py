@@ -27,7 +27,7 @@ def image_parser(args: Any) -> list[str]:
 
 
 def load_image(image_file: str) -> Image.Image:
-    """The picture in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
+    """The image in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
     return images.load_image(image_file)
 
 
@@ -44,7 +44,7 @@ def eval_model(args: Any) -> str:
             top_p, num_beams and max_new_tokens; any other field, such as LLaVA's model_name, is not looked at.
 
     Raises:
-        ValueError: a picture cannot be used, or the query has another number of <image-placeholder> than of pictures.
+        ValueError: an image cannot be used, or the query has another number of <image-placeholder> than of images.
     """
     images = load_images(image_parser(args))
     model = LocalModel(args.model_path, args.model_base, conv_mode=args.conv_mode or DEFAULT_CONV_MODE)
@@ -56,7 +56,7 @@ def eval_model(args: Any) -> str:
 
 
 def with_images(query: str, image_tokens: str, count: int) -> str:
-    """The query with the tokens of `count` pictures at its placeholders, or else each on a line before it."""
+    """The query with the tokens of `count` images at its placeholders, or else each on a line before it."""
     if IMAGE_PLACEHOLDER not in query:
         return f"{image_tokens}\n" * count + query
     if query.count(IMAGE_PLACEHOLDER) != count:
@@ -69,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--model-base", help="base of a LoRA folder")
-    parser.add_argument("--image-file", required=True, help="a picture or its URL; several with --sep between them")
-    parser.add_argument("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} says where a picture goes")
+    parser.add_argument("--image-file", required=True, help="an image or its URL; several with --sep between them")
+    parser.add_argument("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} says where an image goes")
     parser.add_argument("--conv-mode", help=f"prompt template (default: {DEFAULT_CONV_MODE})")
     parser.add_argument("--sep", default=",", help="between several --image-file (default: '%(default)s')")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")

@@ -144,7 +144,7 @@ def _record(request: Request, text: str, sample: int, responder: Responder) -> d
 
 
 def _chunks(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
-    """Consecutive runs of at most `size`, with and without picture apart."""
+    """Consecutive runs of at most `size`, with and without image apart."""
     for has_image in (True, False):
         part = [item for item in items if (item.image is not None) is has_image]
         yield from (part[i : i + size] for i in range(0, len(part), size))

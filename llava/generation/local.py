@@ -19,7 +19,7 @@ from llava.mm_utils import encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.fingerprint import digest_of_checkpoint
 
-READERS = 8  # threads that decode the pictures of a batch
+READERS = 8  # threads that decode the images of a batch
 
 
 class Answerer:
@@ -105,8 +105,8 @@ class Answerer:
 
     def pixels(self, request: Request, image_folder: ImageFolder) -> tuple[Tensor, tuple[int, int]]:
         """Pixel values [3, H, W], for "anyres" [crops, 3, H, W], and (width, height) of the image as it is."""
-        picture = load_image(resolve_image(image_folder, str(request.image)))
-        return process_images([picture], self.image_processor, self.model.config)[0], picture.size
+        image = load_image(resolve_image(image_folder, str(request.image)))
+        return process_images([image], self.image_processor, self.model.config)[0], image.size
 
     def answer(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> list[list[str]]:
         """`decoding.samples` answers to each request, stripped of white space at both ends."""
@@ -125,24 +125,24 @@ class Answerer:
             input_ids[i, width - len(row) :], mask[i, width - len(row) :] = row, True
         return self.model.generate(
             input_ids.to(self.device),
-            **self._pictures([request for request in requests if request.image is not None], image_folder),
+            **self._images([request for request in requests if request.image is not None], image_folder),
             attention_mask=mask.to(self.device),
             pad_token_id=self.pad_token_id,
             **decoding.options(),
         )
 
-    def _pictures(self, requests: Sequence[Request], image_folder: ImageFolder) -> dict[str, Any]:
+    def _images(self, requests: Sequence[Request], image_folder: ImageFolder) -> dict[str, Any]:
         """images, [N, 3, H, W] or a list of [crops, 3, H, W] ("anyres"), on the model's device, and image_sizes.
 
-        They are decoded side by side, or else short answers wait for the pictures.
+        They are decoded side by side, or else short answers wait for the images.
         """
         if not requests:
             return {"images": None}
         with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
-            pictures, sizes = zip(*readers.map(lambda request: self.pixels(request, image_folder), requests))
-        if pictures[0].dim() == 3:
-            return {"images": torch.stack(pictures).to(self.device, self.dtype)}
-        return {"images": [crops.to(self.device, self.dtype) for crops in pictures], "image_sizes": list(sizes)}
+            images, sizes = zip(*readers.map(lambda request: self.pixels(request, image_folder), requests))
+        if images[0].dim() == 3:
+            return {"images": torch.stack(images).to(self.device, self.dtype)}
+        return {"images": [crops.to(self.device, self.dtype) for crops in images], "image_sizes": list(sizes)}
 
 
 def default_device() -> str:

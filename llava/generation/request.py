@@ -11,7 +11,7 @@ from dama.images import ImageFolder
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question about one picture, or about none."""
+    """One question about one image, or about none."""
 
     id: str
     prompt: str

@@ -16,7 +16,7 @@ from llava.generation.request import Decoding, Reply, Request
 class ServedAnswerer:
     """A model behind an OpenAI-compatible server, such as vLLM with an export in llava-hf's layout.
 
-    The server has the prompt template and prepares the pictures, which travel as they are. Beams are not in this
+    The server has the prompt template and prepares the images, which travel as they are. Beams are not in this
     protocol.
 
     Args:

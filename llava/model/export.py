@@ -32,7 +32,7 @@ def export(source: str, destination: str | Path, to: str, model_base: str | None
         to: 'hf' or 'llava'.
 
     Returns:
-        the largest difference of a logit between source and export on one picture and prompt, by image backend:
+        the largest difference of a logit between source and export on one image and prompt, by image backend:
         {"pil": ..., "torchvision": ...}, the latter with `to='hf'` only.
 
     Raises:
@@ -80,11 +80,11 @@ def compare(source: str, base: str | None, exported: Path, to: str) -> dict[str,
 
 
 def llava_logits(source: str, base: str | None, device: str) -> Tensor:
-    """[T, V] logits of this repository's model on the sample picture and prompt, in the checkpoint's own precision."""
+    """[T, V] logits of this repository's model on the sample image and prompt, in the checkpoint's own precision."""
     loaded = load_pretrained_model(source, base, "", device_map={"": device}, device=device, dtype="auto")
     tokenizer, model, processor, _ = loaded
     ids = tokenizer_image_token(sample_prompt(model.config), tokenizer, return_tensors="pt")[None].to(device)
-    pixels = process_images([sample_picture()], processor, model.config).to(device, model.dtype)
+    pixels = process_images([sample_image()], processor, model.config).to(device, model.dtype)
     with torch.inference_mode():
         return model(ids, images=pixels).logits[0].cpu()
 
@@ -97,7 +97,7 @@ def hf_logits(folder: Path, backend: str, device: str) -> Tensor:
     processor = AutoProcessor.from_pretrained(folder, backend=backend, trust_remote_code=False)
     start_end = DEFAULT_IM_START_TOKEN in processor.tokenizer.get_vocab()
     prompt = sample_prompt(argparse.Namespace(mm_use_im_start_end=start_end))
-    inputs = processor(images=sample_picture(), text=prompt, return_tensors="pt").to(device, model.dtype)
+    inputs = processor(images=sample_image(), text=prompt, return_tensors="pt").to(device, model.dtype)
     with torch.inference_mode():
         return model(**inputs).logits[0].cpu()
 
@@ -111,12 +111,12 @@ def sample_prompt(config: Any) -> str:
     return conversation.get_prompt()
 
 
-def sample_picture() -> Image.Image:
+def sample_image() -> Image.Image:
     """Stripes and a gradient, wider than high, so that padding, cropping and resizing all show."""
     width, height = 120, 70
-    picture = Image.new("RGB", (width, height))
-    picture.putdata([(2 * x, 3 * y, 255 * (x // 9 % 2)) for y in range(height) for x in range(width)])
-    return picture
+    image = Image.new("RGB", (width, height))
+    image.putdata([(2 * x, 3 * y, 255 * (x // 9 % 2)) for y in range(height) for x in range(width)])
+    return image
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -240,7 +240,7 @@ class LlavaMetaForCausalLM(ABC):
         return self.get_model().get_vision_tower()
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] pictures to [N, P, D] features in the language model's embedding space."""
+        """[N, 3, H, W] images to [N, P, D] features in the language model's embedding space."""
         return self.project_features(self.get_model().vision_tower(images))
 
     def project_features(self, features: Tensor) -> Tensor:
@@ -266,8 +266,8 @@ class LlavaMetaForCausalLM(ABC):
 
         Args:
             input_ids, attention_mask, labels: [B, T]; an image stands as IMAGE_TOKEN_INDEX.
-            images: [N, 3, H, W], or a list of [3, H, W] or of [F, 3, H, W] (F crops of one picture).
-            image_index: [M] which of the N pictures each placeholder shows, where rows share pictures.
+            images: [N, 3, H, W], or a list of [3, H, W] or of [F, 3, H, W] (F crops of one image).
+            image_index: [M] which of the N images each placeholder shows, where rows share images.
             images_encoded: `images` are the vision tower's features, [P, width] for each [3, H, W].
             padding_side: 'left' or 'right'; the config's tokenizer_padding_side when None.
 
@@ -299,9 +299,9 @@ class LlavaMetaForCausalLM(ABC):
     def _image_features(
         self, images: Tensor | list[Tensor], image_sizes: Any, images_encoded: bool = False
     ) -> list[Tensor]:
-        """One [P, D] for each picture; the crops of a picture follow one another ('flat' merging)."""
+        """One [P, D] for each image; the crops of an image follow one another ('flat' merging)."""
         encode = self.project_features if images_encoded else self.encode_images
-        dims = 2 if images_encoded else 3  # of one picture that is not in crops
+        dims = 2 if images_encoded else 3  # of one image that is not in crops
         if isinstance(images, Tensor) and images.ndim == dims + 1:
             return list(encode(images))
         crops = [image[None] if image.ndim == dims else image for image in images]
@@ -312,11 +312,11 @@ class LlavaMetaForCausalLM(ABC):
         if not merge.startswith("spatial"):
             raise ValueError(f"mm_patch_merge_type: expected 'flat', 'spatial' or 'spatial_unpad', got {merge!r}")
         if image_sizes is None:
-            raise ValueError(f"mm_patch_merge_type {merge!r}: expected image_sizes, (width, height) of each picture")
+            raise ValueError(f"mm_patch_merge_type {merge!r}: expected image_sizes, (width, height) of each image")
         return [self._merge_spatially(features, size, merge) for features, size in zip(encoded, image_sizes)]
 
     def _merge_spatially(self, features: Tensor, size: Any, merge: str) -> Tensor:
-        """[F, P, D] of the whole picture and its crops to one [P', D] in which rows of the picture stay rows."""
+        """[F, P, D] of the whole image and its crops to one [P', D] in which rows of the image stay rows."""
         newline = self.get_model().image_newline if "unpad" in merge else None
         if len(features) == 1:
             return features[0] if newline is None else torch.cat([features[0], newline[None]])

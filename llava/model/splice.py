@@ -197,7 +197,7 @@ def assign_images(image_counts: Sequence[int], available: int) -> list[list[int]
 
 
 def assemble_crops(crops: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """Features of a picture's crops, row by row, as one map.
+    """Features of an image's crops, row by row, as one map.
 
     Args:
         crops: [rows * columns, side * side, D].
@@ -213,10 +213,10 @@ def unpad_image(tensor: Tensor, original_size: tuple[int, int]) -> Tensor:
     """Cuts off what padding to the crops' resolution added.
 
     Args:
-        tensor: [D, H, W] features. original_size: (width, height) of the picture before padding.
+        tensor: [D, H, W] features. original_size: (width, height) of the image before padding.
 
     Returns:
-        [D, H', W'] of the picture's own shape.
+        [D, H', W'] of the image's own shape.
     """
     width, height = original_size
     have_height, have_width = tensor.shape[1:]

@@ -22,7 +22,7 @@ History = Sequence[tuple[str, str]]  # earlier questions and answers
 
 
 class ChatModel(Protocol):
-    """Answers in a conversation about one picture, or about none."""
+    """Answers in a conversation about one image, or about none."""
 
     name: str
 

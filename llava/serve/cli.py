@@ -22,12 +22,12 @@ from llava.serve.local_model import LocalModel
 
 
 def load_image(image_file: str) -> Image.Image:
-    """The picture in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
+    """The image in a file or behind an http(s) URL, as RGB; ValueError names what is wrong with it."""
     return images.load_image(image_file)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Asks and answers until the input ends; 2 where the picture or the checkpoint cannot be used."""
+    """Asks and answers until the input ends; 2 where the image or the checkpoint cannot be used."""
     try:
         decoding = Decoding(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
         image = load_image(args.image_file)
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description=__doc__)
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name")
     parser.add_argument("--model-base", help="base of a LoRA folder")
-    parser.add_argument("--image-file", required=True, help="a picture, or the URL of one")
+    parser.add_argument("--image-file", required=True, help="an image, or the URL of one")
     parser.add_argument("--device", help="cuda or cpu (default: what is there)")
     parser.add_argument("--conv-mode", help=f"prompt template (default: {DEFAULT_CONV_MODE})")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")

@@ -68,7 +68,7 @@ mark.present { background: #d1fae5; color: #064e3b !important; }
 QUESTION_LENGTH, LISTED_LENGTH = 8000, 2000  # characters
 TURNS = 100  # of a conversation
 TOKENS = (16, 1024)  # of an answer
-PICTURE_SIDE = (1344, 672)  # pixels that a picture's longer and shorter side are shrunk to, as in LLaVA's own page
+IMAGE_SIDE = (1344, 672)  # pixels that an image's longer and shorter side are shrunk to, as in LLaVA's own page
 IMAGES_AT_ONCE = 1  # decoded at the same time: one of 89 million pixels takes up to 600 MB
 SESSIONS = 200  # kept at the same time; the oldest go first
 SESSION_S = 3600.0  # seconds until a session is forgotten that nobody uses
@@ -96,7 +96,7 @@ class Session:
     def __init__(self) -> None:
         self.image: Image.Image | None = None
         self.turns: list[Turn] = []
-        self.listed = ""  # objects in the picture, as the user lists them
+        self.listed = ""  # objects in the image, as the user lists them
         self.stop = Event()
         self.busy = False
 
@@ -175,12 +175,12 @@ def messages(session: Session, model: int, vocabulary: ObjectVocabulary | None) 
 
 
 def open_upload(path: str) -> tuple[Image.Image, str]:
-    """(picture, shrunk to PICTURE_SIDE; what to show the user) of an uploaded file. ValueError: it is refused."""
+    """(image, shrunk to IMAGE_SIDE; what to show the user) of an uploaded file. ValueError: it is refused."""
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file.name}: more than {MAX_BYTES >> 20} MiB")
     image = read_image(file.read_bytes(), file.name)
-    small = shrink(image, *PICTURE_SIDE)
+    small = shrink(image, *IMAGE_SIDE)
     shrunk = "" if small.size == image.size else f", shrunk from {image.width} x {image.height}"
     return small, f"{file.name}, {small.width} x {small.height}{shrunk}, shown as the model sees it"
 
@@ -215,7 +215,7 @@ class Page:
 
     def __init__(self, models: Sequence[ChatModel], vocabulary: ObjectVocabulary | None, concurrency_count: int):
         self.models, self.vocabulary, self.concurrency_count = models, vocabulary, concurrency_count
-        # Threads of their own: each one's heap keeps the size of its largest picture.
+        # Threads of their own: each one's heap keeps the size of its largest image.
         self.preparing = ThreadPoolExecutor(IMAGES_AT_ONCE)
 
     def build(self) -> None:
@@ -238,10 +238,10 @@ class Page:
         marks = ""
         if self.vocabulary is not None:
             marks = (
-                " List what is in the picture, and objects in the answers are marked:"
+                " List what is in the image, and objects in the answers are marked:"
                 ' <mark class="present">listed</mark> or <mark class="absent">not listed</mark>.'
             )
-        return f"Choose a picture and ask about it.{side_by_side}{marks}"
+        return f"Choose an image and ask about it.{side_by_side}{marks}"
 
     def _build_left(self) -> None:
         import gradio as gr
@@ -253,7 +253,7 @@ class Page:
             show_label=False, interactive=False, format="jpeg", height=280, buttons=[], visible=False, elem_id="preview"
         )
         self.listed = gr.Textbox(
-            label="Objects in the picture", placeholder="dog, bench, traffic light", elem_id="listed",
+            label="Objects in the image", placeholder="dog, bench, traffic light", elem_id="listed",
             info="Separated by commas; others that an answer names are marked.",
             visible=self.vocabulary is not None, max_length=LISTED_LENGTH,
         )  # fmt: skip
@@ -282,7 +282,7 @@ class Page:
 
         to_both = " to both models" if len(self.models) > 1 else ""
         self.question = gr.Textbox(
-            label=f"Your question{to_both}", placeholder="Ask about the picture, then press Enter", max_lines=6,
+            label=f"Your question{to_both}", placeholder="Ask about the image, then press Enter", max_lines=6,
             autofocus=True, elem_id="question", max_length=QUESTION_LENGTH,
         )  # fmt: skip
         with gr.Row(elem_id="buttons"):
@@ -378,7 +378,7 @@ class Page:
         return chats if len(chats) > 1 else chats[0]
 
     def choose(self, session: Session, path: str) -> list[Any]:
-        """Another picture begins another conversation; a file that is refused changes nothing."""
+        """Another image begins another conversation; a file that is refused changes nothing."""
         import gradio as gr
 
         try:

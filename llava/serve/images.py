@@ -29,7 +29,7 @@ class RejectedImageError(ValueError):
 
 
 def read_image(data: bytes, name: str) -> Image.Image:
-    """The first frame as RGB, the way LLaVA's models saw pictures: EXIF rotation not applied, transparency dropped.
+    """The first frame as RGB, the way LLaVA's models saw images: EXIF rotation not applied, transparency dropped.
 
     CMYK is converted; of 16-bit grey the high byte is kept (Pillow's own conversion would clip nearly all to white).
 
@@ -40,22 +40,22 @@ def read_image(data: bytes, name: str) -> Image.Image:
         with open_image(io.BytesIO(data)) as image:
             if limit := exceeded_limit(image.size):
                 size = f"{image.width} x {image.height}"
-                raise RejectedImageError(f"{name}: {size} is {limit}; make the picture smaller or crop it")
+                raise RejectedImageError(f"{name}: {size} is {limit}; make the image smaller or crop it")
             if image.mode in ("I", "F"):
                 raise RejectedImageError(f"{name}: 32 bits a pixel and channel (mode {image.mode}), expected 8 or 16")
             return as_rgb(image)
     except RejectedImageError:
         raise
     except ImageError as error:
-        raise ValueError(f"{name}: not a picture that can be read; expected {', '.join(FORMATS)}") from error
+        raise ValueError(f"{name}: not an image that can be read; expected {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: more than {MAX_PIXELS:,} pixels; make the picture smaller") from error
+        raise ValueError(f"{name}: more than {MAX_PIXELS:,} pixels; make the image smaller") from error
     except UNREADABLE as error:
-        raise ValueError(f"{name}: the picture is damaged ({error})") from error
+        raise ValueError(f"{name}: the image is damaged ({error})") from error
 
 
 def load_image(image_file: str) -> Image.Image:
-    """The picture in a file or behind an http(s) URL, see `read_image`.
+    """The image in a file or behind an http(s) URL, see `read_image`.
 
     Raises:
         ValueError: no such file, it cannot be downloaded within the limits, or `read_image` refuses it.
@@ -69,7 +69,7 @@ def load_image(image_file: str) -> Image.Image:
 
 
 def download(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS) -> bytes:
-    """The picture's bytes. Raises ValueError: unreachable, another content type, too large or too slow.
+    """The image's bytes. Raises ValueError: unreachable, another content type, too large or too slow.
 
     The time is that of all: connections, redirects, headers and content, however many bytes the server sends meanwhile.
     """
@@ -85,7 +85,7 @@ def download(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECO
                 raise TimeoutError
             kind = reply.headers.get_content_type()
             if not kind.startswith("image/") and kind != "application/octet-stream":
-                raise ValueError(f"{shown}: expected a picture, the server sends {kind}")
+                raise ValueError(f"{shown}: expected an image, the server sends {kind}")
             return _read_within(reply, shown, max_bytes, deadline)
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
         if time.monotonic() > deadline:

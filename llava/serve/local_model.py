@@ -54,11 +54,11 @@ class LocalModel:
         return self.stream(prompt, [] if image is None else [image], decoding, stop)
 
     def prompt(self, history: History, question: str, has_image: bool) -> str:
-        """The conversation as the model reads it, the picture at its start. Unanswered questions are left out."""
+        """The conversation as the model reads it, the image at its start. Unanswered questions are left out."""
         turns: list[tuple[str, str | None]] = [(asked, answer) for asked, answer in history if answer]
         turns.append((question, None))
         if any(DEFAULT_IMAGE_TOKEN in text for turn in turns for text in turn if text):
-            raise ValueError(f"the text holds {DEFAULT_IMAGE_TOKEN}, which stands for a picture; write it differently")
+            raise ValueError(f"the text holds {DEFAULT_IMAGE_TOKEN}, which stands for an image; write it differently")
         turns = [(self.literal(asked), answer and self.literal(answer)) for asked, answer in turns]
         if has_image:
             turns[0] = (f"{self.image_tokens()}\n{turns[0][0]}", turns[0][1])
@@ -69,7 +69,7 @@ class LocalModel:
         return literal(text, self.tokenizer)
 
     def image_tokens(self) -> str:
-        """What stands for a picture in a prompt of this model."""
+        """What stands for an image in a prompt of this model."""
         return image_placeholder(getattr(self.model.config, "mm_use_im_start_end", False))
 
     def render(self, turns: Sequence[tuple[str, str | None]]) -> str:
@@ -143,7 +143,7 @@ class LocalModel:
         ids = encode_prompt(prompt, self.tokenizer)
         places = prompt.count(DEFAULT_IMAGE_TOKEN)
         if places != len(images):
-            raise ValueError(f"expected one {DEFAULT_IMAGE_TOKEN} for each picture, got {places} for {len(images)}")
+            raise ValueError(f"expected one {DEFAULT_IMAGE_TOKEN} for each image, got {places} for {len(images)}")
         pixels = self._pixels(images)
         used = len(ids) + sum(self._positions(image) - 1 for image in (() if pixels is None else pixels))
         room = self.context() - used
@@ -167,12 +167,12 @@ class LocalModel:
         return [image.to(self.device, self.dtype) for image in pixels]
 
     def _positions(self, image: Tensor) -> int:
-        """How many positions a processed picture takes in the sequence."""
+        """How many positions a processed image takes in the sequence."""
         tower: Any = self.model.get_vision_tower()
         return tower.num_patches * (image.shape[0] if image.dim() == 4 else 1)
 
     def context(self) -> int:
-        """Tokens of prompt, picture and answer together."""
+        """Tokens of prompt, image and answer together."""
         config = self.model.config
         return min(config.max_position_embeddings, getattr(config, "tokenizer_model_max_length", None) or 1 << 30)
 

@@ -83,8 +83,8 @@ class LazySupervisedDataset(Dataset):
         return item
 
     def _pixels(self, image: str) -> Tensor:
-        picture = load_image(resolve_image(self.data_args.image_folder, image))
-        return process_images([picture], self.data_args.image_processor, self.data_args)[0]
+        opened = load_image(resolve_image(self.data_args.image_folder, image))
+        return process_images([opened], self.data_args.image_processor, self.data_args)[0]
 
 
 def read_rows(
@@ -218,7 +218,7 @@ class DataCollatorForSupervisedDataset:
 
 
 def supervised_settings(arguments: Arguments, model: Any, image_processor: Any) -> SimpleNamespace:
-    """The dataset's `data_args`: flags of the data, and how the model sees pictures."""
+    """The dataset's `data_args`: flags of the data, and how the model sees images."""
     model_args, data_args, _ = arguments
     merge = getattr(model.config, "mm_patch_merge_type", None) or "flat"  # others make as many positions as they like
     return SimpleNamespace(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.core.nouns import FALLBACK, nltk_tagger, rule_tagger, singularise, spacy_tagger
+from eval.core.nouns import FALLBACK, nltk_tagger, rule_tagger, singularize, spacy_tagger
 
 pytestmark = pytest.mark.fast
 
@@ -31,17 +31,17 @@ def nouns(text, tagger=None):
     ],
 )  # fmt: skip
 def test_plurals(plural, singular):
-    assert singularise(plural, {singular}) == singular
+    assert singularize(plural, {singular}) == singular
 
 
 @pytest.mark.parametrize("word", ["skis", "scissors", "bus", "sheep", "people", "children", "tennis", "oxen"])
 def test_a_known_word_stays_as_it_is(word):
-    assert singularise(word, {word, "ski", "scissor", "bu", "person", "child", "tenni", "ox"}) == word
+    assert singularize(word, {word, "ski", "scissor", "bu", "person", "child", "tenni", "ox"}) == word
 
 
 @pytest.mark.parametrize("word, known", [("skies", "ski"), ("bass", "bas"), ("dress", "dres"), ("cat", "ca")])
 def test_words_that_only_look_like_plurals(word, known):
-    assert singularise(word, {known}) == word
+    assert singularize(word, {known}) == word
 
 
 class TestRules:

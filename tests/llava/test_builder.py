@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_llava
 from llava.model.checkpoint import read_beside
-from llava.model.export import sample_picture
+from llava.model.export import sample_image
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.source import Kind, kind_of
 from tests.conftest import GOLDEN
@@ -36,7 +36,7 @@ def logits_of(folder, base=None):
     tokenizer, model, processor, _ = load(folder, base)
     ids = tokenizer_image_token("USER: <image>\nWhat? ASSISTANT:", tokenizer, return_tensors="pt")[None]
     with torch.inference_mode():
-        return model(ids, images=process_images([sample_picture()], processor, model.config)).logits
+        return model(ids, images=process_images([sample_image()], processor, model.config)).logits
 
 
 # --- Full checkpoints ------------------------------------------------------------------------------------------------

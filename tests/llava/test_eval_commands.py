@@ -161,4 +161,4 @@ def test_the_command(in_golden, capsys):
     flags = ["--model-path", "llava-v1.5-tiny", "--query", "What is it?", "--temperature", "0"]
     assert run_llava.main([*flags, "--image-file", "images/wide.png", "--max_new_tokens", "6"]) == 0
     assert run_llava.main([*flags, "--image-file", "README.md"]) == 2
-    assert "run_llava: error: README.md: not a picture that can be read" in capsys.readouterr().err
+    assert "run_llava: error: README.md: not an image that can be read" in capsys.readouterr().err

@@ -627,7 +627,7 @@ def test_bad_files_are_refused(screen, tmp_path):
     screen.until(lambda: "Invalid file type: notes.txt. Only .png, .jpg" in screen.text(".toast-wrap"))
     (tmp_path / "notes.png").write_text("hello")
     screen.upload(tmp_path / "notes.png")
-    refusal = "Refused: notes.png: not a picture that can be read; expected PNG, JPEG"
+    refusal = "Refused: notes.png: not an image that can be read; expected PNG, JPEG"
     screen.until(lambda: refusal in screen.text("#notice") and refusal in screen.text(".toast-wrap"))
     with open(tmp_path / "huge.png", "wb") as file:
         file.truncate(page.MAX_BYTES + 1)

@@ -18,10 +18,10 @@ from llava.estimate.memory import (
     estimate_step,
     gathered_bytes,
     gradient_bytes,
+    image_bytes,
     layer_bytes,
     logit_bytes,
     optimizer_bytes,
-    picture_bytes,
     tokens_of,
     trained_parameters,
     weight_bytes,
@@ -103,8 +103,8 @@ def test_logits_are_bounded_by_the_chunk():
 
 def test_pictures():
     """3 + 1 hidden states of width 2 and an MLP of 2 x 5, at 6 + 1 positions of 4 bytes; never more than 32 at once."""
-    assert picture_bytes(SHAPE, FULL, 1) == 7 * 4 * (4 * 2 + 2 * 5)
-    assert picture_bytes(SHAPE, FULL, 100) == 32 * picture_bytes(SHAPE, FULL, 1)
+    assert image_bytes(SHAPE, FULL, 1) == 7 * 4 * (4 * 2 + 2 * 5)
+    assert image_bytes(SHAPE, FULL, 100) == 32 * image_bytes(SHAPE, FULL, 1)
 
 
 @pytest.mark.parametrize(

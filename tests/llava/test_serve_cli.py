@@ -93,19 +93,19 @@ def test_one_pixel_wide(size, in_golden):
     ],
 )
 def test_too_large(size, reason):
-    with pytest.raises(ValueError, match=f"{reason}; make the picture smaller"):
+    with pytest.raises(ValueError, match=f"{reason}; make the image smaller"):
         read_image(encoded(Image.new("1", size)), "scan.png")
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"hello", "x: not a picture that can be read; expected PNG, JPEG"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "x: not a picture"),
-        (b"", "x: not a picture"),
-        (encoded(Image.effect_noise((64, 64), 9))[:900], r"x: the picture is damaged \(image file is truncated"),
+        (b"hello", "x: not an image that can be read; expected PNG, JPEG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "x: not an image"),
+        (b"", "x: not an image"),
+        (encoded(Image.effect_noise((64, 64), 9))[:900], r"x: the image is damaged \(image file is truncated"),
         (encoded(Image.new("F", (2, 2)), "TIFF"), r"x: 32 bits a pixel and channel \(mode F\), expected 8 or 16"),
-        (encoded(Image.new("L", (2, 2)), "PPM"), "x: not a picture"),
+        (encoded(Image.new("L", (2, 2)), "PPM"), "x: not an image"),
     ],
 )
 def test_refused(data, reason):
@@ -157,7 +157,7 @@ def test_picture_from_a_url(web):
 @pytest.mark.parametrize(
     ("page", "reason"),
     [
-        ("page", "page: expected a picture, the server sends text/html"),
+        ("page", "page: expected an image, the server sends text/html"),
         ("gone", r"gone: cannot be downloaded \(Not Found\)"),
         ("large", "large: more than 0 MiB"),
         ("drip", "drip: not downloaded in time"),
@@ -278,11 +278,11 @@ def test_a_template_with_its_own_end_mark(in_golden, picture):
 
 
 def test_what_cannot_be_asked(model, picture):
-    with pytest.raises(ValueError, match="the text holds <image>, which stands for a picture"):
+    with pytest.raises(ValueError, match="the text holds <image>, which stands for an image"):
         model.prompt([], "What is <image>?", True)
     with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, llava-v1.5-tiny holds 512: begin"):
         next(model.reply([], "why " * 400, picture, GREEDY, threading.Event()))
-    with pytest.raises(ValueError, match="expected one <image> for each picture, got 0 for 1"):
+    with pytest.raises(ValueError, match="expected one <image> for each image, got 0 for 1"):
         next(model.stream("Why?", [picture], GREEDY, threading.Event()))
 
 
@@ -367,7 +367,7 @@ def test_control_c_stops_the_answer_only(capsys):
     ("flags", "reason"),
     [
         (["--image-file", "images/none.png"], "images/none.png: cannot be read"),
-        (["--image-file", "README.md"], "README.md: not a picture"),
+        (["--image-file", "README.md"], "README.md: not an image"),
         (["--conv-mode", "vicuna1"], "unknown conversation template 'vicuna1': did you mean vicuna_v1"),
         (["--model-path", "images"], "checkpoint 'images': expected config.json"),
     ],

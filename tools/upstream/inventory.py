@@ -57,6 +57,7 @@ class Sources:
         self._bindings: dict[Path, dict[str, ast.AST]] = {}
 
     def tree(self, path: Path) -> ast.Module:
+        """Parse a file once."""
         if path not in self._trees:
             try:
                 self._trees[path] = ast.parse(path.read_text(encoding="utf-8"))
@@ -192,6 +193,7 @@ def _is_literal(text: str) -> bool:
 
 
 def parameters_of(arguments: ast.arguments) -> tuple[Parameter, ...]:
+    """List the parameters of a signature."""
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
     found = [Parameter(a.arg, "positional", source_text(d)) for a, d in zip(positional, defaults)]
@@ -202,6 +204,7 @@ def parameters_of(arguments: ast.arguments) -> tuple[Parameter, ...]:
 
 
 def members_of(sources: Sources, path: Path, node: ast.ClassDef, imported: bool = False) -> Names:
+    """Describe the public members of a class, with those inherited from classes of the same checkout."""
     members: Names = {}
     for base in reversed(node.bases):
         where, parent = (sources.find(path, base.id) if isinstance(base, ast.Name) else None) or (path, None)
@@ -282,7 +285,7 @@ Given = dict[str | None, ast.expr]
 def _flag_calls(
     sources: Sources, path: Path, node: ast.AST, given: Given, seen: set[tuple[Path, str]]
 ) -> Iterator[tuple[Path, ast.Call, Given]]:
-    """Calls of add_argument below `node`, and what the parameters of the function around them were given."""
+    """Call of add_argument below `node`, and what the parameters of the function around them were given."""
     for call in ast.walk(node):
         if not isinstance(call, ast.Call):
             continue

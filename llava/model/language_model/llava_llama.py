@@ -74,8 +74,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
 
         Args:
             input_ids, attention_mask, labels: [B, T], an image as IMAGE_TOKEN_INDEX.
-            images: pictures in the order of their placeholders, see `prepare_inputs_labels_for_multimodal`.
-            image_index: [M] which picture each placeholder shows, where rows share pictures.
+            images: images in the order of their placeholders, see `prepare_inputs_labels_for_multimodal`.
+            image_index: [M] which image each placeholder shows, where rows share images.
             images_encoded: `images` are the vision tower's features, computed before.
             logp_chunk: positions whose logits (vocabulary-sized) exist at one time.
             tails: [B, 2] token ids at the end of each row that are the chosen and the rejected answer: the row is a

@@ -1,1 +1,1 @@
-"""Vision towers: pictures in, patch features out."""
+"""Vision towers: images in, patch features out."""

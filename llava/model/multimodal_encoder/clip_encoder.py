@@ -1,4 +1,4 @@
-"""The CLIP vision tower: pictures to patch features of one hidden layer, frozen unless it is asked for otherwise."""
+"""The CLIP vision tower: images to patch features of one hidden layer, frozen unless it is asked for otherwise."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def tokens_per_image(self) -> int:
-        """Positions that one picture takes in the language model's input."""
+        """Positions that one image takes in the language model's input."""
         return self.num_patches + (self.select_feature == "cls_patch")
 
 
