@@ -20,14 +20,14 @@
 
 The two folders are written by `python -m dama hardness` and `python -m dama reference` for the same pairs; the model is
 that of the reference, as `python -m llava.model.export --to hf` writes it. Its output layer has up to 64 rows more than
-LLaVA's, which take some probability from every token; the check of the first step reports it where that matters. Either folder may be missing: without
-`reference` TRL keeps its reference model, without `hardness` only `Strategy.NONE`, `MODEL` and `BETA_DPO` have what
-they need. For a dataset of your own, give `join_stages` the ids of its rows.
+LLaVA's, which take some probability from every token; the check of the first step reports it where that matters.
+Without the folder `reference` TRL keeps its reference model; without `hardness` only `Strategy.NONE`, `MODEL` and
+`BETA_DPO` have what they need. For a dataset of your own, give `join_stages` rows with the pairs' ids.
 
 beta is `args.beta` times what `weighting` says, in every `loss_type` of TRL but `aot` and `aot_unpaired`, which sort
-pairs. `Strategy.DATA` works with any number of ranks and gradient accumulation. alpha_M and beta-DPO need R of the
-whole optimizer step before its loss: one rank, no gradient accumulation, cached reference log-probs, and
-`Selection.OFF`, because TRL's loss is the mean over all pairs of its batch. Evaluation uses plain beta.
+pairs. `Strategy.DATA` looks at one pair at a time, so it works with several ranks and gradient accumulation. alpha_M
+and beta-DPO need R of the whole optimizer step before its loss: one rank, no gradient accumulation, cached reference
+log-probs, and `Selection.OFF`, because TRL's loss is the mean over all pairs of its batch. Evaluation uses plain beta.
 
 Needs `pip install trl==1.16.0 datasets`. TRL's loss is wrapped, not copied.
 """

@@ -80,7 +80,7 @@ def processor():
 
 
 def joined(**stages) -> Dataset:
-    return dataset_of_pairs("pairs.json", ["images"], processor(), **stages)
+    return dataset_of_pairs("pairs.json", "images", processor(), **stages)
 
 
 def model_of(folder: str) -> LlavaForConditionalGeneration:
