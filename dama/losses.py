@@ -78,7 +78,7 @@ class RunningMean:
 
     def updated(self, logps: ViewLogps, beta: Tensor) -> RunningMean:
         """With the N pairs of one more step; beta: [N]."""
-        values = torch.cat([beta * logps.r(CHOSEN), beta * logps.r(REJECTED)]).double()
+        values = torch.cat([beta * logps.r(CHOSEN), beta * logps.r(REJECTED)]).detach().double()
         count = self.count + len(values)
         return RunningMean(self.mean + (float(values.sum()) - len(values) * self.mean) / count, count)
 
@@ -177,7 +177,11 @@ def orpo(y: ViewLogps, b: Tensor, c: LossConfig) -> Tensor:
 
 
 def log_odds(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log-probs below 0, without the cancellation of 1 - p near p = 1."""
+    """log(p / (1 - p)) of log-probs up to 0, without the cancellation of 1 - p near p = 1.
+
+    1 - p is at least the rounding unit: a log-prob that rounds to 0, or sums over no token, has finite odds.
+    """
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
     # log(1 - e^x): by expm1 near 0, by log1p far from it.
     near = log_p > -math.log(2)
     log_rest = torch.where(
