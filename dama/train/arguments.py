@@ -12,6 +12,7 @@ import transformers
 
 from dama.console import log
 from dama.corruptions import CORRUPTIONS
+from dama.hardness.sources import HardnessSource
 from dama.losses import MIXTURES, OBJECTIVES, Loss, LossConfig
 from dama.notices import without_build_notices
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
@@ -61,6 +62,10 @@ class PreferenceArguments(transformers.TrainingArguments):
         "crop", f"Second image of losses that read one: {', '.join(CORRUPTIONS)} (field: the pair's own second image)."
     )
     corruption_seed: int = described(0, "Seed of the corruption's random numbers, for each pair its own.")
+    hardness_from: HardnessSource = described(
+        HardnessSource.CLIP, "Where a pair's delta comes from: clip (the hardness stage), generative (the reference's "
+        "log-probs per token, chosen minus rejected), vote (the mean of both, the second ranked onto the first)."
+    )  # fmt: skip
     strategy: Strategy = described(
         Strategy.BOTH, "What sets beta per pair: none (plain DPO), data (alpha_D), model (alpha_M), both (DAMA), "
         "beta_dpo (Wu et al. 2024)."

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,6 +16,7 @@ from dama.console import digest_of
 from dama.corruptions import FIELD, OTHER_IMAGE, corrupted, generator_of
 from dama.errors import error_list
 from dama.hardness.score import load_hardness
+from dama.hardness.sources import HardnessSource, delta_from, generative_gap
 from dama.images import ImageFolder, load_image, resolve_image
 from dama.pairs import (
     PreferencePair,
@@ -249,10 +251,10 @@ def join_pairs(
             f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
             "folder as --reference."
         )
-    choice = ImageChoice.of(pairs, family.views, args)
+    choice, delta = ImageChoice.of(pairs, family.views, args), deltas_of(encoded, hardness, reference, args)
     prepared = [
-        PreparedPair(pairs[i], encoded.rows[i], choice.images(pairs[i]), reference.values[i], hardness.values[i])
-        for i in encoded.fits
+        PreparedPair(pairs[i], encoded.rows[i], choice.images(pairs[i]), reference.values[i], delta[k])
+        for k, i in enumerate(encoded.fits)
     ]
     if not prepared:
         raise ValueError(f"{data_args.data_path}: expected pairs to train on, got none of {len(pairs)}")
@@ -269,6 +271,27 @@ def join_pairs(
         skipped=encoded.long,
         provenance={"data": str(data_args.data_path), "hardness": hardness.source, "reference": reference.source},
     )
+
+
+def deltas_of(encoded: EncodedPairs, hardness: PairValues, reference: PairValues, args: Any) -> list[float]:
+    """delta of every pair that fits, from --hardness_from's source.
+
+    Raises:
+        ValueError: the source needs reference log-probs, and there are none.
+    """
+    source = HardnessSource(args.hardness_from)
+    delta = [hardness.values[i] for i in encoded.fits]
+    if source is HardnessSource.CLIP:
+        return delta
+    logps = torch.tensor([reference.values[i][: len(PAIR_VIEWS)] for i in encoded.fits], dtype=torch.float64)
+    if not logps.any():
+        raise ValueError(
+            f"--hardness_from {source}: expected reference log-probs of every pair, got none; give a folder of "
+            "`python -m dama reference` as --reference, or --hardness_from clip"
+        )
+    pairs = [[encoded.rows[i][v].supervised for v in range(len(PAIR_VIEWS))] for i in encoded.fits]
+    gap = generative_gap(logps, torch.tensor(pairs))
+    return delta_from(source, torch.tensor(delta, dtype=torch.float64), gap).tolist()
 
 
 def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[PreparedPair], list[PreparedPair]]:

@@ -22,6 +22,11 @@ class EncodedRow:
     labels: Tensor
 
     @property
+    def supervised(self) -> int:
+        """Number of supervised tokens: the answer's, with its end token."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
     def unsupervised(self) -> int:
         """Number of tokens before the first supervised one."""
         return int((self.labels != IGNORE_INDEX).nonzero()[0])

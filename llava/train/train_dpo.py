@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dama.console import end_on_interrupt, say
+from dama.hardness.sources import HardnessSource
 from dama.train.checkpoints import resume_point
 from dama.train.data import (
     ImageChoice,
@@ -58,7 +59,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     ImageChoice.of(pairs, args.preference_loss().views, args)
     preflight(arguments, pairs)
     fingerprint = data_fingerprint(pairs, data_args)
-    hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, args.weighting().uses_delta)
+    hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, needs_clip(args))
     model, tokenizer, _ = setup_model(arguments, attn_implementation)
     family = LlavaFamily.of(arguments, model, tokenizer)
     reference = reference_of_pairs(pairs, data_args, args, fingerprint, family)
@@ -84,6 +85,11 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     for skip in skipped:
         say(f"skipped {skip.id}: {skip.reason}")
     return trainer
+
+
+def needs_clip(args: Any) -> bool:
+    """Whether CLIP's delta takes part in training."""
+    return args.weighting().uses_delta and args.hardness_from != HardnessSource.GENERATIVE
 
 
 def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:

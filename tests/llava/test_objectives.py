@@ -11,7 +11,7 @@ from dama.stage import read_stage
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
 from tests.llava.test_reference import reference, words, world  # noqa: F401  (a fixture)
-from tests.llava.tiny import flags
+from tests.llava.tiny import DELTA_BAR, flags
 
 
 def train(folder, *more):
@@ -84,3 +84,19 @@ def test_flags_that_are_refused(world, capsys, given, message):  # noqa: F811
     assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match=message.split(":")[0]):
         train(world, *given)
+
+
+def test_hardness_from_the_reference_model(world):  # noqa: F811
+    """alpha_D follows the generative gap without a hardness stage; without reference log-probs it is refused."""
+    assert reference(world) == 0
+    rows = train(world, "--strategy", "data", "--hardness_from", "generative", "--per_device_train_batch_size", "8")
+    _, records = read_stage(world / "reference", "reference")
+    gaps = [r["chosen_logp"] / r["chosen_tokens"] - r["rejected_logp"] / r["rejected_tokens"] for r in records]
+    mean = float(DELTA_BAR)  # given by the fixture's flags
+    alpha = [(1 + math.exp(-mean)) / (1 + math.exp(-gap)) for gap in gaps]
+    assert rows[0]["dama/alpha_D"] == pytest.approx(sum(alpha) / len(alpha), rel=1e-5)
+    with pytest.raises(ValueError, match="expected delta for every pair"):
+        train(world, "--strategy", "data", "--hardness_from", "vote")
+    with pytest.raises(ValueError, match="--hardness_from generative: expected reference log-probs"):
+        train(world, "--strategy", "data", "--hardness_from", "generative", "--reference", "base", "--lora_enable",
+              "True", "--freeze_mm_mlp_adapter", "True")  # fmt: skip
