@@ -8,14 +8,27 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 pytest=(pytest --numprocesses auto --dist loadfile --no-loadscope-reorder)
-if [ "${1:-}" = --fast ]; then
-    shift
-    pytest+=(-m fast)
-elif ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
-    # The pages are tested in a real browser.
+
+install_chromium() { # the pages are tested in a real browser
+    if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then return; fi
     echo "test: installing chromium and chromium-driver"
     as_root=$([ "$(id -u)" -eq 0 ] || echo sudo)
     $as_root apt-get update -qq && $as_root apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null
+}
+
+# DeepSpeed compiles its collectives at their first use, behind a lock that a killed process leaves behind: here once,
+# before tests run side by side and kill processes.
+compile_collectives() {
+    DS_ACCELERATOR=cpu python -c 'from deepspeed.accelerator import get_accelerator
+get_accelerator().create_op_builder("ShareMemCommBuilder").load()' >/dev/null
+}
+
+if [ "${1:-}" = --fast ]; then
+    shift
+    pytest+=(-m fast)
+else
+    install_chromium
+    compile_collectives
 fi
 ruff check .
 mypy
