@@ -1,0 +1,35 @@
+"""A new objective is one function and one row of the table: everything else learns of it from there."""
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from dama.losses import OBJECTIVES, Loss, Objective
+from dama.train.arguments import PreferenceArguments, objective_errors
+from dama.views import CHOSEN, CHOSEN_CORRUPTED, PAIR_VIEWS
+from tests.dama.test_family import train, world  # noqa: F401  (a fixture)
+
+
+def image_only(y, b, c):
+    """-log s(b [r(w, m) - r(w, m')]): the chosen answer on its own image against another one."""
+    return -logsigmoid(b * (y.r(CHOSEN) - y.r(CHOSEN_CORRUPTED)))
+
+
+@pytest.fixture
+def objective(monkeypatch):
+    row = Objective(image_only, "prefers the pair's own image", (*PAIR_VIEWS, CHOSEN_CORRUPTED))
+    monkeypatch.setitem(OBJECTIVES, "image_only", row)
+
+
+def test_it_is_known_by_its_name(objective, tmp_path):
+    loss = Loss.parse(["dpo:0.5", "image_only"])
+    assert loss.name == "dpo:0.5 image_only:1" and loss.views == (*PAIR_VIEWS, CHOSEN_CORRUPTED)
+    args = PreferenceArguments(output_dir=str(tmp_path), use_cpu=True, loss=["image_only"], corruption="blank")
+    assert objective_errors(args) == []
+
+
+def test_it_trains_with_damas_betas_from_a_reference_stage_of_its_views(objective, world):  # noqa: F811
+    _, rows = train(world, "image_only", per_device_train_batch_size=6, corruption="other_image")
+    assert rows[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["rewards/chosen"] > rows[-1]["rewards/chosen_corrupted"]
