@@ -43,7 +43,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
-            sys.stdout.write(printable(record.getMessage()) + "\n")
+            sys.stdout.write(record.getMessage() + "\n")
             sys.stdout.flush()
 
 
@@ -55,7 +55,7 @@ _LOGGER.addHandler(_ConsoleHandler())
 
 def log(message: str = "") -> None:
     """Log one line to standard output through the logger "dama", on rank 0 only; see `printable`."""
-    _LOGGER.info("%s", message)
+    _LOGGER.info("%s", printable(message))  # escaped for every handler that somebody adds
 
 
 say = log  # earlier name
