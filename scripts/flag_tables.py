@@ -33,7 +33,6 @@ MODULES: dict[str, list[str]] = {
     "llava.model.apply_delta": [],
     "llava.model.make_delta": [],
     "llava.model.export": [],
-    "llava.estimate.doctor": ["llava/commands/doctor.py"],
     "eval.evaluate": [GENERATION, "eval/evaluate_flags.py", "eval/benchmarks.py"],
 }
 TRAINING = "llava.train"  # train_mem.py, train.py and train_dpo.py, which have the same flags

@@ -38,7 +38,7 @@ WORDS = (
 QUESTION = "What is in the image, and what are the people doing there?"
 COMMANDS = [
     "llava/train/train_mem.py", "llava/train/train.py", "llava/train/train_dpo.py", "-m dama", "-m dama hardness",
-    "-m dama reference", "-m llava.estimate.doctor", "-m llava.eval.model_vqa", "-m llava.eval.model_vqa_loader",
+    "-m dama reference", "-m dama doctor", "-m llava.eval.model_vqa", "-m llava.eval.model_vqa_loader",
     "-m llava.eval.run_llava", "-m llava.eval.eval_pope", "-m llava.serve.cli", "-m llava.serve.gradio_web_server",
     "-m llava.model.consolidate", "-m llava.model.apply_delta", "-m llava.model.make_delta", "-m llava.model.export",
     "-m eval.evaluate", "-m eval.compare", "-m eval.summary", "-m eval.download", "-m eval.page",
