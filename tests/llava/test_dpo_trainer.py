@@ -233,5 +233,5 @@ def test_preferences_are_learnt_on_a_quantised_base(in_golden, tmp_path):
 
 
 def test_a_quantised_base_needs_itself_as_reference(in_golden, tmp_path):
-    with pytest.raises(ValueError, match="--bits 4: the reference must be the same quantised base"):
+    with pytest.raises(ValueError, match="--bits 4: the reference must be the same quantized base"):
         parse_arguments(flags(tmp_path, "--bits", "4", "--lora_enable", "True"))

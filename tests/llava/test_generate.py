@@ -120,7 +120,7 @@ def test_answers_of_a_server_end_in_the_order_of_the_questions(tmp_path):
     assert all(row["text"] == row["prompt"] == request.prompt for row, request in zip(rows, REQUESTS, strict=True))
 
 
-@pytest.mark.parametrize("moment", ["write_atomic", "write_json"])
+@pytest.mark.parametrize("moment", ["atomic_file", "write_json"])
 def test_a_kill_while_answers_are_put_in_order_is_continued(answerer, tmp_path, monkeypatch, moment):
     """Before the ordered file is written, and between it and the manifest."""
     inputs = answerer, REQUESTS, GOLDEN / "images"
@@ -128,7 +128,7 @@ def test_a_kill_while_answers_are_put_in_order_is_continued(answerer, tmp_path, 
     real = getattr(stage, moment)
 
     def killed(path, content):
-        if moment == "write_atomic" or content["complete"]:
+        if moment == "atomic_file" or content["complete"]:
             raise KeyboardInterrupt
         real(path, content)
 
