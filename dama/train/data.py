@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ class PairDataset(Dataset):
     Args:
         prepared: the pairs. image_folder: where their image paths start.
         prepare_image: one RGB image to pixels, as ModelFamily.prepare_image.
-        corruption_seed: of the corruptions' random numbers.
     """
 
     def __init__(
@@ -56,10 +56,8 @@ class PairDataset(Dataset):
         prepared: Sequence[PreparedPair],
         image_folder: ImageFolder,
         prepare_image: Callable[[Image.Image], Tensor],
-        corruption_seed: int = 0,
     ) -> None:
         self.prepared = list(prepared)
-        self.corruption_seed = corruption_seed
         self.image_folder = image_folder
         self.prepare_image = prepare_image
 
@@ -73,7 +71,7 @@ class PairDataset(Dataset):
         """[3, H, W], or [F, 3, H, W] in crops: an image as the model's vision tower takes it."""
         loaded = load_image(resolve_image(self.image_folder, image.path))
         if image.corruption:
-            loaded = corrupted(loaded, image.corruption, self.corruption_seed, image.pair)
+            loaded = corrupted(loaded, image.corruption, image.seed, image.pair)
         return self.prepare_image(loaded)
 
 
@@ -120,11 +118,15 @@ class ImageChoice:
         if self.corruption == FIELD:
             return ImageRef(str(pair.second_image))
         if self.corruption != OTHER_IMAGE:
-            return ImageRef(pair.image, self.corruption, pair.id)
-        others = [name for name in self.names if name != pair.image]
-        if not others:
+            return ImageRef(pair.image, self.corruption, pair.id, self.seed)
+        if len(self.names) < 2:
             raise ValueError(f"--corruption {OTHER_IMAGE}: expected another image than {pair.image}, found none")
-        return ImageRef(others[generator_of(OTHER_IMAGE, self.seed, pair.id).integers(len(others))])
+        number = generator_of(OTHER_IMAGE, self.seed, pair.id).integers(len(self.names) - 1)
+        return ImageRef(self.names[number + (number >= self._numbers[pair.image])])
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
 
     def fingerprint(self) -> dict[str, Any]:
         """What log-probs depend on beyond a pair's own two views."""
@@ -261,7 +263,7 @@ def join_pairs(
     train, held_out = hold_out(prepared, data_args.eval_pairs, args.seed)
 
     def dataset(items: list[PreparedPair]) -> PairDataset:
-        return PairDataset(items, data_args.image_folder, family.prepare_image, args.corruption_seed)
+        return PairDataset(items, data_args.image_folder, family.prepare_image)
 
     mean = sum(item.delta for item in train) / len(train)
     return PreferenceData(

@@ -27,7 +27,8 @@ class ImageRef(NamedTuple):
 
     path: str  # relative to the image folder
     corruption: str = ""  # a name of dama.corruptions; "" for the image as it is
-    pair: str = ""  # id of the pair, on which a corruption's random numbers depend
+    pair: str = ""  # id of the pair and seed, on which a corruption's random numbers depend
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,20 @@ def join_answers(rows: Sequence[EncodedRow]) -> tuple[EncodedRow, tuple[int, ...
         torch.cat([first.labels, *(row.labels[k:] for row in others)]),
     )
     return joined, tuple(len(row.input_ids) - k for row in rows)
+
+
+def group_lengths(rows: RowsOfPair, views: Sequence[View], tokens: Callable[[int], int]) -> tuple[PackedGroup, ...]:
+    """The lengths of a pair's groups as PackedRows packs them.
+
+    Args:
+        tokens: number of tokens of a row with so many ids, its image included.
+    """
+    groups = []
+    for group in by_image(views):
+        own = [rows[v] for v in group]
+        k = common_length(own)
+        groups.append(PackedGroup(tokens(k), tuple(len(row.input_ids) - k for row in own)))
+    return tuple(groups)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def run_reference(
     batches = plan_batches(prepared, batch_size)
     sizes = [len(batch) for batch in batches]
     prepared = [item for batch in batches for item in batch]
-    dataset = PairDataset(prepared, data_args.image_folder or [], family.prepare_image, args.corruption_seed)
+    dataset = PairDataset(prepared, data_args.image_folder or [], family.prepare_image)
     load = PairLoader(family, dataset)
 
     def logps_alone(item: PreparedPair) -> Record:
@@ -230,7 +230,7 @@ def reference_of_pairs(
         return PairValues([zeros] * len(pairs), {"logps": "of the base, on the fly"})
     if data_args.reference:
         manifest, records = read_stage(data_args.reference, STAGE)
-        choice = ImageChoice.of(pairs, family.views, args)
+        choice = ImageChoice(family.views, args.corruption, args.corruption_seed)
         current = data | family.fingerprint() | {k: v for k, v in choice.fingerprint().items() if k != "views"}
         refuse_other_inputs(STAGE, data_args.reference, manifest["fingerprint"], current)
         validate_views(data_args.reference, records[0] if records else {}, family, args)

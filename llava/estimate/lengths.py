@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from dama.pairs import PreferencePair
 from dama.train.data import ImageChoice
-from dama.train.family import PreparedPair, common_length
+from dama.train.family import PreparedPair, group_lengths
 from dama.train.throughput import PairLength
+from dama.views import PAIR_VIEWS
 from llava.conversation import get_template
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
@@ -75,9 +76,8 @@ def longest_items(
 
 def length_of(item: PreparedPair, patches: int) -> PairLength:
     """Return the tokens of an encoded pair, with `patches` for its image."""
-    shared = common_length(item.rows)
-    chosen, rejected = (len(answer.input_ids) - shared for answer in (item.chosen, item.rejected))
-    return PairLength(shared - 1 + patches, chosen, rejected)
+    (group,) = group_lengths(item.rows[:2], PAIR_VIEWS, lambda ids: ids - 1 + patches)
+    return PairLength(group.prefix, *group.answers)
 
 
 def longest_rows(rows: Sequence[Row], patches: int) -> list[Row]:

@@ -15,7 +15,7 @@ from dama.console import digest_of
 from dama.logps import AnswerLogps
 from dama.pairs import PreferencePair
 from dama.shared_prefix import PackedGroup
-from dama.train.family import ImageRef, PackedRows, PreparedPair
+from dama.train.family import ImageRef, PreparedPair, group_lengths
 from dama.train.rows import TableRows
 from dama.train.steps import IMAGES_AT_ONCE
 from dama.train.throughput import ModelSize
@@ -86,11 +86,7 @@ class LlavaFamily:
 
     def groups(self, item: PreparedPair) -> tuple[PackedGroup, ...]:
         """The lengths of a pair's prefixes and answers, in tokens with images included."""
-        packed = PackedRows.of([item], self.views)
-        return tuple(
-            PackedGroup(self.tokens(len(row.input_ids)) - sum(tail), tail)
-            for row, tail in zip(packed.rows, packed.tails)
-        )
+        return group_lengths(item.rows, self.views, self.tokens)
 
     def encode_images(self, pixels: Mapping[ImageRef, Tensor], calls: int | None = None) -> dict[ImageRef, Tensor]:
         """[P, width], or [F, P, width] in crops: features of the frozen tower, see `encode_in_batches`."""

@@ -46,10 +46,10 @@ COMMANDS = [
 ]  # fmt: skip
 # Functions of the training command whose own seconds are measured, without those of the others that they call.
 SPANS = {
-    "reading, checking": ("llava.train.dpo_data", "read_checked_pairs"),
-    "image digests": ("llava.train.dpo_data", "data_fingerprint"),
-    "tokenization": ("llava.train.dpo_data", "encode_pairs"),
-    "joining": ("llava.train.dpo_data", "join_pairs"),
+    "reading, checking": ("dama.train.data", "read_checked_pairs"),
+    "image digests": ("dama.train.data", "data_fingerprint"),
+    "tokenization": ("dama.train.data", "encode_pairs"),
+    "joining": ("dama.train.data", "join_pairs"),
 }
 FIRST_STEP = re.compile(r"step\s+1\b")
 MB = 1e6
