@@ -89,6 +89,17 @@ def add_pair_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_batch_flags(group: argparse._ArgumentGroup, items: str, default: int) -> None:
+    """Add the flags of how a stage runs its model; `items` are what a batch consists of."""
+    group.add_argument(
+        "--batch_size", type=int, default=default, metavar="N",
+        help=f"number of {items} per batch (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of weights and compute (default: fp32)"
+    )
+
+
 def pair_flag_errors(args: argparse.Namespace) -> list[str]:
     """Collect errors of the pair flags that need no look at the pairs."""
     errors = []

@@ -10,6 +10,7 @@ from typing import Any
 from dama.console import log
 from dama.flags import (
     CommandError,
+    add_batch_flags,
     add_pair_flags,
     add_shard_flag,
     device_errors,
@@ -59,15 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_score_flags(parser.add_argument_group("scores"))
     _add_splitter_flags(parser.add_argument_group("statements"))
     group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--batch_size", type=int, default=32, metavar="N", help="number of images per batch (default: %(default)s)"
-    )
-    group.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="dtype of weights and compute (default: fp32)",
-    )
+    add_batch_flags(group, "images", 32)
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_shard_flag(group)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dama.flags import (
+    add_batch_flags,
     add_pair_flags,
     add_shard_flag,
     device_errors,
@@ -43,12 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(parser.add_argument_group("model"))
     _add_view_flags(parser.add_argument_group("views"))
     group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--batch_size", type=int, default=8, metavar="N", help="number of pairs per batch (default: %(default)s)"
-    )
-    group.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of weights and compute (default: fp32)"
-    )
+    add_batch_flags(group, "pairs", 8)
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="CUDA_VISIBLE_DEVICES selects among several GPUs (default: auto)",
@@ -104,9 +100,9 @@ def run(args: argparse.Namespace) -> None:
     shard = pick_shard(args.shard, errors)
     pairs, skipped = load_pairs(args, errors)
     ImageChoice.of(pairs, Loss.parse(args.loss).views, args)  # what the pairs lack is known before the model is loaded
-    from dama.train.reference import describe
+    from dama.train.reference import describe, run_reference
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-    from llava.train.reference import run_reference
+    from llava.train.reference import reference_family
 
     arguments = (
         ModelArguments(
@@ -132,7 +128,8 @@ def run(args: argparse.Namespace) -> None:
         ),
     )
     manifest = run_reference(
-        arguments,
+        reference_family(arguments),
+        *arguments[1:],
         pairs,
         skipped,
         args.out,
