@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from dama.console import regular_file, write_atomic
-from dama.images import ImageError, ImageFolder, folders_of, probe_image, resolve_image
+from dama.images import ImageError, ImageFolder, folders_of, probe_image, resolve_images
 from dama.pairs import PreferencePair, all_images
 
 TABLE_FILE = "image_table.json"
@@ -61,7 +61,7 @@ class ImageTable:
 
     @property
     def errors(self) -> tuple[dict[str, str], dict[str, str]]:
-        """(outside, bad), as `dama.pairs.find_image_faults` returns them and `check_pairs` takes them."""
+        """(outside, bad), as `dama.images.find_image_errors` returns them and `check_pairs` takes them."""
         return self.outside, self.bad
 
     def digests_of(self, pairs: Sequence[PreferencePair]) -> dict[str, str]:
@@ -107,13 +107,7 @@ def check_images(
     progress: bool = False,
 ) -> ImageTable:
     """Check every image: one opening gives its digest and whether it can be decoded; none where `known` vouches."""
-    outside: dict[str, str] = {}
-    inside: dict[str, Path] = {}
-    for name in names:
-        try:
-            inside[name] = resolve_image(folder, name)
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError, OSError: a loop of links, a name too long
-            outside[name] = str(error)
+    inside, outside = resolve_images(names, folder)
     good: dict[str, ImageEntry] = {}
     bad: dict[str, str] = {}
     opened = 0

@@ -204,17 +204,23 @@ def _image_error(path: Path) -> str | None:
     return None
 
 
-def find_image_errors(
-    names: Sequence[str], folder: ImageFolder, workers: int = 4, progress: bool = False
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Reasons by relative path: (paths outside the folder, missing or unreadable images inside it)."""
-    outside: dict[str, str] = {}
+def resolve_images(names: Sequence[str], folder: ImageFolder) -> tuple[dict[str, Path], dict[str, str]]:
+    """Paths of the names inside the folder, and why the others lead out of it, both by name."""
     inside: dict[str, Path] = {}
+    outside: dict[str, str] = {}
     for name in names:
         try:
             inside[name] = resolve_image(folder, name)
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError, OSError: a loop of links, a name too long
             outside[name] = str(error)
+    return inside, outside
+
+
+def find_image_errors(
+    names: Sequence[str], folder: ImageFolder, workers: int = 4, progress: bool = False
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Reasons by relative path: (paths outside the folder, missing or unreadable images inside it)."""
+    inside, outside = resolve_images(names, folder)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         checks = pool.map(_image_error, inside.values())
         bar = tqdm(checks, "checking images", total=len(inside), unit="image", disable=not progress, leave=False)
