@@ -58,9 +58,6 @@ def log(message: str = "") -> None:
     _LOGGER.info("%s", printable(message))  # escaped for every handler that somebody adds
 
 
-say = log  # earlier name
-
-
 class DiskFullError(OSError):
     """A file that could not be written for lack of room: its path, the space needed and the space free."""
 

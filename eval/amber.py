@@ -24,7 +24,7 @@ from operator import eq
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dama.console import digest_of, report_error, say, write_json
+from dama.console import digest_of, log, report_error, write_json
 from eval.core.benchmark import Benchmark, Part, SummaryColumn
 from eval.core.metrics import Metric, derived
 from eval.core.nouns import FALLBACK, UNLOADABLE, Tagger, nltk_tagger, rule_tagger
@@ -343,7 +343,7 @@ def score(
 
 
 def _fallback(amber: Amber) -> Tagger:
-    say(f"AMBER: nltk's tagger and WordNet cannot be loaded, so rules find the nouns; metrics labeled {FALLBACK}")
+    log(f"AMBER: nltk's tagger and WordNet cannot be loaded, so rules find the nouns; metrics labeled {FALLBACK}")
     return rule_tagger(frozenset(word.lower() for word in amber.vocabulary))
 
 
@@ -505,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         report_error(error, "amber")
         return 2
-    say(f"similar words: {path}")
+    log(f"similar words: {path}")
     return 0
 
 

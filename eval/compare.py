@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dama.console import report_error, say
+from dama.console import log, report_error
 from eval.core.benchmark import Benchmark
 from eval.core.metrics import Metric, from_sums, image_of, resampling_units
 from eval.core.published import Published, Standing
@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         comparison = compare(args.results, args.names)
         record = json.dumps(comparison.record(), indent=2, ensure_ascii=False) if args.json else None
-        say(record or comparison.report(args.published))
+        log(record or comparison.report(args.published))
     except Exception as error:
         report_error(error, "compare")
         return 2

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
-from dama.console import report_error, say, write_atomic, write_json
+from dama.console import log, report_error, write_atomic, write_json
 from dama.images import probe_image, resolve_image
 from dama.redact import redacted
 from eval import benchmarks
@@ -236,7 +236,7 @@ class _Run:
         with self.lock:
             write_json(self.folder / RECORD, self._recorded() | {file.path: entry})
         at = f" at revision {received.revision}" if received.revision else ""
-        say(f"recorded: {file.path}  {source}{at}  {received.size} bytes  SHA-256 {received.sha256}")
+        log(f"recorded: {file.path}  {source}{at}  {received.size} bytes  SHA-256 {received.sha256}")
 
 
 def _content_error(file: File, path: Path) -> str:
@@ -311,13 +311,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.list:
             for line in table(names, folder):
-                say(line)
+                log(line)
             return 0
         fetch(names, folder, mirror=args.mirror, accept=args.accept)
     except Exception as error:
         report_error(error, "download")
         return 2
-    say(f"complete and checked in {folder}: {', '.join(names)}")
+    log(f"complete and checked in {folder}: {', '.join(names)}")
     return 0
 
 

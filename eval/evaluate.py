@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dama.console import digest_of, report_error, say, write_atomic
+from dama.console import digest_of, log, report_error, write_atomic
 from dama.stage import read_stage
 from eval.compare import compare
 from eval.core.answering import ensure_answers
@@ -66,7 +66,7 @@ def evaluate(task: Task, data: Any, responder: Responder, run: Path, args: argpa
     answers, manifests = answer(task, data, responder, run, args)
     if args.answers_only or (task.judged and not args.judge_base_url and not task.has_verdicts(run)):
         reason = "as --answers-only says" if args.answers_only else "no --judge-base-url"
-        say(f"{task.name}: {len(answers)} answers in {task.answers_folder(run)}; not scored, {reason}")
+        log(f"{task.name}: {len(answers)} answers in {task.answers_folder(run)}; not scored, {reason}")
         return None
     return score(task, data, answers, manifests, run, args)
 
@@ -89,7 +89,7 @@ def answer(
     answers, manifests = [], {}
     for part, (requests, published) in task.parts(data).items():
         folder, decoding = task.answers_folder(run) / part, overridden(published, args)
-        say(f"{task.name}: {len(requests)} questions to {responder.name} -> {folder}")
+        log(f"{task.name}: {len(requests)} questions to {responder.name} -> {folder}")
         ensure_answers(responder, requests, image_folders(data), folder, decoding, args)
         manifests[part] = read_stage(folder, STAGE)[0]
         answers += read_answers(folder / f"{STAGE}.jsonl")
@@ -106,7 +106,7 @@ def log_missing(task: Task, answers: Sequence[Answer]) -> None:
     message = f"{task.name}: no answer to {reasons.total()} of {len(answers)} questions ({listed})"
     if reasons.total() == len(answers):
         raise EvaluateError(f"{message}\nRemedy: correct what the server names, e.g. by a larger --max-new-tokens")
-    say(f"{message}; counted as missing, in no metric")
+    log(f"{message}; counted as missing, in no metric")
 
 
 def image_folders(data: Any) -> list[Path]:
@@ -160,7 +160,7 @@ def verdicts(task: Task, data: Any, answers: list[Answer], out: Path, args: argp
         args.judge_base_url, args.judge_model, concurrency=args.judge_concurrency, give_up=True
     ).without(args.judge_omit)
     found = judge.ask(data, answers, settings, out, runs=args.judge_runs if judge.repeats else 1, **quirks)
-    say(found.summary(args.judge_prices))
+    log(found.summary(args.judge_prices))
     return found
 
 
@@ -189,10 +189,10 @@ def report(task: Task, data: Any, outcomes: Mapping[str, Outcome], published: bo
     lines = [task.benchmark.format_table({name: outcome.score for name, outcome in outcomes.items()})]
     if len(outcomes) > 1:  # the base comes second here, and first in a comparison
         lines.append(compare(paths[::-1], names[::-1]).report(published))
-    say("\n\n".join(lines))
+    log("\n\n".join(lines))
     write_atomic(folder / "table.txt", "\n\n".join(lines) + "\n")
     write_page(paths[-1], folder / PAGE, image_folders(data), paths[0] if len(paths) > 1 else None, names=names[::-1])
-    say(f"results: {', '.join(map(str, paths))}")
+    log(f"results: {', '.join(map(str, paths))}")
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -212,7 +212,7 @@ def load_all(args: argparse.Namespace) -> tuple[dict[Task, Any], list[str]]:
     if not loaded:
         raise DownloadError("\n\n".join(unavailable.values()))
     for message in unavailable.values():
-        say(f"LEFT OUT: {message}\n")
+        log(f"LEFT OUT: {message}\n")
     return loaded, list(unavailable)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dama.chat import ChatRequest, ChatSettings
-from dama.console import say
+from dama.console import log
 from dama.errors import error_list
 from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn
 from eval.core.judge import JudgeRun, after_thoughts, ask_judge
@@ -400,7 +400,7 @@ def _score(
 
 
 def _fallback(vocabulary: ObjectVocabulary) -> Tagger:
-    say(f"{JUDGED}: spaCy's en_core_web_trf cannot be loaded, so rules find the nouns; metrics labeled {FALLBACK}")
+    log(f"{JUDGED}: spaCy's en_core_web_trf cannot be loaded, so rules find the nouns; metrics labeled {FALLBACK}")
     return rule_tagger(vocabulary.words)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dama.console import report_error, say, write_atomic
+from dama.console import log, report_error, write_atomic
 from dama.images import ImageFolder
 from dama.pages import render_page
 from eval.compare import Comparison, Row, bounds, comparison_of, made_by, notes_on, signed, verdict
@@ -55,9 +55,9 @@ def write_page(
     images, errors = read_images(list(wanted), images_folder)
     write_atomic(out, render(comparison, images, errors))
     for error in errors:
-        say(f"image left out: {error}")
+        log(f"image left out: {error}")
     size = Path(out).stat().st_size / 1e6
-    say(f"page: {out}, {len(items)} items, {len(images)} images, {size:.1f} MB")
+    log(f"page: {out}, {len(items)} items, {len(images)} images, {size:.1f} MB")
     return Path(out)
 
 

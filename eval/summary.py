@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from dama.console import report_error, say, write_atomic
+from dama.console import log, report_error, write_atomic
 from dama.errors import error_list
 from eval import benchmarks
 from eval.core.benchmark import SummaryColumn
@@ -156,13 +156,13 @@ def _tick(column: Column, values: Sequence[float | None]) -> str:
 def summarize(models: Mapping[str, Results], out: Path) -> None:
     """Print the table and write it to out/summary.txt; write out/radar.png where there are three metrics or more."""
     table, chart = format_table(models), radar(models)
-    say(table)
+    log(table)
     write_atomic(out / "summary.txt", table + "\n")
     if chart is not None:
         write_atomic(out / "radar.png", chart)
-        say(f"summary: {out / 'summary.txt'}, {out / 'radar.png'}")
+        log(f"summary: {out / 'summary.txt'}, {out / 'radar.png'}")
     else:
-        say(f"summary: {out / 'summary.txt'}; no chart, because the models have fewer than three metrics in common")
+        log(f"summary: {out / 'summary.txt'}; no chart, because the models have fewer than three metrics in common")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dama.console import end_on_interrupt, say, write_atomic
+from dama.console import end_on_interrupt, log, write_atomic
 from llava.model.utils import read_weights
 
 
@@ -27,7 +27,7 @@ def extract(model_path: str, output: str) -> None:
     buffer = io.BytesIO()
     torch.save(found, buffer)
     write_atomic(Path(output), buffer.getvalue())
-    say(f"written: {output} ({', '.join(sorted(found))})")
+    log(f"written: {output} ({', '.join(sorted(found))})")
 
 
 def main(argv: list[str] | None = None) -> None:

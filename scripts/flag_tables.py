@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dama.console import end_on_interrupt, say, write_atomic
+from dama.console import end_on_interrupt, log, write_atomic
 from dama.flag_table import Entry, describe, make_entry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def main() -> int:
         path = ROOT / package / "flags.json"
         if not path.exists() or json.loads(path.read_bytes()) != entries:
             status = int(check)
-            say(f"{path.relative_to(ROOT)}: {'out of date' if check else f'{len(entries)} commands written'}")
+            log(f"{path.relative_to(ROOT)}: {'out of date' if check else f'{len(entries)} commands written'}")
             if not check:
                 lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
                 write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")

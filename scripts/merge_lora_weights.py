@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from dama.console import end_on_interrupt, say
+from dama.console import end_on_interrupt, log
 from llava.model.builder import read_checkpoint
 from llava.model.write import new_folder, write_llava
 
@@ -20,7 +20,7 @@ def merge_lora(args: argparse.Namespace) -> None:
     checkpoint.weights = {name: tensor.to(torch.float16) for name, tensor in checkpoint.weights.items()}
     with new_folder(args.save_model_path) as folder:
         write_llava(checkpoint, tokenizer, folder)
-    say(f"written: {args.save_model_path}")
+    log(f"written: {args.save_model_path}")
 
 
 def main(argv: list[str] | None = None) -> None:

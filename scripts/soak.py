@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from dama.console import end_on_interrupt, report_error, say
+from dama.console import end_on_interrupt, log, report_error
 from dama.train.checkpoints import missing_files
 from dama.train.provenance import PROVENANCE_FILE
 from dama.train.signing import SEAL_FILE
@@ -404,7 +404,7 @@ def soak(job: Job, work: Path, kills: int, seed: int) -> str:
     with Run(job, undisturbed) as whole:
         whole.wait_for(None)
     gaps, limit = typical_gaps(whole.signs, whole.seconds), 60 + 10 * round(whole.seconds)
-    say(f"undisturbed: {whole.seconds:.1f} s, {len(whole.signs)} signs of progress")
+    log(f"undisturbed: {whole.seconds:.1f} s, {len(whole.signs)} signs of progress")
     if silent := ", ".join(kind for kind in job.phases if kind not in gaps):
         raise Failure(f"the undisturbed run gave no sign of {silent}; the end of its log:\n{whole.log()[-3000:]}")
     plan, cut_short = plan_kills(list(job.phases), kills, draw), 0
@@ -413,7 +413,7 @@ def soak(job: Job, work: Path, kills: int, seed: int) -> str:
         told = kill_once(job, killed, kind, gaps[kind], draw, limit)
         if told is None and number < kills:
             raise Failure(f"the job had ended before kill {number} of {kills}: nothing was left to hit")
-        say(f"kill {number:>2}/{kills} {told or 'came too late: the job had just ended'}")
+        log(f"kill {number:>2}/{kills} {told or 'came too late: the job had just ended'}")
         cut_short += "cut short" in (told or "")
     remove_stale_locks(work)
     with Run(job, killed) as last:
@@ -446,7 +446,7 @@ def remove_stale_locks(work: Path) -> None:
     """Torch's extension loader waits for ever on the lock of a process that was killed while it held it."""
     for lock in (work / "extensions").glob("*/lock"):
         lock.unlink()
-        say(f"removed {lock.name} of {lock.parent.name}, which a killed start held")
+        log(f"removed {lock.name} of {lock.parent.name}, which a killed start held")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -470,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verdict = soak(job, work, args.kills, args.seed)
     except Failure as failure:
-        say(f"soak {args.job}: FAILED, seed {args.seed}: {failure}\n(everything is kept in {work})")
+        log(f"soak {args.job}: FAILED, seed {args.seed}: {failure}\n(everything is kept in {work})")
         return 1
     except Exception as error:
         report_error(error, "soak")
@@ -478,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         remove_shared_memory(port)
     shutil.rmtree(work)
-    say(f"soak {args.job}: PASSED, seed {args.seed}: {verdict}")
+    log(f"soak {args.job}: PASSED, seed {args.seed}: {verdict}")
     return 0
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dama.console import say, write_json
+from dama.console import log, write_json
 from dama.train.signing import SEAL_FILE, TRAINER_STATE, files_to_seal, signed, signing_key, validate_signature
 
 PROVENANCE_FILE = "dama_provenance.json"  # in a finished model's folder and in its checkpoints
@@ -69,7 +69,7 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
         missing = missing_files(path)
         if not missing:
             return path
-        say(f"{path} is incomplete (its save or its removal was interrupted; no whole {missing[0]}), passed over")
+        log(f"{path} is incomplete (its save or its removal was interrupted; no whole {missing[0]}), passed over")
     return None
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dama.console import say, write_atomic, write_json
+from dama.console import log, write_atomic, write_json
 from dama.stage import differences
 from dama.train.checkpoints import PROVENANCE_FILE, last_complete_checkpoint, validate_world_size
 
@@ -99,7 +99,7 @@ def is_finished(
             validate_world_size(last)
         return False
     validate_provenance(folder, provenance, defaults)
-    say(f"training: complete in {folder}, skipped")
+    log(f"training: complete in {folder}, skipped")
     return True
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dama.console import say
+from dama.console import log
 
 SEAL_FILE = "dama_seal.json"  # in every checkpoint: its files' sizes and digests, written when every rank has saved
 TRAINER_STATE = "trainer_state.json"  # transformers', written after the seal
@@ -133,7 +133,7 @@ def validate_signature(checkpoint: Path, *, trust: bool = False) -> None:
     if reason is None:
         return
     if trust:
-        say(f"warning: {checkpoint} is resumed although {reason} (--trust_checkpoint True)")
+        log(f"warning: {checkpoint} is resumed although {reason} (--trust_checkpoint True)")
         return
     raise ValueError(
         f"{checkpoint}: expected a checkpoint that a run of this user wrote and signed, but {reason}. Loading it could "

@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import NamedTuple
 from zipfile import BadZipFile
 
-from dama.console import say
+from dama.console import log
 
 FALLBACK = "fallback-tagger"
 
@@ -59,7 +59,7 @@ def spacy_tagger(model: str = "en_core_web_trf") -> Tagger | None:
         _log_reason(f"spaCy's {model}", error)
         return None
     if not any(name in pipeline.pipe_names for name in _SETS_TAGS):
-        say(f"nouns: spaCy's {model} has no tagger; its components are {', '.join(pipeline.pipe_names) or 'none'}")
+        log(f"nouns: spaCy's {model} has no tagger; its components are {', '.join(pipeline.pipe_names) or 'none'}")
         return None
 
     @cache  # what is extracted repeats from answer to answer
@@ -95,7 +95,7 @@ def nltk_tagger(*, lower: bool = True) -> Tagger | None:
 def _log_reason(what: str, error: Exception) -> None:
     lines = (line.strip() for line in f"{type(error).__name__}: {error}".splitlines())
     reason = " ".join(line for line in lines if line.strip("*"))  # nltk frames its messages with asterisks
-    say(f"nouns: {what} cannot be loaded: {reason[:200]}")
+    log(f"nouns: {what} cannot be loaded: {reason[:200]}")
 
 
 def _spans(text: str, tokens: Sequence[str]) -> Iterator[tuple[int, int]]:

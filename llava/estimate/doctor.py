@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dama import cli
-from dama.console import log as say
+from dama.console import log
 from llava.estimate import machine
 from llava.estimate.checks import check_data, check_host, check_libraries, check_machine, check_model
 from llava.estimate.disk import check_disk
@@ -61,8 +61,8 @@ def run_doctor(args: argparse.Namespace, flags: Sequence[str]) -> int:
     plan = plan_of_script(args.config_of, flags) if args.config_of else plan_of_flags(flags, args.ranks)
     examine(plan)
     for title, text in plan.notes:
-        say(f"{title:<12}{text}")
-    say(error_text(plan.errors) if plan.errors else "all there")
+        log(f"{title:<12}{text}")
+    log(error_text(plan.errors) if plan.errors else "all there")
     return 1 if plan.errors else 0
 
 

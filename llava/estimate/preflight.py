@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dama.console import say
+from dama.console import log
 from dama.pairs import PreferencePair
 from llava.estimate.configs import configs_of
 from llava.estimate.disk import check_disk
@@ -42,5 +42,5 @@ def preflight(arguments: Arguments, items: Sequence[PreferencePair] | Sequence[R
     if plan.errors:
         raise ValueError(error_text(plan.errors))
     said = dict(plan.notes)
-    say(f"preflight: {said['memory']}")
-    say(f"preflight: {'; '.join([said['disk'], backends(plan)]) if 'disk' in said else backends(plan)}")
+    log(f"preflight: {said['memory']}")
+    log(f"preflight: {'; '.join([said['disk'], backends(plan)]) if 'disk' in said else backends(plan)}")

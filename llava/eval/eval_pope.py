@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dama.console import report_error, say
+from dama.console import log, report_error
 from dama.errors import error_list
 from dama.pairs import read_rows
 
@@ -178,16 +178,16 @@ def eval_pope(answers: Sequence[Mapping[str, Any]], label_file: str | Path, *, o
 
 def _say_figures(counts: Counts, missing: int) -> None:
     figures = counts.ratios()
-    say("TP\tFP\tTN\tFN\t")
-    say(f"{counts.tp}\t{counts.fp}\t{counts.tn}\t{counts.fn}")
+    log("TP\tFP\tTN\tFN\t")
+    log(f"{counts.tp}\t{counts.fp}\t{counts.tn}\t{counts.fn}")
     titles = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1 score",
               "yes_ratio": "Yes ratio"}  # fmt: skip
     for name, title in titles.items():
-        say(f"{title}: {'n/a' if figures[name] is None else figures[name]}")
+        log(f"{title}: {'n/a' if figures[name] is None else figures[name]}")
     order = ("f1", "accuracy", "precision", "recall", "yes_ratio")
-    say(", ".join("n/a" if figures[name] is None else f"{figures[name]:.3f}" for name in order))
+    log(", ".join("n/a" if figures[name] is None else f"{figures[name]:.3f}" for name in order))
     if counts.unread or missing:
-        say(f"Neither yes nor no: {counts.unread}, questions without answer: {missing}")
+        log(f"Neither yes nor no: {counts.unread}, questions without answer: {missing}")
 
 
 # ----------------------------------------------------------------------------------------------------------- command
@@ -220,9 +220,9 @@ def run(args: argparse.Namespace) -> None:
     for file in files:
         split = file.stem.removeprefix("coco_pope_")
         chosen = [row for row in answers if questions[row["question_id"]]["category"] == split]
-        say(f"Category: {split}, # samples: {len(chosen)}")
+        log(f"Category: {split}, # samples: {len(chosen)}")
         eval_pope(chosen, file, official_quirks=args.official_quirks)
-        say("====================================")
+        log("====================================")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dama.console import report_error, say
+from dama.console import log, report_error
 from dama.stage import Shard
 from llava.generation.answers import run_answers
 from llava.generation.flags import AddFolder, add_backend_flags, responder_of
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_error(error, "generate")
         return 2
     if manifest is not None:
-        say(f"answers: {manifest['summary']['answers']} -> {Path(args.out) / 'answers.jsonl'}")
+        log(f"answers: {manifest['summary']['answers']} -> {Path(args.out) / 'answers.jsonl'}")
         for reason, count in manifest["summary"].get("missing", {}).items():
-            say(f"missing: {count}, {reason}")
+            log(f"missing: {count}, {reason}")
     return 0
 
 

@@ -12,7 +12,7 @@ import math
 import sys
 from typing import Any, TypeVar
 
-from dama.console import report_error, say, write_atomic
+from dama.console import log, report_error, write_atomic
 from llava.generation.answers import generate_answers
 from llava.generation.flags import AddFolder
 from llava.generation.local import Answerer
@@ -55,7 +55,7 @@ def eval_model(args: Any) -> None:
     name = get_model_name_from_path(args.model_path)
     answers = [answer_line(row, record["text"], name) for row, record in zip(rows, records)]
     write_atomic(args.answers_file, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-    say(f"answers: {len(answers)} questions -> {args.answers_file}")
+    log(f"answers: {len(answers)} questions -> {args.answers_file}")
 
 
 def answer_line(row: dict[str, Any], text: str, model_id: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from dama.console import report_error, say
+from dama.console import log, report_error
 from llava.constants import IMAGE_PLACEHOLDER
 from llava.generation.request import Decoding
 from llava.serve import images
@@ -51,7 +51,7 @@ def eval_model(args: Any) -> str:
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p)
     prompt = model.render([(with_images(model.literal(args.query), model.image_tokens(), len(images)), None)])
     *_, answer = "", *model.stream(prompt, images, decoding, Event())
-    say(answer)
+    log(answer)
     return answer
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from dama.console import say
+from dama.console import log
 from llava.model.builder import read_checkpoint
 from llava.model.make_delta import combined
 from llava.model.utils import auto_upgrade
@@ -26,7 +26,7 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
     delta.weights = combined(delta, base.weights, sign=1, subject=f"'{delta_path}' on '{base_model_path}'")
     with new_folder(target_model_path) as folder:
         write_llava(delta, tokenizer, folder)
-    say(f"written: {target_model_path}")
+    log(f"written: {target_model_path}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModel, GenerationConfig, PretrainedConfig
 
-from dama.console import say
+from dama.console import log
 from dama.notices import QUANTIZATION_NOTICES
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import (
@@ -140,7 +140,7 @@ def _assemble(
     kind = kind_of(folder)
     if kind in (Kind.FULL, Kind.HF):
         if base:
-            say(f"checkpoint '{source}' is a full model: the base '{base}' is not used")
+            log(f"checkpoint '{source}' is a full model: the base '{base}' is not used")
         checkpoint = read_full_checkpoint(folder)
         return _model(source, checkpoint, **kwargs), checkpoint, _tokenizer(folder, checkpoint.config)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dama.console import say
+from dama.console import log
 from dama.remote_code import remote_code_refused
 from llava.constants import DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.model.language_model.llava_llama import LlavaConfig
@@ -64,7 +64,7 @@ def read_full_checkpoint(folder: str | Path) -> Checkpoint:
     llava = LlavaConfig.from_pretrained(folder)
     llava._name_or_path = str(folder)
     if tower and not tower_is_trained(llava):
-        say(
+        log(
             f"checkpoint '{folder}': {len(tower)} weights of its frozen vision tower are left out, the tower comes "
             f"from '{llava.mm_vision_tower}': {summarize_names(tower)}"
         )
@@ -101,7 +101,7 @@ def from_hf(folder: str | Path, config: dict[str, Any], weights: Weights) -> Che
     named = {name: t[:rows] if name in VOCABULARY_TABLES else t for name, t in named.items()}
     pads, processor = hf_image_processor(folder)
     if not pads:
-        say(
+        log(
             f"llava-hf checkpoint '{folder}': its image processor crops instead of padding (no do_pad), and so it is "
             'used here; set image_aspect_ratio to "pad" in the config for a model that was trained padded'
         )

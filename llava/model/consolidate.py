@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from dama.console import say
+from dama.console import log
 from llava.model.builder import read_checkpoint
 from llava.model.utils import auto_upgrade
 from llava.model.write import new_folder, write_llava
@@ -22,7 +22,7 @@ def consolidate_ckpt(src_path: str, dst_path: str) -> None:
     checkpoint.weights = {name: tensor.to(torch.float16) for name, tensor in checkpoint.weights.items()}
     with new_folder(dst_path) as folder:
         write_llava(checkpoint, tokenizer, folder)
-    say(f"written: {dst_path}")
+    log(f"written: {dst_path}")
 
 
 def main(argv: list[str] | None = None) -> None:

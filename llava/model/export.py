@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dama.console import report_error, say
+from dama.console import log, report_error
 from llava.constants import DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template, image_placeholder
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -49,8 +49,8 @@ def export(source: str, destination: str | Path, to: str, model_base: str | None
         gc.collect()
         differences = compare(source, model_base, folder, to)
     for backend, difference in differences.items():
-        say(f"largest difference of a logit, {backend} images: {difference:.3g}")
-    say(f"written: {destination}")
+        log(f"largest difference of a logit, {backend} images: {difference:.3g}")
+    log(f"written: {destination}")
     return differences
 
 

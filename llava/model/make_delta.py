@@ -10,7 +10,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from dama.console import say
+from dama.console import log
 from llava.model.builder import read_checkpoint
 from llava.model.checkpoint import VOCABULARY_TABLES, Checkpoint
 from llava.model.utils import Weights, auto_upgrade
@@ -31,7 +31,7 @@ def make_delta(base_model_path: str, target_model_path: str, delta_path: str, hu
     target.weights = combined(target, base.weights, sign=-1, subject=f"'{target_model_path}' on '{base_model_path}'")
     with new_folder(delta_path) as folder:
         write_llava(target, tokenizer, folder)
-    say(f"written: {delta_path}")
+    log(f"written: {delta_path}")
     if hub_repo_id:
         from huggingface_hub import HfApi
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dama.console import say, write_json
+from dama.console import log, write_json
 
 Weights = dict[str, Tensor]
 # First line of the text that Git LFS leaves in a clone in place of a large file, in its three versions.
@@ -36,7 +36,7 @@ def auto_upgrade(config: str) -> None:
     fields = read_json(path) if path.is_file() else {}
     if fields.get("model_type") != "llama" or not fields.get("mm_vision_tower"):
         return
-    say(f"'{path}' is of LLaVA's first release: model_type 'llama' has to become 'llava_llama'.")
+    log(f"'{path}' is of LLaVA's first release: model_type 'llama' has to become 'llava_llama'.")
     if input("Change the file now? [y/N] ").strip().lower() not in ("y", "yes"):
         raise SystemExit(f"'{path}' was left as it is; it is needed as 'llava_llama' to go on")
     write_json(path, fields | {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]})

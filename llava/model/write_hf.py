@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dama.console import say, write_json
+from dama.console import log, write_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template, image_placeholder
 from llava.model.checkpoint import EMBEDDINGS, PAD_TOKEN, VOCABULARY_TABLES, Checkpoint, grow_table, rename_weight
@@ -38,7 +38,7 @@ def write_hf(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> None:
     image_id, pad_id, padded_rows = rows, rows + 1, -(-(rows + 2) // 64) * 64
     config = hf_config(checkpoint, tower_config, image_id, padded_rows)
     if (unused := checkpoint.weights[EMBEDDINGS].shape[0] - rows) > 0:
-        say(f"{unused} rows of the vocabulary that the tokenizer has no tokens for are left out")
+        log(f"{unused} rows of the vocabulary that the tokenizer has no tokens for are left out")
     weights = {
         rename_weight(name, TO_HF, "LLaVA checkpoint"): grow_table(t[:rows], padded_rows)
         if name in VOCABULARY_TABLES

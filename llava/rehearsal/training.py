@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from dama.console import report_error, say
+from dama.console import log, report_error
 from dama.losses import preference_loss
 from dama.train.throughput import PairLength
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -290,18 +290,18 @@ class WithDeepSpeed:
 
 def describe(found: Rehearsal, memory: int) -> None:
     """Phases with their peaks, and whether the device had enough."""
-    say(f"{'phase':<28}{'peak':>12}{'reserved':>12}")
+    log(f"{'phase':<28}{'peak':>12}{'reserved':>12}")
     for level in found.levels:
-        say(f"{level.phase:<28}{format_bytes(level.peak):>12}{format_bytes(level.reserved):>12}")
+        log(f"{level.phase:<28}{format_bytes(level.peak):>12}{format_bytes(level.reserved):>12}")
     waits = sum(found.waits.values())
-    say(f"host-device synchronizations in the forward pass: {waits}")
+    log(f"host-device synchronizations in the forward pass: {waits}")
     for site, count in found.waits.items():
-        say(f"  {count} x {site}")
+        log(f"  {count} x {site}")
     if found.ran_out_in:
-        say(f"out of memory in {found.ran_out_in}: {format_bytes(memory)} do not suffice")
+        log(f"out of memory in {found.ran_out_in}: {format_bytes(memory)} do not suffice")
     else:
         reserved = format_bytes(found.reserved)
-        say(f"fits into {format_bytes(memory)}: {reserved} reserved at the most, beside the driver's own")
+        log(f"fits into {format_bytes(memory)}: {reserved} reserved at the most, beside the driver's own")
 
 
 def planned(words: Sequence[str], ranks: int) -> tuple[Plan, list[PairLength]]:
@@ -333,7 +333,7 @@ def main(argv: Sequence[str]) -> int:
             return 2
     for title, text in plan.notes:
         if title in ("step", "memory"):
-            say(f"{title:<12}{text}")
+            log(f"{title:<12}{text}")
     describe(found, torch.cuda.get_device_properties(0).total_memory)
     return 1 if found.ran_out_in else 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from dama.console import printable, report_error, say
+from dama.console import log, printable, report_error
 from llava.generation.request import Decoding
 from llava.serve import images
 from llava.serve.chat import DEFAULT_CONV_MODE
@@ -53,12 +53,12 @@ def converse(model: LocalModel, image: Image.Image, decoding: Decoding, debug: b
             prompt = model.prompt(history, question, has_image=True)
             answer = show(model.stream(prompt, [image], decoding, Event()))
         except ValueError as error:
-            say(f"error: {error}")
+            log(f"error: {error}")
             continue
         history.append((question, answer))
         if debug:
-            say(f"\n{ {'prompt': prompt, 'outputs': answer} }\n")
-    say("exit...")
+            log(f"\n{ {'prompt': prompt, 'outputs': answer} }\n")
+    log("exit...")
 
 
 def read_line(prompt: str) -> str:
@@ -67,14 +67,14 @@ def read_line(prompt: str) -> str:
         try:
             line = input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
-            say()
+            log()
             return ""
         except UnicodeDecodeError as error:
-            say(f"error: byte {error.start} is not {error.encoding}; type it again")
+            log(f"error: byte {error.start} is not {error.encoding}; type it again")
             continue
         if not any("\ud800" <= character <= "\udfff" for character in line):
             return line
-        say(f"error: the line holds bytes that are not {sys.stdin.encoding}; type it again")
+        log(f"error: the line holds bytes that are not {sys.stdin.encoding}; type it again")
 
 
 def keep_undecodable_bytes(stream: Any) -> None:
@@ -92,7 +92,7 @@ def show(texts: Iterator[str]) -> str:
             shown = text
     except KeyboardInterrupt:
         write(" [stopped]")
-    say()
+    log()
     return shown
 
 

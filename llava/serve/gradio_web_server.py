@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from dama.console import report_error, say
+from dama.console import log, report_error
 from dama.images import FORMATS
 from dama.redact import redacted
 from llava.conversation import shrink
@@ -458,7 +458,7 @@ def serve(
     if shared:
         allowed.add(urlsplit(shared).netloc.lower())
     if wait:
-        say(f"serving on {address} (Ctrl-C ends)")
+        log(f"serving on {address} (Ctrl-C ends)")
         demo.block_thread()
     return address
 
@@ -536,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             report_error(error, "gradio_web_server")
             if isinstance(error, ImportError):
-                say("The page needs Gradio: pip install -e '.[serve]'")
+                log("The page needs Gradio: pip install -e '.[serve]'")
             return 2
     return 0
 

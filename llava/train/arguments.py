@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from transformers import HfArgumentParser
 
-from dama.console import say
+from dama.console import log
 from dama.train.arguments import PreferenceArguments, described
 from llava.train.flag_checks import BASE_AS_REFERENCE, find_errors
 from llava.train.flag_help import describe_flags
@@ -145,14 +145,14 @@ def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) 
     """
     words, warnings = translate_flags(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
-        say(help_text())
+        log(help_text())
         sys.exit(0)
     model_args, data_args, training_args = dataclasses_of(words, task)
     if not data_args.is_multimodal:  # as in LLaVA, where a vision tower switches it on again
         warnings.append("--is_multimodal False is ignored: whether a row has an image is seen from the row")
         data_args.is_multimodal = True
     for warning in warnings:
-        say(f"warning: {warning}")
+        log(f"warning: {warning}")
     errors = find_errors(model_args, data_args, training_args)
     if errors:
         raise ValueError("\n  ".join([f"{len(errors)} error(s) in the flags:", *errors]))

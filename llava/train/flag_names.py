@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dama.console import report_error, say
+from dama.console import log, report_error
 from dama.flag_table import find_entry, rebuild
 
 COMMANDS = ("llava.train.train", "llava.train.train_dpo")  # train_mem.py calls check_flags_early itself
@@ -189,7 +189,7 @@ def check_flags_early(argv: Sequence[str], table: Path = TABLE) -> None:
         return
     words, _ = translate_flags(argv)
     if "--help" in words or "-h" in words:
-        say(entry["help"])
+        log(entry["help"])
         sys.exit(0)
     parser = rebuild(entry["parser"], _EarlyParser)
     reject_unknown_flags(words, parser)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 
-from dama.console import say, writing
+from dama.console import log, writing
 from dama.train.base import BaseTrainer
 from dama.train.checkpoints import missing_files, seal_checkpoint
 from dama.train.signing import validate_signature
@@ -236,7 +236,7 @@ class LLaVATrainer(BaseTrainer):
             )
         validate_signature(best, trust=self.args.trust_checkpoint)
         self.state.best_model_checkpoint = str(best)
-        say(f"loading the best checkpoint, {best} ({self.args.metric_for_best_model} {self.state.best_metric:.6g})")
+        log(f"loading the best checkpoint, {best} ({self.args.metric_for_best_model} {self.state.best_metric:.6g})")
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:

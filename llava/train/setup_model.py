@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from dama.console import say
+from dama.console import log
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import load_llava, quantization_config
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -50,7 +50,7 @@ def setup_model(
     setup_vision(llava, tokenizer, arguments, dtype)
     llava.float32_logits = args.float32_logits
     if args.compile_layers and args.gradient_checkpointing:
-        say("warning: --compile_layers True has no effect with gradient checkpointing, whose hooks stay eager")
+        log("warning: --compile_layers True has no effect with gradient checkpointing, whose hooks stay eager")
     elif args.compile_layers:
         compile_layers(llava)
     return model, tokenizer, llava.get_model().load_vision_tower().image_processor
@@ -150,7 +150,7 @@ def with_lora(model: LlavaLlamaForCausalLM, args: Any) -> Any:
         bias=args.lora_bias,
         task_type="CAUSAL_LM",
     )
-    say(f"LoRA: rank {config.r} on {', '.join(sorted(config.target_modules))}")
+    log(f"LoRA: rank {config.r} on {', '.join(sorted(config.target_modules))}")
     return get_peft_model(model, config)
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dama.console import say
+from dama.console import log
 from dama.errors import error_list
 from dama.images import ImageFolder, load_image, open_image, resolve_image
 from dama.pairs import FILE_REMEDY, PairsError
@@ -137,7 +137,7 @@ def supervised_rows(data: SftRows, tokenizer: PreTrainedTokenizerBase, data_args
         faults = [f"{name}: {reason}" for name, reason in idle]
         raise ValueError(error_list(str(data_args.data_path), faults, remedy))
     if cut:
-        say(f"rows: {len(cut)} are cut at --model_max_length {tokenizer.model_max_length}, the first is {cut[0]}")
+        log(f"rows: {len(cut)} are cut at --model_max_length {tokenizer.model_max_length}, the first is {cut[0]}")
     return SftRows([data.rows[i] for i in kept], [data.names[i] for i in kept], [*data.skipped, *idle])
 
 

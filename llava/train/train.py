@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dama.console import digest_of_file, end_on_interrupt, say
+from dama.console import digest_of_file, end_on_interrupt, log
 from dama.train.checkpoints import resume_point
 from dama.train.provenance import provenance_of, step_settings
 from llava.conversation import get_template
@@ -58,7 +58,7 @@ __all__ = [
 
 def rank0_print(*args: Any) -> None:
     """Prints on the first process only."""
-    say(" ".join(str(arg) for arg in args))
+    log(" ".join(str(arg) for arg in args))
 
 
 def smart_tokenizer_and_embedding_resize(
@@ -95,12 +95,12 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     settings = supervised_settings(arguments, model, image_processor)
     used = supervised_rows(read, tokenizer, settings, model.get_vision_tower().tokens_per_image)
     provenance["rows"] = {"trained": len(used.rows), "skipped": len(used.skipped)}
-    say(f"rows: {len(used.rows)} to train on, {len(used.skipped)} skipped")
+    log(f"rows: {len(used.rows)} to train on, {len(used.skipped)} skipped")
     data = make_supervised_data_module(tokenizer, settings, template=settings.template, rows=used.rows)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=args, provenance=provenance, **data)
     train_and_save(trainer, checkpoint)
     for name, reason in used.skipped:
-        say(f"skipped {name}: {reason}")
+        log(f"skipped {name}: {reason}")
     return trainer
 
 
@@ -108,7 +108,7 @@ def train_and_save(trainer: Any, checkpoint: Path | None) -> None:
     """Trains from the start or from a checkpoint, see `resume_point`, then writes the model into --output_dir."""
     folder = Path(trainer.args.output_dir)
     if checkpoint is not None:
-        say(f"continuing from {checkpoint}")
+        log(f"continuing from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
     trainer.model.config.use_cache = True

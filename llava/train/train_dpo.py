@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dama.console import end_on_interrupt, say
+from dama.console import end_on_interrupt, log
 from dama.hardness.sources import HardnessSource
 from dama.train.checkpoints import resume_point
 from dama.train.data import (
@@ -83,7 +83,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     )
     train_and_save(trainer, checkpoint)
     for skip in skipped:
-        say(f"skipped {skip.id}: {skip.reason}")
+        log(f"skipped {skip.id}: {skip.reason}")
     return trainer
 
 
@@ -99,17 +99,17 @@ def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:
     n = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     held_out = len(data.held_out) if data.held_out else 0
     kept = n if config.selects == "off" else config.count_kept(n)
-    say(f"pairs: {len(data.train)} to train on, {held_out} held out, {skipped} skipped; delta_bar {data.delta_bar:.6f}")
-    say(
+    log(f"pairs: {len(data.train)} to train on, {held_out} held out, {skipped} skipped; delta_bar {data.delta_bar:.6f}")
+    log(
         f"step: {n} pairs = {args.per_device_train_batch_size} x {args.world_size} rank(s) x "
         f"{args.gradient_accumulation_steps} micro-batch(es), {kept} selected"
     )
-    say(
+    log(
         f"method: loss {args.preference_loss().name}, strategy {config.strategy}, variant {config.variant}, "
         f"selection {config.selects}, beta {config.beta}, gamma {config.gamma}, learning rate {args.learning_rate}"
     )
     if warning := single_pair_warning(args, len(data.train)):
-        say(warning)
+        log(warning)
 
 
 def single_pair_warning(args: Any, pairs: int) -> str | None:

@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from dama.console import say, write_json
+from dama.console import log, write_json
 from dama.hardness.clip import load_clip
 from dama.hardness.score import run_hardness, summarize
 from dama.pairs import check_pairs, read_pairs
@@ -59,7 +59,7 @@ def measure(out: Path, work: Path) -> dict[str, float]:
     shutil.rmtree(work / "measured", ignore_errors=True)
     weights = out / "weights"
     clip = clip_training.measure(weights / "clip", weights / "llava" / "vision_tower")
-    say("  ".join(f"{name} {value:.6g}" for name, value in clip.items()))
+    log("  ".join(f"{name} {value:.6g}" for name, value in clip.items()))
     figures = caption_figures(open_answerer(weights / "llava"), out, work / "measured")
     say_hardness(out, work / "measured")
     return figures | {
@@ -70,7 +70,7 @@ def measure(out: Path, work: Path) -> dict[str, float]:
 
 
 def heading(text: str) -> None:
-    say(f"== {text}")
+    log(f"== {text}")
 
 
 def open_answerer(checkpoint: Path):  # type: ignore[no-untyped-def]
@@ -90,7 +90,7 @@ def caption_figures(answerer, out: Path, work: Path, split: str = "test", scenes
     questions = read_questions(data / "questions.jsonl")
     generate_answers(answerer, questions, data / "images", data / "answers", Decoding(96), batch_size=32)
     score = score_answers(data / "answers" / "answers.jsonl")
-    say(format_table({"SFT": score}))
+    log(format_table({"SFT": score}))
     return {
         "response-level of SFT, %": score.metrics["response_level"] or 0.0,
         "mention-level of SFT, %": score.metrics["mention_level"] or 0.0,
@@ -107,7 +107,7 @@ def say_hardness(out: Path, work: Path) -> None:
         pairs, data / "images", work / "hardness", load_clip(str(out / "weights" / "clip"), None, "cpu", "fp32")
     )
     for kind, spread in summarize(read_stage(work / "hardness", "hardness")[1])["spread"].items():
-        say(f"delta of {kind}: {json.dumps(spread)}")
+        log(f"delta of {kind}: {json.dumps(spread)}")
 
 
 def judge(figures: dict[str, float]) -> None:
@@ -116,7 +116,7 @@ def judge(figures: dict[str, float]) -> None:
     for name, value in figures.items():
         low, high = MARKS[name]
         holds = low <= value <= high
-        say(f"{'ok  ' if holds else 'MISS'} {name}: {value:.4g} (expected {low:g} to {high:g})")
+        log(f"{'ok  ' if holds else 'MISS'} {name}: {value:.4g} (expected {low:g} to {high:g})")
         if not holds:
             missed.append(name)
     if missed:

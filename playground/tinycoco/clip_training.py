@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dama.console import end_on_interrupt, say, write_atomic, write_json
+from dama.console import end_on_interrupt, log, write_atomic, write_json
 from playground.tinycoco.captions import SPOKEN, article, one_word_edit, truthful_caption
 from playground.tinycoco.scenes import SIZE, Scene, draw, sample_scene
 from playground.tinycoco.tokenizer import corpus
@@ -465,7 +465,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     figures = build(args.out / "clip", args.out / "vision_tower", args.steps, args.pictures, args.seed)
-    say(json.dumps({name: round(value, 6) for name, value in figures.items()}, indent=2))
+    log(json.dumps({name: round(value, 6) for name, value in figures.items()}, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from dama.console import say
+from dama.console import log
 from playground.tinycoco.mmhal import rate_prompt
 
 HOST = "127.0.0.1"
@@ -57,12 +57,12 @@ class JudgeServer(ThreadingHTTPServer):
 def serve(port: int) -> None:
     """Serve until interrupted."""
     with JudgeServer(port) as server:
-        say(f"judge: rules of TinyCOCO, no language model, at {server.url}; Ctrl-C ends it")
-        say(f"judge: use it by --judge-base-url {server.url} --judge-model {MODEL}")
+        log(f"judge: rules of TinyCOCO, no language model, at {server.url}; Ctrl-C ends it")
+        log(f"judge: use it by --judge-base-url {server.url} --judge-model {MODEL}")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            say("judge: ended")
+            log("judge: ended")
 
 
 def completion(body: Any) -> dict[str, Any]:

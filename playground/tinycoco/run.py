@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dama.console import digest_of, digest_of_file, say, write_atomic, write_json
+from dama.console import digest_of, digest_of_file, log, write_atomic, write_json
 from dama.hardness.score import load_hardness
 from dama.report import GalleryItem, Hardness, MarkedCaption, Metric, Report, write_report
 from dama.stage import open_stage, read_stage
@@ -121,7 +121,7 @@ def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str,
             ),
             scores[name].items,
         )
-    say(format_table(scores))
+    log(format_table(scores))
     page = Report(
         title="TinyCOCO: captions before and after alignment",
         how_to_read=HOW_TO_READ,
@@ -136,9 +136,9 @@ def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str,
         warning=SMOKE if smoke else "",
     )
     if smoke:
-        say(SMOKE)
+        log(SMOKE)
     html, markdown = write_report(page, run / "report")
-    say(f"report: {html} (the same as Markdown: {markdown})")
+    log(f"report: {html} (the same as Markdown: {markdown})")
     return scores
 
 

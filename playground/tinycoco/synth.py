@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dama.console import digest_of_file, report_error, say, write_atomic
+from dama.console import digest_of_file, log, report_error, write_atomic
 from dama.report import Report, write_report
 from dama.stage import Record, read_stage
 from dama.synth import command
@@ -129,7 +129,7 @@ def write_true_pairs(pictures: Path, answered: Path, path: Path) -> None:
                  "origin_split": json.dumps({"model": "tinycoco-sft", "type": "truth"})}
             )  # fmt: skip
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-    say(f"pairs ranked by truth: {len(rows)} of {len(records)} pictures")
+    log(f"pairs ranked by truth: {len(rows)} of {len(records)} pictures")
 
 
 def reward_figures(pictures: Path, answered: Path) -> dict[str, str]:
@@ -233,12 +233,12 @@ def report(home: Path, models: dict[str, Path], smoke: bool = False) -> dict[str
     smoke: say first that so small a run shows nothing about the methods.
     """
     scores = {name: score(home / "captions" / run.slug(name), folder) for name, folder in models.items()}
-    say(format_table(scores))
+    log(format_table(scores))
     notes = run.notes(scores) + gain_notes(scores)
     figures = reward_figures(home / "pictures", home / "round-1")
     notes += [f"{what}: {value}." for what, value in figures.items()]
     for note in notes:
-        say(note)
+        log(note)
     page = Report(
         title="TinyCOCO: pairs from reward models alone",
         how_to_read=run.HOW_TO_READ + " Candidates, scores and pairs: round-1/report.html.",
@@ -252,9 +252,9 @@ def report(home: Path, models: dict[str, Path], smoke: bool = False) -> dict[str
         warning=run.SMOKE if smoke else "",
     )
     if smoke:
-        say(run.SMOKE)
+        log(run.SMOKE)
     html, markdown = write_report(page, home / "report")
-    say(f"report: {html} (the same as Markdown: {markdown})")
+    log(f"report: {html} (the same as Markdown: {markdown})")
     return scores
 
 

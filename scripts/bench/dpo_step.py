@@ -48,7 +48,7 @@ from measure import (
 from torch import Tensor
 from tqdm import tqdm
 
-from dama.console import end_on_interrupt, say, write_json
+from dama.console import end_on_interrupt, log, write_json
 from dama.logps import get_batch_logps
 from dama.losses import preference_loss, reward_gap
 from dama.train.throughput import step_flops
@@ -339,12 +339,12 @@ def main() -> None:
     args = parse_arguments()
     ways = [way for way in args.ways if not way.startswith("trl") or find_spec("trl")]
     if ways != args.ways:
-        say("TRL is left out: it is not installed (pip install trl==1.16.0)")
+        log("TRL is left out: it is not installed (pip install trl==1.16.0)")
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="bench_dpo_step_") as folder:
         settings = Settings(Path(folder), SHAPES[args.shape], args.pairs, args.threads, args.steps)
-        say(describe(args, settings))
+        log(describe(args, settings))
         floor = in_a_process(settings, prepare, any(way.startswith("trl") for way in ways))
-        say(f"a step needs {floor.flops / 1e9:.3g} GFLOP; matrix products run at {floor.rate / 1e9:.0f} GFLOP/s")
+        log(f"a step needs {floor.flops / 1e9:.3g} GFLOP; matrix products run at {floor.rate / 1e9:.0f} GFLOP/s")
         runs: Runs = {way: [] for way in ways}
         for _ in tqdm(range(args.repeats), unit="repeat", desc="the ways in turn"):
             for way in ways:
@@ -354,9 +354,9 @@ def main() -> None:
     say_figures(settings, runs, fitting, floor)
     ratios = ratios_to_ours(fitting)
     for name, ratio in ratios.items():
-        say(f"{name:<46} {ratio}")
+        log(f"{name:<46} {ratio}")
     if args.train:
-        say(describe_training(training))
+        log(describe_training(training))
     if args.json:
         found = {way: [asdict(run) for run in of_way] for way, of_way in fitting.items()}
         figures = {name: asdict(ratio) for name, ratio in ratios.items()}
@@ -376,18 +376,18 @@ def describe(args: argparse.Namespace, settings: Settings) -> str:
 
 def say_figures(settings: Settings, runs: Runs, fitting: Fitting, floor: Floor) -> None:
     """A line for each way, and how far their log-probs are apart."""
-    say(f"{'':<10}{'s a step':>31}{'processor s a step':>31}{'GB above the model':>31}{'share of peak':>14}")
+    log(f"{'':<10}{'s a step':>31}{'processor s a step':>31}{'GB above the model':>31}{'share of peak':>14}")
     for way in runs:
         if way not in fitting:
-            say(f"{way:<10} does not fit into the memory")
+            log(f"{way:<10} does not fit into the memory")
             continue
         clock, processor, memory = figures_of(fitting[way])
         share = floor.seconds / (clock if settings.device.type == "cuda" else processor).median
-        say(f"{way:<10}{str(clock):>31}{str(processor):>31}{str(memory):>31}{share:>14.1%}")
+        log(f"{way:<10}{str(clock):>31}{str(processor):>31}{str(memory):>31}{share:>14.1%}")
     if "plain" in fitting and len(fitting) > 1:
         apart = {way: difference(of_way[0], fitting["plain"][0]) for way, of_way in fitting.items() if way != "plain"}
         values = ", ".join(f"{way} {value:.1e}" for way, value in apart.items())
-        say(f"mean log-probs of the answers against plain, relative: {values}")
+        log(f"mean log-probs of the answers against plain, relative: {values}")
 
 
 def difference(one: Measured, other: Measured) -> float:

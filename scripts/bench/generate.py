@@ -21,7 +21,7 @@ from measure import SHAPES, TOKENIZER, Shape, Spread, Timed, time_of, write_chec
 from torch import Tensor
 from tqdm import tqdm
 
-from dama.console import end_on_interrupt, say, write_json
+from dama.console import end_on_interrupt, log, write_json
 from dama.train.throughput import PairLength
 from llava.generation.answers import by_length
 from llava.generation.local import Answerer
@@ -164,7 +164,7 @@ def main() -> None:
     for name in args.shape:
         with tempfile.TemporaryDirectory() as folder:
             found.append(measure(name, Path(folder), args))
-        say(str(found[-1]))
+        log(str(found[-1]))
     if args.json:
         write_json(args.json, [asdict(comparison) for comparison in found])
 

@@ -30,7 +30,7 @@ from measure import Spread, synchronise
 from PIL import Image
 from tqdm import tqdm
 
-from dama.console import end_on_interrupt, say
+from dama.console import end_on_interrupt, log
 from dama.hardness import score
 from dama.hardness.clip import ClipScorer, load_clip
 from dama.hardness.score import ChunkSplitter, hardness_delta, load_hardness, run_hardness
@@ -212,7 +212,7 @@ def no_parts() -> dict[str, list[Seconds]]:
 def report(setting: Setting, rounds: int, scratch: Path) -> None:
     statements = sum(len(split_statements(a)) for pair in setting.pairs for a in (pair.chosen, pair.rejected))
     images = len(distinct_images(setting.pairs))
-    say(f"{len(setting.pairs)} pairs, {images} pictures, {statements} statements; {setting.scorer.identity['model']}")
+    log(f"{len(setting.pairs)} pairs, {images} pictures, {statements} statements; {setting.scorer.identity['model']}")
     warm_up = setting._replace(pairs=setting.pairs[:4])
     direct(warm_up, no_parts())
     ours(warm_up, scratch / "warm_up")
@@ -229,22 +229,22 @@ def report(setting: Setting, rounds: int, scratch: Path) -> None:
         for kind in Seconds._fields:
             spread = Spread.of([len(setting.pairs) / getattr(each, kind) for each in seconds])
             pictures = Spread.of([images / getattr(each, kind) for each in seconds])
-            say(f"{name:<12} pairs a second of {kind:<10} {spread!s:<26} pictures {pictures}")
+            log(f"{name:<12} pairs a second of {kind:<10} {spread!s:<26} pictures {pictures}")
     for kind in Seconds._fields:
         ratios = [getattr(d, kind) / getattr(o, kind) for d, o in zip(*times.values())]
-        say(f"times as fast, by {kind:<10} {Spread.of(ratios)}")
-    say(f"largest difference of delta: {difference:.1e}")
+        log(f"times as fast, by {kind:<10} {Spread.of(ratios)}")
+    log(f"largest difference of delta: {difference:.1e}")
     say_parts(of_direct, of_ours, rounds)
 
 
 def say_parts(of_direct: dict[str, list[Seconds]], of_ours: dict[str, list[Seconds]], rounds: int) -> None:
     """Processor time of a round, the share of all parts, and how many times less it became."""
-    say(f"{'processor s':<18}{'direct':>9}{'share':>8}{'stage':>9}{'share':>8}{'less by':>9}")
+    log(f"{'processor s':<18}{'direct':>9}{'share':>8}{'stage':>9}{'share':>8}{'less by':>9}")
     totals = [sum(each.processor for part in way.values() for each in part) / rounds for way in (of_direct, of_ours)]
     for name in of_direct:
         before, after = (sum(each.processor for each in way[name]) / rounds for way in (of_direct, of_ours))
         shares = f"{before:>9.2f}{before / totals[0]:>8.1%}{after:>9.2f}{after / totals[1]:>8.1%}"
-        say(f"{name:<18}{shares}{before / after:>8.1f}x")
+        log(f"{name:<18}{shares}{before / after:>8.1f}x")
 
 
 def report_waiting(setting: Setting, scratch: Path) -> None:
@@ -275,8 +275,8 @@ def report_waiting(setting: Setting, scratch: Path) -> None:
     alone = statistics.median(seconds(gpu_alone) for _ in range(3))
     whole = [seconds(partial(ours, setting, scratch / str(number))) for number in range(3)]
     rates = Spread.of([len(names) / each for each in whole])
-    say(f"pictures a second: {rates}; the GPU alone: {len(names) / alone:.3g}")
-    say(f"share of time that the GPU waits: {Spread.of([max(0.0, 1 - alone / each) for each in whole])}")
+    log(f"pictures a second: {rates}; the GPU alone: {len(names) / alone:.3g}")
+    log(f"share of time that the GPU waits: {Spread.of([max(0.0, 1 - alone / each) for each in whole])}")
 
 
 if __name__ == "__main__":

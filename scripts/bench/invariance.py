@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dama.console import end_on_interrupt, say, write_json
+from dama.console import end_on_interrupt, log, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "playground/tinycoco/weights"
@@ -95,10 +95,10 @@ def main() -> None:
         for layout in LAYOUTS:
             name = "x".join(map(str, layout))
             runs[name] = train(Path(scratch) / name, data, layout, args.zero)
-            say(f"{name:>8}: loss {runs[name]['loss'][-1]:.6f}  R_bar {runs[name]['dama/R_bar'][-1]:+.6f}")
+            log(f"{name:>8}: loss {runs[name]['loss'][-1]:.6f}  R_bar {runs[name]['dama/R_bar'][-1]:+.6f}")
     table = deviations(runs)
     for figure, values in table.items():
-        say(f"{figure:>16}: " + "  ".join(f"{name} {value:.2e}" for name, value in values.items()))
+        log(f"{figure:>16}: " + "  ".join(f"{name} {value:.2e}" for name, value in values.items()))
     if args.json:
         write_json(args.json, {"deviations": table, "runs": runs})
 

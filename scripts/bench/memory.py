@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from measure import SHAPES, Shape, random_pairs, write_checkpoint, write_pictures
 
-from dama.console import end_on_interrupt, say, write_json
+from dama.console import end_on_interrupt, log, write_json
 from dama.train.throughput import PairLength
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,13 +177,13 @@ def main() -> None:
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         write_checkpoint(folder / "checkpoint", shape, torch.device("cpu"), dtype)
         write_pictures(folder, shape, PAIRS)
-        say(f"{'MiB on the rank that needs most':<42}{'measured':>10}{'estimated':>11}{'error':>9}  peak in")
+        log(f"{'MiB on the rank that needs most':<42}{'measured':>10}{'estimated':>11}{'error':>9}  peak in")
         table = {}
         for case in (case for case in CASES if args.only in case):
             table[case] = launch(case, args.shape, folder)
-            say(line_of(case, table[case]))
+            log(line_of(case, table[case]))
     errors = [abs(error_of(figures)) for figures in table.values()]
-    say(f"largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}, of {len(errors)} cases")
+    log(f"largest error {max(errors):.1%}, mean {sum(errors) / len(errors):.1%}, of {len(errors)} cases")
     if args.json:
         write_json(args.json, table)
 

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from dama.console import end_on_interrupt, say
+from dama.console import end_on_interrupt, log
 from dama.prepare.contamination import evaluation_images
 
 ROOT = Path(__file__).parents[2]
@@ -63,19 +63,19 @@ def main() -> None:
         source, out = Path(scratch) / "parquet", Path(scratch) / "out"
         bad = write_shards(source, photos, args)
         size = sum(path.stat().st_size for path in source.iterdir())
-        say(f"{args.rows} rows in {args.shards} Parquet files, {size / 1e9:.2f} GB")
+        log(f"{args.rows} rows in {args.shards} Parquet files, {size / 1e9:.2f} GB")
         start = time.perf_counter()
         rows = sum(batch.num_rows for batch in batches(source))
         seconds = time.perf_counter() - start
-        say(f"reading alone:  {rows / seconds:>8.0f} rows/s ({seconds:.1f} s)")
+        log(f"reading alone:  {rows / seconds:>8.0f} rows/s ({seconds:.1f} s)")
         prepare_seconds, cpu_seconds, peak = run_prepare(source, out, args.workers)
         megabytes, times = size / 1e6 / prepare_seconds, prepare_seconds / seconds
-        say(f"prepare:        {rows / prepare_seconds:>8.0f} rows/s ({prepare_seconds:.1f} s, {megabytes:.0f} MB/s)")
-        say(f"                {times:>8.1f} x the time of reading alone, --workers {args.workers}")
-        say(f"processor time: {cpu_seconds:>8.1f} s, {rows / cpu_seconds:.0f} rows for a second of one core")
-        say(f"peak memory:    {peak / 1e6:>8.0f} MB, resident, of the process and its children")
+        log(f"prepare:        {rows / prepare_seconds:>8.0f} rows/s ({prepare_seconds:.1f} s, {megabytes:.0f} MB/s)")
+        log(f"                {times:>8.1f} x the time of reading alone, --workers {args.workers}")
+        log(f"processor time: {cpu_seconds:>8.1f} s, {rows / cpu_seconds:.0f} rows for a second of one core")
+        log(f"peak memory:    {peak / 1e6:>8.0f} MB, resident, of the process and its children")
         left_out = json.loads((out / "data_card.json").read_text())["left_out"]
-        say(f"left out:       {left_out}, as planted: {left_out == bad}")
+        log(f"left out:       {left_out}, as planted: {left_out == bad}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -33,7 +33,7 @@ from measure import (
 )
 from tqdm import tqdm
 
-from dama.console import end_on_interrupt, say, write_json
+from dama.console import end_on_interrupt, log, write_json
 from dama.train.reference import plan_batches
 from dama.train.throughput import PairLength, forward_flops
 from llava.estimate.one_batch import first_loss
@@ -136,15 +136,15 @@ def main() -> None:
     rate = matmul_rate(device, model.dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.threads} CPU thread(s)"
     what = "training step" if args.step else "reference stage"
-    say(
+    log(
         f"{what}, shape {args.shape}, {str(model.dtype).removeprefix('torch.')}, {name}: matrix products at "
         f"{rate / 1e9:.0f} GFLOP/s; batches of {args.batch_size}; {'' if device.type == 'cuda' else 'processor '}"
         f"seconds, medians (smallest to largest) of {args.repeats}"
     )
     rows = [measure(model, shape, case, rate, args) for case in tqdm(cases(shape, args.pairs), unit="case")]
-    say(LINE.format("", "pairs", "prefix", "answers", "tokens", "shared", "/ 1000 tokens", "/ floor", "plain / shared"))
+    log(LINE.format("", "pairs", "prefix", "answers", "tokens", "shared", "/ 1000 tokens", "/ floor", "plain / shared"))
     for row in rows:
-        say(describe(row))
+        log(describe(row))
     if args.json:
         write_json(args.json, {"shape": args.shape, "flops_per_second": rate, "rows": [asdict(row) for row in rows]})
 

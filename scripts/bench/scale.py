@@ -26,7 +26,7 @@ from typing import Any
 
 from PIL import Image
 
-from dama.console import end_on_interrupt, say, write_atomic
+from dama.console import end_on_interrupt, log, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "playground/tinycoco/weights/llava"
@@ -58,7 +58,7 @@ MB = 1e6
 def main() -> None:
     args = parse_arguments()
     if args.functions:
-        say(json.dumps(seconds_of_functions(args.functions)))
+        log(json.dumps(seconds_of_functions(args.functions)))
         return
     if args.command:
         sys.exit(run_command(args.command))
@@ -68,9 +68,9 @@ def main() -> None:
             write_pairs(folder, count)
             measure(folder, count, args.repeats)
     if not args.no_help:
-        say("\n--help, seconds (median)")
+        log("\n--help, seconds (median)")
         for command in COMMANDS:
-            say(f"  {command:<36} {statistics.median(help_seconds(command) for _ in range(args.repeats)):6.2f}")
+            log(f"  {command:<36} {statistics.median(help_seconds(command) for _ in range(args.repeats)):6.2f}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -120,16 +120,16 @@ def row_of(number: int, images: int, rng: random.Random) -> dict[str, Any]:
 def measure(folder: Path, count: int, repeats: int) -> None:
     """Print the medians of one size."""
     functions = [json.loads(child("--functions", folder)) for _ in range(repeats)]
-    say(f"\n{count} pairs\n  functions, seconds")
+    log(f"\n{count} pairs\n  functions, seconds")
     for name in functions[0]:
-        say(f"    {name:<28} {statistics.median(run[name] for run in functions):8.2f}")
+        log(f"    {name:<28} {statistics.median(run[name] for run in functions):8.2f}")
     starts = [command_seconds(folder, f"out{i}") for i in range(repeats)]
     idle = [command_seconds(folder, f"out{i}") for i in range(repeats)]
-    say("  training command, seconds")
+    log("  training command, seconds")
     for name in sorted({name for run in starts for name in run}):
         values = [run[name] for run in starts if name in run]
-        say(f"    {name:<28} {statistics.median(values):8.2f}")
-    say(f"    {'called again, finished':<28} {statistics.median(run['whole run'] for run in idle):8.2f}")
+        log(f"    {name:<28} {statistics.median(values):8.2f}")
+    log(f"    {'called again, finished':<28} {statistics.median(run['whole run'] for run in idle):8.2f}")
 
 
 def child(*words: str | Path) -> str:

@@ -18,7 +18,7 @@ from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
-from dama.console import say, write_json
+from dama.console import log, write_json
 from scripts.gpu.child import run_in_child
 
 PROGRAM = "gpu_check"
@@ -170,15 +170,15 @@ def main(argv: list[str] | None = None) -> int:
         **machine,
         "blocks": {},
     }
-    say(f"{machine['card']}, {machine['memory_gib']} GiB, driver {machine['driver']}, torch "
+    log(f"{machine['card']}, {machine['memory_gib']} GiB, driver {machine['driver']}, torch "
         f"{machine['versions']['torch']}{', REHEARSED: times mean nothing' * args.rehearse}")  # fmt: skip
     for name in args.blocks:
         left = 60 * args.minutes - (time.monotonic() - began)
         limit = REHEARSAL_LIMIT if args.rehearse else min(BLOCKS[name].limit, left)
         block = results["blocks"][name] = run_block(name, out, limit, args.rehearse)
         write_json(out, results)
-        say(f"{name:<11}{block['status']:<10}{block['seconds']:>6.1f} s  {block['line']}")
-    say(f"results: {out}")
+        log(f"{name:<11}{block['status']:<10}{block['seconds']:>6.1f} s  {block['line']}")
+    log(f"results: {out}")
     return 0 if all(block["status"] in ("ok", "left out") for block in results["blocks"].values()) else 1
 
 

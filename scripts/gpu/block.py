@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dama.console import say, write_json
+from dama.console import log, write_json
 from llava.rehearsal.launch import allow_forks, is_rehearsed
 from llava.rehearsal.mode import NullMode
 
@@ -44,7 +44,7 @@ class Report:
             self.failed += 1
             found["error"] = f"{type(error).__name__}: {first_line(error)}"
         self.cases[name] = found
-        say(f"{name}: {found}")
+        log(f"{name}: {found}")
         torch.cuda.empty_cache()
         self.write()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dama.console import say
+from dama.console import log
 from dama.shared_prefix import attention_backend
 from llava.estimate.machine import driver_version, gpu_problem
 from llava.rehearsal.launch import is_rehearsed
@@ -46,7 +46,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.stderr.write(f"gpu_check: error: expected one GPU: {gpu_problem()}; --rehearse runs without one\n")
         return 2
-    say(json.dumps(describe()))
+    log(json.dumps(describe()))
     return 0
 
 

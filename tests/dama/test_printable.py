@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from dama.chat import ChatClient, ChatError, ChatRequest, ChatSettings
-from dama.console import printable, report_error, say
+from dama.console import log, printable, report_error
 from dama.pairs import PairsError, check_pairs, read_pairs
 from llava.serve import cli
 from tests.openai_server import ScriptedServer, failure
@@ -33,7 +33,7 @@ ESCAPES = [
 @pytest.mark.parametrize(("text", "shown"), ESCAPES)
 def test_control_characters_are_shown_not_obeyed(text, shown, capsys):
     assert printable(text) == shown
-    say(f"checkpoint {text}: loaded")
+    log(f"checkpoint {text}: loaded")
     assert capsys.readouterr().out == f"checkpoint {shown}: loaded\n"
 
 

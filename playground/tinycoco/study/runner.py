@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dama.console import say, write_json
+from dama.console import log, write_json
 from playground.tinycoco import run
 from playground.tinycoco.study.analysis import Study, last_stop, plain_ratio, read_cell
 from playground.tinycoco.study.cell import Scenes, World, run_cell, sft_captions
@@ -43,8 +43,8 @@ def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: in
     failed = run_study(cells, world, folder, cores)
     findings = Findings(Study.read(folder, cells, world.fingerprint), world.pool)
     docs = docs or (folder if quick else Path("docs"))
-    say(summary(write_study(findings, docs)))
-    say(f"study: {docs / PAGE}, {docs / NUMBERS}")
+    log(summary(write_study(findings, docs)))
+    log(f"study: {docs / PAGE}, {docs / NUMBERS}")
     return int(failed)
 
 
@@ -84,7 +84,7 @@ def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> 
     out.mkdir(parents=True, exist_ok=True)
     sft_captions(world, out)
     to_do = [cell for cell in cells if not is_finished(cell, world, out)]
-    say(
+    log(
         f"study: {len(cells)} cells declared, {len(cells) - len(to_do)} finished; {cores} at a time, about "
         f"{hours_of(len(to_do), cores):.1f} hours"
     )
@@ -104,7 +104,7 @@ def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> 
                 bar.write(f"{cell.name}: FAILED: {failed[cell.name]}")
     write_json(folder / "failed.json", failed)
     if failed:
-        say(f"study: {len(failed)} cells failed, listed in {folder / 'failed.json'}; the same command tries them again")
+        log(f"study: {len(failed)} cells failed, listed in {folder / 'failed.json'}; the same command tries them again")
     return bool(failed)
 
 
@@ -148,5 +148,5 @@ def run_again(cells: Sequence[Cell], world: World, folder: Path, count: int) -> 
         now = run_cell(cell, world, folder / "again")
         same = was["stops"] == json.loads(json.dumps(now["stops"]))
         different += not same
-        say(f"{line_of(now)}  {'the same to the last caption' if same else 'was ' + line_of(was)}")
+        log(f"{line_of(now)}  {'the same to the last caption' if same else 'was ' + line_of(was)}")
     return different
