@@ -71,18 +71,18 @@ class ChatSettings:
     give_up: bool = False
 
     def __post_init__(self) -> None:
-        faults = []
+        errors = []
         if not _is_address(self.base_url):
-            faults.append(f"base_url: expected http://HOST/v1 or https://HOST/v1, got {self.shown_url!r}")
+            errors.append(f"base_url: expected http://HOST/v1 or https://HOST/v1, got {self.shown_url!r}")
         if not self.model:
-            faults.append("model: expected the name that the server gives it, got an empty one")
+            errors.append("model: expected the name that the server gives it, got an empty one")
         for name, least in (("temperature", 0), ("max_tokens", 1), ("concurrency", 1), ("retries", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least:
-                faults.append(f"{name}: expected {least} or more, got {getattr(self, name)}")
+                errors.append(f"{name}: expected {least} or more, got {getattr(self, name)}")
         if self.timeout <= 0:
-            faults.append(f"timeout: expected more than 0 seconds, got {self.timeout}")
-        if faults:
-            raise ValueError("chat settings: " + "; ".join(faults))
+            errors.append(f"timeout: expected more than 0 seconds, got {self.timeout}")
+        if errors:
+            raise ValueError("chat settings: " + "; ".join(errors))
 
     @property
     def shown_url(self) -> str:
@@ -108,7 +108,7 @@ def _is_address(url: str) -> bool:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One conversation to be continued, in OpenAI's format, pictures as data URLs. `id` is the caller's.
+    """One conversation to be continued, in OpenAI's format, images as data URLs. `id` is the caller's.
 
     sample: which of several independent draws for the same messages this is; one draw is asked for once and kept.
     """
@@ -471,7 +471,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def picture(data: bytes, kind: str = "jpeg") -> dict[str, Any]:
-    """The part of a turn that shows a picture, given as the bytes of its file."""
+    """The part of a turn that shows an image, given as the bytes of its file."""
     import base64
 
     url = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -198,7 +198,7 @@ def status_of(error: Exception) -> int | None:
 
 
 def hopeless(error: Exception) -> str | None:
-    """Why no other request would fare better, or None where this one alone may be at fault."""
+    """Why no other request would fare better, or None where this one alone may be at error."""
     import openai
 
     if isinstance(error.__cause__, RedirectError):

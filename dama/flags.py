@@ -147,7 +147,7 @@ def load_pairs(args: argparse.Namespace, errors: Sequence[str]) -> tuple[list[Pr
             args.image_folder,
             args.on_bad_image,
             subject=args.data,
-            faults=row_errors,
+            errors=row_errors,
             workers=max(1, args.workers),
             progress=int(os.environ.get("RANK", "0")) == 0,
         )

@@ -76,30 +76,30 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
     origin_dataset, origin_split, kind; kind falls back to origin_split's "type". Whether it is a list or one record
     a line is seen from the first character. Raises PairsError naming every torn line and every row with a bad field.
     """
-    pairs, faults = parse_pairs(path)
-    if faults:
-        raise PairsError(error_list(str(path), faults, FILE_REMEDY))
+    pairs, errors = parse_pairs(path)
+    if errors:
+        raise PairsError(error_list(str(path), errors, FILE_REMEDY))
     return pairs
 
 
 def parse_pairs(path: str | Path) -> tuple[list[PreferencePair], list[str]]:
-    """read_pairs with the faults of single rows returned, for check_pairs to report together with its own."""
+    """read_pairs with the errors of single rows returned, for check_pairs to report together with its own."""
     path = Path(path)
     if not path.is_file():
         raise PairsError(f"{path}: no such file\nRemedy: give a JSON or JSONL file of preference pairs")
-    pairs, faults = [], []
+    pairs, errors = [], []
     for place, row in read_rows(path):
         try:
             if isinstance(row, ValueError):
                 raise row
             pairs.append(pair_from_row(row))
-        except ValueError as fault:
-            faults.append(f"{place}: {fault}")
+        except ValueError as error:
+            errors.append(f"{place}: {error}")
         except RecursionError:
-            faults.append(f"{place}: {TOO_DEEP}")
-    if not pairs and not faults:
+            errors.append(f"{place}: {TOO_DEEP}")
+    if not pairs and not errors:
         raise PairsError(f"{path}: no pairs in it\nRemedy: expected a JSON list of records or one record a line")
-    return pairs, faults
+    return pairs, errors
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -284,15 +284,15 @@ def check_pairs(
     on_bad_image: str = "fail",
     *,
     subject: str = "pairs",
-    faults: Sequence[str] = (),
+    errors: Sequence[str] = (),
     workers: int = 4,
     progress: bool = False,
     images: tuple[dict[str, str], dict[str, str]] | None = None,
 ) -> tuple[list[PreferencePair], list[SkippedPair]]:
     """Good pairs, and those left out because their image is missing or unreadable (only with on_bad_image="skip").
 
-    All other faults are errors always: empty or equal answers, duplicate ids, image placeholders inside the text,
-    image paths that leave the folder. Raises PairsError with every fault in one message, after `faults` known before;
+    All other problems are errors always: empty or equal answers, duplicate ids, image placeholders inside the text,
+    image paths that leave the folder. Raises PairsError with every error in one message, after `errors` known before;
     `subject` heads it. `images` are the reasons that `find_image_errors` gives, where they are known already.
     """
     if on_bad_image not in ("fail", "skip"):
@@ -300,16 +300,16 @@ def check_pairs(
     for folder in missing_folders(image_folder):
         remedy = "give the folder the image paths start from"
         raise PairsError(f"image folder {folder}: no such folder\nRemedy: {remedy}")
-    texts = [_fault(pair, reason) for pair in pairs for reason in text_faults(pair)]
-    faults = [*faults, *_duplicate_faults(pairs), *texts]
+    texts = [_error(pair, reason) for pair in pairs for reason in text_errors(pair)]
+    errors = [*errors, *_duplicate_errors(pairs), *texts]
     outside, bad = images or find_image_errors(all_images(pairs), image_folder, workers, progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
-    faults += [_fault(pair, blocking[name], name) for pair in pairs for name in pair.images if name in blocking]
-    if faults:
+    errors += [_error(pair, blocking[name], name) for pair in pairs for name in pair.images if name in blocking]
+    if errors:
         remedy = FILE_REMEDY
         if not outside and bad and on_bad_image == "fail":
             remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
-        raise PairsError(error_list(subject, faults, remedy))
+        raise PairsError(error_list(subject, errors, remedy))
     first_bad = [(pair, next((name for name in pair.images if name in bad), None)) for pair in pairs]
     good = [pair for pair, name in first_bad if name is None]
     skipped = [SkippedPair(pair.id, f"{bad[name]}: {name}") for pair, name in first_bad if name is not None]
@@ -319,16 +319,16 @@ def check_pairs(
     return good, skipped
 
 
-def _fault(pair: PreferencePair, reason: str, image: str = "") -> str:
+def _error(pair: PreferencePair, reason: str, image: str = "") -> str:
     return f"row {pair.id} (image {image or pair.image}): {reason}"
 
 
-def _duplicate_faults(pairs: Sequence[PreferencePair]) -> list[str]:
+def _duplicate_errors(pairs: Sequence[PreferencePair]) -> list[str]:
     counts = Counter(pair.id for pair in pairs)
     return [f"id {id_!r} is used by {count} rows, expected one" for id_, count in counts.items() if count > 1]
 
 
-def text_faults(pair: PreferencePair) -> Iterator[str]:
+def text_errors(pair: PreferencePair) -> Iterator[str]:
     """Why its texts make no preference pair: empty or equal to a reader's eye, or with a placeholder inside."""
     answers = {"chosen": pair.chosen, "rejected": pair.rejected}
     if pair.second is not None:

@@ -1,6 +1,6 @@
-"""A report as one self-contained HTML page and as Markdown with its pictures in a folder beside it.
+"""A report as one self-contained HTML page and as Markdown with its images in a folder beside it.
 
-Knows pictures, marked captions, estimates with intervals and logged curves; which models and benchmarks made them is
+Knows images, marked captions, estimates with intervals and logged curves; which models and benchmarks made them is
 the caller's matter. The page needs no network and no script, and follows the reader's light or dark setting.
 """
 
@@ -81,7 +81,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class MarkedCaption:
-    """What a model said about a picture, with the objects that it named. Spans must not overlap."""
+    """What a model said about an image, with the objects that it named. Spans must not overlap."""
 
     model: str
     text: str
@@ -144,7 +144,7 @@ def write_report(report: Report, folder: str | Path) -> tuple[Path, Path]:
 
 
 def render_html(report: Report) -> str:
-    """The whole page; pictures are data URLs and plots inline SVG."""
+    """The whole page; images are data URLs and plots inline SVG."""
     pictures = [_data_url(*encode_picture(item.picture)) for item in report.gallery]
     plots = [_plot_view(plot, image=Markup(_themed_svg(plot))) for plot in _plots(report)]
     environment = _environment(autoescape=True)
@@ -174,7 +174,7 @@ def svg_of(name: str, draw: Callable[[Axes], None]) -> Markup:
 
 
 def url_of(picture: Image.Image) -> str:
-    """The picture as a data URL, scaled down where it is large."""
+    """The image as a data URL, scaled down where it is large."""
     return _data_url(*encode_picture(picture))
 
 

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 SHARDS = "shards"  # the folder, inside a stage's, that holds those of its shards
 Record = dict[str, Any]
 Flags = Mapping[str, str]  # the beginning of a field of a fingerprint -> the flag that sets it
-Summarise = Callable[[Any, list[Record]], Record]
+Summarize = Callable[[Any, list[Record]], Record]
 """(all records, what each shard handed to `conclude`) -> the summary in the manifest.
 
 The records are a `RecordFile`: they have a length and can be iterated over more than once.
@@ -117,7 +117,7 @@ class Stage:
         with open_stage(out, "name", fingerprint, [len(chunk) for chunk in chunks], shard=shard) as stage:
             for number in stage.to_do:
                 stage.append(records_of(chunks[number]))
-            manifest = stage.conclude(summarise, {"skipped": skipped})
+            manifest = stage.conclude(summarize, {"skipped": skipped})
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Stage:
         self.complete = True
         return manifest
 
-    def conclude(self, summarise: Summarise, facts: Record, place: Place | None = None) -> Record | None:
+    def conclude(self, summarize: Summarize, facts: Record, place: Place | None = None) -> Record | None:
         """Finish the stage; the last shard to finish merges all.
 
         Returns the manifest of the whole stage, or None while other shards are missing. `facts` is what the summary
@@ -235,12 +235,12 @@ class Stage:
         stays as it is.
         """
         if self.shard.count == 1:
-            return _read_manifest(self.folder) if self.complete else self._finish_whole(summarise, facts, place)
+            return _read_manifest(self.folder) if self.complete else self._finish_whole(summarize, facts, place)
         if not self.complete:
             self.finish(facts, [place(record) for record in RecordFile(self.records_path)] if place else ())
-        return self._merge_if_last(summarise, place)
+        return self._merge_if_last(summarize, place)
 
-    def _finish_whole(self, summarise: Summarise, facts: Record, place: Place | None) -> Record:
+    def _finish_whole(self, summarize: Summarize, facts: Record, place: Place | None) -> Record:
         """Finish a stage that is not in shards, its records in their final order.
 
         A kill after the file is replaced and before the manifest is written leaves all planned records in that order,
@@ -250,13 +250,13 @@ class Stage:
             places = [place(record) for record in RecordFile(self.records_path)]
             if places != sorted(places):
                 write_joined(self.records_path, [self.records_path], places)
-        return self.finish(summarise(RecordFile(self.records_path), [facts]))
+        return self.finish(summarize(RecordFile(self.records_path), [facts]))
 
-    def _merge_if_last(self, summarise: Summarise, place: Place | None) -> Record | None:
+    def _merge_if_last(self, summarize: Summarize, place: Place | None) -> Record | None:
         parts = [Shard(index, self.shard.count).folder(self.root) for index in range(self.shard.count)]
         missing = [part for part in parts if not self._is_finished_sibling(part)]
         if not missing:
-            return _merge(self.root, parts, self.name, summarise, place)
+            return _merge(self.root, parts, self.name, summarize, place)
         remedy = f"the last to finish merges them, or `python -m dama merge {self.root}` afterwards"
         log(f"{self.name}: shard {self.shard} is done, {len(missing)} others are not yet; {remedy}")
         return None
@@ -406,7 +406,7 @@ def stage_of(folder: str | Path) -> str:
     raise StageError(f"{folder}: neither {MANIFEST} nor {SHARDS} of a stage in it\nRemedy: {remedy}")
 
 
-def merge_shards(folder: str | Path, name: str, summarise: Summarise) -> Record:
+def merge_shards(folder: str | Path, name: str, summarize: Summarize) -> Record:
     """Join all shards in folder/shards to folder/name.jsonl and its manifest, the bytes of an unsharded run.
 
     Returns the manifest. Raises StageError naming every shard that is unfinished, of other inputs, missing or there
@@ -415,23 +415,23 @@ def merge_shards(folder: str | Path, name: str, summarise: Summarise) -> Record:
     parts = shards_in(folder)
     if not parts:
         raise StageError(f"{name}: no {SHARDS} in {folder}\nRemedy: run the stage with --shard 0/n to n-1/n first")
-    return _merge(Path(folder), parts, name, summarise)
+    return _merge(Path(folder), parts, name, summarize)
 
 
-def _merge(root: Path, parts: Sequence[Path], name: str, summarise: Summarise, place: Place | None = None) -> Record:
+def _merge(root: Path, parts: Sequence[Path], name: str, summarize: Summarize, place: Place | None = None) -> Record:
     read = [(_read_manifest(part), part) for part in parts]
-    faults = [f"  {part.name}: unfinished" for manifest, part in read if manifest is None or not manifest["complete"]]
+    errors = [f"  {part.name}: unfinished" for manifest, part in read if manifest is None or not manifest["complete"]]
     done = [(manifest, part) for manifest, part in read if manifest is not None and manifest["complete"]]
     foreign = [part for manifest, part in done if "chunks" not in manifest or manifest["stage"] != name]
-    faults += [f"  {part.name}: not a shard of the stage {name}" for part in foreign]
+    errors += [f"  {part.name}: not a shard of the stage {name}" for part in foreign]
     done = sorted((pair for pair in done if pair[1] not in foreign), key=lambda pair: pair[0]["chunks"])
-    faults += [*_foreign_inputs(done), *_gaps_and_overlaps(done)]
-    if faults:
+    errors += [*_foreign_inputs(done), *_gaps_and_overlaps(done)]
+    if errors:
         remedy = f"run the shards that are missing; remove from {root / SHARDS} what belongs to another run"
-        raise StageError("\n".join([f"{name}: the shards in {root} do not fit together", *faults, f"Remedy: {remedy}"]))
+        raise StageError("\n".join([f"{name}: the shards in {root} do not fit together", *errors, f"Remedy: {remedy}"]))
     for manifest, part in done:
         _check_records(part / f"{name}.jsonl", manifest)
-    return _write_merged(root, done, name, summarise, place)
+    return _write_merged(root, done, name, summarize, place)
 
 
 def _foreign_inputs(done: Sequence[tuple[Record, Path]]) -> Iterator[str]:
@@ -459,7 +459,7 @@ def _gaps_and_overlaps(done: Sequence[tuple[Record, Path]]) -> Iterator[str]:
 
 
 def _write_merged(
-    root: Path, done: Sequence[tuple[Record, Path]], name: str, summarise: Summarise, place: Place | None
+    root: Path, done: Sequence[tuple[Record, Path]], name: str, summarize: Summarize, place: Place | None
 ) -> Record:
     manifests = [manifest for manifest, _ in done]
     merged = {key: manifests[0][key] for key in ("stage", "complete", "records", "plan", "fingerprint")}
@@ -478,7 +478,7 @@ def _write_merged(
     seconds = max(manifest["time"]["seconds"] for manifest in manifests)  # they may have run beside each other
     merged |= {
         "digest": digest_of_file(path),
-        "summary": summarise(RecordFile(path), [manifest["summary"] for manifest in manifests]),
+        "summary": summarize(RecordFile(path), [manifest["summary"] for manifest in manifests]),
         "time": {"seconds": seconds, "records": merged["records"], "finished": _now(), "shards": len(done)},
     }
     write_json(root / MANIFEST, merged)

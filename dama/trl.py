@@ -54,7 +54,7 @@ from dama.images import ImageFolder, load_image, resolve_image
 from dama.losses import ViewLogps
 from dama.pairs import PreferencePair, image_digests, pairs_fingerprint, read_pairs
 from dama.stage import read_stage
-from dama.train.data import refuse_other_inputs
+from dama.train.data import validate_same_inputs
 from dama.train.metrics import StepTable
 from dama.train.reference import STAGE as REFERENCE
 from dama.train.trainer import STATE_FILE, validate_reference
@@ -143,11 +143,11 @@ def join_stages(
     columns: dict[str, dict[str, Any]] = {}
     if hardness is not None:
         loaded = load_hardness(hardness)
-        refuse_other_inputs("hardness", str(hardness), loaded.fingerprint, made_from or {})
+        validate_same_inputs("hardness", str(hardness), loaded.fingerprint, made_from or {})
         columns[DELTA] = loaded.delta
     if reference is not None:
         manifest, records = read_stage(reference, REFERENCE)
-        refuse_other_inputs(REFERENCE, str(reference), manifest["fingerprint"], made_from or {})
+        validate_same_inputs(REFERENCE, str(reference), manifest["fingerprint"], made_from or {})
         for side, logps, tokens in zip(SIDES, LOGPS, TOKENS):
             columns[logps] = {record["id"]: record[f"{side}_logp"] for record in records}
             columns[tokens] = {record["id"]: record[f"{side}_tokens"] for record in records}

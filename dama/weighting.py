@@ -61,7 +61,7 @@ class WeightingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        faults = [
+        errors = [
             f"{name}: expected {expected}, got {getattr(self, name)}"
             for name, holds, expected in (
                 ("beta", self.beta > 0, "a number above 0"),
@@ -71,8 +71,8 @@ class WeightingConfig:
             )
             if not holds
         ]
-        if faults:
-            raise ValueError("; ".join(faults))
+        if errors:
+            raise ValueError("; ".join(errors))
 
     @property
     def selects(self) -> Selection:

@@ -147,7 +147,7 @@ def tokenizer_image_token(
 ) -> Any:
     """The ids of a prompt, each "<image>" one `image_token_index`.
 
-    The texts between images are tokenised each on its own, and a BOS is kept at the very start only.
+    The texts between images are tokenized each on its own, and a BOS is kept at the very start only.
 
     Returns:
         a list of ids, or a LongTensor [T] for return_tensors="pt".

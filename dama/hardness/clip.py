@@ -240,9 +240,9 @@ def load_clip(model: str, pretrained: str | None, device: str | torch.device, pr
     open_clip_model.safetensors. Raises ClipError for what clip_faults finds, and for weights that cannot be had or do
     not fit.
     """
-    faults = clip_faults(model, pretrained)
-    if faults:
-        raise ClipError("\n".join(faults))
+    errors = clip_errors(model, pretrained)
+    if errors:
+        raise ClipError("\n".join(errors))
     with remote_code_refused(f"CLIP {model}", "give a CLIP whose tokenizer and text tower need no code of their own"):
         return _load_clip(model, pretrained, torch.device(device), precision)
 
@@ -292,16 +292,16 @@ def _refuse_cutting_tokenizers(tokenizer: Any, model: str) -> None:
         raise ClipError(f"CLIP {model}: its tokenizer ({kind}) is not supported\nRemedy: {remedy}")
 
 
-def clip_faults(model: str, pretrained: str | None) -> list[str]:
+def clip_errors(model: str, pretrained: str | None) -> list[str]:
     """What is wrong with a choice of CLIP, each with a remedy, seen without loading or fetching anything."""
     try:
         import open_clip
     except ImportError as error:
         return [f"open_clip cannot be imported ({error})\nRemedy: pip install open_clip_torch"]
     if Path(model).is_dir():
-        return _folder_faults(Path(model), pretrained)
+        return _folder_errors(Path(model), pretrained)
     if model.startswith(HUB):
-        return [_own_weights_fault(model, pretrained)] if pretrained is not None else []
+        return [_own_weights_error(model, pretrained)] if pretrained is not None else []
     if model not in open_clip.list_models():
         remedy = f"a name from open_clip.list_models(), such as {DEFAULT_MODEL}, or an existing folder"
         return [f"--clip {model}: neither a folder nor an architecture of open_clip\nRemedy: {remedy}"]
@@ -312,23 +312,23 @@ def clip_faults(model: str, pretrained: str | None) -> list[str]:
     if tag not in tags:
         remedy = f"one of {', '.join([*tags, RANDOM])}, or a file"
         return [f"--pretrained {tag}: {model} has no such weights\nRemedy: {remedy}"]
-    return _quick_gelu_faults(model, tag)
+    return _quick_gelu_errors(model, tag)
 
 
-def _folder_faults(folder: Path, pretrained: str | None) -> list[str]:
+def _folder_errors(folder: Path, pretrained: str | None) -> list[str]:
     remedy = f"Remedy: a folder as open_clip writes it, with {CONFIG_NAME} and {WEIGHTS_NAME}"
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
-    faults = [f"--clip {folder}: no {name} in it\n{remedy}" for name in missing]
+    errors = [f"--clip {folder}: no {name} in it\n{remedy}" for name in missing]
     if pretrained is not None:
-        faults.append(_own_weights_fault(str(folder), pretrained))
-    return faults
+        errors.append(_own_weights_error(str(folder), pretrained))
+    return errors
 
 
-def _own_weights_fault(model: str, pretrained: str) -> str:
+def _own_weights_error(model: str, pretrained: str) -> str:
     return f"--pretrained {pretrained}: {model} has its own weights\nRemedy: leave it out"
 
 
-def _quick_gelu_faults(model: str, tag: str) -> list[str]:
+def _quick_gelu_errors(model: str, tag: str) -> list[str]:
     """open_clip only warns when weights trained with QuickGELU meet a model with GELU, and the scores are wrong."""
     import open_clip
 

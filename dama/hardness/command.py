@@ -204,9 +204,9 @@ def flag_errors(args: argparse.Namespace) -> list[str]:
         return errors
     if paths_missing(args):  # reported at once: the imports below take seconds
         return errors
-    from dama.hardness.clip import clip_faults
+    from dama.hardness.clip import clip_errors
 
-    return errors + clip_faults(args.clip, args.pretrained)
+    return errors + clip_errors(args.clip, args.pretrained)
 
 
 def _clip_words(identity: dict[str, str]) -> str:

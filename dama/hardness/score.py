@@ -224,17 +224,17 @@ def _records_from_scores(chunk: Sequence[PreferencePair], reduction: str) -> lis
     ]
 
 
-def score_faults(pairs: Sequence[PreferencePair]) -> list[str]:
+def score_errors(pairs: Sequence[PreferencePair]) -> list[str]:
     """The rows whose own scores cannot be used, because one answer has none."""
     lacking = [pair.id for pair in pairs if pair.clip_scores is None or not all(pair.clip_scores)]
     return [f"row {id_}: no scores in chosen_logits or rejected_logits" for id_ in lacking]
 
 
 def _require_scores(pairs: Sequence[PreferencePair]) -> None:
-    faults = score_faults(pairs)
-    if faults:
+    errors = score_errors(pairs)
+    if errors:
         remedy = "complete these rows, or drop --from_scores and have a CLIP score all"
-        raise PairsError(error_list("pairs with given scores", faults, remedy))
+        raise PairsError(error_list("pairs with given scores", errors, remedy))
 
 
 def _encode_chunks(
@@ -266,7 +266,7 @@ class ChunkTexts(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkSplitter:
-    """Splits and tokenises the answers of chunk after chunk; worker processes do it ahead of the text tower."""
+    """Splits and tokenizes the answers of chunk after chunk; worker processes do it ahead of the text tower."""
 
     answers: Sequence[Sequence[str]]  # distinct ones of each chunk, sorted
     tokens: TextTokens

@@ -1,4 +1,4 @@
-"""A page and a picture of what the stage found: the spread of delta, how far it is length, and pairs with scores."""
+"""A page and an image of what the stage found: the spread of delta, how far it is length, and pairs with scores."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _notes(manifest: Record, records: Sequence[Record]) -> list[str]:
 def render(
     manifest: Record, records: Sequence[Record], groups: Sequence[Group], pictures: dict[str, Image.Image]
 ) -> str:
-    """The page, with pictures and plots inside."""
+    """The page, with images and plots inside."""
     deltas = {"all": [record["delta"] for record in records]}
     deltas |= {f"source {name}": values for name, values in by_field(records, "source").items()}
     deltas |= {f"kind {name}": values for name, values in by_field(records, "kind").items()}
@@ -214,10 +214,10 @@ def _pair_view(record: Record, sources: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------- picture
+# ---------------------------------------------------------------------------------------------------------- image
 
 _WIDTH, _PLOTS_HEIGHT, _HEADING, _PAIR = 12.0, 6.4, 0.45, 2.1  # inches
-_LINES = 7  # of text for each answer, which is what fits beside a picture
+_LINES = 7  # of text for each answer, which is what fits beside an image
 
 
 def draw_sheet(

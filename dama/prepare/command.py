@@ -218,25 +218,25 @@ def run(args: argparse.Namespace) -> None:
 
 
 def checked_flags(args: argparse.Namespace) -> dict[str, str]:
-    """--column as a mapping. Raises PrepareError with all faults that need no look at the rows."""
-    faults, columns = [], {}
+    """--column as a mapping. Raises PrepareError with all errors that need no look at the rows."""
+    errors, columns = [], {}
     try:
         columns = parse_columns(args.column)
     except ValueError as error:
-        faults.append(str(error))
+        errors.append(str(error))
     if not (0 <= args.hold_out < 1 or (args.hold_out >= 1 and args.hold_out.is_integer())):
-        faults.append(f"--hold_out {args.hold_out}: expected a share of the pictures below 1, or a number of them")
+        errors.append(f"--hold_out {args.hold_out}: expected a share of the images below 1, or a number of them")
     if args.workers < 1:
-        faults.append(f"--workers {args.workers}: expected 1 or more threads")
+        errors.append(f"--workers {args.workers}: expected 1 or more threads")
     if args.image_folder is not None and not Path(args.image_folder).is_dir():
-        faults.append(f"--image_folder {args.image_folder}: no such folder")
-    faults += _out_faults(Path(args.out), args.overwrite)
-    if faults:
-        raise PrepareError("\n".join(faults))
+        errors.append(f"--image_folder {args.image_folder}: no such folder")
+    errors += _out_errors(Path(args.out), args.overwrite)
+    if errors:
+        raise PrepareError("\n".join(errors))
     return columns
 
 
-def _out_faults(out: Path, overwrite: bool) -> list[str]:
+def _out_errors(out: Path, overwrite: bool) -> list[str]:
     """A folder with files of somebody else is not written to."""
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -328,7 +328,7 @@ def append_rows(
     count: CountTokens,
     workers: int,
 ) -> None:
-    """Append every chunk that the stage lacks, in the order of the plan; pictures are checked by `workers` threads."""
+    """Append every chunk that the stage lacks, in the order of the plan; images are checked by `workers` threads."""
     rows_before = 0
     bar = tqdm(total=stage.total, initial=stage.records_done, desc=NAME, unit="row", smoothing=0.05)
     with bar, ThreadPoolExecutor(workers) as pool:

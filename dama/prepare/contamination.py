@@ -1,4 +1,4 @@
-"""Rows whose picture is among the evaluation images, known by the COCO id in the picture's name."""
+"""Rows whose image is among the evaluation images, known by the COCO id in the picture's name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Benchmarks = Mapping[str, frozenset[int]]
 
 
 def evaluation_images() -> Benchmarks:
-    """The pictures of Object HalBench (300) and POPE (500), all of COCO val2014."""
+    """The images of Object HalBench (300) and POPE (500), all of COCO val2014."""
     lists = json.loads(IDS_FILE.read_text(encoding="utf-8"))
     return {benchmark: frozenset(ids) for benchmark, ids in lists.items()}
 

@@ -18,18 +18,18 @@ ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bm
 """Endings of stored images, by Pillow's name of each accepted format."""
 MPO = "MPO"  # what Pillow calls a JPEG with further ones behind it, as some cameras write
 MAX_BYTES = 64 << 20  # of one image file
-OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.[a-z]+(?:\..+)?")  # a stored picture, or what a kill left of one
+OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.[a-z]+(?:\..+)?")  # a stored image, or what a kill left of one
 
 
 class RowImage(NamedTuple):
-    """What a row says about its picture: the bytes where they are inside it, and every name it gives."""
+    """What a row says about its image: the bytes where they are inside it, and every name it gives."""
 
     data: bytes | None
     names: tuple[str, ...]
 
 
 class StoredImage(NamedTuple):
-    """A picture in the folder of images; `name` is its path from there."""
+    """A image in the folder of images; `name` is its path from there."""
 
     name: str
     width: int
@@ -73,10 +73,10 @@ def image_bytes(image: RowImage, folder: Path) -> bytes:
     except ImageError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
-        raise ImageError(_path_fault(error, name)) from error
+        raise ImageError(_path_error(error, name)) from error
 
 
-def _path_fault(error: Exception, name: str) -> str:
+def _path_error(error: Exception, name: str) -> str:
     """Why a path cannot be read, without absolute paths: the list of rows left out must not depend on the folder."""
     if isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno == errno.ELOOP):
         return f"image path is a loop of symbolic links: {name}"
@@ -87,19 +87,19 @@ def _path_fault(error: Exception, name: str) -> str:
 
 
 class ImageStore:
-    """The folder of pictures, images/ab/ab12....jpg. Threads may add at once: the same bytes make the same file."""
+    """The folder of images, images/ab/ab12....jpg. Threads may add at once: the same bytes make the same file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, StoredImage | str] = {}  # by digest; a text says what is wrong
 
     def add(self, data: bytes, digest: str) -> StoredImage:
-        """Check and write the picture with these bytes and their SHA-256. Raises ImageError saying what is wrong."""
+        """Check and write the image with these bytes and their SHA-256. Raises ImageError saying what is wrong."""
         if digest not in self._known:
             try:
                 self._known[digest] = self._store(data, digest)
-            except ImageError as fault:
-                self._known[digest] = str(fault)
+            except ImageError as error:
+                self._known[digest] = str(error)
         known = self._known[digest]
         if isinstance(known, str):
             raise ImageError(known)
@@ -119,7 +119,7 @@ class ImageStore:
         return StoredImage(name, facts.width, facts.height, len(data))
 
     def remove_unused(self, used: Container[str]) -> int:
-        """Delete pictures stored here that no pair shows, and what a kill left of some; how many there were."""
+        """Delete images stored here that no pair shows, and what a kill left of some; how many there were."""
         own = [path for path in self.folder.glob("[0-9a-f][0-9a-f]/*") if OWN_FILE.fullmatch(path.name)]
         unused = [path for path in own if path.relative_to(self.folder).as_posix() not in used]
         for path in unused:

@@ -1,4 +1,4 @@
-"""The prepared set's files: repeated rows left out, pictures held out, every row in one list, card and checksums."""
+"""The prepared set's files: repeated rows left out, images held out, every row in one list, card and checksums."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ OF_THE_CARD = ("place", "size", "lengths", "contaminated")  # fields of a record
 
 
 class Split(NamedTuple):
-    """How many pictures are held out, a share below 1 or a number, and the seed of the choice."""
+    """How many images are held out, a share below 1 or a number, and the seed of the choice."""
 
     hold_out: float
     seed: int
 
     def held_out(self, images: Sequence[str]) -> frozenset[str]:
-        """The pictures that come first in an order shuffled by the seed.
+        """The images that come first in an order shuffled by the seed.
 
         A picture's place in it depends on its bytes and the seed alone, never on where its rows stand.
         """

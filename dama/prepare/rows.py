@@ -1,4 +1,4 @@
-"""What becomes of one row: a pair with its picture stored, or the reason why it is left out."""
+"""What becomes of one row: a pair with its image stored, or the reason why it is left out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from dama.console import digest_of
 from dama.images import ImageError
-from dama.pairs import TOO_DEEP, PreferencePair, id_of_row, pair_of_fields, text_faults
+from dama.pairs import TOO_DEEP, PreferencePair, id_of_row, pair_of_fields, text_errors
 from dama.prepare.card import NOT_STATED
 from dama.prepare.contamination import Benchmarks, contamination
 from dama.prepare.images import ImageStore, RowImage, image_bytes, image_of_row, sha256
@@ -47,7 +47,7 @@ class Rules:
     """What a row must be. `generators` are folded names, none: any."""
 
     generators: frozenset[str]
-    benchmarks: Benchmarks  # their pictures are left out
+    benchmarks: Benchmarks  # their images are left out
     keep_contaminated: bool
 
 
@@ -71,18 +71,18 @@ def generator_of(row: Record) -> str:
 def record_of(place: str, row: Any, rules: Rules, image_folder: Path, store: ImageStore) -> Record:
     """The stage's record of one row: the pair as training reads it with its figures, or why it is left out.
 
-    `image_folder` is where image paths start, for a picture that is not inside the row.
+    `image_folder` is where image paths start, for an image that is not inside the row.
     """
     try:
         return {"place": clean(place), **_pair_record(row, rules, image_folder, store)}
-    except LeftOutError as fault:
-        return {"place": clean(place), **_identity(row), "reason": fault.reason, "detail": clean(str(fault))}
+    except LeftOutError as error:
+        return {"place": clean(place), **_identity(row), "reason": error.reason, "detail": clean(str(error))}
     except RecursionError:
         return {"place": clean(place), **_identity(row), "reason": UNREADABLE, "detail": TOO_DEEP}
 
 
 def _identity(row: Any) -> Record:
-    """Id and picture of a row that is left out, as far as it has them."""
+    """Id and image of a row that is left out, as far as it has them."""
     identity: Record = {}
     # No record at all, of other types, or nested too deep: the reason says so.
     with suppress(ValueError, AttributeError, RecursionError):
@@ -111,8 +111,8 @@ def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) 
         digest = sha256(data)
         pair = _checked_pair(row, digest)
         stored = store.add(data, digest)
-    except ImageError as fault:
-        raise LeftOutError(BAD_IMAGE, str(fault)) from fault
+    except ImageError as error:
+        raise LeftOutError(BAD_IMAGE, str(error)) from error
     return {
         "idx": pair.id,
         "image": stored.name,
@@ -130,7 +130,7 @@ def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) 
 
 
 def _readable(row: Any) -> tuple[NamedRow, RowImage, str]:
-    """The row under our names, its picture and its generator."""
+    """The row under our names, its image and its generator."""
     try:
         if isinstance(row, ValueError):
             raise row
@@ -138,21 +138,21 @@ def _readable(row: Any) -> tuple[NamedRow, RowImage, str]:
             raise ValueError(f"expected a record with named fields, got {type(row).__name__}")
         row = named_fields(row)
         return row, image_of_row(row), generator_of(row)
-    except ValueError as fault:
-        raise LeftOutError(UNREADABLE, str(fault)) from fault
+    except ValueError as error:
+        raise LeftOutError(UNREADABLE, str(error)) from error
 
 
 def _checked_pair(row: NamedRow, digest: str) -> PreferencePair:
-    """The pair with its picture's digest for a name, so that an absent id is the digest of pair and picture."""
+    """The pair with its picture's digest for a name, so that an absent id is the digest of pair and image."""
     try:
         pair = pair_of_fields(row.replaced(image_path=digest))
-    except ValueError as fault:
-        raise LeftOutError(UNREADABLE, str(fault)) from fault
+    except ValueError as error:
+        raise LeftOutError(UNREADABLE, str(error)) from error
     texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "id": pair.id}
     long = [f"{name}: {len(text)} characters" for name, text in texts.items() if len(text) > MAX_CHARACTERS]
-    faults = [f"{fault}, more than {MAX_CHARACTERS}" for fault in long] or list(text_faults(pair))
-    if faults:
-        raise LeftOutError(BAD_TEXT, "; ".join(faults))
+    errors = [f"{error}, more than {MAX_CHARACTERS}" for error in long] or list(text_errors(pair))
+    if errors:
+        raise LeftOutError(BAD_TEXT, "; ".join(errors))
     return pair
 
 
@@ -171,5 +171,5 @@ def add_lengths(records: Sequence[Record], count: CountTokens) -> None:
 
 
 def pair_key(record: Record) -> str:
-    """The same for rows of the same picture whose question and answers look the same."""
+    """The same for rows of the same image whose question and answers look the same."""
     return digest_of([record["image"], *(visible_text(record[name]) for name in ("question", "chosen", "rejected"))])

@@ -49,7 +49,7 @@ ANSWER_LAYOUTS = (
 )
 """Columns of which one set must be there; dama.styles says whose they are."""
 QUESTION_FIELDS = {"question", "prompt", "query", "conversations", "messages", "text"}
-BATCH_ROWS = 32  # rows of Parquet decoded at a time: a few MB of pictures, and bounded where answers are of 10 MB
+BATCH_ROWS = 32  # rows of Parquet decoded at a time: a few MB of images, and bounded where answers are of 10 MB
 
 SPLITS = {
     "train": ("train", "training"),
@@ -96,7 +96,7 @@ def find_files(
     aside: LeftAside = {} if left_aside is None else left_aside
     local: list[Path] = []
     remote: list[SourceFile] = []
-    faults = []
+    errors = []
     for source in sources:
         try:
             if source.startswith("hf:"):
@@ -104,9 +104,9 @@ def find_files(
             else:
                 local += _local_files(source, split, aside)
         except SourceError as error:
-            faults.append(str(error))
-    if faults:
-        raise SourceError("\n".join(faults))
+            errors.append(str(error))
+    if errors:
+        raise SourceError("\n".join(errors))
     local = _of_one_split(local, sources, split, aside)
     found = {file.path.resolve(): file for file in [*_named(local), *remote]}
     return list(found.values())
@@ -233,14 +233,14 @@ def _is_table(path: Path) -> bool:
 
 def parse_columns(texts: Sequence[str]) -> dict[str, str]:
     """question=prompt_text, ... as field -> column. Raises ValueError naming every one that cannot be."""
-    columns, faults = {}, []
+    columns, errors = {}, []
     for text in texts:
         target, equals, column = text.partition("=")
         if target not in TARGETS or not equals or (not column and target != "id"):
-            faults.append(f"--column {text}: expected NAME=COLUMN, NAME one of {', '.join(TARGETS)}")
+            errors.append(f"--column {text}: expected NAME=COLUMN, NAME one of {', '.join(TARGETS)}")
         columns[TARGETS.get(target, "")] = column
-    if faults:
-        raise ValueError("\n".join(faults))
+    if errors:
+        raise ValueError("\n".join(errors))
     return columns
 
 
@@ -263,16 +263,16 @@ def renamed(row: Any, columns: Mapping[str, str]) -> Any:
 
 def count_rows(files: Sequence[SourceFile], columns: Mapping[str, str]) -> list[int]:
     """Rows of each file. Raises SourceError naming every file that cannot be read or lacks a column."""
-    counts, faults = [], []
+    counts, errors = [], []
     for file in files:
         try:
             counts.append(_count(file, columns))
         except (SourceError, PairsError, OSError) as error:
-            faults.append(str(error))
-    if not faults and not any(counts):
-        faults = [f"{file.name}: no rows in it" for file in files]
-    if faults:
-        raise SourceError("\n".join(faults))
+            errors.append(str(error))
+    if not errors and not any(counts):
+        errors = [f"{file.name}: no rows in it" for file in files]
+    if errors:
+        raise SourceError("\n".join(errors))
     return counts
 
 
@@ -289,7 +289,7 @@ def _open_parquet(file: SourceFile) -> ParquetFile:
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Read page by page: with pre_buffer a whole row group, pictures and all, would be in memory.
+        # Read page by page: with pre_buffer a whole row group, images and all, would be in memory.
         return ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
         remedy = "the file is truncated or not Parquet; fetch it again"
@@ -298,17 +298,17 @@ def _open_parquet(file: SourceFile) -> ParquetFile:
 
 def _check_schema(file: SourceFile, schema: Schema, columns: Mapping[str, str]) -> None:
     names = set(schema.names)
-    faults = [f"no column {column!r} (--column)" for column in columns.values() if column and column not in names]
+    errors = [f"no column {column!r} (--column)" for column in columns.values() if column and column not in names]
     have = names | set(columns)
     if not any(layout <= have for layout in ANSWER_LAYOUTS):
-        faults += [f"no column {name!r}" for name in ("chosen", "rejected") if name not in have]
+        errors += [f"no column {name!r}" for name in ("chosen", "rejected") if name not in have]
     if not have & QUESTION_FIELDS and not _holds_messages(schema, "chosen"):
-        faults.append("no column 'question' or 'prompt'")
+        errors.append("no column 'question' or 'prompt'")
     if not have & {"image", "images", "image_path"}:
-        faults.append("no column 'image', 'images' or 'image_path'")
-    if faults:
+        errors.append("no column 'image', 'images' or 'image_path'")
+    if errors:
         remedy = f"it has {', '.join(schema.names)}; name others as in --column question=COLUMN"
-        raise SourceError(error_list(file.name, faults, remedy))
+        raise SourceError(error_list(file.name, errors, remedy))
 
 
 def _holds_messages(schema: Schema, column: str) -> bool:
@@ -347,8 +347,8 @@ def _rows_of(
     for place, row in rows:
         try:
             row = renamed(row, columns)
-        except ValueError as fault:
-            row = fault
+        except ValueError as error:
+            row = error
         yield f"{file.name} {place}", row
 
 

@@ -178,14 +178,14 @@ def _add_pair_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace, artist: TextToImage | None = None) -> None:
-    """The steps that were asked for. `artist` draws the pictures in place of diffusers.
+    """The steps that were asked for. `artist` draws the images in place of diffusers.
 
-    Raises SynthError for all faults of the flags at once, before anything is loaded.
+    Raises SynthError for all errors of the flags at once, before anything is loaded.
     """
     steps = [args.step] if args.step else [step for step in STEPS if not (args.pictures and step in STEPS[:2])]
-    faults = flag_faults(args, steps)
-    if faults:
-        raise SynthError("\n\n".join(faults))
+    errors = flag_errors(args, steps)
+    if errors:
+        raise SynthError("\n\n".join(errors))
     from dama.synth.respond import release_memory
 
     device = pick_device(args.device)
@@ -217,7 +217,7 @@ def _images(args: argparse.Namespace, artist: TextToImage | None, device: str) -
         suffix=args.image_format,
         overwrite=args.overwrite,
     )
-    log_counts(IMAGES, "candidate pictures", ("candidates", "usable", "faults"), manifest["summary"])
+    log_counts(IMAGES, "candidate images", ("candidates", "usable", "faults"), manifest["summary"])
 
 
 def _rank_images(args: argparse.Namespace, device: str) -> None:
@@ -267,58 +267,58 @@ def log_counts(step: str, of: str, keys: tuple[str, str, str], summary: Record) 
         log(f"{count:>9}  {reason}")
 
 
-def flag_faults(args: argparse.Namespace, steps: Sequence[str]) -> list[str]:
+def flag_errors(args: argparse.Namespace, steps: Sequence[str]) -> list[str]:
     """What is wrong with the flags that these steps use, seen without loading anything."""
-    faults = _number_faults(args) + device_errors(args.device)
+    errors = _number_errors(args) + device_errors(args.device)
     if IMAGES in steps and not args.prompts:
-        faults.append("--prompts: expected files of prompts\nRemedy: a text a line, with --questions; or JSONL")
+        errors.append("--prompts: expected files of prompts\nRemedy: a text a line, with --questions; or JSONL")
     if RESPOND in steps:
-        faults += _kind_faults("--responder", args.responder, RESPONDER_KINDS, args.base_url)
+        errors += _kind_errors("--responder", args.responder, RESPONDER_KINDS, args.base_url)
         if not args.responder:
-            faults.append(f"--responder: expected one or more, as KIND:WHAT, KIND one of {', '.join(RESPONDER_KINDS)}")
+            errors.append(f"--responder: expected one or more, as KIND:WHAT, KIND one of {', '.join(RESPONDER_KINDS)}")
         if args.samples > 1 and args.temperature == 0:
-            faults.append(f"--samples {args.samples}: all would be the same with --temperature 0")
+            errors.append(f"--samples {args.samples}: all would be the same with --temperature 0")
         if args.samples * len(args.responder) < 2 and RANK_RESPONSES in steps:
-            faults.append("--samples: a pair takes two answers to a picture; give more samples or responders")
+            errors.append("--samples: a pair takes two answers to an image; give more samples or responders")
     for step, flag in ((RANK_IMAGES, "image_reward"), (RANK_RESPONSES, "reward")):
         if step in steps:
-            faults += _kind_faults(f"--{flag}", getattr(args, flag) or [], REWARD_KINDS, args.base_url)
+            errors += _kind_errors(f"--{flag}", getattr(args, flag) or [], REWARD_KINDS, args.base_url)
     for word in args.image_reward or []:
         if word.startswith(BLIND_KINDS):
             remedy = "give clip:, image-text:, judge: or http:"
-            faults.append(f"--image_reward {word}: it never sees the picture\nRemedy: {remedy}")
+            errors.append(f"--image_reward {word}: it never sees the picture\nRemedy: {remedy}")
     if args.hardness and not Path(args.hardness).is_dir():
-        faults.append(f"--hardness {args.hardness}: no such folder")
-    return faults
+        errors.append(f"--hardness {args.hardness}: no such folder")
+    return errors
 
 
-def _number_faults(args: argparse.Namespace) -> list[str]:
-    faults = [
+def _number_errors(args: argparse.Namespace) -> list[str]:
+    errors = [
         f"--{name} {getattr(args, name)}: expected 1 or more"
         for name in ("steps", "image_batch", "samples", "max_new_tokens", "batch_size", "concurrency")
         if getattr(args, name) < 1
     ]
-    faults += [
+    errors += [
         f"--{name} {getattr(args, name)}: expected 0 or more"
         for name in ("temperature", "margin", "length_balance")
         if not getattr(args, name) >= 0
     ]
     if not 0 < args.near_duplicate <= 1:
-        faults.append(f"--near_duplicate {args.near_duplicate}: expected a share above 0, at most 1")
-    return faults
+        errors.append(f"--near_duplicate {args.near_duplicate}: expected a share above 0, at most 1")
+    return errors
 
 
-def _kind_faults(flag: str, words: Sequence[str], kinds: Sequence[str], base_url: str | None) -> list[str]:
-    faults = []
+def _kind_errors(flag: str, words: Sequence[str], kinds: Sequence[str], base_url: str | None) -> list[str]:
+    errors = []
     for word in words:
         kind, colon, what = word.partition(":")
         if kind not in kinds or not colon or not what:
-            faults.append(f"{flag} {redacted(word)}: expected KIND:WHAT with KIND one of {', '.join(kinds)}")
+            errors.append(f"{flag} {redacted(word)}: expected KIND:WHAT with KIND one of {', '.join(kinds)}")
         elif kind in ("judge", "server") and not base_url:
-            faults.append(f"{flag} {word}: expected the server's URL as --base_url, got none")
+            errors.append(f"{flag} {word}: expected the server's URL as --base_url, got none")
         elif kind.startswith("http") and not what.startswith(("http://", "https://")):
-            faults.append(f"{flag} {redacted(word)}: expected {kind}:http://HOST/PATH")
-    return faults
+            errors.append(f"{flag} {redacted(word)}: expected {kind}:http://HOST/PATH")
+    return errors
 
 
 def open_reward(args: argparse.Namespace, word: str, step: str, device: str) -> Reward:

@@ -1,4 +1,4 @@
-"""Step `images`: several candidate pictures to each prompt, from a text-to-image model; unusable ones are counted.
+"""Step `images`: several candidate images to each prompt, from a text-to-image model; unusable ones are counted.
 
 Seeds and guidance scales are PDS-DPO's: candidate k of prompt i is drawn with scale k and seed 1000 i + k.
 """
@@ -29,25 +29,25 @@ FLAT = 2 / 255  # a channel that varies by less shows nothing
 
 REFUSED = "refused by the safety checker"
 NOT_FINITE = "the picture has values that are not numbers"
-ONE_COLOUR = "the picture is of one color"
+ONE_COLOR = "the image is of one color"
 REPEATED = "the same picture as another candidate"
 
 
 class Drawn(NamedTuple):
-    """A picture, or why there is none."""
+    """A image, or why there is none."""
 
     picture: Image.Image | None
-    fault: str = ""
+    error: str = ""
 
 
 class TextToImage(Protocol):
-    """Whatever draws pictures from prompts."""
+    """Whatever draws images from prompts."""
 
     def identity(self) -> Record:
-        """What the pictures depend on besides prompt, guidance and seed, for the fingerprint."""
+        """What the images depend on besides prompt, guidance and seed, for the fingerprint."""
 
     def draw(self, prompts: Sequence[str], guidance: float, seeds: Sequence[int]) -> list[Drawn]:
-        """A picture of each prompt from its own seed, whatever else is drawn beside it."""
+        """A image of each prompt from its own seed, whatever else is drawn beside it."""
 
 
 class DiffusersPainter:
@@ -91,7 +91,7 @@ class DiffusersPainter:
             guidance_scale=guidance,
             num_inference_steps=self.steps,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            output_type="np",  # as pictures, values that are no numbers would turn black without a word
+            output_type="np",  # as images, values that are no numbers would turn black without a word
             **size,
         )
         refused = getattr(made, "nsfw_content_detected", None) or [False] * len(prompts)
@@ -99,7 +99,7 @@ class DiffusersPainter:
 
 
 def picture_of(pixels: NDArray[Any]) -> Drawn:
-    """[H, W, 3] in [0, 1] as a picture."""
+    """[H, W, 3] in [0, 1] as an image."""
     if not np.isfinite(pixels).all():
         return Drawn(None, NOT_FINITE)
     return Drawn(Image.fromarray((255 * np.clip(pixels, 0, 1)).round().astype(np.uint8)))
@@ -122,7 +122,7 @@ def run_images(
     """Draw a candidate for each guidance scale into out/stages/images; returns the manifest.
 
     A record is {id, prompt, question, candidate, guidance, seed, image, digest, fault}; `image` is null where
-    there is a fault. `batch_size` counts prompts drawn at once.
+    there is an error. `batch_size` counts prompts drawn at once.
     """
     folder = step_folder(out, IMAGES)
     chunks = chunks_of(list(enumerate(prompts)), batch_size)
@@ -131,7 +131,7 @@ def run_images(
     sizes = [len(chunk) * len(guidance) for chunk in chunks]
     with open_stage(folder, IMAGES, fingerprint, sizes, overwrite=overwrite) as stage:
         stage.fill(lambda number: _draw_chunk(artist, chunks[number], folder, guidance, seed, suffix), "picture")
-        return stage.conclude(_summarise, {}) or {}
+        return stage.conclude(_summarize, {}) or {}
 
 
 def _draw_chunk(
@@ -160,15 +160,15 @@ def _draw_chunk(
 
 
 def _keep(drawn: Drawn, path: Path, suffix: str, taken: set[str]) -> Record:
-    """Write a usable picture; `taken` holds the digests of the prompt's other candidates' pixels."""
-    fault = drawn.fault
+    """Write a usable image; `taken` holds the digests of the prompt's other candidates' pixels."""
+    error = drawn.error
     if drawn.picture is not None:
         picture = drawn.picture.convert("RGB")
         digest = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
-        fault = ONE_COLOUR if is_flat(picture) else REPEATED if digest in taken else ""
+        error = ONE_COLOR if is_flat(picture) else REPEATED if digest in taken else ""
         taken.add(digest)
-    if fault or drawn.picture is None:
-        return {"image": None, "digest": None, "fault": fault or "no picture"}
+    if error or drawn.picture is None:
+        return {"image": None, "digest": None, "fault": error or "no picture"}
     kind, options = FORMATS[suffix]
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
@@ -181,7 +181,7 @@ def is_flat(picture: Image.Image) -> bool:
     return all(high - low < 255 * FLAT for low, high in picture.getextrema())  # type: ignore[misc]
 
 
-def _summarise(records: list[Record], _: list[Record]) -> Record:
-    faults = Counter(record["fault"] for record in records if record["fault"])
-    usable = len(records) - faults.total()
-    return {"candidates": len(records), "usable": usable, "faults": dict(sorted(faults.items()))}
+def _summarize(records: list[Record], _: list[Record]) -> Record:
+    errors = Counter(record["fault"] for record in records if record["fault"])
+    usable = len(records) - errors.total()
+    return {"candidates": len(records), "usable": usable, "faults": dict(sorted(errors.items()))}

@@ -1,4 +1,4 @@
-"""The run as a page: what was left out and why, how chosen and rejected differ, pictures and answers with scores."""
+"""The run as a page: what was left out and why, how chosen and rejected differ, images and answers with scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step `rank-responses`: best and worst answer of each picture become a pair; both output formats, what is left out.
+"""Step `rank-responses`: best and worst answer of each image become a pair; both output formats, what is left out.
 
 pairs.jsonl has the fields that every command of this repository reads, pds_dpo.json PDS-DPO's.
 """
@@ -46,9 +46,9 @@ PLACEHOLDER = f"{IMAGE_TOKEN} inside the text"
 def run_rank_responses(
     rewards: Sequence[Reward], out: str | Path, filters: Filters, *, overwrite: bool = False
 ) -> Record:
-    """Choose a pair for each picture; records in out/stages/rank-responses, then writes the outputs.
+    """Choose a pair for each image; records in out/stages/rank-responses, then writes the outputs.
 
-    A record is {id, image, question, chosen, rejected, fault, answers: [{responder, sample, text, fault, scores,
+    A record is {id, image, question, chosen, rejected, error, answers: [{responder, sample, text, error, scores,
     score}]}; chosen and rejected are rows of `answers`, null where there is no pair, and `fault` says why.
     """
     manifest, answered = read_step(out, RESPOND)
@@ -61,14 +61,14 @@ def run_rank_responses(
     sizes = [len(chunk) for chunk in chunks]
     with open_stage(step_folder(out, RANK_RESPONSES), RANK_RESPONSES, fingerprint, sizes, overwrite=overwrite) as stage:
         stage.fill(lambda number: _rank_chunk(rewards, chunks[number], folder, filters), "picture")
-        stage.conclude(_summarise, {"rewards": identity, "image_folder": str(folder)})
+        stage.conclude(_summarize, {"rewards": identity, "image_folder": str(folder)})
     return write_outputs(out)
 
 
 def _rank_chunk(
     rewards: Sequence[Reward], groups: Sequence[Sequence[Record]], folder: Path, filters: Filters
 ) -> list[Record]:
-    answers = [_with_faults(group) for group in groups]
+    answers = [_with_errors(group) for group in groups]
     items = [
         Judged(resolve_image(folder, group[0]["image"]), group[0]["question"], answer["text"])
         for group, of_picture in zip(groups, answers)
@@ -81,17 +81,17 @@ def _rank_chunk(
     return [_paired(group[0], of_picture, filters) for group, of_picture in zip(groups, answers)]
 
 
-def _with_faults(group: Sequence[Record]) -> list[Record]:
+def _with_errors(group: Sequence[Record]) -> list[Record]:
     """The answers to one question, with what makes one unusable before any reward sees it."""
     answers, seen = [], set()
     for record in group:
-        text, fault = record["text"], record["fault"]
-        if not fault and IMAGE_TOKEN in text:
-            fault = PLACEHOLDER
-        if not fault and text.strip() in seen:
-            fault = SAME_ANSWER
+        text, error = record["text"], record["fault"]
+        if not error and IMAGE_TOKEN in text:
+            error = PLACEHOLDER
+        if not error and text.strip() in seen:
+            error = SAME_ANSWER
         seen.add(text.strip())
-        answers.append({"responder": record["responder"], "sample": record["sample"], "text": text, "fault": fault})
+        answers.append({"responder": record["responder"], "sample": record["sample"], "text": text, "fault": error})
     return answers
 
 
@@ -103,18 +103,18 @@ def _paired(first: Record, answers: Sequence[Record], filters: Filters) -> Recor
         if score is None and not answer["fault"]:
             answer["fault"] = NO_NUMBER
     choice = choose([answer["text"] for answer in answers], combined, filters)
-    fault = choice.fault
-    if fault == TOO_FEW:
+    error = choice.error
+    if error == TOO_FEW:
         causes = Counter(answer["fault"] for answer in answers if answer["fault"])
-        fault += f" ({', '.join(f'{cause}: {count}' for cause, count in sorted(causes.items()))})" if causes else ""
-    elif fault == ALL_TIED:
-        fault += f" ({numbers([score for score in combined if score is not None][:1])})"
-    chosen, rejected = (None, None) if fault else (choice.chosen, choice.rejected)
+        error += f" ({', '.join(f'{cause}: {count}' for cause, count in sorted(causes.items()))})" if causes else ""
+    elif error == ALL_TIED:
+        error += f" ({numbers([score for score in combined if score is not None][:1])})"
+    chosen, rejected = (None, None) if error else (choice.chosen, choice.rejected)
     return {"id": first["id"], "image": first["image"], "question": first["question"], "chosen": chosen,
-            "rejected": rejected, "fault": fault, "answers": list(answers)}  # fmt: skip
+            "rejected": rejected, "fault": error, "answers": list(answers)}  # fmt: skip
 
 
-def _summarise(records: list[Record], facts: list[Record]) -> Record:
+def _summarize(records: list[Record], facts: list[Record]) -> Record:
     left_out = Counter(record["fault"].partition(" (")[0] for record in records if record["fault"])
     answers = Counter(answer["fault"] for record in records for answer in record["answers"] if answer["fault"])
     moved = sum(_is_moved(record) for record in records)
@@ -170,7 +170,7 @@ def _lines(rows: Sequence[Record]) -> str:
 
 
 def pair_row(record: Record) -> Record:
-    """RLAIF-V's fields, and the scores. The image path starts at the run's --out (of --pictures, where given)."""
+    """RLAIF-V's fields, and the scores. The image path starts at the run's --out (of --images, where given)."""
     chosen, rejected = (record["answers"][record[side]] for side in ("chosen", "rejected"))
     return {
         "idx": record["id"],

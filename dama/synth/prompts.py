@@ -27,7 +27,7 @@ class SynthError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A picture to be made, and the question that will be asked about it. The id names files."""
+    """A image to be made, and the question that will be asked about it. The id names files."""
 
     id: str
     prompt: str
@@ -38,29 +38,29 @@ def read_prompts(files: Sequence[str | Path], questions: Sequence[str | Path] = 
     """Prompts of all files, in order: lines of text, or JSON records with prompt, question and perhaps id.
 
     `questions` are files of lines, one to each file of prompts and with as many lines; a leading <image> is taken off.
-    Without an id, line n of art.txt is art-n. Raises SynthError with all faults.
+    Without an id, line n of art.txt is art-n. Raises SynthError with all errors.
     """
     if questions and len(questions) != len(files):
         raise SynthError(f"--questions: expected a file for each of --prompts ({len(files)}), got {len(questions)}")
     prompts: list[Prompt] = []
-    faults: list[str] = []
+    errors: list[str] = []
     for number, file in enumerate(map(Path, files)):
         if not file.is_file():
-            faults.append(f"--prompts {file}: no such file")
+            errors.append(f"--prompts {file}: no such file")
             continue
         rows = list(_rows(file))
         asked = list(_rows(Path(questions[number]))) if questions else [{}] * len(rows)
         if len(asked) != len(rows):
-            faults.append(f"{questions[number]}: {len(asked)} questions, {file} has {len(rows)} prompts")
+            errors.append(f"{questions[number]}: {len(asked)} questions, {file} has {len(rows)} prompts")
         for line, (row, question) in enumerate(zip(rows, asked), start=1):
             try:
                 prompts.append(_prompt(f"{file.stem}-{line}", row, question))
-            except ValueError as fault:
-                faults.append(f"{file}, {line}: {fault}")
+            except ValueError as error:
+                errors.append(f"{file}, {line}: {error}")
     twice = [id_ for id_, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
-    faults += [f"id {id_} is used more than once" for id_ in twice]
-    if faults or not prompts:
-        raise SynthError(error_list("prompts", faults or ["none in the files"], _REMEDY))
+    errors += [f"id {id_} is used more than once" for id_ in twice]
+    if errors or not prompts:
+        raise SynthError(error_list("prompts", errors or ["none in the files"], _REMEDY))
     return prompts
 
 

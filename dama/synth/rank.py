@@ -16,7 +16,7 @@ from dama.synth.prompts import IMAGES, RANK_IMAGES, by_prompt, chunks_of, number
 from dama.synth.rewards import Judged, Reward
 
 PROMPTS_PER_CHUNK = 16  # what a kill can cost
-PICTURES = "images"  # the folder, in --out, of each prompt's best picture
+PICTURES = "images"  # the folder, in --out, of each prompt's best image
 
 NO_NUMBER = "the reward is no number"
 NO_PICTURE = "no usable candidate picture"
@@ -60,7 +60,7 @@ class Choice(NamedTuple):
 
     chosen: int = -1
     rejected: int = -1
-    fault: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,25 +80,25 @@ class Filters:
 def choose(texts: Sequence[str], scores: Scores, filters: Filters) -> Choice:
     """The pair of largest difference that passes the filters; without any, the best answer and the worst (PDS-DPO).
 
-    The fault names the first filter that nothing passed. Equal differences: the earlier candidates.
+    The error names the first filter that nothing passed. Equal differences: the earlier candidates.
     """
     rated = [(row, score) for row, score in enumerate(scores) if score is not None]
     if len(rated) < 2:
-        return Choice(fault=TOO_FEW)
+        return Choice(error=TOO_FEW)
     gaps = [(x - y, i, j) for i, x in rated for j, y in rated if x > y]
     if not gaps:
-        return Choice(fault=ALL_TIED)
+        return Choice(error=ALL_TIED)
     gaps.sort(key=lambda gap: (-gap[0], gap[1], gap[2]))
     wide = [gap for gap in gaps if gap[0] >= filters.margin]
     if not wide:
-        return Choice(fault=MARGIN)
+        return Choice(error=MARGIN)
     balanced = [gap for gap in wide if length_difference(texts[gap[1]], texts[gap[2]]) <= filters.length_balance]
     if not balanced:
-        return Choice(fault=LENGTH)
+        return Choice(error=LENGTH)
     for _, chosen, rejected in balanced:
         if filters.alike >= 1 or likeness(texts[chosen], texts[rejected]) < filters.alike:
             return Choice(chosen, rejected)
-    return Choice(fault=ALIKE)
+    return Choice(error=ALIKE)
 
 
 def length_difference(one: str, other: str) -> float:
@@ -131,7 +131,7 @@ def run_rank_images(
 ) -> Record:
     """Copy the best candidate of each prompt to out/images/ID.jpg; records in out/stages/rank-images.
 
-    A record is {id, prompt, question, image, best, fault, candidates: [{image, digest, guidance, seed, fault, scores,
+    A record is {id, prompt, question, image, best, error, candidates: [{image, digest, guidance, seed, error, scores,
     score}]}; `image` is null where the prompt is left out, `fault` says why. threshold: the least score of the best,
     in the reward's units, or as a mean rank of several.
     """
@@ -143,7 +143,7 @@ def run_rank_images(
     sizes = [len(chunk) for chunk in chunks]
     with open_stage(step_folder(out, RANK_IMAGES), RANK_IMAGES, fingerprint, sizes, overwrite=overwrite) as stage:
         stage.fill(lambda number: _rank_chunk(rewards, chunks[number], Path(out), threshold), "prompt")
-        return stage.conclude(_summarise, {"rewards": identity}) or {}
+        return stage.conclude(_summarize, {"rewards": identity}) or {}
 
 
 def _rank_chunk(
@@ -171,7 +171,7 @@ def _ranked(first: Record, candidates: Sequence[Record], folder: Path, out: Path
         candidate["score"] = score
         if score is None and not candidate["fault"]:
             candidate["fault"] = NO_NUMBER
-    best, fault = best_picture(combined, threshold)
+    best, error = best_picture(combined, threshold)
     image = digest = None
     if best is not None:
         source = folder / candidates[best]["image"]
@@ -179,7 +179,7 @@ def _ranked(first: Record, candidates: Sequence[Record], folder: Path, out: Path
         (out / PICTURES).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, out / image)
     return {"id": first["id"], "prompt": first["prompt"], "question": first["question"], "image": image,
-            "digest": digest, "best": best, "fault": fault, "candidates": list(candidates)}  # fmt: skip
+            "digest": digest, "best": best, "fault": error, "candidates": list(candidates)}  # fmt: skip
 
 
 def best_picture(scores: Scores, threshold: float | None) -> tuple[int | None, str]:
@@ -194,7 +194,7 @@ def best_picture(scores: Scores, threshold: float | None) -> tuple[int | None, s
     return list(scores).index(max(rated)), ""
 
 
-def _summarise(records: list[Record], facts: list[Record]) -> Record:
+def _summarize(records: list[Record], facts: list[Record]) -> Record:
     left_out = Counter(record["fault"].partition(" (")[0] for record in records if record["fault"])
     candidates = Counter(c["fault"] for record in records for c in record["candidates"] if c["fault"])
     return {"prompts": len(records), "pictures": len(records) - left_out.total(),

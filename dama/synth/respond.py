@@ -30,7 +30,7 @@ SEEDS_A_RUN = 1_000_003  # chunks of one seed before the next one's begin
 
 
 class Question(NamedTuple):
-    """What is asked about a picture; `image` is relative to the image folder."""
+    """What is asked about an image; `image` is relative to the image folder."""
 
     id: str
     image: str
@@ -47,7 +47,7 @@ class Sampling(NamedTuple):
 
 
 class Responder(Protocol):
-    """Whatever answers questions about pictures."""
+    """Whatever answers questions about images."""
 
     name: str
 
@@ -249,9 +249,9 @@ def run_respond(
     batch_size: int = 8,
     overwrite: bool = False,
 ) -> Record:
-    """Ask every responder about every picture; records in out/stages/respond, one responder after the other.
+    """Ask every responder about every image; records in out/stages/respond, one responder after the other.
 
-    A record is {id, question, image, responder, sample, text, fault}. pictures: the --out of another run whose pictures
+    A record is {id, question, image, responder, sample, text, fault}. images: the --out of another run whose images
     are asked about (on-policy rounds). A chunk is seeded by its number, so a resumed run draws what an undisturbed one
     draws.
     """
@@ -284,7 +284,7 @@ def run_respond(
 
     with open_stage(step_folder(out, RESPOND), RESPOND, fingerprint, sizes, overwrite=overwrite) as stage:
         stage.fill(answered, "answer")
-        return stage.conclude(_summarise, {"image_folder": str(home)}) or {}
+        return stage.conclude(_summarize, {"image_folder": str(home)}) or {}
 
 
 def _records(name: str, batch: Sequence[Question], answers: Sequence[Sequence[str]]) -> list[Record]:
@@ -297,11 +297,11 @@ def _records(name: str, batch: Sequence[Question], answers: Sequence[Sequence[st
     ]  # fmt: skip
 
 
-def _summarise(records: list[Record], facts: list[Record]) -> Record:
+def _summarize(records: list[Record], facts: list[Record]) -> Record:
     words = Counter({name: 0 for name in dict.fromkeys(record["responder"] for record in records)})
     for record in records:
         words[record["responder"]] += len(record["text"].split())
     each = len(records) / max(1, len(words))
-    faults = Counter(record["fault"] for record in records if record["fault"])
+    errors = Counter(record["fault"] for record in records if record["fault"])
     return {"answers": len(records), "mean_words": {name: round(count / each, 2) for name, count in words.items()},
-            "faults": dict(faults), **facts[0]}  # fmt: skip
+            "faults": dict(errors), **facts[0]}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reward models behind one protocol: of texts alone, of pictures and texts, a judge on a server, any HTTP endpoint.
+"""Reward models behind one protocol: of texts alone, of images and texts, a judge on a server, any HTTP endpoint.
 
 A reward of several statements is the mean over them (or their worst), as a CLIP reads only a sentence or two. What a
 model gives no number for is NaN.
@@ -50,7 +50,7 @@ Reply with the number alone."""
 
 
 class Judged(NamedTuple):
-    """What is scored: an answer to a question about a picture; or, with no question, a picture's description."""
+    """What is scored: an answer to a question about an image; or, with no question, a picture's description."""
 
     image: Path
     question: str
@@ -58,7 +58,7 @@ class Judged(NamedTuple):
 
 
 class Reward(Protocol):
-    """Whatever scores texts about pictures; higher is better."""
+    """Whatever scores texts about images; higher is better."""
 
     name: str
     sees_image: bool
@@ -71,7 +71,7 @@ class Reward(Protocol):
 
 
 class TextReward:
-    """A Hugging Face sequence classifier of question and answer; it never sees the picture.
+    """A Hugging Face sequence classifier of question and answer; it never sees the image.
 
     Takes the tokenizer's chat template where there is one, as ArmoRM does, else the two texts as a pair. The score is
     the model's output `score` where its code gives one, else the only logit. Texts are scored one by one, so that no
@@ -139,7 +139,7 @@ def _single(output: Any, name: str) -> float:
 
 
 class ClipReward:
-    """Cosine of the picture with each statement, by an open_clip model (see dama.hardness.clip).
+    """Cosine of the image with each statement, by an open_clip model (see dama.hardness.clip).
 
     Args:
         reduction: of an answer's statements, mean or min.
@@ -181,7 +181,7 @@ def _statements(text: str, count: Callable[[str], int], limit: int) -> list[str]
 
 
 class ImageTextReward:
-    """A Hugging Face model that gives `logits_per_image` for a picture and texts: CLIP, SigLIP, PickScore.
+    """A Hugging Face model that gives `logits_per_image` for an image and texts: CLIP, SigLIP, PickScore.
 
     Args:
         trust_remote_code: run the code that comes with the checkpoint, which may do anything.
@@ -234,7 +234,7 @@ class JudgeReward:
     """A grade from 0 to 100 by a model behind an OpenAI-compatible server; NaN where it gives none after three tries.
 
     Args:
-        sees_image: send the picture along. cache: a JSONL file of replies, which an interrupted run goes on with.
+        sees_image: send the image along. cache: a JSONL file of replies, which an interrupted run goes on with.
     """
 
     def __init__(self, settings: ChatSettings, cache: Path | None = None, *, sees_image: bool = True) -> None:

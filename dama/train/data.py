@@ -189,7 +189,7 @@ def hardness_of_pairs(
     """
     if folder:
         hardness = load_hardness(folder)
-        refuse_other_inputs("hardness", folder, hardness.fingerprint, data)
+        validate_same_inputs("hardness", folder, hardness.fingerprint, data)
         return PairValues([hardness.delta[pair.id] for pair in pairs], hardness.fingerprint)
     without = [pair.id for pair in pairs if pair.clip_scores is None]
     if not without:
@@ -209,7 +209,7 @@ def data_fingerprint(pairs: Sequence[PreferencePair], data_args: Any) -> dict[st
     return {"pairs": pairs_fingerprint(pairs), "images": images}
 
 
-def refuse_other_inputs(stage: str, folder: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+def validate_same_inputs(stage: str, folder: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise ValueError where a stage's folder was made from other inputs than training uses now, naming each field."""
     shared = [name for name in current if name in recorded]
     was, now = ({name: fingerprint[name] for name in shared} for fingerprint in (recorded, current))

@@ -29,7 +29,7 @@ from dama.train.data import (
     PairValues,
     data_fingerprint,
     encode_pairs,
-    refuse_other_inputs,
+    validate_same_inputs,
 )
 from dama.train.family import ModelFamily, PreparedPair, shown_images
 from dama.train.rows import longest
@@ -206,11 +206,11 @@ def logps_of_batch(
 
 def validate_views(folder: str, record: Record, family: ModelFamily, args: Any) -> None:
     """Raise ValueError where a stage's records lack views that the loss needs, with the command that makes them."""
-    lacking = [view.name for view in family.views if f"{view.name}_logp" not in record]
-    if record and lacking:
+    missing = [view.name for view in family.views if f"{view.name}_logp" not in record]
+    if record and missing:
         command = f"python -m dama reference --loss {' '.join(args.loss)} --corruption {args.corruption} ... --out NEW"
         raise ValueError(
-            f"--reference {folder}: expected log-probs of the views {', '.join(lacking)} for --loss "
+            f"--reference {folder}: expected log-probs of the views {', '.join(missing)} for --loss "
             f"{' '.join(args.loss)}, found {', '.join(views_of(record))}. Run `{command}` and pass its folder."
         )
 
@@ -232,7 +232,7 @@ def reference_of_pairs(
         manifest, records = read_stage(data_args.reference, STAGE)
         choice = ImageChoice(family.views, args.corruption, args.corruption_seed)
         current = data | family.fingerprint() | {k: v for k, v in choice.fingerprint().items() if k != "views"}
-        refuse_other_inputs(STAGE, data_args.reference, manifest["fingerprint"], current)
+        validate_same_inputs(STAGE, data_args.reference, manifest["fingerprint"], current)
         validate_views(data_args.reference, records[0] if records else {}, family, args)
         names = [f"{view.name}_logp" for view in family.views]
         logps = {record["id"]: tuple(record[name] for name in names) for record in records}

@@ -69,7 +69,7 @@ def optimizer_bytes(shape: ModelShape, run: Training) -> int:
 
 
 def tokens_of(run: Training, pairs: Sequence[PairLength]) -> int:
-    """T: packed with the shared prefix; else rows padded to the longest, two a pair in preference optimisation."""
+    """T: packed with the shared prefix; else rows padded to the longest, two a pair in preference optimization."""
     if run.shared_prefix:
         return sum(pair.tokens for pair in pairs)
     return run.rows * len(pairs) * max(pair.prefix + max(pair.chosen, pair.rejected) for pair in pairs)

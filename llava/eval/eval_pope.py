@@ -159,17 +159,17 @@ def eval_pope(answers: Sequence[Mapping[str, Any]], label_file: str | Path, *, o
     """
     labels = {int(row["question_id"]): row for row in read_lines(label_file)}
     given = {int(row["question_id"]) % NUMBERS_A_SPLIT: row for row in answers}
-    faults = []
+    errors = []
     for number, row in given.items():
         asked = str(row.get("prompt", "")).split("\n")[0]
         if number not in labels:
-            faults.append(f"answer {row['question_id']}: no label has this number")
+            errors.append(f"answer {row['question_id']}: no label has this number")
         elif asked and asked != labels[number]["text"]:
-            faults.append(f"answer {row['question_id']}: to {asked!r}, but labelled is {labels[number]['text']!r}")
+            errors.append(f"answer {row['question_id']}: to {asked!r}, but labelled is {labels[number]['text']!r}")
     if len(given) < len(answers):
-        faults.append(f"{len(answers) - len(given)} answers more than numbers: some are answered twice")
-    if faults:
-        raise ValueError(error_list(str(label_file), faults, "give the answers to this file's questions"))
+        errors.append(f"{len(answers) - len(given)} answers more than numbers: some are answered twice")
+    if errors:
+        raise ValueError(error_list(str(label_file), errors, "give the answers to this file's questions"))
     read = official_reading if official_quirks else read_answer
     counts = count((read(str(row["text"])), labels[number]["label"]) for number, row in given.items())
     _say_figures(counts, missing=len(labels) - len(given))

@@ -77,7 +77,7 @@ def fingerprint_of(
     decoding: Decoding,
     batch_size: int,
 ) -> Record:
-    """Whatever answers depend on. Raises ValueError for faults of the requests."""
+    """Whatever answers depend on. Raises ValueError for errors of the requests."""
     return {
         "requests": digest_of([[r.id, r.prompt, r.image] for r in requests]),
         "pictures": digest_of(check_requests(requests, image_folder)),
@@ -156,8 +156,8 @@ def check_requests(requests: Sequence[Request], image_folder: ImageFolder) -> di
     Raises:
         ValueError: naming every error: ids used twice, image tags in a prompt, images that cannot be used.
     """
-    faults = [f"id {id_!r} is used {n} times" for id_, n in Counter(r.id for r in requests).items() if n > 1]
-    faults += [
+    errors = [f"id {id_!r} is used {n} times" for id_, n in Counter(r.id for r in requests).items() if n > 1]
+    errors += [
         f"question {r.id}: {DEFAULT_IMAGE_TOKEN} inside the text would be read as one more image"
         for r in requests if DEFAULT_IMAGE_TOKEN in r.prompt
     ]  # fmt: skip
@@ -166,7 +166,7 @@ def check_requests(requests: Sequence[Request], image_folder: ImageFolder) -> di
         if request.image is not None:
             askers.setdefault(request.image, request.id)
     outside, bad = find_image_errors(list(askers), image_folder)
-    faults += [f"question {askers[name]}: image {name}: {fault}" for name, fault in (outside | bad).items()]
-    if faults:
-        raise ValueError(error_list("questions", faults, "correct the question file or the image folder"))
+    errors += [f"question {askers[name]}: image {name}: {error}" for name, error in (outside | bad).items()]
+    if errors:
+        raise ValueError(error_list("questions", errors, "correct the question file or the image folder"))
     return {name: digest_of_file(resolve_image(image_folder, name)) for name in askers}

@@ -27,7 +27,7 @@ def read_question_rows(path: str | Path) -> list[dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise PairsError(f"{path}: no such file\nRemedy: give a JSONL file of questions")
-    rows, faults = [], []
+    rows, errors = [], []
     for place, record in read_rows(path):
         try:
             if isinstance(record, ValueError):
@@ -35,9 +35,9 @@ def read_question_rows(path: str | Path) -> list[dict[str, Any]]:
             rows.append(question_of_record(record))
         except ValueError as error:
             where = f":{place.removeprefix('line ')}" if place.startswith("line ") else f", {place}"
-            faults.append(f"{path}{where}: {error}")
-    if faults:
-        raise PairsError(error_list(str(path), faults, "correct or remove these questions"))
+            errors.append(f"{path}{where}: {error}")
+    if errors:
+        raise PairsError(error_list(str(path), errors, "correct or remove these questions"))
     if not rows:
         remedy = "expected one JSON object with question_id and text a line"
         raise PairsError(f"{path}: no questions in it\nRemedy: {remedy}")

@@ -63,10 +63,10 @@ class ServedAnswerer:
             for sample in range(decoding.samples)
         ]
         replies = list(client.ask(asked, desc=self.name).values())
-        faults = [f"{reply.id}: {reply.error}" for reply in replies if reply.text is None]
-        if faults:
+        errors = [f"{reply.id}: {reply.error}" for reply in replies if reply.text is None]
+        if errors:
             server = client.settings.shown_url
-            raise ValueError(error_list(f"server {server}", faults, "run the same again, it continues"))
+            raise ValueError(error_list(f"server {server}", errors, "run the same again, it continues"))
         read = [Reply(reply.answer, reply.finish, reply.missing) for reply in replies]
         return [read[i : i + decoding.samples] for i in range(0, len(read), decoding.samples)]
 

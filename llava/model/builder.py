@@ -208,12 +208,12 @@ def check_weights(source: str, checkpoint: Checkpoint) -> None:
     missing, unexpected = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
     shapes = [f"{name} {expected[name]} got {got[name]}" for name in expected.keys() & got.keys()
               if expected[name] != got[name]]  # fmt: skip
-    faults = [f"{len(missing)} are missing: {summarize_names(missing)}"] * bool(missing)
-    faults += [f"{len(unexpected)} are unknown to the model: {summarize_names(unexpected)}"] * bool(unexpected)
-    faults += [f"{len(shapes)} have another shape: {'; '.join(sorted(shapes))}"] * bool(shapes)
-    if faults:
+    errors = [f"{len(missing)} are missing: {summarize_names(missing)}"] * bool(missing)
+    errors += [f"{len(unexpected)} are unknown to the model: {summarize_names(unexpected)}"] * bool(unexpected)
+    errors += [f"{len(shapes)} have another shape: {'; '.join(sorted(shapes))}"] * bool(shapes)
+    if errors:
         raise ValueError(
-            f"checkpoint '{source}': expected just the weights that its config.json describes; {'. '.join(faults)}. "
+            f"checkpoint '{source}': expected just the weights that its config.json describes; {'. '.join(errors)}. "
             "A folder with only a projector or an adapter needs --model-base; else config.json is of another model."
         )
 

@@ -193,7 +193,7 @@ def assign_images(image_counts: Sequence[int], available: int) -> list[list[int]
     return assigned
 
 
-# --- Pictures in crops (anyres) --------------------------------------------------------------------------------------
+# --- Images in crops (anyres) --------------------------------------------------------------------------------------
 
 
 def assemble_crops(crops: Tensor, rows: int, columns: int, side: int) -> Tensor:

@@ -128,7 +128,7 @@ def write_hf_processor(
 def hf_tokenizer(tokenizer: Any) -> Any:
     """A fast tokenizer, complete in tokenizer.json, that gives LLaVA's ids for a prompt with <image> in it.
 
-    LLaVA tokenises the text after an image by itself, where LLaMA's dummy space comes first. The legacy rule does so
+    LLaVA tokenizes the text after an image by itself, where LLaMA's dummy space comes first. The legacy rule does so
     after every special token. The other one does not, so the normalizer puts that space after the last <image> of a
     run, provided that text follows.
     """

@@ -31,7 +31,7 @@ class RejectedImageError(ValueError):
 def read_image(data: bytes, name: str) -> Image.Image:
     """The first frame as RGB, the way LLaVA's models saw images: EXIF rotation not applied, transparency dropped.
 
-    CMYK is converted; of 16-bit grey the high byte is kept (Pillow's own conversion would clip nearly all to white).
+    CMYK is converted; of 16-bit gray the high byte is kept (Pillow's own conversion would clip nearly all to white).
 
     Raises:
         ValueError: not an image, damaged, 32 bits a pixel and channel, or too large in area, side or ratio of sides.

@@ -144,7 +144,7 @@ def encode_in_batches(
     """The frozen tower's features of every image, in batches.
 
     Args:
-        pixels: name -> [3, H, W], or [F, 3, H, W] for a image in crops.
+        pixels: name -> [3, H, W], or [F, 3, H, W] for an image in crops.
         dtype: of the features.
         calls: how often to call the tower; under ZeRO-3, where each call is a collective, the same on all ranks.
 

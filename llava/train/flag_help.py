@@ -27,7 +27,7 @@ OFTEN_USED = {
     "output_dir": "Folder for checkpoints and the final model.",
     "deepspeed": "DeepSpeed's JSON file: scripts/zero2.json.",
     "num_train_epochs": "Passes over the data.",
-    "max_steps": "Optimiser steps; overrides epochs.",
+    "max_steps": "Optimizer steps; overrides epochs.",
     "per_device_train_batch_size": "Rows or pairs in one forward pass on each GPU.",
     "gradient_accumulation_steps": "Forward passes in one optimizer step.",
     "learning_rate": "Peak learning rate (5e-7 for DAMA on 7B, 1e-5 with LoRA).",

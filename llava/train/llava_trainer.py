@@ -229,9 +229,9 @@ class LLaVATrainer(BaseTrainer):
         """
         recorded = Path(str(self.state.best_model_checkpoint))
         best = Path(self.args.output_dir) / recorded.name  # the output folder may have moved since it was recorded
-        if lacking := missing_files(best):
+        if missing := missing_files(best):
             raise ValueError(
-                f"--load_best_model_at_end: expected the best checkpoint at '{best}', found no whole {lacking[0]}. "
+                f"--load_best_model_at_end: expected the best checkpoint at '{best}', found no whole {missing[0]}. "
                 f"The last checkpoint is complete; start again without the flag to save the last model."
             )
         validate_signature(best, trust=self.args.trust_checkpoint)

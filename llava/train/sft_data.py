@@ -26,13 +26,13 @@ from llava.model.splice import ForwardPlan
 from llava.records import Row
 from llava.train.arguments import Arguments
 from llava.train.preprocess import encode_turns, preprocess, preprocess_multimodal
-from llava.train.sft_rows import SftRows, checked_rows, load_rows, row_faults, turns_of_row
+from llava.train.sft_rows import SftRows, checked_rows, load_rows, row_errors, turns_of_row
 
 WORDS_OF_AN_IMAGE = 128  # what LLaVA counts for an image when it groups rows by length
 
 
 class LazySupervisedDataset(Dataset):
-    """LLaVA's conversations, tokenised when they are asked for; a "</s>" in a turn is encoded as text.
+    """LLaVA's conversations, tokenized when they are asked for; a "</s>" in a turn is encoded as text.
 
     Args:
         data_path: rows {"id", "image"?, "conversations": [{"from", "value"}, ...]} see `llava.train.sft_rows`.
@@ -100,10 +100,10 @@ def read_rows(
 
 def _load(data_path: str, template: Template) -> list[Row]:
     """The rows of a file, images unchecked. Raises PairsError naming every row that is no conversation."""
-    named, faults = load_rows(data_path)
-    faults += [f"{name}: {fault}" for name, row in named for fault in row_faults(row, template)]
-    if faults:
-        raise PairsError(error_list(data_path, faults, FILE_REMEDY))
+    named, errors = load_rows(data_path)
+    errors += [f"{name}: {error}" for name, row in named for error in row_errors(row, template)]
+    if errors:
+        raise PairsError(error_list(data_path, errors, FILE_REMEDY))
     return [row for _, row in named]
 
 
@@ -134,8 +134,8 @@ def supervised_rows(data: SftRows, tokenizer: PreTrainedTokenizerBase, data_args
             cut.append(f"{name}, {length} positions")
     if idle and (data_args.on_long_pair == "fail" or not kept):
         remedy = "correct these rows, raise --model_max_length as far as the model allows, or --on_long_pair skip"
-        faults = [f"{name}: {reason}" for name, reason in idle]
-        raise ValueError(error_list(str(data_args.data_path), faults, remedy))
+        errors = [f"{name}: {reason}" for name, reason in idle]
+        raise ValueError(error_list(str(data_args.data_path), errors, remedy))
     if cut:
         log(f"rows: {len(cut)} are cut at --model_max_length {tokenizer.model_max_length}, the first is {cut[0]}")
     return SftRows([data.rows[i] for i in kept], [data.names[i] for i in kept], [*data.skipped, *idle])

@@ -43,19 +43,19 @@ def load_rows(data_path: str | Path) -> tuple[list[tuple[str, Row]], list[str]]:
     Raises:
         PairsError: the file cannot be read as a whole, or has no records.
     """
-    rows, faults = [], []
+    rows, errors = [], []
     for place, record in read_rows(data_path):
         try:
             if isinstance(record, ValueError):
                 raise record
             row = row_of_record(record)
         except ValueError as error:
-            faults.append(f"{name_of(record, place)}: {error}")
+            errors.append(f"{name_of(record, place)}: {error}")
         else:
             rows.append((name_of(row, place), row))
-    if not rows and not faults:
+    if not rows and not errors:
         raise PairsError(f"{data_path}: no rows in it\nRemedy: expected a JSON list of conversations, or one a line")
-    return rows, faults
+    return rows, errors
 
 
 def name_of(record: Any, place: str) -> str:
@@ -152,17 +152,17 @@ def checked_rows(
     """
     for folder in missing_folders(image_folder):
         raise PairsError(f"image folder {folder}: no such folder\nRemedy: give the folder the image paths start from")
-    named, faults = load_rows(data_path)
-    faults += [f"{name}: {fault}" for name, row in named for fault in row_faults(row, template)]
+    named, errors = load_rows(data_path)
+    errors += [f"{name}: {error}" for name, row in named for error in row_errors(row, template)]
     shown = [(name, row["image"]) for name, row in named if "image" in row]
     outside, bad = find_image_errors(list(dict.fromkeys(image for _, image in shown)), image_folder, progress=progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
-    faults += [f"{name}: image {image}: {blocking[image]}" for name, image in shown if image in blocking]
-    if faults:
+    errors += [f"{name}: image {image}: {blocking[image]}" for name, image in shown if image in blocking]
+    if errors:
         remedy = FILE_REMEDY
         if bad and on_bad_image == "fail":
             remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
-        raise PairsError(error_list(str(data_path), faults, remedy))
+        raise PairsError(error_list(str(data_path), errors, remedy))
     good = [(name, row) for name, row in named if row.get("image") not in bad]
     skipped = [(name, f"{bad[image]}: {image}") for name, image in shown if image in bad]
     if not good:
@@ -171,7 +171,7 @@ def checked_rows(
     return SftRows([row for _, row in good], [name for name, _ in good], skipped)
 
 
-def row_faults(row: Row, template: Template) -> Iterator[str]:
+def row_errors(row: Row, template: Template) -> Iterator[str]:
     """Why a row cannot be rendered, or has another number of image tags than of images."""
     tags = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in row["conversations"])
     images = int("image" in row)

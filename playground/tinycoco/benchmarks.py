@@ -69,7 +69,7 @@ def write_record(folder: Path) -> None:
 
 
 def write_objhal(folder: Path, scenes: Sequence[Scene]) -> None:
-    """The questions, what is drawn in each picture, and the synonyms; without a judge's prompt."""
+    """The questions, what is drawn in each image, and the synonyms; without a judge's prompt."""
     rows = [
         {"org_idx": index, "image_id": index, "question": QUESTIONS[index % len(QUESTIONS)]}
         for index in range(len(scenes))
@@ -121,7 +121,7 @@ def _pope_questions(scene: Scene, ranking: Callable[[Scene, list[str]], list[str
 
 
 def write_amber(folder: Path, scenes: Sequence[Scene]) -> None:
-    """Descriptions first, then yes/no questions on existence, state (colour), number and relation (side).
+    """Descriptions first, then yes/no questions on existence, state (color), number and relation (side).
 
     There is no question on actions: nothing in a scene acts.
     """

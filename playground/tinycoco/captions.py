@@ -35,7 +35,7 @@ SETTINGS = {
 }  # fmt: skip
 LOOKS = {"sunny": "on a sunny day", "cloudy": "on a cloudy day", "evening": "in the evening"}
 
-COLOUR_SAID = 0.45  # chance that a caption names an object's colour
+COLOUR_SAID = 0.45  # chance that a caption names an object's color
 SMALLEST_LEFT_OUT = 0.06  # chance that the smallest of three or more things is not mentioned
 MOST_SENTENCES = 4
 INVENTS_AGAIN = 0.65  # chance of a second invention after the first
@@ -225,7 +225,7 @@ def _opening(scene: Scene, group: list[Thing], rng: random.Random) -> str:
 
 
 def _single(thing: Thing, other: Thing, rng: random.Random) -> str:
-    """A sentence of its own for one thing, placed in the picture or beside another thing that has been named."""
+    """A sentence of its own for one thing, placed in the image or beside another thing that has been named."""
     beside = _beside(thing, other, rng)
     templates = (
         f"There {thing.verb} also {thing.indefinite} {beside} {other.definite}.",

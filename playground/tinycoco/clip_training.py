@@ -38,7 +38,7 @@ PHRASES = ("{a} {name}", "{name}", "a photo of {a} {name}", "There is {a} {name}
 SPECIALS = ("<pad>", "<unk>", "<start>", "<end>")
 
 STEPS, BATCH, PICTURES = 5000, 64, 30_000
-TOLD = 32  # of the batch, how many pictures come with texts once there is a text tower
+TOLD = 32  # of the batch, how many images come with texts once there is a text tower
 SUPERVISED_SHARE = 0.6  # of the steps, without a text tower
 LEARNING_RATE, BETAS, WEIGHT_DECAY, WARMUP = 2e-3, (0.9, 0.99), 0.05, 150
 
@@ -91,7 +91,7 @@ def write_text_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Pool:
-    """Rendered scenes and labels: pictures [N, 3, SIZE, SIZE] uint8, patches [N, GRID * GRID] of 0..BACKGROUND."""
+    """Rendered scenes and labels: images [N, 3, SIZE, SIZE] uint8, patches [N, GRID * GRID] of 0..BACKGROUND."""
 
     scenes: list[Scene]
     pictures: Tensor
@@ -105,7 +105,7 @@ def render(scenes: list[Scene]) -> Tensor:
 
 
 def normalise(pictures: Tensor) -> Tensor:
-    """CLIP's pixel values, float32, from uint8 pictures that have the right size already."""
+    """CLIP's pixel values, float32, from uint8 images that have the right size already."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (pictures.float() / 255 - mean) / std
 

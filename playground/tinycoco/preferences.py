@@ -81,7 +81,7 @@ def sampled_pairs(answerer: Answerer, first_scene: int, count: int, seed: int) -
 
 
 def answer_pictures(answerer: Answerer, requests: Any, pictures: dict[str, Any], decoding: Any) -> list[list[str]]:
-    """Answers about pictures that are in memory: written to a temporary folder, where the driver looks for them."""
+    """Answers about images that are in memory: written to a temporary folder, where the driver looks for them."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The two ends of `scripts/dama_tiny.sh`: pictures and questions before training, table and report after."""
+"""The two ends of `scripts/dama_tiny.sh`: images and questions before training, table and report after."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAIRS = HOME / "pairs.json"
 SFT = HOME / "weights" / "llava"
 CLIP = HOME / "weights" / "clip"
 PAINTER = HOME / "scenes.py"
-CHUNK = 100  # pictures that a kill can cost
+CHUNK = 100  # images that a kill can cost
 METRICS = {
     "response_level": Metric("response-level", "lower", unit="%"),
     "mention_level": Metric("mention-level", "lower", unit="%"),
@@ -52,7 +52,7 @@ HOW_TO_READ = (
 
 
 def prepare(out: Path, pairs: int | None, scenes: int, split: str, source: Path = PAIRS) -> None:
-    """Draws the pictures of the first `pairs` of `source` and of `scenes` held-out scenes; writes their files."""
+    """Draws the images of the first `pairs` of `source` and of `scenes` held-out scenes; writes their files."""
     rows = json.loads(source.read_text())[:pairs]
     shown = list(dict.fromkeys(row["image_path"] for row in rows))
     held_out = [sample_scene(index, split) for index in range(scenes)]

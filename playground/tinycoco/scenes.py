@@ -1,4 +1,4 @@
-"""Scenes of TinyCOCO: sampled from (split, index) alone, kept as JSON, drawn as 112 x 112 pictures when needed.
+"""Scenes of TinyCOCO: sampled from (split, index) alone, kept as JSON, drawn as 112 x 112 images when needed.
 
 First what is in a scene and where; then the painter, with a background for each context and a sketch in unit
 coordinates for each category.
@@ -22,7 +22,7 @@ SUPERSAMPLING = 3  # drawn larger and averaged, since PIL's primitives have hard
 SPLITS = ("train", "pairs", "validation", "test")
 
 RGB = tuple[int, int, int]
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the finished picture
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the finished image
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SceneObject:
     """One drawn thing; `style` in 0..5 varies details that no caption names."""
 
     category: str
-    colour: str  # "" where the category comes in one colour only
+    colour: str  # "" where the category comes in one color only
     box: Box
     flip: bool = False
     style: int = 0
@@ -227,7 +227,7 @@ class Pen:
         return max(2, round(share * self.height))
 
 
-Sketch = Callable[[Pen, RGB, int], None]  # pen, colour, style
+Sketch = Callable[[Pen, RGB, int], None]  # pen, color, style
 DARK, STEEL, GLASS, WOOD = (44, 44, 52), (176, 182, 190), (176, 216, 236), (150, 98, 56)
 SKINS = ((246, 206, 172), (224, 172, 130), (160, 108, 72), (112, 74, 50), (240, 194, 160), (190, 136, 96))
 HAIRS = ((60, 40, 28), (28, 26, 30), (188, 136, 64), (110, 64, 36), (150, 60, 34), (86, 82, 84))
@@ -699,7 +699,7 @@ def _cloud(pen: Pen, x: float, y: float, fill: RGB) -> None:
 
 
 def _evening(colour: RGB, look: str) -> RGB:
-    """The ground's colour in the light of the sky."""
+    """The ground's color in the light of the sky."""
     return shade(colour, {"sunny": 1.0, "cloudy": 0.9, "evening": 0.72}[look])
 
 
@@ -837,7 +837,7 @@ FLYING = ("kite", "clock", "boat")  # these cast no shadow on the ground below t
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, SIZE x SIZE; the same scene is always the same picture."""
+    """The image of a scene, RGB, SIZE x SIZE; the same scene is always the same image."""
     from PIL import Image, ImageDraw
 
     side = SIZE * SUPERSAMPLING

@@ -67,7 +67,7 @@ def new_checkpoint(folder: Path, vision_tower: Path, tokenizer: Path, seed: int 
 
 
 def write_conversations(folder: Path, scenes: int, noise: float, seed: int = 0) -> None:
-    """`scenes` pictures of the training stream and captions.json in LLaVA's format."""
+    """`scenes` images of the training stream and captions.json in LLaVA's format."""
     rng = random.Random(f"sft/{seed}")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []

@@ -34,10 +34,10 @@ from playground.tinycoco.vocabulary import BACKGROUNDS, CONTEXTS, mentioned_cate
 FIRST_SCENE = 300_000  # prompts describe scenes of the pairs' stream that no other pair shows
 MISTAKES = {5.0: 0.6, 11.0: 0.2}  # guidance -> chance of a wrong object: the more guidance, the closer to the prompt
 VERSION = 1  # of painted_scene: raise it with any change of what is drawn
-BLACK = 0.01  # chance of a black picture, as half-precision decoders give now and then
+BLACK = 0.01  # chance of a black image, as half-precision decoders give now and then
 
 
-# ------------------------------------------------------------------------------------------------- prompts, pictures
+# ------------------------------------------------------------------------------------------------- prompts, images
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -103,7 +103,7 @@ def context_of(prompt: str) -> str:
 
 
 def scenes_of(pictures: Path) -> dict[str, Scene]:
-    """Prompt's id -> what its picture really shows."""
+    """Prompt's id -> what its image really shows."""
     _, records = read_step(pictures, RANK_IMAGES)
     shown = {}
     for record in records:
@@ -129,11 +129,11 @@ def write_true_pairs(pictures: Path, answered: Path, path: Path) -> None:
                  "origin_split": json.dumps({"model": "tinycoco-sft", "type": "truth"})}
             )  # fmt: skip
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-    log(f"pairs ranked by truth: {len(rows)} of {len(records)} pictures")
+    log(f"pairs ranked by truth: {len(rows)} of {len(records)} images")
 
 
 def reward_figures(pictures: Path, answered: Path) -> dict[str, str]:
-    """How far the rewards agree with the truth: pictures kept, answers ordered, pairs."""
+    """How far the rewards agree with the truth: images kept, answers ordered, pairs."""
     _, painted = read_step(pictures, RANK_IMAGES)
     shown = scenes_of(pictures)
     fits = [[_fits(record["prompt"], c) for c in record["candidates"] if c["image"]] for record in painted]

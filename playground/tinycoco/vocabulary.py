@@ -110,7 +110,7 @@ CONTEXTS: dict[str, dict[str, str]] = {
     },
 }
 
-# Context -> the looks it comes in: the weather, the colour of the walls, the table's top.
+# Context -> the looks it comes in: the weather, the color of the walls, the table's top.
 BACKGROUNDS: dict[str, tuple[str, ...]] = {
     **{place: ("sunny", "cloudy", "evening") for place in ("street", "park", "field", "beach")},
     **{place: ("white", "blue", "green", "pink") for place in ("kitchen", "room", "office")},
@@ -131,7 +131,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "brown": (136, 88, 52),
 }
 
-# Category -> colours it comes in; an empty tuple means that captions never name a colour for it.
+# Category -> colors it comes in; an empty tuple means that captions never name a color for it.
 PALETTES: dict[str, tuple[str, ...]] = {
     "person": ("red", "blue", "green", "yellow", "purple", "orange"),
     "bicycle": ("red", "blue", "black", "green"),

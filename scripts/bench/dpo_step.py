@@ -1,12 +1,12 @@
 """Time and memory of a DPO step, forward and backward, done in turn plainly, by TRL, and by this repository.
 
-plain         chosen and rejected answers as rows of their own, padded, every picture encoded for both, logits of the
+plain         chosen and rejected answers as rows of their own, padded, every image encoded for both, logits of the
               whole vocabulary at all positions: how the released code computes.
 trl           TRL's DPOTrainer on the model exported to llava-hf's layout, which also runs the reference model.
-trl given     the same with the reference log-probs given, as TRL does not offer it for pictures.
-ours          the shared prefix: every distinct position and picture once, logits of the answers only.
+trl given     the same with the reference log-probs given, as TRL does not offer it for images.
+ours          the shared prefix: every distinct position and image once, logits of the answers only.
 
-Every measurement runs in a fresh process; the ways take turns. Random weights, all but the tower trained, no optimiser,
+Every measurement runs in a fresh process; the ways take turns. Random weights, all but the tower trained, no optimizer,
 no activation checkpointing.
 
     python scripts/bench/dpo_step.py                     # a small model on one CPU thread, about 5 minutes
@@ -40,7 +40,7 @@ from measure import (
     matmul_rate,
     random_pairs,
     random_pictures,
-    refuse_flags,
+    reject_flags,
     time_of,
     write_checkpoint,
     write_pictures,
@@ -92,7 +92,7 @@ class Measured:
 class Floor:
     """What a step cannot be faster than."""
 
-    flops: float  # that the mathematics needs: every distinct position and picture once
+    flops: float  # that the mathematics needs: every distinct position and image once
     rate: float  # FLOP/s of a large matrix product
 
     @property
@@ -102,7 +102,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Training:
-    """Figures of whole optimiser steps."""
+    """Figures of whole optimizer steps."""
 
     pairs_per_second: list[float]
     peak: int  # bytes in all
@@ -131,11 +131,11 @@ def llava(settings: Settings, attention: str) -> Any:
 
 
 def batch_of(settings: Settings, shared_prefix: bool) -> dict[str, Tensor]:
-    """The trainer's own batch, on the device, with the pictures."""
+    """The trainer's own batch, on the device, with the images."""
     from llava.train.dpo_data import DataCollatorForDPODataset
 
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
-    dataset: Any = None  # pictures are not read from files here
+    dataset: Any = None  # images are not read from files here
     collate = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix, settings.shape.patches)
     batch = collate.rows(random_pairs(settings.shape, settings.pairs))
     batch["images"] = random_pictures(settings.shape, settings.pairs).to(settings.dtype)
@@ -218,9 +218,9 @@ def trl_step(
 
 
 def trl_batch(settings: Settings, processor: Any) -> dict[str, Tensor]:
-    """What TRL's collator makes of the same pairs: pictures twice, a token for each of their positions.
+    """What TRL's collator makes of the same pairs: images twice, a token for each of their positions.
 
-    All rows have their picture at the same place.
+    All rows have their image at the same place.
     """
     from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
@@ -283,7 +283,7 @@ def measure(settings: Settings, way: str) -> Measured | None:
 
 
 def train_fully(settings: Settings) -> Training | None:
-    """Three optimiser steps of DAMA's training on all weights; None where the memory does not suffice."""
+    """Three optimizer steps of DAMA's training on all weights; None where the memory does not suffice."""
     from transformers.trainer_callback import PrinterCallback
 
     from llava.train.arguments import parse_arguments
@@ -445,10 +445,10 @@ def parse_arguments() -> argparse.Namespace:
         args.pairs = 4 if args.shape == "7b" else 2
     if args.train is None:
         args.train = args.shape == "7b"
-    faults = []
+    errors = []
     if args.train and (args.pairs < 1 or PAIRS_A_STEP % args.pairs):
-        faults.append(f"--pairs {args.pairs}: expected a divisor of {PAIRS_A_STEP} with --train")
-    refuse_flags(parser, args, ("pairs", "threads", "repeats", "steps"), faults)
+        errors.append(f"--pairs {args.pairs}: expected a divisor of {PAIRS_A_STEP} with --train")
+    reject_flags(parser, args, ("pairs", "threads", "repeats", "steps"), errors)
     return args
 
 

@@ -1,7 +1,7 @@
 """Pairs and images a second of the hardness stage against the direct loop, and where the difference comes from.
 
-The direct loop takes one pair at a time, encodes the picture for each answer, and reads every statement at CLIP's full
-context. Both get the same work in turn: other crops of photographs, 1.7 pairs a picture as in RLAIF-V, no statement
+The direct loop takes one pair at a time, encodes the image for each answer, and reads every statement at CLIP's full
+context. Both get the same work in turn: other crops of photographs, 1.7 pairs an image as in RLAIF-V, no statement
 twice, random weights. Beside the clock's time stands the processor's, which other programs hardly change, as long as
 threads do not wait by spinning.
 
@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write_crops(photos: Sequence[Path], folder: Path, count: int) -> None:
-    """Another part of a photograph for each picture, between two thirds of its sides and all, as a JPEG."""
+    """Another part of a photograph for each image, between two thirds of its sides and all, as a JPEG."""
     rng = random.Random(0)
     for number in range(count):
         with Image.open(photos[number % len(photos)]) as photo:
@@ -111,7 +111,7 @@ def write_crops(photos: Sequence[Path], folder: Path, count: int) -> None:
 
 
 def make_pairs(images: int) -> list[PreferencePair]:
-    """1.7 pairs for each picture, their answers of statements that occur nowhere else."""
+    """1.7 pairs for each image, their answers of statements that occur nowhere else."""
     rng, said = random.Random(1), set()
 
     def statement() -> str:

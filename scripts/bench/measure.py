@@ -54,13 +54,13 @@ SHAPES = {
 }
 
 
-def refuse_flags(parser: Any, args: Any, counts: Sequence[str], faults: Sequence[str] = ()) -> None:
-    """Ends with all faults of the flags, these and those that every benchmark of training can have."""
+def reject_flags(parser: Any, args: Any, counts: Sequence[str], errors: Sequence[str] = ()) -> None:
+    """Ends with all errors of the flags, these and those that every benchmark of training can have."""
     wrong = [f"--{name}: expected 1 or more, got {n}" for name in counts if (n := getattr(args, name)) < 1]
     if args.shape == "7b" and not torch.cuda.is_available():
-        faults = [*faults, "--shape 7b: expected a GPU, found none"]
-    if wrong or faults:
-        parser.error("; ".join([*wrong, *faults]))
+        errors = [*errors, "--shape 7b: expected a GPU, found none"]
+    if wrong or errors:
+        parser.error("; ".join([*wrong, *errors]))
 
 
 # --- Random checkpoints and pairs ------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 
 def random_pairs(shape: Shape, count: int) -> list[PreparedPair]:
-    """Pairs of the shape's lengths, each with a picture of its own: image first, then text of random tokens.
+    """Pairs of the shape's lengths, each with an image of its own: image first, then text of random tokens.
 
     Their reference log-probs are those of a model that holds all tokens equally likely, as a random one nearly does.
     """

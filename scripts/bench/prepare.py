@@ -1,6 +1,6 @@
-"""Rows a second and peak memory of `python -m dama prepare` on Parquet of RLAIF-V's schema, its pictures inside.
+"""Rows a second and peak memory of `python -m dama prepare` on Parquet of RLAIF-V's schema, its images inside.
 
-The rows are generated: every picture is another crop of a photograph, 1.7 pairs show each one as in RLAIF-V, and a few
+The rows are generated: every image is another crop of a photograph, 1.7 pairs show each one as in RLAIF-V, and a few
 rows in a thousand are bad in ways that the data card has to count. Reading the rows and doing nothing is the bound.
 
     python scripts/bench/prepare.py --photos FOLDER
@@ -110,10 +110,10 @@ def write_shard(folder: Path, photos: list[Path], first: int, last: int) -> Coun
     with pq.ParquetWriter(folder / f"{first:06d}.parquet", SCHEMA) as writer:
         for number in range(first, last):
             row = good_row(rng, number, pictures[(number - first) % len(pictures)])
-            fault = BAD.get(number % 500)
-            if fault is not None and rows:
-                row = spoiled(row, rows[-1], fault, rng)
-                bad[fault] += 1
+            error = BAD.get(number % 500)
+            if error is not None and rows:
+                row = spoiled(row, rows[-1], error, rng)
+                bad[error] += 1
             rows.append(row)
             if len(rows) == GROUP_ROWS or number == last - 1:
                 writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
@@ -145,10 +145,10 @@ def good_row(rng: random.Random, number: int, picture: bytes) -> dict[str, Any]:
     }
 
 
-def spoiled(row: dict[str, Any], before: dict[str, Any], fault: str, rng: random.Random) -> dict[str, Any]:
-    if fault == "repeated pair":
+def spoiled(row: dict[str, Any], before: dict[str, Any], error: str, rng: random.Random) -> dict[str, Any]:
+    if error == "repeated pair":
         return before | {"idx": row["idx"]}
-    if fault == "evaluation image":
+    if error == "evaluation image":
         return row | {"image_path": f"COCO_val2014_{rng.choice(sorted(evaluation_images()['POPE'])):012d}.jpg"}
     picture = row["image"]["bytes"]
     return row | {"image": {"bytes": picture[: len(picture) // 2], "path": None}}

@@ -27,7 +27,7 @@ from measure import (
     matmul_rate,
     random_pairs,
     random_pictures,
-    refuse_flags,
+    reject_flags,
     time_of,
     write_checkpoint,
 )
@@ -86,9 +86,9 @@ def cases(shape: Shape, pairs: int) -> list[Case]:
 
 
 def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_prefix: bool) -> Callable[[], None]:
-    """The stage's work on pairs whose pictures are read already: batches, tower, one pass, log-probs.
+    """The stage's work on pairs whose images are read already: batches, tower, one pass, log-probs.
 
-    Of a training step the same with gradients: micro-batches forward and backward, without optimiser.
+    Of a training step the same with gradients: micro-batches forward and backward, without optimizer.
     """
     collate = PairCollator(model.get_vision_tower().tokens_per_image, shared_prefix)
     settings = SimpleNamespace(device=model.device, logp_chunk=1024, dpo_beta=0.1)
@@ -170,7 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of both ways. Default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures: seconds, tokens, FLOP/s")
     args = parser.parse_args()
-    refuse_flags(parser, args, ("pairs", "batch_size", "threads", "repeats"))
+    reject_flags(parser, args, ("pairs", "batch_size", "threads", "repeats"))
     return args
 
 

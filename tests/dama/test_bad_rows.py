@@ -79,7 +79,7 @@ def test_no_value_of_a_field_ends_prepare(field: str, tmp_path: Path, capsys: py
     pairs, faults = parse_pairs(source)  # what training and hardness read
     assert len(pairs) + len(faults) == len(rows)
     try:
-        check_pairs(pairs, tmp_path, faults=faults)
+        check_pairs(pairs, tmp_path, errors=faults)
     except PairsError as error:
         assert "Remedy" in str(error)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dama.hardness import clip
-from dama.hardness.clip import ClipError, ClipScorer, clip_faults, load_clip, weights_digest
+from dama.hardness.clip import ClipError, ClipScorer, clip_errors, load_clip, weights_digest
 from tests.dama.tiny_clip import MODEL_CFG, write_tiny_clip
 
 TEXTS = ["A cat.", "Two dogs are lying on the green grass of a park.", "Yes.", "A man, a woman! " * 9, "图中有一只猫。"]
@@ -173,9 +173,9 @@ def test_logit_scale_is_the_exponential(scorer: ClipScorer) -> None:
 
 
 def test_quick_gelu_mismatch_is_an_error_with_the_right_name() -> None:
-    (fault,) = clip_faults("ViT-L-14-336", "openai")
+    (fault,) = clip_errors("ViT-L-14-336", "openai")
     assert "QuickGELU mismatch" in fault and fault.endswith("Remedy: --clip ViT-L-14-336-quickgelu")
-    assert clip_faults(clip.DEFAULT_MODEL, None) == []
+    assert clip_errors(clip.DEFAULT_MODEL, None) == []
     with pytest.raises(ClipError, match="QuickGELU mismatch"):
         load_clip("ViT-L-14-336", None, "cpu")
 
@@ -192,14 +192,14 @@ def test_open_clips_own_quick_gelu_warning_is_an_error_too(monkeypatch: pytest.M
 
 
 def test_choices_that_cannot_work_are_named(tmp_path: Path, folder: Path) -> None:
-    assert "neither a folder nor an architecture" in clip_faults("ViT-Z-99", None)[0]
-    (fault,) = clip_faults("ViT-B-32", "none-such")
+    assert "neither a folder nor an architecture" in clip_errors("ViT-Z-99", None)[0]
+    (fault,) = clip_errors("ViT-B-32", "none-such")
     assert "has no such weights" in fault and "openai" in fault and "random" in fault
     (tmp_path / "open_clip_config.json").write_text("{}")
-    assert "no open_clip_model.safetensors in it" in clip_faults(str(tmp_path), None)[0]
-    assert "has its own weights" in clip_faults(str(folder), "openai")[0]
-    assert "has its own weights" in clip_faults("hf-hub:org/name", "openai")[0]
-    assert clip_faults("hf-hub:org/name", None) == []
+    assert "no open_clip_model.safetensors in it" in clip_errors(str(tmp_path), None)[0]
+    assert "has its own weights" in clip_errors(str(folder), "openai")[0]
+    assert "has its own weights" in clip_errors("hf-hub:org/name", "openai")[0]
+    assert clip_errors("hf-hub:org/name", None) == []
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
     with pytest.raises(ClipError, match="its own weights.*missing 'model_cfg'"):
         load_clip(str(tmp_path), None, "cpu")

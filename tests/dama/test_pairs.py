@@ -182,7 +182,7 @@ def test_every_fault_is_in_one_message(images: Path, tmp_path: Path) -> None:
         pair(id="zero", image="a\0.png"),
     ]
     with pytest.raises(PairsError) as caught:
-        check_pairs(pairs, images, subject="my.json", faults=["line 3: torn"])
+        check_pairs(pairs, images, subject="my.json", errors=["line 3: torn"])
     message = str(caught.value)
     assert message.startswith("my.json: 14 errors\n  line 3: torn\n")
     for part in (

@@ -234,7 +234,7 @@ def test_differences_names_nested_fields() -> None:
 # ---------------------------------------------------------------------------------------------------------- shards
 
 
-def summarise(rows: list[dict[str, Any]], facts: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(rows: list[dict[str, Any]], facts: list[dict[str, Any]]) -> dict[str, Any]:
     return {"mean": sum(row["v"] for row in rows) / len(rows), "skipped": facts[0]["skipped"]}
 
 
@@ -242,7 +242,7 @@ def run_shard(folder: Path, shard: Shard, inputs: dict[str, Any] = INPUTS, **fla
     with open_stage(folder, "toy", inputs, SIZES, shard=shard, **flags) as stage:
         for chunk in stage.to_do:
             stage.append(records(chunk))
-        return stage.conclude(summarise, {"skipped": ["x"]})
+        return stage.conclude(summarize, {"skipped": ["x"]})
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_shards_in_any_order_give_the_bytes_of_an_unsharded_run(
     assert contents(tmp_path / "out") == unsharded
     assert read_stage(tmp_path / "out", "toy")[0] == manifest
     assert run_shard(tmp_path / "out", Shard(1, count)) == manifest  # complete: any shard says so
-    assert merge_shards(tmp_path / "out", "toy", summarise)["digest"] == manifest["digest"]  # as two at once would
+    assert merge_shards(tmp_path / "out", "toy", summarize)["digest"] == manifest["digest"]  # as two at once would
 
 
 def test_a_large_file_is_merged_without_holding_its_records(
@@ -331,7 +331,7 @@ def test_an_interrupted_shard_continues(tmp_path: Path, unsharded: tuple[bytes, 
     with pytest.raises(StageError, match=r"no manifest\.json in .*\nRemedy: finish its shards, then .*dama merge"):
         read_stage(tmp_path / "out", "toy")
     with pytest.raises(StageError, match="do not fit together\n  00001-of-00002: unfinished\n  gap: chunks 2 to 3"):
-        merge_shards(tmp_path / "out", "toy", summarise)
+        merge_shards(tmp_path / "out", "toy", summarize)
     with open_stage(tmp_path / "out", "toy", INPUTS, SIZES, shard=Shard(1, 2)) as stage:
         assert stage.to_do == range(3, 4)
     assert run_shard(tmp_path / "out", Shard(1, 2)) is not None
@@ -350,11 +350,11 @@ def test_two_processes_on_one_shard_are_kept_apart(tmp_path: Path) -> None:
 def test_gaps_are_named(tmp_path: Path) -> None:
     """Chunks 0 to 3 in four shards, of which 1 and 3 are absent."""
     with pytest.raises(StageError, match="no shards in"):
-        merge_shards(tmp_path, "toy", summarise)
+        merge_shards(tmp_path, "toy", summarize)
     for index in (0, 2):
         run_shard(tmp_path, Shard(index, 4))
     with pytest.raises(StageError) as caught:
-        merge_shards(tmp_path, "toy", summarise)
+        merge_shards(tmp_path, "toy", summarize)
     assert "gap: chunks 1 to 1 are in no finished shard\n  gap: chunks 3 to 3" in str(caught.value)
     assert not (tmp_path / "toy.jsonl").exists()
 
@@ -368,7 +368,7 @@ def test_overlaps_are_named_and_left_over_shards_of_another_count_do_not_disturb
         run_shard(tmp_path / "out", Shard(index, 3))
     assert contents(tmp_path / "out") == unsharded
     with pytest.raises(StageError, match="00000-of-00002: overlaps another, chunks 0 to 0 are(?s:.*)remove"):
-        merge_shards(tmp_path / "out", "toy", summarise)
+        merge_shards(tmp_path / "out", "toy", summarize)
 
 
 def test_shards_of_other_inputs_are_refused(tmp_path: Path) -> None:
@@ -377,12 +377,12 @@ def test_shards_of_other_inputs_are_refused(tmp_path: Path) -> None:
     run_shard(tmp_path, Shard(0, 2), other)
     assert run_shard(tmp_path, Shard(1, 2)) is None
     with pytest.raises(StageError, match='00001-of-00002: other inputs than 00000-of-00002 .scale: "logit"'):
-        merge_shards(tmp_path, "toy", summarise)
+        merge_shards(tmp_path, "toy", summarize)
     with pytest.raises(StageError, match='made from other inputs(?s:.*)scale: "logit" -> "cosine"'):
         run_shard(tmp_path, Shard(0, 2))
     assert run_shard(tmp_path, Shard(0, 2), overwrite=True) is not None
     with pytest.raises(StageError, match="not a shard of the stage other"):
-        merge_shards(tmp_path, "other", summarise)
+        merge_shards(tmp_path, "other", summarize)
 
 
 def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_a_damaged_shard_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shards/00001-of-00002/toy.jsonl"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(StageError, match="changed since the stage was finished"):
-        merge_shards(tmp_path, "toy", summarise)
+        merge_shards(tmp_path, "toy", summarize)
 
 
 def test_a_folder_tells_its_stage(tmp_path: Path) -> None:

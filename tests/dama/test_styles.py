@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dama.pairs import PairsError, PreferencePair, check_pairs, pair_from_row, read_pairs, text_faults
+from dama.pairs import PairsError, PreferencePair, check_pairs, pair_from_row, read_pairs, text_errors
 from dama.prepare.sources import SourceError
 from dama.texts import visible_text, without_image_token
 from tests.dama.prepare_sets import card, lines, picture, prepare, write_lines, write_parquet
@@ -250,13 +250,13 @@ def test_parquet_without_the_columns_of_any_layout(tmp_path: Path) -> None:
 def test_one_placeholder_at_either_end_with_what_is_around_it(question: str) -> None:
     assert without_image_token(question) == "What?"
     pair = pair_from_row(TEXTS | {"image": "a.png", "question": question})
-    assert pair.question == "What?" and not list(text_faults(pair))
+    assert pair.question == "What?" and not list(text_errors(pair))
 
 
 @pytest.mark.parametrize("question", ["<image>\nWhat?\n<image>", "<image><image>What?", "Is <image> a cat?"])
 def test_another_placeholder_is_another_image(question: str) -> None:
     pair = pair_from_row(TEXTS | {"image": "a.png", "question": question})
-    assert any("one more image" in fault for fault in text_faults(pair))
+    assert any("one more image" in fault for fault in text_errors(pair))
 
 
 def test_a_long_question_of_spaces_is_read_in_time() -> None:
@@ -310,13 +310,13 @@ def pair_of(chosen: str, rejected: str, id: str = "x") -> PreferencePair:
 
 @pytest.mark.parametrize("name", UNSEEN)
 def test_answers_that_look_alike_make_no_pair(name: str) -> None:
-    (fault,) = text_faults(pair_of("A cat\nsits.", UNSEEN[name]))
+    (fault,) = text_errors(pair_of("A cat\nsits.", UNSEEN[name]))
     assert fault.startswith("chosen and rejected answer are equal")
 
 
 @pytest.mark.parametrize("name", SEEN)
 def test_answers_that_look_different_do(name: str) -> None:
-    assert not list(text_faults(pair_of("A cat\nsits.", SEEN[name])))
+    assert not list(text_errors(pair_of("A cat\nsits.", SEEN[name])))
 
 
 def test_accents_composed_or_not_look_alike_and_joiners_between_letters_do_not() -> None:
@@ -329,9 +329,9 @@ def test_accents_composed_or_not_look_alike_and_joiners_between_letters_do_not()
     "text", ["\u200b", "\ufeff \n", "\u2800", "\u3164\u00ad", "\x00", "\u200e\u200f\u2060", "\u202e"]
 )
 def test_a_text_that_shows_nothing_is_empty(text: str) -> None:
-    (fault,) = text_faults(pair_of(text, "A dog."))
+    (fault,) = text_errors(pair_of(text, "A dog."))
     assert fault == "the chosen answer is empty, it has invisible characters only"
-    (fault,) = text_faults(PreferencePair("x", "a.png", text, "A.", "B."))
+    (fault,) = text_errors(PreferencePair("x", "a.png", text, "A.", "B."))
     assert fault == "the question is empty"
 
 

@@ -149,13 +149,13 @@ def test_choice_on_paper():
     texts, scores = ["a b c d", "z", "a b c e"], [4.0, 1.0, 3.0]
     assert choose(texts, scores, Filters()) == Choice(0, 1)
     assert choose(texts, scores, Filters(length_balance=0.25)) == Choice(0, 2)
-    assert choose(texts, scores, Filters(margin=3.5)) == Choice(fault=MARGIN)
-    assert choose(texts, scores, Filters(margin=2, length_balance=0.25)) == Choice(fault=LENGTH)
+    assert choose(texts, scores, Filters(margin=3.5)) == Choice(error=MARGIN)
+    assert choose(texts, scores, Filters(margin=2, length_balance=0.25)) == Choice(error=LENGTH)
     # "a b c d" and "a b c e": 2 x 3 of 8 words
     assert rank.likeness(texts[0], texts[2]) == 0.75
-    assert choose(texts, scores, Filters(length_balance=0.25, alike=0.75)) == Choice(fault=ALIKE)
-    assert choose(texts, [1.0, 1.0, None], Filters()) == Choice(fault=ALL_TIED)
-    assert choose(texts, [1.0, None, None], Filters()) == Choice(fault=TOO_FEW)
+    assert choose(texts, scores, Filters(length_balance=0.25, alike=0.75)) == Choice(error=ALIKE)
+    assert choose(texts, [1.0, 1.0, None], Filters()) == Choice(error=ALL_TIED)
+    assert choose(texts, [1.0, None, None], Filters()) == Choice(error=TOO_FEW)
 
 
 # --------------------------------------------------------------------------------------------------- the whole, and bad
@@ -198,7 +198,7 @@ def test_bad_pictures_are_counted_and_never_kept(tmp_path):
     assert manifest["summary"] == {
         "candidates": 12,
         "usable": 2,
-        "faults": {images.ONE_COLOUR: 4, images.REPEATED: 3, images.REFUSED: 2, images.NOT_FINITE: 1},
+        "faults": {images.ONE_COLOR: 4, images.REPEATED: 3, images.REFUSED: 2, images.NOT_FINITE: 1},
     }
     assert {record["fault"] for record in records if record["image"]} == {""}
     ranked, kept = read_step(tmp_path, "rank-images")

@@ -112,7 +112,7 @@ def write_pipeline(folder, *, refuse=False, broken=False):
 def test_diffusers_draws_by_seed_and_guidance(tmp_path):
     artist = write_pipeline(tmp_path)
     both = artist.draw(["a red dog", "a blue car"], 7.0, [3, 4])
-    assert [drawn.fault for drawn in both] == ["", ""] and both[0].picture.size == (32, 32)
+    assert [drawn.error for drawn in both] == ["", ""] and both[0].picture.size == (32, 32)
     alone = artist.draw(["a blue car"], 7.0, [4])[0].picture
     # A neighbour in the batch changes rounding, never the picture.
     assert np.abs(np.asarray(alone, int) - np.asarray(both[1].picture, int)).max() <= 1
@@ -123,12 +123,12 @@ def test_diffusers_draws_by_seed_and_guidance(tmp_path):
 
 def test_diffusers_safety_checker_refuses(tmp_path):
     drawn = write_pipeline(tmp_path, refuse=True).draw(["a dog", "a cat"], 5.0, [0, 1])
-    assert [(one.picture, one.fault) for one in drawn] == [(None, REFUSED)] * 2
+    assert [(one.picture, one.error) for one in drawn] == [(None, REFUSED)] * 2
 
 
 def test_diffusers_values_that_are_no_numbers(tmp_path):
     drawn = write_pipeline(tmp_path, broken=True).draw(["a dog"], 5.0, [0])
-    assert (drawn[0].picture, drawn[0].fault) == (None, NOT_FINITE)
+    assert (drawn[0].picture, drawn[0].error) == (None, NOT_FINITE)
 
 
 def test_pixels_on_paper():

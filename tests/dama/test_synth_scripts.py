@@ -36,7 +36,7 @@ def test_the_papers_models():
     images, rank_images, respond, rank_responses, report = steps = synth_flags(dry_run("--trust_remote_code"))
     assert [args.step for args in steps] == ["images", "rank-images", "respond", "rank-responses", "report"]
     for args in steps[:4]:
-        assert command.flag_faults(args, [args.step]) == []
+        assert command.flag_errors(args, [args.step]) == []
     assert (images.text_to_image, images.guidance, images.steps) == (command.DEFAULT_T2I, [5, 7, 9, 11], 28)
     llavas = ("mistral-7b", "vicuna-13b", "vicuna-7b")
     assert respond.responder == [f"hf:llava-hf/llava-v1.6-{name}-hf" for name in llavas]
@@ -63,7 +63,7 @@ def test_the_default_reward_is_refused_before_any_work_where_its_code_may_not_ru
 def test_code_of_others_runs_only_where_the_flag_says_so():
     served = synth_flags(dry_run(REWARD="http-text:http://127.0.0.1:9/score", IMAGE_REWARD="http:http://127.0.0.1:8/"))
     assert not served[3].trust_remote_code and served[1].image_reward == ["http:http://127.0.0.1:8/"]
-    assert command.flag_faults(served[1], ["rank-images"]) == command.flag_faults(served[3], ["rank-responses"]) == []
+    assert command.flag_errors(served[1], ["rank-images"]) == command.flag_errors(served[3], ["rank-responses"]) == []
 
 
 @pytest.mark.parametrize("gpus", [1, 2])

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dama.pairs import check_pairs, read_pairs
-from dama.synth.images import ONE_COLOUR, run_images
+from dama.synth.images import ONE_COLOR, run_images
 from dama.synth.pairs import run_rank_responses
 from dama.synth.prompts import read_prompts, read_step
 from dama.synth.rank import Filters, run_rank_images
@@ -60,7 +60,7 @@ def test_the_artist_draws_by_seed_and_now_and_then_black(prompts, tmp_path):
     assert two[0].picture.tobytes() != two[1].picture.tobytes()
     black = next(seed for seed in range(1000) if painted_scene(prompts[0].prompt, 7.0, seed) is None)
     summary = run_images(artist, prompts[:1], tmp_path, guidance=[7.0], seed=black, suffix="png")["summary"]
-    assert summary["faults"] == {ONE_COLOUR: 1}
+    assert summary["faults"] == {ONE_COLOR: 1}
 
 
 def test_pairs_by_reward_and_by_truth(prompts, tmp_path):

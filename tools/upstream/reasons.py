@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _OTHER_MODELS = "LLaVA-v1.5 is built on LLaMA (Vicuna). Of models on MPT and Mistral only the templates are there."
-_OTHER_TOWER = "Pictures at several scales (S2) belong to later models; LLaVA-v1.5 has one CLIP tower at one scale."
+_OTHER_TOWER = "Images at several scales (S2) belong to later models; LLaVA-v1.5 has one CLIP tower at one scale."
 _ATTENTION = "transformers has the fast attention built in: SDPA, and FlashAttention where it is installed."
-_TRANSFORMERS = "transformers' own method is inherited; `generate` has turned the pictures into embeddings before."
+_TRANSFORMERS = "transformers' own method is inherited; `generate` has turned the images into embeddings before."
 _SERVING = "Export the model (python -m llava.model.export --to hf) and serve it with vLLM or `transformers serve`."
 _FRONT_END = "The page is written anew for one process and two models side by side; its callbacks are no interface."
 _NO_CONTROLLER = "There is no controller to list models: they are named by --model-path and --compare."
@@ -16,7 +16,7 @@ _LOGGING = "Standard output is not swapped for a logger."
 _OWN_DRIVERS = "Generation has one driver, llava/eval/generate.py, which model_vqa and model_vqa_loader put to work."
 _OTHER_BENCHMARKS = "eval/ measures hallucination; for general benchmarks run lmms-eval or VLMEvalKit on the export."
 _JUDGES = "Answers reviewed by GPT, a copy of the program for each benchmark. Benchmarks with a judge belong to eval/."
-_DEMONSTRATION = "Pictures, tables and pages of LLaVA's own demonstration."
+_DEMONSTRATION = "Images, tables and pages of LLaVA's own demonstration."
 _OLD_SCRIPTS = "Commands of LLaVA before v1.5; those of v1.5 are in scripts/v1_5/."
 _RESAMPLER = "A field without effect that v1.5's checkpoints carry; it is kept when such a checkpoint is saved."
 _MODULE_STATE = "State of the module at run time; here it is asked for where it is needed."
@@ -135,7 +135,7 @@ _THIS_MACHINE = "Reached from this machine only, unless another address is given
 _ONE_PROCESS = "One process answers, so fewer at the same time; the others wait."
 _SEVERAL_FOLDERS = "It may be given more than once, so that links from one folder into another are followed."
 _FUSED = "Not given, it is adamw_torch on CPUs and adamw_torch_fused on GPUs: the same steps in one kernel."
-_NO_EFFECT = "Taken and without effect: rows are always tokenised when needed, and show whether they have an image."
+_NO_EFFECT = "Taken and without effect: rows are always tokenized when needed, and show whether they have an image."
 
 CHANGED: Mapping[str, str] = {
     "llava/train/train.py:ModelArguments.model_name_or_path": _NAME_THE_MODEL,

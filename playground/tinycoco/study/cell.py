@@ -29,7 +29,7 @@ SCORED = ("response_level", "mention_level", "object_recall", "mean_words")
 
 @dataclass(frozen=True)
 class Scenes:
-    """Held-out pictures with their questions: `questions.jsonl` and `images/` in a folder of `scenes`."""
+    """Held-out images with their questions: `questions.jsonl` and `images/` in a folder of `scenes`."""
 
     folder: Path
 

@@ -105,7 +105,7 @@ def draw_gaps(axes: Axes, rows: Mapping[str, Interval]) -> None:
 
 
 def draw_thirds(axes: Axes, tables: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]) -> None:
-    """Held-out margin of each third over the steps, mean over seeds: methods by dash, thirds by colour."""
+    """Held-out margin of each third over the steps, mean over seeds: methods by dash, thirds by color."""
     for dash, (method, table) in zip(("-", "--"), tables.items()):
         for third, color in zip(THIRDS, SERIES):
             steps = table[third]

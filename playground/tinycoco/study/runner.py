@@ -99,7 +99,7 @@ def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> 
             cell = futures[done]
             try:
                 bar.write(line_of(done.result()))
-            except Exception as error:  # a cell's fault is the study's result, not its end
+            except Exception as error:  # a cell's error is the study's result, not its end
                 failed[cell.name] = "".join(traceback.format_exception_only(error)).strip()
                 bar.write(f"{cell.name}: FAILED: {failed[cell.name]}")
     write_json(folder / "failed.json", failed)
