@@ -62,10 +62,6 @@ class EncodedTable:
         """Tokens of each row [R], an image counted as one."""
         return np.diff(self.offsets)
 
-    def answers_of(self, pair: int) -> tuple[EncodedRow, EncodedRow]:
-        """Both answers of a pair, in a table of two rows a pair."""
-        return self[2 * pair], self[2 * pair + 1]
-
 
 @dataclass(frozen=True)
 class TableRows(Sequence[EncodedRow]):

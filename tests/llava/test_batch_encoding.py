@@ -57,7 +57,7 @@ def test_pairs_are_those_of_encode_pair(template, marked, cached, tokenizer, mon
     assert len(table) == 2 * len(pairs)
     for index, pair in enumerate(pairs):
         expected = encode_pair(pair, tokenizer, get_template(template), marked)
-        for row, one in zip(table.answers_of(index), expected, strict=True):
+        for row, one in zip((table[2 * index], table[2 * index + 1]), expected, strict=True):
             assert_equal(row, one)
 
 
@@ -148,5 +148,7 @@ def test_a_byte_level_tokenizer_without_bos(byte_level):  # noqa: F811
     pairs = [PreferencePair(str(i), "a.jpg", json.dumps(text), text, "a") for i, text in enumerate(texts)]
     table = encode_answers(pairs, byte_level, conv_templates["chatml_direct"])
     for index, pair in enumerate(pairs):
-        for row, one in zip(table.answers_of(index), encode_pair(pair, byte_level, conv_templates["chatml_direct"])):
+        for row, one in zip(
+            (table[2 * index], table[2 * index + 1]), encode_pair(pair, byte_level, conv_templates["chatml_direct"])
+        ):
             assert_equal(row, one)
