@@ -30,7 +30,7 @@ def ensure_answers(
     decoding: Decoding,
     args: Namespace,
 ) -> None:
-    """Complete folder/answers.jsonl, as the stage of llava.eval.generate.
+    """Complete folder/answers.jsonl, as the stage of llava.generation.answers.
 
     args: processes, batch_size, overwrite, and what is passed to the other processes: model_base, conv_mode, device.
     They read the questions from FOLDER.questions.jsonl, which jobs of a cluster may use, too.

@@ -38,8 +38,8 @@ class Mode:
 class Part:
     """Questions that are answered with the same decoding.
 
-    decoding: the published one, as fields of llava.eval.generate.Decoding. name: folder of the answers, that of the
-    mode if empty. includes: whether a question belongs to the part.
+    decoding: the published one, as fields of llava.generation.request.Decoding. name: folder of the answers, that of
+    the mode if empty. includes: whether a question belongs to the part.
     """
 
     decoding: Mapping[str, Any]
