@@ -18,6 +18,7 @@ from llava.rehearsal import stubs
 SOURCE = Path(__file__).with_name("null_cuda.c")
 LIBRARY = "libnullcuda.so"
 DRIVER = "libcuda.so.1"
+API = "cuda_runtime_api.h"
 # NVIDIA's management library knows the machine's real GPUs, and torch asks it first. An empty file before it on the
 # loader's path hides it, as on a machine without a driver.
 HIDDEN = "libnvidia-ml.so.1"
@@ -104,24 +105,33 @@ def cuda_libraries() -> list[Path]:
     return [found[name] for name in stubs.STATUS if name in found]
 
 
-def headers() -> Path:
-    """Return the folder of CUDA's headers."""
-    return package_folder("triton") / "backends" / "nvidia" / "include"
+def headers() -> list[Path]:
+    """Return the folders of CUDA's headers: of the runtime's wheel, and of triton, whose release of CUDA may be older
+    than torch's, and which alone has those of the compiler (crt/)."""
+    return [cuda_runtime().parents[1] / "include", package_folder("triton") / "backends" / "nvidia" / "include"]
+
+
+def cuda_runtime() -> Path:
+    """Return libcudart of the wheel that torch depends on."""
+    return next(path for path in cuda_libraries() if path.name.startswith("libcudart."))
 
 
 def check_headers() -> None:
-    """CUDA's headers come with triton; the layout of its structures belongs to a major release of CUDA."""
-    file = headers() / "cuda_runtime_api.h"
-    if not file.exists():
-        raise RehearsalError(f"rehearsal: expected CUDA's headers, no {file}; install the triton of torch's wheel")
-    version = re.search(r"#define CUDART_VERSION +(\d+)", file.read_text(encoding="utf-8", errors="replace"))
+    """The layout of structures belongs to a major release of CUDA."""
+    runtime, compiler = headers()
+    if not (compiler / "crt" / "host_defines.h").exists():
+        raise RehearsalError(
+            f"rehearsal: expected CUDA's headers, none in {compiler}; install the triton of torch's wheel"
+        )
+    file = next((folder / API for folder in (runtime, compiler) if (folder / API).exists()), compiler / API)
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    version = re.search(r"#define CUDART_VERSION +(\d+)", text)
     got = int(version[1]) // 1000 if version else 0
-    runtime = next(path for path in cuda_libraries() if path.name.startswith("libcudart."))
-    expected = int(runtime.name.split(".so.")[1].split(".")[0])
+    expected = int(cuda_runtime().name.split(".so.")[1].split(".")[0])
     if got != expected:
         raise RehearsalError(
-            f"rehearsal: expected headers of CUDA {expected}, which torch uses, got CUDA {got} in triton's wheel; "
-            "install the triton that torch's wheel asks for"
+            f"rehearsal: expected headers of CUDA {expected}, which torch uses, got CUDA {got} in {file}; "
+            "install the nvidia and triton packages that torch's wheel asks for"
         )
 
 
@@ -146,7 +156,8 @@ def compile_into(folder: Path) -> None:
     """Compile the null device and its stand-in libraries."""
     generated = folder / "stubs.c"
     generated.write_text(stubs.stand_ins(torch_libraries(), cuda_libraries(), SOURCE.read_text(encoding="utf-8")))
-    command = ["cc", "-O1", "-w", "-shared", "-fPIC", f"-I{headers()}", f"-Wl,-soname,{LIBRARY}",
+    include = [f"-I{path}" for path in headers()]
+    command = ["cc", "-O1", "-w", "-shared", "-fPIC", *include, f"-Wl,-soname,{LIBRARY}",
                "-o", str(folder / LIBRARY), str(SOURCE), str(generated), "-lpthread"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -77,7 +77,7 @@ def test_a_missing_tool_is_named(cache, tmp_path, monkeypatch, tool, package):
 @needs_cuda_build
 @pytest.mark.parametrize(
     "package, message",
-    [("torch", "expected torch with CUDA, no lib/libtorch_cuda.so"), ("triton", "expected CUDA's headers, no ")],
+    [("torch", "expected torch with CUDA, no lib/libtorch_cuda.so"), ("triton", "expected CUDA's headers, no crt in ")],
 )
 def test_a_missing_part_of_a_package_is_named(tmp_path, monkeypatch, package, message):
     """Folders that hold the package without its CUDA part stand for the packages of a CPU build."""
@@ -90,8 +90,21 @@ def test_a_missing_part_of_a_package_is_named(tmp_path, monkeypatch, package, me
 def test_headers_of_another_cuda_are_refused(tmp_path, monkeypatch):
     header = tmp_path / "cuda_runtime_api.h"
     header.write_text("#define CUDART_VERSION  11080\n")
-    monkeypatch.setattr(build, "headers", lambda: tmp_path)
-    assert "expected headers of CUDA " in build.unavailable() and "got CUDA 11 in triton's wheel" in build.unavailable()
+    _, compiler = build.headers()
+    monkeypatch.setattr(build, "headers", lambda: [tmp_path, compiler])
+    assert "expected headers of CUDA " in build.unavailable() and f"got CUDA 11 in {header}" in build.unavailable()
+
+
+@needs_cuda_build
+def test_an_older_triton_is_no_obstacle(tmp_path, monkeypatch):
+    """torch 2.11's wheel for CUDA 13 asks for a triton that has the headers of CUDA 12."""
+    runtime, compiler = build.headers()
+    shutil.copytree(compiler, tmp_path / "include")
+    (tmp_path / "include" / build.API).write_text("#define CUDART_VERSION  12080\n")
+    monkeypatch.setattr(build, "headers", lambda: [runtime, tmp_path / "include"])
+    assert build.unavailable() is None
+    build.compile_into(tmp_path)
+    assert (tmp_path / build.LIBRARY).exists()
 
 
 @pytest.mark.parametrize("wrong", [{"gib": 0}, {"gib": -1}, {"devices": 0}, {"devices": 9}])
