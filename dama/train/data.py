@@ -39,7 +39,7 @@ DATA_FLAGS = {
     "model": "--model_name_or_path (content)", "vision_tower": "--vision_tower (content)",
     "tokenizer": "--model_name_or_path (tokenizer)", "image_aspect_ratio": "--image_aspect_ratio",
     "image_processor": "--vision_tower (image processor)", "mm_use_im_start_end": "--mm_use_im_start_end",
-    "views": "--loss (views)", "corruption": "--corruption",
+    "views": "--loss (views)", "corruption": "--corruption", "chat_template": "--system_prompt, or the chat template",
 }  # fmt: skip
 
 
@@ -144,20 +144,24 @@ def read_checked_pairs(data_args: Any) -> tuple[list[PreferencePair], list[Skipp
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """The rows of all views of every pair, and which pairs fit into the model."""
+    """What all views of every pair read and show, and which pairs fit into the model."""
 
     rows: Sequence[RowsOfPair]
+    images: list[tuple[ImageRef, ...]]
     fits: list[int]  # indices of the pairs that fit
     long: list[SkippedPair]
 
 
-def encode_pairs(pairs: Sequence[PreferencePair], family: ModelFamily, data_args: Any) -> EncodedPairs:
+def encode_pairs(
+    pairs: Sequence[PreferencePair], family: ModelFamily, data_args: Any, choice: ImageChoice
+) -> EncodedPairs:
     """Encode every pair. Nothing is ever cut: what is too long with its images is left out or an error.
 
     Raises:
         ValueError: with --on_long_pair fail, naming every pair that is too long.
     """
-    rows = family.encode(pairs)
+    images = [choice.images(pair) for pair in pairs]
+    rows = family.encode(pairs, images)
     fits, long = [], []
     for i, (pair, views) in enumerate(zip(pairs, rows)):
         length = family.tokens(longest(views))
@@ -169,7 +173,7 @@ def encode_pairs(pairs: Sequence[PreferencePair], family: ModelFamily, data_args
         errors = [f"pair {skip.id}: {skip.reason}" for skip in long]
         remedy = "raise --model_max_length as far as the model allows, or --on_long_pair skip"
         raise ValueError(error_list(str(data_args.data_path), errors, remedy))
-    return EncodedPairs(rows, fits, long)
+    return EncodedPairs(rows, images, fits, long)
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ def join_pairs(
     Args:
         reference: for each pair a value for each of the family's views, or None where the stage left the pair out.
     """
-    encoded = encode_pairs(pairs, family, data_args)
+    encoded = encode_pairs(pairs, family, data_args, ImageChoice.of(pairs, family.views, args))
     without = [pairs[i].id for i in encoded.fits if reference.values[i] is None]
     if without:
         raise ValueError(
@@ -253,9 +257,9 @@ def join_pairs(
             f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
             "folder as --reference."
         )
-    choice, delta = ImageChoice.of(pairs, family.views, args), deltas_of(encoded, hardness, reference, args)
+    delta = deltas_of(encoded, hardness, reference, args)
     prepared = [
-        PreparedPair(pairs[i], encoded.rows[i], choice.images(pairs[i]), reference.values[i], delta[k])
+        PreparedPair(pairs[i], encoded.rows[i], encoded.images[i], reference.values[i], delta[k])
         for k, i in enumerate(encoded.fits)
     ]
     if not prepared:

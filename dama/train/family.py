@@ -64,7 +64,7 @@ class ModelFamily(Protocol):
         views: the views that each pair is read in.
         encodes_ahead: whether image features are computed once a step, without gradient, by `encode_images`.
         max_tokens: the longest row in tokens, its images included.
-        prepare_image: an RGB image to pixels, [3, H, W], or [F, 3, H, W] in crops.
+        prepare_image: an RGB image to pixels, [3, H, W], or [F, 3, H, W] in crops, or whatever has a method `to`.
         collate: a batch of pairs without its images, which `shown_images` lists. Both run in loader workers and do
             not hold the model.
     """
@@ -82,13 +82,17 @@ class ModelFamily(Protocol):
     def max_tokens(self) -> int: ...
 
     @property
-    def prepare_image(self) -> Callable[[Image.Image], Tensor]: ...
+    def prepare_image(self) -> Callable[[Image.Image], Any]: ...
 
     @property
     def collate(self) -> Callable[[Sequence[PreparedPair]], dict[str, Any]]: ...
 
-    def encode(self, pairs: Sequence[PreferencePair]) -> Sequence[RowsOfPair]:
-        """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded."""
+    def encode(self, pairs: Sequence[PreferencePair], images: Sequence[tuple[ImageRef, ...]]) -> Sequence[RowsOfPair]:
+        """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded.
+
+        Args:
+            images: what each view of each pair shows.
+        """
 
     def tokens(self, ids: int) -> int:
         """Number of tokens of a row with so many ids, its images included."""
@@ -100,7 +104,7 @@ class ModelFamily(Protocol):
         """Features of a frozen tower, in batches; `calls` fixes their number where each is a collective (ZeRO-3)."""
 
     def answer_logps(
-        self, model: Any, batch: dict[str, Any], images: Sequence[Tensor], encoded: bool, chunk: int
+        self, model: Any, batch: dict[str, Any], images: Sequence[Any], encoded: bool, chunk: int
     ) -> AnswerLogps:
         """Summed log-probs of V x B answers: all pairs of the first view, then all of the second, and so on.
 

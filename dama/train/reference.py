@@ -74,10 +74,10 @@ def run_reference(
     Raises:
         ValueError: a pair computed alone has other log-probs than in its batch.
     """
-    encoded = encode_pairs(pairs, family, data_args)
-    skipped = [*skipped, *encoded.long]
     choice = ImageChoice.of(pairs, family.views, args)
-    prepared = [PreparedPair(pairs[i], encoded.rows[i], choice.images(pairs[i])) for i in encoded.fits]
+    encoded = encode_pairs(pairs, family, data_args, choice)
+    skipped = [*skipped, *encoded.long]
+    prepared = [PreparedPair(pairs[i], encoded.rows[i], encoded.images[i]) for i in encoded.fits]
     batches = plan_batches(prepared, batch_size)
     sizes = [len(batch) for batch in batches]
     prepared = [item for batch in batches for item in batch]

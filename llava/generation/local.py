@@ -17,7 +17,7 @@ from llava.conversation import get_template, image_placeholder
 from llava.generation.request import Decoding, Request
 from llava.mm_utils import encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
-from llava.model.fingerprint import digest_of_checkpoint
+from dama.fingerprint import digest_of_checkpoint
 
 READERS = 8  # threads that decode the images of a batch
 

@@ -22,7 +22,7 @@ from dama.train.throughput import ModelSize
 from dama.views import View
 from llava.conversation import get_template
 from llava.mm_utils import process_images
-from llava.model.fingerprint import digest_of_checkpoint
+from dama.fingerprint import digest_of_checkpoint
 from llava.train.batch_encoding import encode_answers
 from llava.train.dpo_data import PairCollator
 
@@ -72,7 +72,7 @@ class LlavaFamily:
         """Whether the vision tower is frozen."""
         return self.module.get_vision_tower().is_frozen
 
-    def encode(self, pairs: Sequence[PreferencePair]) -> list[TableRows]:
+    def encode(self, pairs: Sequence[PreferencePair], images: Sequence[tuple[ImageRef, ...]]) -> list[TableRows]:
         """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded."""
         template, marks = get_template(self.version), bool(self.module.config.mm_use_im_start_end)
         answers = list(dict.fromkeys(view.answer for view in self.views))

@@ -42,7 +42,7 @@ class TinyFamily:
     def __init__(self, loss="dpo"):
         self.module, self.views = TinyModel(), Loss.parse([loss]).views
 
-    def encode(self, pairs):
+    def encode(self, pairs, images):
         return [self.encode_pair(pair) for pair in pairs]
 
     def encode_pair(self, pair):
@@ -193,6 +193,6 @@ def test_pairs_that_lack_what_the_views_need_are_refused(world, flags, match):
     family.views = args.preference_loss().views
     data_args.reference = "somewhere"
     row = EncodedRow(torch.ones(2).long(), torch.ones(2).long())
-    family.encode = lambda pairs: [(row,) * len(family.views)] * len(pairs)
+    family.encode = lambda pairs, images: [(row,) * len(family.views)] * len(pairs)
     with pytest.raises(ValueError, match=match):
         join_pairs(pairs, PairValues([0.0] * 8, {}), PairValues([(0.0,) * 6] * 8, {}), family, data_args, args)

@@ -1,0 +1,1 @@
+"""Any Hugging Face vision-language model as a model family of preference training."""

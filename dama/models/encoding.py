@@ -1,0 +1,101 @@
+"""Preference pairs as rows of a model's own chat template, images written out at their size."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from dama.models.chat import ChatTemplate, Turn
+from dama.models.images import ProcessorImages
+from dama.pairs import PreferencePair
+from dama.train.family import ImageRef
+from dama.train.rows import EncodedTable, TableRows
+from dama.views import View
+
+AT_ONCE = 1000  # pairs whose texts exist at one time
+
+
+class PairEncoder:
+    """Encodes the views of pairs.
+
+    Args:
+        chat: the template. images: how an image is written. views: of each pair.
+        size_of: width and height of an image in pixels.
+    """
+
+    def __init__(
+        self,
+        chat: ChatTemplate,
+        images: ProcessorImages,
+        views: Sequence[View],
+        size_of: Callable[[ImageRef], tuple[int, int]],
+    ) -> None:
+        self.chat, self.images, self.views, self.size_of = chat, images, tuple(views), size_of
+        self.placeholder = images.processor.image_token
+        self._written: dict[tuple[int, int], str] = {}
+
+    def encode(self, pairs: Sequence[PreferencePair], images: Sequence[Sequence[ImageRef]]) -> list[TableRows]:
+        """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded."""
+        for pair in pairs:
+            self._validate(pair)
+        ids, supervised, lengths = [], [], []
+        for start in range(0, len(pairs), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            for prompt, whole in self._rows(pairs[part], images[part]):
+                ids.append(np.asarray(whole, dtype=np.int32))
+                supervised.append(np.arange(len(whole)) >= prompt)
+                lengths.append(len(whole))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        table = EncodedTable(np.concatenate(ids), np.concatenate(supervised), offsets)
+        count = len(self.views)
+        return [TableRows(table, tuple(range(i * count, (i + 1) * count))) for i in range(len(pairs))]
+
+    def _rows(
+        self, pairs: Sequence[PreferencePair], images: Sequence[Sequence[ImageRef]]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(ids of the prompt, counted; ids of the row) of every view of every pair."""
+        shown = [image for of_views in images for image in of_views]
+        turns = [Turn(pair.question, str(getattr(pair, view.answer))) for pair in pairs for view in self.views]
+        texts = [
+            (self._written_out(prompt, [image]), answer)
+            for (prompt, answer), image in zip(self.chat.rows(turns), shown, strict=True)
+        ]
+        prompts = self.chat.token_ids([prompt for prompt, _ in texts])
+        wholes = self.chat.token_ids([prompt + answer for prompt, answer in texts])
+        names = itertools.chain.from_iterable([pair.id] * len(self.views) for pair in pairs)
+        for name, prompt, whole in zip(names, prompts, wholes, strict=True):
+            if whole[: len(prompt)] != prompt:
+                raise ValueError(
+                    f"pair {name}: expected its rows to begin with the tokens of its prompt, got others: the "
+                    "tokenizer joins the prompt's end with the answer's beginning"
+                )
+            yield len(prompt), whole
+
+    def _written_out(self, prompt: str, images: Sequence[ImageRef]) -> str:
+        """The prompt with each image's placeholder replaced by all of its tokens."""
+        pieces = prompt.split(self.placeholder)
+        if len(pieces) != len(images) + 1:
+            raise ValueError(
+                f"chat template: expected {len(images)} image(s) written as {self.placeholder!r}, got {len(pieces) - 1}"
+            )
+        written = [piece for pair in zip(map(self._of_image, images), pieces[1:]) for piece in pair]
+        return "".join([pieces[0], *written])
+
+    def _of_image(self, image: ImageRef) -> str:
+        size = self.size_of(image)
+        if size not in self._written:
+            self._written[size] = self.images.text(size)
+        return self._written[size]
+
+    def _validate(self, pair: PreferencePair) -> None:
+        """Raise ValueError where a text spells a special token, which would be read as one."""
+        texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "second": pair.second}
+        for field, text in texts.items():
+            found = self.chat.special_in(text) if text else None
+            if found:
+                raise ValueError(
+                    f"pair {pair.id}: its {field} contains {found!r}, a special token of this model; remove it or spell "
+                    "it otherwise"
+                )

@@ -1,0 +1,244 @@
+"""Any model that AutoModelForImageTextToText loads, as a model family of preference training.
+
+The model is not changed: a pack of pairs goes through its own forward pass, with another attention in its decoder
+(dama.models.attention). Only the output layer is asked for the answers' tokens alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dama.console import digest_of
+from dama.fingerprint import digest_of_checkpoint
+from dama.images import ImageFolder, open_image, resolve_image
+from dama.logps import AnswerLogps, float32_head, indexed_logps
+from dama.models.attention import PACKED, rows_hold
+from dama.models.batch import PairBatch, PairCollator
+from dama.models.chat import ChatTemplate
+from dama.models.encoding import PairEncoder
+from dama.models.images import ImageInputs, ProcessorImages, join_images
+from dama.models.way import Decided, Way, way_of
+from dama.pairs import PreferencePair
+from dama.shared_prefix import PackedGroup
+from dama.train.family import ImageRef, PreparedPair, group_lengths
+from dama.train.rows import TableRows
+from dama.train.throughput import ModelSize
+from dama.views import View
+
+TYPE_IDS = ("mm_token_type_ids", "token_type_ids")  # what models call the mark of image tokens
+IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
+OWN_POSITIONS = "get_rope_index"  # of models whose image tokens have positions in two dimensions
+
+
+class HubFamily:
+    """What preference training needs of a Hugging Face model, see dama.train.family.ModelFamily.
+
+    Args:
+        model: a PreTrainedModel for image-text-to-text, or a PeftModel of one.
+        processor: its own, with tokenizer, image processor and chat template.
+        args: PreferenceArguments.
+        name: the checkpoint's folder or hub name, for the fingerprint. image_folder: where image paths start.
+        system: a system turn before each question.
+    """
+
+    encodes_ahead = False  # a frozen tower makes no gradient, and a pack shows an image once
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        args: Any,
+        *,
+        name: str = "",
+        image_folder: ImageFolder = (),
+        system: str = "",
+    ) -> None:
+        self.module, self.processor = model, processor
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.views: tuple[View, ...] = args.preference_loss().views
+        self.name, self.image_folder = name, image_folder
+        self.decided: Decided = way_of(self.model, shared_prefix=args.shared_prefix)
+        self.chat = ChatTemplate(processor, system)
+        self.prepare_image: Callable[[Image.Image], Any] = ProcessorImages(processor)
+        self.collate = PairCollator(self.decided.way, self.views)
+        config = self.model.config.get_text_config(decoder=True)
+        self.max_tokens = min(args.model_max_length, getattr(config, "max_position_embeddings", args.model_max_length))
+        install(self.model, self.decided.way, float32_logits=getattr(args, "float32_logits", True))
+
+    @cached_property
+    def _encoder(self) -> PairEncoder:
+        return PairEncoder(self.chat, ProcessorImages(self.processor), self.views, ImageSizes(self.image_folder))
+
+    def encode(self, pairs: Sequence[PreferencePair], images: Sequence[Sequence[ImageRef]]) -> list[TableRows]:
+        """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded."""
+        return self._encoder.encode(pairs, images)
+
+    def tokens(self, ids: int) -> int:
+        """Number of tokens of a row with so many ids, which include those of its images."""
+        return ids
+
+    def groups(self, item: PreparedPair) -> tuple[PackedGroup, ...]:
+        """The lengths of a pair's prefixes and answers, in tokens with images included."""
+        return group_lengths(item.rows, self.views, self.tokens)
+
+    def encode_images(self, pixels: Mapping[ImageRef, Any], calls: int | None = None) -> dict[ImageRef, Any]:
+        """Never asked for: `encodes_ahead` is False."""
+        raise NotImplementedError("images are encoded in the model's own forward pass")
+
+    def answer_logps(
+        self, model: Any, batch: dict[str, Any], images: Sequence[Any], encoded: bool, chunk: int
+    ) -> AnswerLogps:
+        """Summed log-probs of V x B answers; images are inputs of the model, see ProcessorImages."""
+        return model(pairs=batch["pairs"], images=images, chunk=chunk)
+
+    def size(self) -> ModelSize:
+        """The matrices of the decoder, the output layer and the tower; images are counted as tokens only."""
+        config = self.model.config.get_text_config(decoder=True)
+        decoder = getattr(self.model.base_model, "language_model", self.model.base_model)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return ModelSize(
+            decoder=linear_weights(decoder),
+            output=config.hidden_size * config.vocab_size,
+            attention=config.num_hidden_layers * heads * width,
+            tower=0,
+            projector=0,
+            patches=0,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Whatever a log-prob depends on besides the pairs: weights, tokenizer, template, image preparation."""
+        tokenizer = self.processor.tokenizer
+        return {
+            "model": digest_of_checkpoint(self.name),
+            "tokenizer": digest_of([len(tokenizer), tokenizer("Is it a cat? It's 3.5 cats!\n").input_ids]),
+            "chat_template": digest_of([self.processor.chat_template, self.chat.system]),
+            "image_processor": digest_of(self.processor.image_processor.to_dict()),
+        }
+
+
+class ImageSizes:
+    """Width and height of the images of a folder in pixels, each header read once."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.folder = folder
+        self.known: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, image: ImageRef) -> tuple[int, int]:
+        """Of an image as a view shows it; no corruption changes it."""
+        if image.path not in self.known:
+            with open_image(resolve_image(self.folder, image.path)) as opened:
+                self.known[image.path] = opened.size
+        return self.known[image.path]
+
+
+def linear_weights(module: torch.nn.Module) -> int:
+    """Weights of all linear layers, those that ZeRO-3 has spread included."""
+    layers = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(m.in_features * m.out_features for m in layers)
+
+
+# --- The model's call ------------------------------------------------------------------------------------------------
+
+
+def install(model: Any, way: Way, *, float32_logits: bool = True) -> None:
+    """Teach a model's call the keyword `pairs`, and its decoder the attention of its way.
+
+    Calls without it stay what they were. It has to be the model's own call, for what wraps a model (DeepSpeed, PEFT,
+    DistributedDataParallel, autocast) acts there.
+    """
+    stock = model.forward
+
+    def forward(*args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
+        if pairs is None:
+            return stock(*args, **kwargs)
+        return logps_of_pairs(model, pairs, float32_logits=float32_logits, **kwargs)
+
+    forward.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]  # generation reads it
+    model.forward = forward
+    if way is not Way.ROWS:
+        set_decoder_attention(model, PACKED)
+
+
+def set_decoder_attention(model: Any, name: str) -> None:
+    """Choose the attention of the language model; towers keep their own."""
+    key = "text_config" if getattr(model.config, "text_config", None) is not None else ""
+    model.set_attn_implementation({key: name})
+
+
+def logps_of_pairs(
+    model: Any, pairs: PairBatch, images: Sequence[ImageInputs], chunk: int, *, float32_logits: bool = True
+) -> AnswerLogps:
+    """Summed log-probs of all answers of a batch by a model's own forward pass.
+
+    Args:
+        images: of the batch's `shown_images`. chunk: answer tokens whose logits exist at one time.
+        float32_logits: on GPUs in half precision, whether logits are float32.
+    """
+    inner = model.base_model
+    shown = [images[number] for number in pairs.shown]
+    inputs = {name: as_dtype(value, model.dtype) for name, value in join_images(shown).items()}
+    kinds = pairs.input_ids == image_token_id(model.config)
+    accepted = inspect.signature(inner.forward).parameters
+    inputs |= {name: kinds.long() for name in TYPE_IDS if name in accepted}
+    options: dict[str, Any] = {"pack": pairs.pack} if pairs.pack is not None else {}
+    if pairs.position_ids is not None:
+        options["position_ids"] = positions(inner, pairs, [image.host for image in shown])
+    mask = pairs.real.long() if pairs.pack is None else None
+    with rows_hold(pairs.layout):
+        found = inner(input_ids=pairs.input_ids, attention_mask=mask, use_cache=False, **inputs, **options)
+    head = model.get_output_embeddings()
+    return indexed_logps(found.last_hidden_state, pairs.answers, float32_head(head) if float32_logits else head, chunk)
+
+
+def as_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating-point inputs in the weights' precision, others as they are."""
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def image_token_id(config: Any) -> int:
+    """The id that stands for each token of an image; -1 where the config names none."""
+    found = (getattr(config, name, None) for name in IMAGE_TOKEN_FIELDS)
+    return next((number for number in found if number is not None), -1)
+
+
+def positions(inner: Any, pairs: PairBatch, images: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """[R, T], or [3, R, T] where the model places image tokens in two dimensions.
+
+    Args:
+        images: of the rows, one each, on the CPU.
+    """
+    assert pairs.position_ids is not None
+    if not hasattr(inner, OWN_POSITIONS):
+        return pairs.position_ids
+    token = image_token_id(inner.config)
+    parts = [
+        positions_of_group(inner, group, ids, token, image)
+        for (group, ids), image in zip(pairs.groups, images, strict=True)
+    ]
+    device = pairs.input_ids.device
+    if pairs.pack is not None:
+        return torch.cat(parts, dim=1)[:, None].to(device)
+    padded = torch.zeros(3, *pairs.input_ids.shape, dtype=torch.long)
+    for row, part in enumerate(parts):
+        padded[:, row, : part.shape[1]] = part
+    return padded.to(device)
+
+
+def positions_of_group(inner: Any, group: Any, ids: Tensor, token: int, image: Mapping[str, Tensor]) -> Tensor:
+    """[3, T] of [prefix | answer | answer ...]: the model's own for the first answer; others begin where it begins."""
+    prefix, (first, *others) = group
+    alone = ids[None, : prefix + first]
+    grids = {name: value.cpu() for name, value in image.items() if name.endswith("grid_thw")}
+    kinds, real = (alone == token).long(), torch.ones_like(alone)
+    found, _ = inner.get_rope_index(alone, mm_token_type_ids=kinds, attention_mask=real, **grids)
+    found = found[:, 0]
+    begin = found[:, prefix : prefix + 1]
+    return torch.cat([found, *(begin + torch.arange(length) for length in others)], dim=1)

@@ -1,0 +1,71 @@
+"""Images as a model's own processor prepares them, one at a time, and joined for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets"}
+
+
+class ImageInputs(dict[str, Tensor]):
+    """What a model takes for one image: pixel values, and whatever its processor says about them.
+
+    Attributes:
+        host: the integers among it on the CPU, which can be read without waiting for a GPU.
+    """
+
+    host: dict[str, Tensor]
+
+    def __init__(self, values: Mapping[str, Tensor], host: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(values)
+        own = {name: value for name, value in values.items() if not value.is_floating_point()}
+        self.host = dict(own if host is None else host)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> ImageInputs:
+        """The same on another device."""
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.items()}
+        return ImageInputs(moved, self.host)
+
+
+class ProcessorImages:
+    """One RGB image to the inputs of a model.
+
+    Args:
+        processor: of the model, with `image_token`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> ImageInputs:
+        """All that the processor returns of an image."""
+        found = self.processor(text=[self.processor.image_token], images=[image], return_tensors="pt")
+        return ImageInputs({name: value for name, value in found.items() if name not in TEXT_KEYS})
+
+    def text(self, size: tuple[int, int]) -> str:
+        """What stands for an image of this width and height in a prompt, all its tokens written out."""
+        blank = Image.new("RGB", size)
+        found = self.processor(text=[self.processor.image_token], images=[blank], return_text_replacement_offsets=True)
+        return found["text_replacement_offsets"][0][0]["replacement"]
+
+
+def join_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The inputs of several images, one after the other; those of other sizes or numbers of crops filled with zeros."""
+    return {name: _stacked([image[name] for image in images]) for name in (images[0] if images else ())}
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    shapes = torch.tensor([value.shape[1:] for value in values])
+    largest = shapes.amax(0).tolist() if shapes.numel() else []
+    return torch.cat([_filled(value, largest) for value in values])
+
+
+def _filled(value: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [size - own for own, size in zip(value.shape[1:], sizes, strict=True)]
+    return pad(value, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else value
