@@ -36,6 +36,7 @@ COMMANDS = {
     "hardness": Command("dama.hardness.command", "score how much better each preferred answer fits its image"),
     "hardness_show": Command("dama.hardness.show_command", "page and plot of hardness; also `hardness show`"),
     "reference": Command("llava.commands.reference", "log-probs of both answers under the model training starts from"),
+    "train": Command("llava.commands.train", "align a model with DAMA or another objective", passes_on=True),
     "merge": Command("dama.merge", "join the shards of a stage"),
     "synth": Command("dama.synth.command", "preference pairs from generative and reward models, without annotators"),
     "doctor": Command(

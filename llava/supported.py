@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+OWN = ("llava_llama", "llama")  # LLaVA's layout, and a language model to start LLaVA from
 SUPPORTED = ("llava_llama", "llava", "llama")  # LLaVA's layout, llava-hf's, and a language model to start LLaVA from
 
 
@@ -17,18 +18,47 @@ def validate_supported_model(source: str | None, flag: str) -> None:
     Args:
         source: folder or hub name; nothing is done for None. flag: what to call it in the error.
     """
-    if not source:
-        return
-    kind = read_small_file(source, "config.json").get("model_type")
-    if kind is None:
-        base = read_small_file(source, "adapter_config.json").get("base_model_name_or_path")
-        kind = read_small_file(str(base), "config.json").get("model_type") if base else None
+    kind = model_type_of(source)
     if kind is not None and kind not in SUPPORTED:
         raise ValueError(
             f"{flag} '{source}': expected a LLaVA-1.5 model in LLaVA's layout (model_type llava_llama; llama for the "
             f"language model to start from) or llava-hf's (model_type llava), got model_type {kind}. Other models are "
             "not supported; give for example liuhaotian/llava-v1.5-7b or llava-hf/llava-1.5-7b-hf"
         )
+
+
+def is_hub_model(source: str | None, flag: str | None = None) -> bool:
+    """Return whether a checkpoint is one of transformers' image-text-to-text models, LLaVA's own layout aside.
+
+    Args:
+        flag: what to call it in the error where it is another model still; None for no error.
+
+    Raises:
+        ValueError: transformers does not know it as a model of images and text.
+    """
+    kind = model_type_of(source)
+    if kind is None or kind in OWN:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    known = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if not known and flag is not None:
+        raise ValueError(
+            f"{flag} '{source}': expected LLaVA-1.5, or a model of images and text that transformers loads "
+            f"(AutoModelForImageTextToText), got model_type {kind}"
+        )
+    return known
+
+
+def model_type_of(source: str | None) -> str | None:
+    """model_type of a checkpoint's config.json, or of the base of an adapter; None where there is none at hand."""
+    if not source:
+        return None
+    kind = read_small_file(source, "config.json").get("model_type")
+    if kind is None:
+        base = read_small_file(source, "adapter_config.json").get("base_model_name_or_path")
+        kind = read_small_file(str(base), "config.json").get("model_type") if base else None
+    return kind
 
 
 def read_small_file(source: str, name: str) -> dict[str, Any]:

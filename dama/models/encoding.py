@@ -96,6 +96,6 @@ class PairEncoder:
             found = self.chat.special_in(text) if text else None
             if found:
                 raise ValueError(
-                    f"pair {pair.id}: its {field} contains {found!r}, a special token of this model; remove it or spell "
-                    "it otherwise"
+                    f"pair {pair.id}: its {field} contains {found!r}, a special token of this model; remove it, or "
+                    "spell it otherwise"
                 )

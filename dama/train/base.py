@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 
+from dama.console import log, writing
 from dama.train.callbacks import StepLine, StopWatch
+from dama.train.checkpoints import missing_files, seal_checkpoint
+from dama.train.signing import validate_signature
 from dama.train.throughput import Throughput
 
 
@@ -128,3 +132,38 @@ class BaseTrainer(Trainer):
             total = sum_of_losses(self.state.log_history) + self._tr_loss.item()
             logs = logs | {"train_loss": total / max(1, self.state.global_step)}
         super().log(logs, start_time)
+
+    # --- Checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        with writing(self.args.output_dir, 3 * trained, RuntimeError, SafetensorError):  # weights and two moments
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last thing that every rank writes: then the checkpoint is sealed, before an older one is deleted."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal_checkpoint(output_dir, self.args.world_size)
+
+    def _load_best_model(self) -> None:
+        """Every trained part from the best checkpoint, by `_load_from_checkpoint`.
+
+        Raises:
+            ValueError: the best checkpoint is incomplete, or this user's run did not write it.
+        """
+        recorded = Path(str(self.state.best_model_checkpoint))
+        best = Path(self.args.output_dir) / recorded.name  # the output folder may have moved since it was recorded
+        if missing := missing_files(best):
+            raise ValueError(
+                f"--load_best_model_at_end: expected the best checkpoint at '{best}', found no whole {missing[0]}. "
+                f"The last checkpoint is complete; start again without the flag to save the last model."
+            )
+        validate_signature(best, trust=self.args.trust_checkpoint)
+        self.state.best_model_checkpoint = str(best)
+        log(f"loading the best checkpoint, {best} ({self.args.metric_for_best_model} {self.state.best_metric:.6g})")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(best))

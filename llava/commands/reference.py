@@ -53,11 +53,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model_name_or_path", required=True, metavar="NAME|DIR", help="the reference model pi_ref")
+    group.add_argument(
+        "--model_name_or_path", "--model", required=True, metavar="NAME|DIR", help="the reference model pi_ref"
+    )
     group.add_argument("--version", default="v1", metavar="NAME", help="prompt template (default: %(default)s)")
     group.add_argument(
         "--image_aspect_ratio", choices=("pad", "square"),
         help="pad to a square with the mean color, or resize and center crop (default: the checkpoint's, else pad)",
+    )  # fmt: skip
+    group.add_argument(
+        "--system_prompt", default="", metavar="TEXT",
+        help="models other than LLaVA-1.5: text of a system turn before each question, as in the training",
+    )  # fmt: skip
+    group.add_argument(
+        "--min_pixels", type=int, metavar="N", help="as in the training (default: the checkpoint's, in pixels)"
+    )
+    group.add_argument(
+        "--max_pixels", type=int, metavar="N", help="as in the training (default: the checkpoint's, in pixels)"
+    )
+    group.add_argument(
+        "--processor_option", nargs="+", default=[], metavar="NAME=VALUE",
+        help="options of the image processor, as in the training, each value as JSON",
     )  # fmt: skip
     group.add_argument("--vision_tower", metavar="NAME|DIR", help="CLIP vision tower (default: the checkpoint's own)")
     group.add_argument(
@@ -90,9 +106,10 @@ def run(args: argparse.Namespace) -> None:
     from dama.losses import Loss
     from dama.train.arguments import view_errors
     from dama.train.data import ImageChoice
-    from llava.supported import validate_supported_model
+    from llava.supported import is_hub_model, validate_supported_model
 
-    validate_supported_model(args.model_name_or_path, "--model_name_or_path")
+    if not is_hub_model(args.model_name_or_path, "--model_name_or_path"):
+        validate_supported_model(args.model_name_or_path, "--model_name_or_path")
     errors = device_errors(args.device)
     if args.batch_size < 1:
         errors.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
@@ -106,7 +123,13 @@ def run(args: argparse.Namespace) -> None:
 
     arguments = (
         ModelArguments(
-            model_name_or_path=args.model_name_or_path, version=args.version, vision_tower=args.vision_tower
+            model_name_or_path=args.model_name_or_path,
+            version=args.version,
+            vision_tower=args.vision_tower,
+            system_prompt=args.system_prompt,
+            min_pixels=args.min_pixels,
+            max_pixels=args.max_pixels,
+            processor_option=args.processor_option,
         ),
         DataArguments(
             data_path=args.data,

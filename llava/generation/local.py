@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dama.fingerprint import digest_of_checkpoint
 from dama.images import ImageFolder, load_image, resolve_image
 from llava.conversation import get_template, image_placeholder
 from llava.generation.request import Decoding, Request
 from llava.mm_utils import encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
-from dama.fingerprint import digest_of_checkpoint
 
 READERS = 8  # threads that decode the images of a batch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, GenerationConfig, PretrainedConfig
 
 from dama.console import log
-from dama.notices import QUANTIZATION_NOTICES
+from dama.train.setup import quantization_config
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import (
     EMBEDDINGS,
@@ -39,6 +38,8 @@ from llava.model.source import (
 )
 from llava.model.utils import read_file, read_json
 from llava.tokenization import load_tokenizer
+
+WHOLE_MODULES = ("model.mm_projector", "lm_head")  # stay in full precision in a quantized model
 
 
 def load_pretrained_model(
@@ -70,7 +71,7 @@ def load_pretrained_model(
     """
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if load_8bit or load_4bit:
-        kwargs["quantization_config"] = quantization_config(load_8bit)
+        kwargs["quantization_config"] = quantization_config(load_8bit, WHOLE_MODULES)
     if use_flash_attn:
         kwargs["attn_implementation"] = "flash_attention_2"
     placement = {"device_map": device if device != "cuda" else device_map}
@@ -279,32 +280,6 @@ def _clip(config: Any, weights: dict[str, Tensor], source: str, dtype: torch.dty
             f"{summarize_names(missing) or 'none'}; unknown: {summarize_names(unexpected) or 'none'}"
         )
     return network.requires_grad_(False)
-
-
-def quantization_config(
-    load_8bit: bool,
-    *,
-    compute_dtype: torch.dtype = torch.float16,
-    double_quant: bool = True,
-    quant_type: str = "nf4",
-) -> Any:
-    """4 or 8 bits through bitsandbytes, the projector and the output layer left in full precision."""
-    if find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"loading in {8 if load_8bit else 4} bits: expected the package bitsandbytes, which is not installed. "
-            "`pip install bitsandbytes`, or load in 16 bits."
-        )
-    from transformers import BitsAndBytesConfig
-
-    QUANTIZATION_NOTICES.release()
-    return BitsAndBytesConfig(
-        load_in_8bit=load_8bit,
-        load_in_4bit=not load_8bit,
-        llm_int8_skip_modules=["model.mm_projector", "lm_head"],
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_quant_type=quant_type,
-    )
 
 
 # --- Tokens ----------------------------------------------------------------------------------------------------------

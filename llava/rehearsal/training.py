@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, is_dee
 
 from dama.console import log, report_error
 from dama.losses import preference_loss
+from dama.train.setup import precision_of_weights
 from dama.train.throughput import PairLength
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.estimate.configs import configs_of
@@ -35,7 +36,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import ForwardPlan
 from llava.rehearsal.engine import single_rank_world
 from llava.rehearsal.mode import NullMode
-from llava.train.setup_model import precision_of_weights, with_lora
+from llava.train.setup_model import with_lora
 
 STEPS = 2  # what the first step leaves behind is in the way of the second
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from transformers import HfArgumentParser
@@ -61,6 +61,20 @@ class ModelArguments:
     )
     mm_vision_select_feature: str | None = described(
         None, "patch, or cls_patch with the class token. Default: the checkpoint's, else patch."
+    )
+    system_prompt: str = described("", "Models other than LLaVA-1.5: text of a system turn before each question.")
+    freeze_vision: bool = described(True, "Models other than LLaVA-1.5: do not train the vision encoder.")
+    min_pixels: int | None = described(
+        None, "Models other than LLaVA-1.5 whose resolution follows the image: fewest pixels that an image is scaled "
+        "to. Default: the checkpoint's."
+    )  # fmt: skip
+    max_pixels: int | None = described(
+        None, "Models other than LLaVA-1.5 whose resolution follows the image: most pixels that an image is scaled to, "
+        "which bounds its tokens. Default: the checkpoint's."
+    )  # fmt: skip
+    processor_option: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Models other than LLaVA-1.5: NAME=VALUE for the image processor, the value as JSON."},
     )
 
 

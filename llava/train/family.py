@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of
+from dama.fingerprint import digest_of_checkpoint
 from dama.logps import AnswerLogps
 from dama.pairs import PreferencePair
 from dama.shared_prefix import PackedGroup
@@ -22,7 +23,6 @@ from dama.train.throughput import ModelSize
 from dama.views import View
 from llava.conversation import get_template
 from llava.mm_utils import process_images
-from dama.fingerprint import digest_of_checkpoint
 from llava.train.batch_encoding import encode_answers
 from llava.train.dpo_data import PairCollator
 

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import Sampler
 
-from dama.console import log, writing
 from dama.train.base import BaseTrainer
-from dama.train.checkpoints import missing_files, seal_checkpoint
-from dama.train.signing import validate_signature
 from llava.model.checkpoint import VOCABULARY_TABLES
 from llava.model.llava_arch import load_projector
 from llava.train.checkpoints import (
@@ -198,18 +194,6 @@ class LLaVATrainer(BaseTrainer):
         if self.provenance is not None:
             write_model_card(folder, self.provenance)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        with writing(self.args.output_dir, 3 * trained, RuntimeError, SafetensorError):  # weights and two moments
-            super()._save_checkpoint(*args, **kwargs)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The last thing that every rank writes: then the checkpoint is sealed, before an older one is deleted."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal_checkpoint(output_dir, self.args.world_size)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Everything that trained: transformers knows full weights and adapters, not what trains beside them."""
         folder = Path(resume_from_checkpoint)
@@ -220,27 +204,6 @@ class LLaVATrainer(BaseTrainer):
         if self.args.lora_enable:
             beside = torch.load(folder / NON_LORA_FILE, map_location="cpu", weights_only=True)
             self.model.load_state_dict(beside, strict=False)
-
-    def _load_best_model(self) -> None:
-        """Every trained part from the best checkpoint: transformers leaves out what trains beside an adapter.
-
-        Raises:
-            ValueError: the best checkpoint is incomplete, or this user's run did not write it.
-        """
-        recorded = Path(str(self.state.best_model_checkpoint))
-        best = Path(self.args.output_dir) / recorded.name  # the output folder may have moved since it was recorded
-        if missing := missing_files(best):
-            raise ValueError(
-                f"--load_best_model_at_end: expected the best checkpoint at '{best}', found no whole {missing[0]}. "
-                f"The last checkpoint is complete; start again without the flag to save the last model."
-            )
-        validate_signature(best, trust=self.args.trust_checkpoint)
-        self.state.best_model_checkpoint = str(best)
-        log(f"loading the best checkpoint, {best} ({self.args.metric_for_best_model} {self.state.best_metric:.6g})")
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(best))
 
     @property
     def _trains_projector_only(self) -> bool:

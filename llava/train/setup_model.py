@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.console import log
+from dama.train.setup import join_ranks, loading_options, precision_of_weights
 from llava.model.attention import SHARED_PREFIX
-from llava.model.builder import load_llava, quantization_config
+from llava.model.builder import WHOLE_MODULES, load_llava
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
@@ -29,7 +30,7 @@ def setup_model(
     join_ranks(args)
     set_seed(args.seed)  # new adapters and projectors start alike in every run
     dtype = dtype or precision_of_weights(args)
-    options = loading_options(args)
+    options = loading_options(args, WHOLE_MODULES)
     shares_prefix = args.task == "DPO" and args.shared_prefix
     options["attn_implementation"] = SHARED_PREFIX if shares_prefix else attn_implementation or SHARED_PREFIX
     model = load_llava(str(model_args.model_name_or_path), dtype=dtype, cache_dir=args.cache_dir, **options)
@@ -71,25 +72,6 @@ def compile_layers(model: LlavaLlamaForCausalLM) -> None:
         layer.compile(dynamic=True)
 
 
-def join_ranks(args: Any) -> None:
-    """Before weights are loaded under ZeRO-3, which spreads them while they are: on CPUs nothing has joined so far."""
-    _ = args.device
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
-
-
-def precision_of_weights(args: Any) -> torch.dtype:
-    """bf16 or fp16 where DeepSpeed keeps fp32 master weights, or the base is frozen; else fp32 under autocast.
-
-    AdamW on bf16 weights loses updates as small as DAMA's: 5e-7 is below the last bit of most of them.
-    """
-    if args.deepspeed or args.lora_enable:
-        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    return torch.float32
-
-
 def setup_vision(
     model: LlavaLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: Arguments, dtype: torch.dtype
 ) -> None:
@@ -123,17 +105,6 @@ def setup_vision(
     if args.freeze_mm_mlp_adapter:
         model.get_model().mm_projector.requires_grad_(False)
     model.initialize_vision_tokenizer(model_args, tokenizer=tokenizer)
-
-
-def loading_options(args: Any) -> dict[str, Any]:
-    """Options of from_pretrained for --bits 4 and 8."""
-    if args.bits == 16:
-        return {}
-    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16
-    config = quantization_config(
-        args.bits == 8, compute_dtype=compute_dtype, double_quant=args.double_quant, quant_type=args.quant_type
-    )
-    return {"device_map": {"": args.device}, "quantization_config": config}
 
 
 def with_lora(model: LlavaLlamaForCausalLM, args: Any) -> Any:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dama.console import end_on_interrupt, report_error
-from llava.supported import validate_supported_model
+from llava.supported import is_hub_model, validate_supported_model
 from llava.train.flag_names import check_flags_early
 
 
@@ -27,18 +27,24 @@ def run(argv: Sequence[str]) -> None:
     """Parses the flags and trains. What is imported here takes seconds."""
     refuse_missing_gpus(argv)
     check_flags_early(argv)
-    validate_supported_model(value_of(argv, "model_name_or_path"), "--model_name_or_path")
+    model, is_preference = value_of(argv, "model_name_or_path"), value_of(argv, "task") == "DPO"
+    if not (is_preference and is_hub_model(model, "--model_name_or_path")):
+        validate_supported_model(model, "--model_name_or_path")
     import transformers
 
     from llava.train import train as sft
-    from llava.train import train_dpo
+    from llava.train import train_dpo, train_hub
     from llava.train.arguments import parse_arguments
 
     # Loading and saving take a blink or have their own line; the bar that is left is the training's.
     transformers.utils.logging.disable_progress_bar()
     arguments = parse_arguments(argv)
-    task = train_dpo if arguments[2].task == "DPO" else sft
-    task.run(arguments)
+    if arguments[2].task != "DPO":
+        sft.run(arguments)
+    elif is_hub_model(arguments[0].model_name_or_path):
+        train_hub.run(arguments)
+    else:
+        train_dpo.run(arguments)
 
 
 def refuse_missing_gpus(argv: Sequence[str]) -> None:

@@ -14,8 +14,8 @@ bitsandbytes.functional.has_avx512bf16 = lambda: True
 importlib.reload(importlib.import_module("bitsandbytes.backends.cpu.ops"))
 sys.stderr.write("imported\\n")
 if {used}:
-    from llava.model.builder import quantization_config
-    quantization_config(load_8bit=False)
+    from dama.train.setup import quantization_config
+    quantization_config(load_8bit=False, skipped=())
 """
 
 

@@ -12,10 +12,10 @@ import torch
 
 from dama.cli import main
 from dama.console import USER_ERROR
+from dama.fingerprint import digest_of_checkpoint
 from dama.stage import read_stage
 from dama.train.reference import TOLERANCE, compare, sample_of
 from dama.train.trainer import PairLoader
-from dama.fingerprint import digest_of_checkpoint
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN

@@ -1,0 +1,147 @@
+"""Loads a Hugging Face model and its processor for training: precision, adapters, which parts learn."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+from dama.console import log
+from dama.models.family import HubFamily
+from dama.train.setup import join_ranks, loading_options, precision_of_weights
+
+HEAD = "lm_head"
+
+
+def setup_family(arguments: Any, *, dtype: torch.dtype | None = None) -> HubFamily:
+    """The family that (model_args, data_args, args) describe; its model may be a PeftModel.
+
+    Args:
+        dtype: of the weights, in place of what training would choose.
+
+    Raises:
+        ValueError: flags that do not fit the model, or a processor without chat template.
+    """
+    model_args, data_args, args = arguments
+    name = str(model_args.model_name_or_path)
+    join_ranks(args)
+    set_seed(args.seed)  # new adapters start alike in every run
+    processor = load_processor(name, model_args, args.cache_dir)
+    options = loading_options(args, [HEAD])
+    model = AutoModelForImageTextToText.from_pretrained(
+        name, dtype=dtype or precision_of_weights(args), cache_dir=args.cache_dir, **options
+    )
+    model.config.use_cache = False
+    if args.lora_enable:
+        model = with_lora(model, args)
+    else:
+        choose_trained(model, model_args, args)
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    family = HubFamily(
+        model, processor, args, name=name, image_folder=data_args.image_folder or [], system=model_args.system_prompt
+    )
+    if args.compile_layers and not args.gradient_checkpointing:
+        layers: Any = decoder_of(family.model).layers
+        for layer in layers:
+            layer.compile(dynamic=True)
+    log(f"model: {type(family.model).__name__}, read by {family.decided}")
+    return family
+
+
+def load_processor(name: str, model_args: Any, cache_dir: str | None = None) -> Any:
+    """The checkpoint's processor with the flags' options. Raises ValueError where an option is no NAME=VALUE."""
+    options: dict[str, Any] = {"min_pixels": model_args.min_pixels, "max_pixels": model_args.max_pixels}
+    options = {key: value for key, value in options.items() if value is not None} | parsed(model_args.processor_option)
+    processor = AutoProcessor.from_pretrained(name, cache_dir=cache_dir, **options)
+    if getattr(processor, "image_token", None) is None or not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"processor of '{name}': expected one of images and text, with an image_token, got "
+            f"{type(processor).__name__}"
+        )
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def parsed(options: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of NAME=VALUE, each value read as JSON."""
+    found = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--processor_option {option}: expected NAME=VALUE with a value in JSON, as in do_resize=false"
+            ) from error
+        if not equals or not name:
+            raise ValueError(f"--processor_option {option}: expected NAME=VALUE")
+    return found
+
+
+# --- What learns -----------------------------------------------------------------------------------------------------
+
+
+def decoder_of(model: Any) -> torch.nn.Module:
+    """The language model inside a vision-language model."""
+    return getattr(model.base_model, "language_model", model.base_model)
+
+
+def vision_of(model: Any) -> torch.nn.Module | None:
+    """The vision encoder; None where the model names none."""
+    found = model.get_encoder(modality="image")
+    return None if found is model or found is model.base_model else found
+
+
+def choose_trained(model: Any, model_args: Any, args: Any) -> None:
+    """Freeze what the flags freeze: the vision encoder, the language model, what lies between them.
+
+    Raises:
+        ValueError: nothing is left to train.
+    """
+    vision = vision_of(model)
+    if model_args.freeze_vision and vision is not None:
+        vision.requires_grad_(False)
+    if model_args.freeze_backbone:
+        decoder_of(model).requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
+    if args.freeze_mm_mlp_adapter:
+        others = {id(p) for part in (vision, decoder_of(model), model.get_output_embeddings()) if part is not None
+                  for p in part.parameters()}  # fmt: skip
+        for parameter in model.parameters():
+            if id(parameter) not in others:
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("flags: expected something to train, got everything frozen; see --freeze_backbone")
+
+
+def with_lora(model: Any, args: Any) -> Any:
+    """The model under LoRA adapters on all linear layers of its language model; nothing else trains."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if args.bits != 16:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    prefix, names = adapted_layers(model)
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        target_modules=rf"{re.escape(prefix)}.*\.({'|'.join(map(re.escape, names))})",
+        lora_dropout=args.lora_dropout,
+        bias=args.lora_bias,
+    )
+    log(f"LoRA: rank {config.r} on {', '.join(names)}")
+    return get_peft_model(model, config)
+
+
+def adapted_layers(model: Any) -> tuple[str, list[str]]:
+    """(name of the language model, last names of its linear layers)."""
+    decoder = decoder_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    return prefix, sorted({name.rpartition(".")[2] for name in linear} - {HEAD})

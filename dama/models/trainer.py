@@ -1,0 +1,21 @@
+"""The preference trainer on Hugging Face models: what it saves is an ordinary checkpoint with its processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dama.train.provenance import write_model_card
+from dama.train.trainer import PreferenceTrainer
+
+
+class HubTrainer(PreferenceTrainer):
+    """PreferenceTrainer whose checkpoints have a model card and a processor."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        super()._save(str(folder), state_dict)
+        if self.provenance is not None:
+            write_model_card(folder, self.provenance, model="vision-language model", library="transformers")

@@ -1,0 +1,76 @@
+"""What every model family does alike when it loads what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from dama.notices import QUANTIZATION_NOTICES
+
+
+def join_ranks(args: Any) -> None:
+    """Before weights are loaded under ZeRO-3, which spreads them while they are: on CPUs nothing has joined so far."""
+    _ = args.device
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
+
+
+def precision_of_weights(args: Any) -> torch.dtype:
+    """bf16 or fp16 where DeepSpeed keeps fp32 master weights, or the base is frozen; else fp32 under autocast.
+
+    AdamW on bf16 weights loses updates as small as DAMA's: 5e-7 is below the last bit of most of them.
+    """
+    if args.deepspeed or args.lora_enable:
+        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return torch.float32
+
+
+def quantization_config(
+    load_8bit: bool,
+    skipped: Sequence[str],
+    *,
+    compute_dtype: torch.dtype = torch.float16,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
+) -> Any:
+    """4 or 8 bits through bitsandbytes.
+
+    Args:
+        skipped: modules that are left in full precision.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"loading in {8 if load_8bit else 4} bits: expected the package bitsandbytes, which is not installed. "
+            "`pip install bitsandbytes`, or load in 16 bits."
+        )
+    from transformers import BitsAndBytesConfig
+
+    QUANTIZATION_NOTICES.release()
+    return BitsAndBytesConfig(
+        load_in_8bit=load_8bit,
+        load_in_4bit=not load_8bit,
+        llm_int8_skip_modules=list(skipped),
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant_type,
+    )
+
+
+def loading_options(args: Any, skipped: Sequence[str]) -> dict[str, Any]:
+    """Options of from_pretrained for --bits 4 and 8."""
+    if args.bits == 16:
+        return {}
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16
+    config = quantization_config(
+        args.bits == 8, skipped, compute_dtype=compute_dtype, double_quant=args.double_quant, quant_type=args.quant_type
+    )
+    return {"device_map": {"": args.device}, "quantization_config": config}
