@@ -6,6 +6,7 @@
 #               estimate, MFU, synchronizations, a profiler trace; gradient checkpointing, --compile_layers,
 #               --float32_logits and fused AdamW on and off; against padded rows and TRL
 #   lora7b      LoRA of rank 128 at 1, 4 and 16 pairs
+#   vlm7b       forward and backward of Qwen2.5-VL-7B's shape at 4 pairs: packed, compiled, rows apart, TRL
 #   noise       log-probs and R of pairs packed and alone, with logits in bf16 and fp32, and the limits that follow
 #   zero2       DeepSpeed's ZeRO-2 engine with NCCL on 8 layers: peak memory against the estimate, fused AdamW or not
 #   generation  tokens a second of the 7B shape at batches of 1 and 16

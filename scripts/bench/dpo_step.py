@@ -77,6 +77,10 @@ class Settings:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
+    def build(self, way: str) -> tuple[Any, Step]:
+        """A model and its step."""
+        return BUILDERS[way](self)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -195,17 +199,23 @@ def trl_step(
     settings: Settings, model: Any, processor: Any, reference_given: bool, reference: Any = None
 ) -> tuple[Any, Step]:
     """TRL's step on a model of llava-hf's layout; without a reference model TRL loads the model's folder again."""
+    model.model.vision_tower.requires_grad_(False)
+    return trl_step_on(settings, model, processor, trl_batch(settings, processor), reference_given, reference)
+
+
+def trl_step_on(
+    settings: Settings, model: Any, processor: Any, batch: dict[str, Tensor], reference_given: bool, reference: Any
+) -> tuple[Any, Step]:
+    """TRL's step on a batch as its collator would make it."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    model.model.vision_tower.requires_grad_(False)
     config = DPOConfig(
         output_dir=str(settings.folder / "trl"), beta=BETA, max_length=None, gradient_checkpointing=False, bf16=False,
         per_device_train_batch_size=settings.pairs, report_to="none", use_cpu=settings.device.type == "cpu",
     )  # fmt: skip
     kind_of_row = Dataset.from_list([{"images": [], "prompt": "", "chosen": "", "rejected": ""}])
     trainer: Any = DPOTrainer(model, reference, args=config, train_dataset=kind_of_row, processing_class=processor)
-    batch = trl_batch(settings, processor)
     if reference_given:
         trainer.precompute_ref_logps = True
 
@@ -270,7 +280,7 @@ def prepare(settings: Settings, with_trl: bool) -> Floor:
 def measure(settings: Settings, way: str) -> Measured | None:
     """Steps of one way, after a first one that warms up; None where the memory does not suffice."""
     try:
-        model, step = BUILDERS[way](settings)
+        model, step = settings.build(way)
         memory = PeakMemory(settings.device)
         logps = step().tolist()
         times = []

@@ -23,12 +23,14 @@ from llava.train.setup_model import compile_layers
 from scripts.gpu.block import Report
 from scripts.gpu.models import (
     REPEATS,
+    Stopwatch,
     WithoutOptimizer,
     count_of,
     first_synchronization,
     free,
     gib,
     measure_step,
+    one_step,
     plan_of,
     shape_of,
     short,
@@ -37,6 +39,7 @@ from scripts.gpu.models import (
 PAIRS = (1, 4, 8)
 MICRO_BATCH = 4  # at which levers are tried
 FEWER_LAYERS = 8  # where AdamW's states must fit, too
+OTHER_LENGTHS = 6  # steps
 TRACED = 20  # kernels that are listed
 CANNOT_REHEARSE = "Triton's kernels cannot be rehearsed"
 
@@ -88,6 +91,23 @@ def compiled(report: Report, plan: Plan) -> None:
         trainer = WithoutOptimizer(training.build(plan, torch.bfloat16))
         compile_layers(trainer.model)
         measure_step(plan, trainer, MICRO_BATCH, found, optimizer=False)
+    with report.case(f"{name}, other lengths in each step") as found:
+        found["ms"] = [round(ms, 2) for ms in steps_of_other_lengths(plan, trainer)]
+
+
+def steps_of_other_lengths(plan: Plan, trainer: WithoutOptimizer) -> list[float]:
+    """Milliseconds of steps on pairs whose lengths no step before had: what compiling costs in a training."""
+    watch = Stopwatch(trainer.model.get_vision_tower())
+    found = []
+    for step in range(OTHER_LENGTHS):
+        lengths = [
+            replace(shape_of().pair, chosen=60 + 17 * step + 11 * k, rejected=190 - 13 * step + 7 * k)
+            for k in range(MICRO_BATCH)
+        ]
+        batch = training.random_batch(plan, lengths)
+        found.append(one_step(trainer, batch, plan.arguments[2], watch)["step"])
+    watch.close()
+    return found
 
 
 @contextmanager

@@ -27,7 +27,8 @@ ROWS_AND_COLUMNS = [f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 
 # A question after its image, an answer with the token that ends it, and a line break that nothing supervises.
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}{% if part['type'] == 'image' %}IMAGE"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% if m['role'] == 'assistant' %}<turn>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% if m['role'] == 'assistant' %}<turn>{% endif %}"
+    "{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -135,10 +136,12 @@ def qwen2_5_vl() -> tuple[Any, Any]:
         text_config=dict(vocab_size=len(tok), **text), **ids(tok, "image_token", "video_token"),
         vision_start_token_id=ids(tok, "vision_bos_token")["vision_bos_token_id"],
     )  # fmt: skip
-    processor = hf.Qwen2_5_VLProcessor(
-        qwen_images(), tok, Qwen2VLVideoProcessor(patch_size=4), chat_template=template("<vs><image><ve>")
-    )
-    return hf.Qwen2_5_VLForConditionalGeneration(config), processor
+    return hf.Qwen2_5_VLForConditionalGeneration(config), qwen_processor(tok)
+
+
+def qwen_processor(tok: Any) -> Any:
+    videos = Qwen2VLVideoProcessor(patch_size=4)
+    return hf.Qwen2_5_VLProcessor(qwen_images(), tok, videos, chat_template=template("<vs><image><ve>"))
 
 
 def qwen3_vl() -> tuple[Any, Any]:
