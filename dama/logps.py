@@ -99,6 +99,12 @@ def float32_head(lm_head: torch.nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda hidden: Float32Product.apply(hidden.to(weight.dtype), weight)
 
 
+def chunk_for(lm_head: torch.nn.Module, chunk: int, targets: Tensor) -> int:
+    """Positions whose logits exist at one time; all under ZeRO-3, which gathers lm_head at each call on every rank
+    alike."""
+    return targets.numel() if hasattr(lm_head.weight, "ds_id") else chunk
+
+
 def token_logps(hidden: Tensor, targets: Tensor, lm_head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
     """Log softmax(lm_head(hidden))[target] at every position.
 

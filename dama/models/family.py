@@ -18,7 +18,7 @@ from torch import Tensor
 from dama.console import digest_of
 from dama.fingerprint import digest_of_checkpoint
 from dama.images import ImageFolder, open_image, resolve_image
-from dama.logps import AnswerLogps, float32_head, indexed_logps
+from dama.logps import AnswerLogps, chunk_for, float32_head, indexed_logps
 from dama.models.attention import PACKED, rows_hold
 from dama.models.batch import PairBatch, PairCollator
 from dama.models.chat import ChatTemplate
@@ -195,6 +195,7 @@ def logps_of_pairs(
     with rows_hold(pairs.layout):
         found = inner(input_ids=pairs.input_ids, attention_mask=mask, use_cache=False, **inputs, **options)
     head = model.get_output_embeddings()
+    chunk = chunk_for(head, chunk, pairs.answers.targets)
     return indexed_logps(found.last_hidden_state, pairs.answers, float32_head(head) if float32_logits else head, chunk)
 
 

@@ -12,6 +12,18 @@ from dama.train.trainer import PreferenceTrainer
 class HubTrainer(PreferenceTrainer):
     """PreferenceTrainer whose checkpoints have a model card and a processor."""
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """All weights by from_pretrained, which knows the names that a class gives them in files.
+
+        transformers' trainer takes the file's names for the model's: where they differ it would go on from the base.
+        """
+        if self.args.lora_enable or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        whole = self.family.model
+        read = type(whole).from_pretrained(resume_from_checkpoint, dtype=whole.dtype)
+        whole.load_state_dict(read.state_dict())
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return

@@ -164,6 +164,29 @@ def qwen3_vl() -> tuple[Any, Any]:
     return hf.Qwen3VLForConditionalGeneration(config), processor
 
 
+def qwen3_5() -> tuple[Any, Any]:
+    """A hybrid: one layer of linear attention, one of full attention."""
+    tok = tokenizer()
+    text = TEXT | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "mrope_interleaved": True,
+        "partial_rotary_factor": 0.5}, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
+    config = hf.Qwen3_5Config(
+        vision_config=dict(depth=2, hidden_size=32, out_hidden_size=32, num_heads=2, intermediate_size=32, patch_size=4,
+                           num_position_embeddings=64),
+        text_config=dict(vocab_size=len(tok), **text), **ids(tok, "image_token", "video_token"),
+        vision_start_token_id=ids(tok, "vision_bos_token")["vision_bos_token_id"],
+        vision_end_token_id=ids(tok, "vision_eos_token")["vision_eos_token_id"],
+    )  # fmt: skip
+    pictures = hf.Qwen2VLImageProcessor(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
+    )
+    processor = hf.Qwen3VLProcessor(
+        pictures, tok, Qwen3VLVideoProcessor(patch_size=4), chat_template=template("<vs><image><ve>")
+    )
+    return hf.Qwen3_5ForConditionalGeneration(config), processor
+
+
 def internvl() -> tuple[Any, Any]:
     tok = tokenizer()
     config = hf.InternVLConfig(
@@ -207,7 +230,9 @@ def gemma3() -> tuple[Any, Any]:
         hf.Gemma3ImageProcessor(size={"height": 28, "width": 28}), tok, image_seq_length=4,
         chat_template=template("<boi>"),
     )  # fmt: skip
-    return hf.Gemma3ForConditionalGeneration(config), processor
+    model = hf.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zero at first
+    return model, processor
 
 
 def mistral3() -> tuple[Any, Any]:
@@ -228,8 +253,8 @@ def mistral3() -> tuple[Any, Any]:
 
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava, "llava_next": llava_next, "llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl,
-    "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl, "idefics3": idefics3, "gemma3": gemma3,
-    "mistral3": mistral3,
+    "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "qwen3_5": qwen3_5, "internvl": internvl, "idefics3": idefics3,
+    "gemma3": gemma3, "mistral3": mistral3,
 }  # fmt: skip
 
 

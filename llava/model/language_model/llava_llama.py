@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dama.logps import AnswerLogps, answer_logps, float32_head, indexed_logps
+from dama.logps import AnswerLogps, answer_logps, chunk_for, float32_head, indexed_logps
 from llava.model.attention import SHARED_PREFIX, no_mask
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, rows_on_cpu, shown_images
 from llava.model.splice import ForwardPlan
@@ -109,7 +109,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             if labels is None:
                 raise ValueError("logp_chunk: expected labels, which say whose log-probs are wanted, got none")
             hidden = self.model(**sequence, use_cache=False).last_hidden_state
-            return answer_logps(hidden, labels, self.lm_head, chunk=self._chunk(logp_chunk, labels))
+            return answer_logps(hidden, labels, self.lm_head, chunk=chunk_for(self.lm_head, logp_chunk, labels))
         optional = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
@@ -145,13 +145,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         if logp_chunk is None:
             return super().forward(**sequence, labels=plan.splice.labels)
         hidden = self.model(**sequence).last_hidden_state
-        chunk = self._chunk(logp_chunk, plan.answers.targets)
+        chunk = chunk_for(self.lm_head, logp_chunk, plan.answers.targets)
         head = float32_head(self.lm_head) if self.float32_logits else self.lm_head
         return indexed_logps(hidden, plan.answers, head, chunk)
-
-    def _chunk(self, chunk: int, labels: Tensor) -> int:
-        """Positions at a time; all of them under ZeRO-3, which gathers lm_head at each call on every rank alike."""
-        return labels.numel() if hasattr(self.lm_head.weight, "ds_id") else chunk
 
     @torch.no_grad()
     def generate(
