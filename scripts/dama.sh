@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The body that dama_7b.sh, dama_13b.sh and dama_7b_lora.sh share; they set NAME, MODEL, the micro-batch and the learning
+# The body that dama_7b.sh, dama_13b.sh, dama_7b_lora.sh and dama_vlm.sh share; they set NAME, MODEL, the micro-batch and the learning
 # rate. The paper's settings: 16 pairs a step over all GPUs, 12 of them selected, beta 0.1, 4 epochs, cosine with warm-up
 # 0.1, bf16, ZeRO-2.
 set -euo pipefail
@@ -20,8 +20,10 @@ OUTPUT=${OUTPUT:-checkpoints/$NAME}
 GPUS=${GPUS:-$(visible_gpus | wc -l)}
 MICRO_BATCH=${MICRO_BATCH:-$DEFAULT_MICRO_BATCH}
 ZERO=${ZERO:-scripts/zero2.json}
+if ! declare -p LAYOUT >/dev/null 2>&1; then LAYOUT=(--version v1 --image_aspect_ratio pad); fi # LLaVA-1.5's; none for other models
 read -ra loss <<<"${LOSS:-dpo}" # such as LOSS=mdpo, or LOSS="dpo:0.8 sft:1"; see docs/objectives.md
 CORRUPTION=${CORRUPTION:-crop}  # second image of losses that read one
+if ! declare -p PROCESSOR >/dev/null 2>&1; then PROCESSOR=(); fi # flags of the image processor, the same in both stages
 CLIP=ViT-L-14-336-quickgelu
 pairs_per_step=16
 digits GPUS "$GPUS"
@@ -47,9 +49,9 @@ run python -m dama hardness --data "$DATA" --image_folder "$IMAGES" --on_bad_ima
     --clip "$CLIP" --pretrained openai --precision bf16 --batch_size 64 --out "$OUTPUT/hardness"
 run python -m dama reference --data "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
     --model_name_or_path "$MODEL" --precision bf16 --model_max_length 2048 --batch_size 4 \
-    --loss "${loss[@]}" --corruption "$CORRUPTION" --out "$OUTPUT/reference"
+    --loss "${loss[@]}" --corruption "$CORRUPTION" "${PROCESSOR[@]}" --out "$OUTPUT/reference"
 run deepspeed "${launch[@]}" llava/train/train_mem.py --deepspeed "$ZERO" --task DPO \
-    --model_name_or_path "$MODEL" --version v1 --image_aspect_ratio pad \
+    --model_name_or_path "$MODEL" "${LAYOUT[@]}" \
     --data_path "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
     --hardness "$OUTPUT/hardness" --reference "$OUTPUT/reference" \
     --loss "${loss[@]}" --corruption "$CORRUPTION" \
@@ -60,7 +62,7 @@ run deepspeed "${launch[@]}" llava/train/train_mem.py --deepspeed "$ZERO" --task
     --bf16 True --gradient_checkpointing True --auto_checkpointing True --model_max_length 2048 --dataloader_num_workers 4 \
     --eval_pairs 0.01 --eval_strategy epoch --save_strategy epoch --save_total_limit 1 \
     --metric_for_best_model eval_loss --logging_steps 5 --report_to tensorboard \
-    "${EXTRA[@]}" --output_dir "$OUTPUT" "$@"
+    "${PROCESSOR[@]}" "${EXTRA[@]}" --output_dir "$OUTPUT" "$@"
 
 # Behind the commands: the doctor reads them, and names this beside all else that is wrong.
 fault=

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from llava.supported import is_hub_model, model_type_of
+
 SHAPES = {  # of checkpoints that are named before they are downloaded
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
@@ -19,6 +21,9 @@ def configs_of(model_args: Any, cache_dir: str | None = None) -> tuple[Any, Any]
     """(LlavaConfig as training will set it up, CLIPVisionConfig).
 
     Of a checkpoint that is not at hand by its name: LLaVA-v1.5's of 7 and 13 billion parameters are known.
+
+    Raises:
+        ValueError: the checkpoint is of another model. OSError: it is not at hand, and its name says nothing.
     """
     from transformers import CLIPVisionConfig
 
@@ -26,6 +31,8 @@ def configs_of(model_args: Any, cache_dir: str | None = None) -> tuple[Any, Any]
     from llava.model.multimodal_encoder.builder import locate_vision_tower
 
     source = str(model_args.model_name_or_path)
+    if is_hub_model(source):
+        raise ValueError(f"'{source}' is of type {model_type_of(source)}; memory is estimated for LLaVA-1.5")
     try:
         config = LlavaConfig.from_pretrained(source, cache_dir=cache_dir)
     except OSError as error:

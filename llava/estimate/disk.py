@@ -19,6 +19,7 @@ from llava.estimate.machine import format_bytes
 from llava.estimate.memory import trained_parameters
 from llava.estimate.plan import Plan
 from llava.estimate.sizes import FP32, ModelShape, Training
+from llava.supported import is_hub_model
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
 
@@ -111,12 +112,18 @@ def trial_save(folder: Path, arguments: Arguments | None = None) -> float:
             read = [load_file(place / "model.safetensors"), torch.load(place / "optimizer.pt", weights_only=True)]
             if not all(torch.equal(back["weight"], weights["weight"]) for back in read):
                 raise ValueError("what was written reads back differently")
-            if arguments is not None and not is_deepspeed_zero3_enabled():  # whose loading is collective
+            if arguments is not None and has_miniature(arguments):
                 load_miniature(place, arguments)
     finally:
         for place in made:
             place.rmdir()
     return time.perf_counter() - began
+
+
+def has_miniature(arguments: Arguments) -> bool:
+    """Whether a small model of this training's kind can be made: LLaVA-1.5, not under ZeRO-3, whose loading is
+    collective."""
+    return not (is_deepspeed_zero3_enabled() or is_hub_model(arguments[0].model_name_or_path))
 
 
 def load_miniature(place: Path, arguments: Arguments) -> None:

@@ -11,6 +11,7 @@ from dama.train.checkpoints import resume_point
 from dama.train.data import ImageChoice, data_fingerprint, hardness_of_pairs, join_pairs, read_checked_pairs
 from dama.train.provenance import is_finished, provenance_of
 from dama.train.reference import BASE_AS_REFERENCE, reference_of_pairs
+from llava.estimate.preflight import preflight
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
 from llava.train.train_dpo import announce, needs_clip
 
@@ -43,6 +44,7 @@ def run(arguments: Arguments) -> HubTrainer | None:
     checkpoint = resume_point(args)
     pairs, skipped = read_checked_pairs(data_args)
     ImageChoice.of(pairs, args.preference_loss().views, args)
+    preflight(arguments, pairs)
     fingerprint = data_fingerprint(pairs, data_args)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, needs_clip(args))
     family = setup_family(arguments)

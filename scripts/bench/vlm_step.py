@@ -10,8 +10,8 @@ ours          the shared prefix through the same unmodified model: every distinc
 Every measurement runs in a fresh process; the ways take turns. Random weights, all but the vision encoder trained, no
 optimizer, no activation checkpointing.
 
-    python scripts/bench/vlm_step.py                  # a small model on one CPU thread, about 5 minutes
-    python scripts/bench/vlm_step.py --shape 7b       # Qwen2.5-VL-7B's shape in bf16 on a GPU
+    PYTHONPATH=. python scripts/bench/vlm_step.py                  # a small model on one CPU thread, about 5 minutes
+    PYTHONPATH=. python scripts/bench/vlm_step.py --shape 7b       # Qwen2.5-VL-7B's shape in bf16 on a GPU
 """
 
 from __future__ import annotations
