@@ -161,6 +161,11 @@ def encode_pairs(pairs: Sequence[PreferencePair], family: ModelFamily, data_args
     Raises:
         ValueError: with --on_long_pair fail, naming every pair that is too long.
     """
+    if (with_context := [pair.id for pair in pairs if pair.context]) and not getattr(family, "reads_context", False):
+        raise ValueError(
+            f"{data_args.data_path}: {len(with_context)} of {len(pairs)} pairs have a context (first: "
+            f"{with_context[0]}), which this model family does not read; remove these rows, or train LLaVA-1.5"
+        )
     rows = family.encode(pairs)
     fits, long = [], []
     for i, (pair, views) in enumerate(zip(pairs, rows)):

@@ -64,9 +64,10 @@ class PreparedPair:
 class ModelFamily(Protocol):
     """Everything that training on preference pairs needs of one kind of model.
 
-    Two things are asked for only where they are used: `answer_logps(..., per_token=True)`, which returns an
-    AnswerTokenLogps (token weights), and `with_views(views)`, the same family reading other views (adding views to a
-    finished reference stage).
+    Three things are asked for only where they are used: `answer_logps(..., per_token=True)`, which returns an
+    AnswerTokenLogps (token weights); `with_views(views)`, the same family reading other views (adding views to a
+    finished reference stage); and `reads_context = True` of a family whose `encode` puts a pair's context in front of
+    both answers, without supervising it.
 
     Attributes:
         module: what is trained; a PeftModel with adapters.

@@ -43,12 +43,16 @@ class ImagePreparation:
 class LlavaFamily:
     """What preference training needs of LLaVA-1.5, see dama.train.family.ModelFamily.
 
+    reads_context: `encode` knows pairs with a context.
+
     Args:
         model: LlavaLlamaForCausalLM with its vision tower loaded, or a PeftModel of one.
         args: TrainingArguments.
         base_name, version: the checkpoint's folder or hub name, and its conversation template; `encode` and
             `fingerprint` need them.
     """
+
+    reads_context = True
 
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, args: Any, *, base_name: str = "", version: str = ""

@@ -1,6 +1,7 @@
 """A model family of a few lines that shares nothing with LLaVA trains DAMA through the protocol alone."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -205,3 +206,11 @@ def test_pairs_that_lack_what_the_views_need_are_refused(world, flags, match):
     family.encode = lambda pairs: [(row,) * len(family.views)] * len(pairs)
     with pytest.raises(ValueError, match=match):
         join_pairs(pairs, PairValues([0.0] * 8, {}), PairValues([(0.0,) * 6] * 8, {}), family, data_args, args)
+
+
+def test_pairs_with_a_context_need_a_family_that_reads_it(world):
+    pairs, data_args, folder = world
+    pairs = [replace(pair, context="So. ") for pair in pairs]
+    args = PreferenceArguments(output_dir=str(folder / "out"), use_cpu=True)
+    with pytest.raises(ValueError, match=r"8 of 8 pairs have a context \(first: 0\), which this model family does not"):
+        run_reference(TinyFamily(), data_args, args, pairs, [], folder / "out", 4)
