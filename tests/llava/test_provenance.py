@@ -113,6 +113,10 @@ def test_a_loss_that_an_earlier_revision_recorded_as_a_list_is_the_same(in_golde
     rewrite(tmp_path / "out", lambda flags: flags | {"loss": "['dpo']"})
     trained(tmp_path)
     assert "training: complete in" in capsys.readouterr().out
+
+
+def test_another_loss_that_an_earlier_revision_recorded_as_a_list_is_named(in_golden, tmp_path):
+    trained(tmp_path)
     rewrite(tmp_path / "out", lambda flags: flags | {"loss": "['dpo:0.8', 'sft']"})
     with pytest.raises(ValueError, match='--loss: "dpo:0.8 sft" -> "dpo"'):
         trained(tmp_path)
