@@ -20,6 +20,14 @@ class AnswerLogps(NamedTuple):
     tokens: Tensor  # [B] int64, how many tokens were summed
 
 
+class AnswerTokenLogps(NamedTuple):
+    """AnswerLogps and what was summed."""
+
+    logps: Tensor  # [B] float32
+    tokens: Tensor  # [B] int64
+    per_token: Tensor  # [M] float32, log-probs of the labelled tokens, row after row
+
+
 @dataclass(frozen=True)
 class AnswerIndex:
     """Which hidden states predict which answer tokens: computed from labels alone, so a data loader can do it.
@@ -133,16 +141,31 @@ def answer_logps(hidden: Tensor, labels: Tensor, lm_head: Callable[[Tensor], Ten
         hidden: [B, T, D] final hidden states; position t-1 predicts label t.
         labels: [B, T], IGNORE_INDEX where nothing is predicted.
     """
-    return indexed_logps(hidden, AnswerIndex.of(labels), lm_head, chunk)
+    return summed_logps(hidden, AnswerIndex.of(labels), lm_head, chunk)[0]
 
 
 def indexed_logps(
     hidden: Tensor, index: AnswerIndex, lm_head: Callable[[Tensor], Tensor], chunk: int = 1024
 ) -> AnswerLogps:
     """Sums of token log-probs of each row of `index`, from hidden states [B, T, D]."""
+    return summed_logps(hidden, index, lm_head, chunk)[0]
+
+
+def indexed_token_logps(
+    hidden: Tensor, index: AnswerIndex, lm_head: Callable[[Tensor], Tensor], chunk: int = 1024
+) -> AnswerTokenLogps:
+    """The same sums, and the log-probs of single tokens, those of the first row first, whatever order `index` has."""
+    sums, values = summed_logps(hidden, index, lm_head, chunk)
+    return AnswerTokenLogps(*sums, values.index_select(0, index.rows.argsort(stable=True)))
+
+
+def summed_logps(
+    hidden: Tensor, index: AnswerIndex, lm_head: Callable[[Tensor], Tensor], chunk: int
+) -> tuple[AnswerLogps, Tensor]:
+    """(sums of each row, [M] token log-probs in the order of `index`)."""
     predicting = hidden.flatten(0, 1).index_select(0, index.predictors)
     values = token_logps(predicting, index.targets, lm_head, chunk)
-    return AnswerLogps(values.new_zeros(len(index.tokens)).index_add(0, index.rows, values), index.tokens)
+    return AnswerLogps(values.new_zeros(len(index.tokens)).index_add(0, index.rows, values), index.tokens), values
 
 
 def get_batch_logps(

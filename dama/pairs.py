@@ -50,6 +50,7 @@ class PreferencePair:
     clip_scores: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # per statement of y_w, of y_l
     second_image: str | None = None  # relative to the image folder: what an objective compares the image with
     second: str | None = None  # the right answer for the second image
+    context: str | None = None  # what the assistant has said before both answers: read, not trained on
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -73,8 +74,9 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
 
     The layout is RLAIF-V's, the released DAMA code's (the same with `logps` and `*_logits`), or any that `named_fields`
     knows. Fields: idx or id (a digest of the content where absent), image_path or image, question, chosen, rejected,
-    origin_dataset, origin_split, kind; kind falls back to origin_split's "type". Whether it is a list or one record
-    a line is seen from the first character. Raises PairsError naming every torn line and every row with a bad field.
+    context, origin_dataset, origin_split, kind; kind falls back to origin_split's "type". Whether it is a list or one
+    record a line is seen from the first character. Raises PairsError naming every torn line and every row with a bad
+    field.
     """
     pairs, errors = parse_pairs(path)
     if errors:
@@ -159,9 +161,9 @@ def pair_from_row(row: Any) -> PreferencePair:
 def pair_of_fields(row: NamedRow) -> PreferencePair:
     """The pair of a row whose fields are named already. Raises ValueError naming the file's field that is bad."""
     image, chosen, rejected = text_of(row, "image_path", "image"), text_of(row, "chosen"), text_of(row, "rejected")
-    question = without_image_token(text_of(row, "question"))
+    question, context = without_image_token(text_of(row, "question")), _context(row)
     return PreferencePair(
-        id=id_of_row(row) or digest_of([image, question, chosen, rejected]),
+        id=id_of_row(row) or digest_of([image, question, chosen, rejected, *([context] if context else [])]),
         image=image,
         question=question,
         chosen=chosen,
@@ -172,7 +174,13 @@ def pair_of_fields(row: NamedRow) -> PreferencePair:
         clip_scores=_clip_scores(row),
         second_image=_second_image(row),
         second=text_of(row, "second") if row.get("second") is not None else None,
+        context=context,
     )
+
+
+def _context(row: NamedRow) -> str | None:
+    """The field `context` without white space at its end; None where nothing is left."""
+    return text_of(row, "context").rstrip() or None if row.get("context") is not None else None
 
 
 def _second_image(row: dict[str, Any]) -> str | None:
@@ -270,8 +278,10 @@ def pairs_fingerprint(pairs: Sequence[PreferencePair]) -> str:
 
 
 def _identity(pair: PreferencePair) -> tuple[Any, ...]:
-    """Its fields; of a pair without second image and answer those that earlier versions had."""
-    *fields, second_image, second = astuple(pair)
+    """Its fields; of a pair without second image, second answer and context those that earlier versions had."""
+    *fields, second_image, second, context = astuple(pair)
+    if context is not None:
+        return (*fields, second_image, second, context)
     return tuple(fields) if second_image is None and second is None else (*fields, second_image, second)
 
 
@@ -342,6 +352,6 @@ def text_errors(pair: PreferencePair) -> Iterator[str]:
         yield f"chosen and rejected answer are equal{differ}, so there is no preference to learn"
     if not visible_text(pair.question):
         yield "the question is empty"
-    for name, text in {"question": pair.question, **answers}.items():
+    for name, text in {"question": pair.question, "context": pair.context or "", **answers}.items():
         if IMAGE_TOKEN in text:
             yield f"{name}: {IMAGE_TOKEN} inside the text would be read as one more image"

@@ -38,6 +38,13 @@ Place = Callable[[Record], int]
 """A record -> where it belongs in the finished file, for stages whose chunks follow another order than their input."""
 
 
+class Attachment(NamedTuple):
+    """A binary file beside a stage's records, with a fixed number of bytes for each record, in their order."""
+
+    name: str
+    size_of: Callable[[Record], int]  # bytes that belong to a record
+
+
 NO_FLAGS: Flags = MappingProxyType({})
 IN_MEMORY = 1 << 26  # bytes of a file whose records are kept in memory for a second pass
 
@@ -128,14 +135,17 @@ class Stage:
         plan: Sequence[int],
         shard: Shard = WHOLE,
         flags: Flags = NO_FLAGS,
+        attachment: Attachment | None = None,
     ) -> None:
         self.root, self.name, self.fingerprint, self.flags = root, name, fingerprint, flags
+        self.attachment = attachment
         self.plan = list(plan)  # records in each chunk of the whole stage
         self.shard, self.folder, self.block = shard, shard.folder(root), shard.block(len(plan))
         self.chunk_sizes = [plan[number] for number in self.block]
         self.complete = False
         self.chunks_done = 0
         self._file: BinaryIO | None = None
+        self._attached: BinaryIO | None = None
         self._started = time.monotonic()
         self._records_before = 0
 
@@ -159,8 +169,18 @@ class Stage:
         """Path of the stage's records."""
         return self.folder / f"{self.name}.jsonl"
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Write the next chunk, one line a record, and returns when it is on the disk."""
+    @property
+    def attachment_path(self) -> Path:
+        """Path of the binary file beside the records. Only for a stage that has one."""
+        assert self.attachment is not None
+        return self.folder / self.attachment.name
+
+    def append(self, records: Sequence[Record], attached: bytes = b"") -> None:
+        """Write the next chunk, one line a record, and return when it is on the disk.
+
+        Args:
+            attached: what belongs to these records in the binary file beside them; it is on the disk first.
+        """
         if self._file is None:
             raise StageError(f"{self.name}: nothing can be appended to a stage that is complete or closed")
         if self.chunks_done == len(self.chunk_sizes):
@@ -170,11 +190,13 @@ class Stage:
             got = f"chunk {self.chunks_done} has {len(records)} records"
             raise StageError(f"{self.name}: {got}, planned were {expected}")
         content = "".join(self._line(record) for record in records).encode("utf-8")
-        with writing(self.records_path, len(content)):
-            rest = memoryview(content)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+        size = sum(map(self.attachment.size_of, records)) if self.attachment else 0
+        if len(attached) != size:
+            raise StageError(f"{self.name}: expected {size} attached bytes for chunk {self.chunks_done}, "
+                             f"got {len(attached)}")  # fmt: skip
+        if self._attached is not None:
+            _write_through(self._attached, self.attachment_path, attached)
+        _write_through(self._file, self.records_path, content)
         self.chunks_done += 1
 
     def _line(self, record: Record) -> str:
@@ -215,6 +237,7 @@ class Stage:
             raise StageError(f"{self.name}: finished after {done}; append the others first")
         manifest = _manifest(self, complete=True) | {
             "digest": digest_of_file(self.records_path),
+            **self._attached_digest(),
             "summary": summary,
             "time": {
                 "seconds": round(time.monotonic() - self._started, 3),
@@ -226,6 +249,11 @@ class Stage:
         self.close()
         self.complete = True
         return manifest
+
+    def _attached_digest(self) -> Record:
+        if self.attachment is None:
+            return {}
+        return {"attached": {self.attachment.name: digest_of_file(self.attachment_path)}}
 
     def conclude(self, summarize: Summarize, facts: Record, place: Place | None = None) -> Record | None:
         """Finish the stage; the last shard to finish merges all.
@@ -269,9 +297,10 @@ class Stage:
 
     def close(self) -> None:
         """Give the folder free for another process; what is written stays and can be continued."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in (self._file, self._attached):
+            if file is not None:
+                file.close()
+        self._file = self._attached = None
 
     def __enter__(self) -> Stage:
         return self
@@ -290,10 +319,14 @@ class Stage:
             remedy = "wait for it, end it, or give another --out"
             raise StageError(f"{self.name}: another process writes {self.records_path}\nRemedy: {remedy}") from error
         self._file = file
+        if self.attachment is not None:
+            self._attached = open(self.attachment_path, "ab", buffering=0, opener=regular_file)  # noqa: SIM115
 
-    def _truncate(self, size: int) -> None:
+    def _truncate(self, size: int, attached: int = 0) -> None:
         assert self._file is not None
         self._file.truncate(size)
+        if self._attached is not None:
+            self._attached.truncate(attached)
 
     def _recover(self) -> None:
         """Keep the whole chunks that are readable; a torn line and its unfinished chunk are cut off and done again."""
@@ -301,14 +334,37 @@ class Stage:
         if len(ends) > self.total:
             raise _damaged(self.records_path, f"{len(ends)} records, planned were {self.total}")
         boundaries = [0, *accumulate(self.chunk_sizes)]
-        self.chunks_done = max(index for index, count in enumerate(boundaries) if count <= len(ends))
+        attached_ends = self._attached_ends(len(ends))
+        attached_size = self.attachment_path.stat().st_size if self.attachment else 0
+        self.chunks_done = max(
+            index
+            for index, count in enumerate(boundaries)
+            if count <= len(ends) and attached_ends[count] <= attached_size
+        )
         kept = boundaries[self.chunks_done]
         self._records_before = kept
         size, kept_bytes = self.records_path.stat().st_size, ends[kept - 1] if kept else 0
-        self._truncate(kept_bytes)
+        self._truncate(kept_bytes, attached_ends[kept])
         if size:
             cut = f", {size - kept_bytes} bytes of an interrupted chunk cut off" if size > kept_bytes else ""
             log(f"{self.name}: continues at record {kept} of {self.total} in {self.folder}{cut}")
+
+    def _attached_ends(self, count: int) -> list[int]:
+        """Byte offsets in the attachment before the first record and after each of `count` records."""
+        if self.attachment is None:
+            return [0] * (count + 1)
+        with self.records_path.open("rb") as file:
+            sizes = [self.attachment.size_of(json.loads(line)) for line, _ in zip(file, range(count))]
+        return [0, *accumulate(sizes)]
+
+
+def _write_through(file: BinaryIO, path: Path, content: bytes) -> None:
+    """Append to an unbuffered file and return when it is on the disk."""
+    with writing(path, len(content)):
+        rest = memoryview(content)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
 
 
 def open_stage(
@@ -320,6 +376,7 @@ def open_stage(
     shard: Shard = WHOLE,
     overwrite: bool = False,
     flags: Flags = NO_FLAGS,
+    attachment: Attachment | None = None,
 ) -> Stage:
     """Open folder/name.jsonl and folder/manifest.json for these inputs, one stage to a folder.
 
@@ -327,12 +384,13 @@ def open_stage(
     of the whole input (one chunk is what a kill can cost). A `shard` of several writes to folder/shards instead.
     Afterwards `stage.complete` says that nothing is left to do; otherwise append the chunks `stage.to_do`. Raises
     StageError where the folder holds another stage, other inputs (every differing field named) or damaged records;
-    `overwrite` starts anew instead. `flags` names the fields in errors, see `differences`.
+    `overwrite` starts anew instead. `flags` names the fields in errors, see `differences`. `attachment`: a binary file
+    that is written beside the records.
     """
     root, fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
-    stage = Stage(root, name, fingerprint, chunk_sizes, flags=flags)
+    stage = Stage(root, name, fingerprint, chunk_sizes, flags=flags, attachment=attachment)
     if shard.count > 1 and (overwrite or not _skip_complete(stage)):
-        stage = Stage(root, name, fingerprint, chunk_sizes, shard, flags)
+        stage = Stage(root, name, fingerprint, chunk_sizes, shard, flags, attachment)
     if stage.complete or (not overwrite and _skip_complete(stage)):
         return stage
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -476,14 +534,31 @@ def _write_merged(
         places = [index for manifest in manifests for index in manifest.get("places", ())]
     write_joined(path, sources, places)
     seconds = max(manifest["time"]["seconds"] for manifest in manifests)  # they may have run beside each other
+    attached = {file: _joined_attachment(root, file, [part for _, part in done]) for file in _attached_names(manifests)}
     merged |= {
         "digest": digest_of_file(path),
+        **({"attached": attached} if attached else {}),
         "summary": summarize(RecordFile(path), [manifest["summary"] for manifest in manifests]),
         "time": {"seconds": seconds, "records": merged["records"], "finished": _now(), "shards": len(done)},
     }
     write_json(root / MANIFEST, merged)
     log(f"{name}: {len(done)} shards with {merged['records']} records merged in {root}")
     return merged
+
+
+def _attached_names(manifests: Sequence[Record]) -> list[str]:
+    """Files that belong to the records of all shards."""
+    if any("places" in manifest for manifest in manifests if "attached" in manifest):
+        raise ValueError("stage: expected an attachment or places of records, got both")
+    return sorted({file for manifest in manifests for file in manifest.get("attached", {})})
+
+
+def _joined_attachment(root: Path, file: str, parts: Sequence[Path]) -> str:
+    """Join a binary file of all shards; return its digest."""
+    sources = [part / file for part in parts]
+    with atomic_file(root / file, sum(source.stat().st_size for source in sources)) as output:
+        _copy_all(sources, output)
+    return digest_of_file(root / file)
 
 
 def write_joined(path: Path, sources: Sequence[Path], places: Sequence[int] | None = None) -> None:
@@ -597,8 +672,10 @@ def _refuse_other_plan(stage: Stage, old: Record) -> None:
 def _check_records(path: Path, manifest: Record) -> None:
     if not path.is_file():
         raise _damaged(path, "missing, although the manifest says that the stage is complete")
-    if digest_of_file(path) != manifest["digest"]:
-        raise _damaged(path, f"changed since the stage was finished (digest is not {manifest['digest']})")
+    digests = {path.name: manifest["digest"]} | manifest.get("attached", {})
+    for name, digest in digests.items():
+        if not path.with_name(name).is_file() or digest_of_file(path.with_name(name)) != digest:
+            raise _damaged(path.with_name(name), f"changed since the stage was finished (digest is not {digest})")
 
 
 def _line_ends(path: Path) -> list[int]:

@@ -15,6 +15,7 @@ FIELDS = (
     *("history", "messages", "rejected_messages", "conversations", "rejected_conversations", "text"),
     *("image", "image_path", "images", "idx", "id", "origin_dataset", "origin_split", "generator", "kind"),
     *("logps", "chosen_logits", "rejected_logits"),
+    *("context", "answer", "first_error", "correction"),
 )
 """Every field that is read, in any layout."""
 
@@ -94,6 +95,7 @@ def named_fields(row: Mapping[str, Any]) -> NamedRow:
         ms-swift       messages (or query, response) and rejected_response or rejected_messages
         LLaMA-Factory  conversations or messages with the question; chosen and rejected, a message each
         PDS-DPO        conversations and rejected_conversations
+        first errors   answer, first_error (its first wrong sentence) and correction: a pair with a context (SENTINEL)
     each with image, image_path or images, one image or a list of one.
 
     Raises ValueError, naming the fields of the file, where this is not one question about one image with two answers.
@@ -101,6 +103,8 @@ def named_fields(row: Mapping[str, Any]) -> NamedRow:
     row = NamedRow(row, row.called, row.found) if isinstance(row, NamedRow) else NamedRow(row)
     if "chosen" not in row:
         _name_answers(row)
+    if "chosen" not in row and "first_error" in row:
+        _name_first_error(row)
     _name_question(row)
     for name in ("question", *ANSWERS):
         if name in row:
@@ -124,6 +128,20 @@ def _name_answers(row: NamedRow) -> None:
             raise ValueError(f"field {row.name('history')}: expected no earlier turns, got {len(row['history'])}")
     elif "text" in row and "rejected" not in row:
         _name_inside_text(row)
+
+
+def _name_first_error(row: NamedRow) -> None:
+    """An answer whose first wrong sentence is marked: what is before it is the context of two sentences.
+
+    Raises ValueError where the sentence is not in the answer exactly once, or a field is missing.
+    """
+    answer, wrong = text_of(row, "answer"), text_of(row, "first_error").strip()
+    if not wrong or answer.count(wrong) != 1:
+        found = f"{answer.count(wrong)} times" if wrong else "an empty text"
+        raise ValueError(f"field {row.name('first_error')}: expected a sentence of {row.name('answer')}, got {found}")
+    row["context"] = answer[: answer.index(wrong)].rstrip()
+    row["rejected"], row["chosen"] = wrong, text_of(row, "correction").strip()
+    row.called |= {"rejected": row.name("first_error"), "chosen": row.name("correction")}
 
 
 def _rename(row: NamedRow, field: str, old: str) -> None:

@@ -97,17 +97,19 @@ def dataset_of_pairs(
 def row_of_pair(pair: PreferencePair, image_folder: ImageFolder, processor: Any) -> dict[str, Any]:
     """Prompt and answers as text, which TRL encodes apart.
 
-    Answers begin without the space behind `ASSISTANT:`, because LLaMA's tokenizer puts one in front of every text.
+    Answers begin without the space behind `ASSISTANT:`, because LLaMA's tokenizer puts one in front of every text. A
+    context ends the prompt, and its answers have no end token.
     """
     tokenizer = processor.tokenizer
     content = [{"type": "image"}, {"type": "text", "text": pair.question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt, end = (f"{prompt} {pair.context}", "") if pair.context else (prompt, tokenizer.eos_token)
     return {
         "id": pair.id,
         "images": [str(resolve_image(image_folder, pair.image))],
         "prompt": with_bos(prompt, tokenizer),
-        "chosen": pair.chosen + tokenizer.eos_token,
-        "rejected": pair.rejected + tokenizer.eos_token,
+        "chosen": pair.chosen + end,
+        "rejected": pair.rejected + end,
     }
 
 

@@ -22,7 +22,8 @@ MICRO_BATCH=${MICRO_BATCH:-$DEFAULT_MICRO_BATCH}
 ZERO=${ZERO:-scripts/zero2.json}
 if ! declare -p LAYOUT >/dev/null 2>&1; then LAYOUT=(--version v1 --image_aspect_ratio pad); fi # LLaVA-1.5's; none for other models
 read -ra loss <<<"${LOSS:-dpo}" # such as LOSS=mdpo, or LOSS="dpo:0.8 sft:1"; see docs/objectives.md
-CORRUPTION=${CORRUPTION:-crop}  # second image of losses that read one
+TOKEN_WEIGHTS=${TOKEN_WEIGHTS:-none} # or segments:5, visual
+views=(--loss "${loss[@]}" --token_weights "$TOKEN_WEIGHTS" ${CORRUPTION:+--corruption "$CORRUPTION"}) # the second image's
 if ! declare -p PROCESSOR >/dev/null 2>&1; then PROCESSOR=(); fi # flags of the image processor, the same in both stages
 CLIP=ViT-L-14-336-quickgelu
 pairs_per_step=16
@@ -49,12 +50,12 @@ run python -m dama hardness --data "$DATA" --image_folder "$IMAGES" --on_bad_ima
     --clip "$CLIP" --pretrained openai --precision bf16 --batch_size 64 --out "$OUTPUT/hardness"
 run python -m dama reference --data "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
     --model_name_or_path "$MODEL" --precision bf16 --model_max_length 2048 --batch_size 4 \
-    --loss "${loss[@]}" --corruption "$CORRUPTION" "${PROCESSOR[@]}" --out "$OUTPUT/reference"
+    "${views[@]}" "${PROCESSOR[@]}" --out "$OUTPUT/reference"
 run deepspeed "${launch[@]}" llava/train/train_mem.py --deepspeed "$ZERO" --task DPO \
     --model_name_or_path "$MODEL" "${LAYOUT[@]}" \
     --data_path "$DATA" --image_folder "$IMAGES" --on_bad_image skip --on_long_pair skip \
     --hardness "$OUTPUT/hardness" --reference "$OUTPUT/reference" \
-    --loss "${loss[@]}" --corruption "$CORRUPTION" \
+    "${views[@]}" \
     --strategy both --variant paper --dpo_beta 0.1 --select_ratio 0.75 --gamma 0.9 \
     --num_train_epochs 4 --learning_rate "$LEARNING_RATE" --lr_scheduler_type cosine --warmup_steps 0.1 --weight_decay 0. \
     --per_device_train_batch_size "$MICRO_BATCH" \

@@ -79,3 +79,21 @@ def test_reference_counts_distinct_tokens(run, of):
     tokens = {(line.split()[0], int(line.split()[6])) for line in said[-12:]}
     assert {("pairs", 244), ("pairs", 976), ("answers", 328), ("prefix", 404)} <= tokens
     assert all(row["floor"] > 0 and min(row["shared"] + row["plain"]) > 0 for row in written["rows"])
+
+
+def test_objectives_sets_what_packing_saves_beside_its_tokens(run):
+    """m: 40 + 12 + 9, m': 40 + 12 tokens packed; apart 52 + 49 + 52. Log-probs of both ways are the same."""
+    said, written = run("objectives", "--steps", "1", "--patterns", "second image")
+    found = written["patterns"]["second image"]
+    assert found["tokens"] == [113, 153] and found["token_ratio"] == pytest.approx(153 / 113)
+    assert found["time"]["median"] > 0 and found["memory"]["median"] > 0 and found["logps"] < 1e-5
+    assert any(line.split()[:5] == ["second", "image", "113", "153", "1.35"] for line in said)
+
+
+def test_token_counts_of_each_pattern(load):
+    """The prefix of 636 and answers of 120, 110 and 115 tokens: once for each image, or once for each answer."""
+    bench = load("objectives")
+    counts = {name: bench.tokens_of(bench.SHAPES["cpu"], views) for name, views in bench.PATTERNS.items()}
+    assert counts == {
+        "pair": (866, 1502), "second image": (1622, 2258), "visual weights": (1732, 3004), "symmetric": (1852, 3760),
+    }  # fmt: skip

@@ -218,6 +218,17 @@ def split_statements(answer: str) -> list[str]:
     return statements or ([answer.strip()] if answer.strip() else [])
 
 
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Where each sentence of a text begins and ends, line by line; pieces without a letter or digit are left out."""
+    spans, start = [], 0
+    for line in text.splitlines():
+        for sentence in _sentences(line):
+            if re.search(r"\w", sentence) and (found := text.find(sentence, start)) >= 0:
+                start = found + len(sentence)
+                spans.append((found, start))
+    return spans
+
+
 def version_for(answers: Iterable[str]) -> str:
     """The oldest version of the rules that gives the same statements of all these answers.
 

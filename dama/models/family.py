@@ -6,8 +6,10 @@ The model is not changed: a pack of pairs goes through its own forward pass, wit
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from dama.console import digest_of
 from dama.fingerprint import digest_of_checkpoint
 from dama.images import ImageFolder, open_image, resolve_image
-from dama.logps import AnswerLogps, chunk_for, float32_head, indexed_logps
+from dama.logps import AnswerLogps, AnswerTokenLogps, chunk_for, float32_head, indexed_logps, indexed_token_logps
 from dama.models.attention import PACKED, rows_hold
 from dama.models.batch import PairBatch, PairCollator
 from dama.models.chat import ChatTemplate
@@ -62,7 +64,7 @@ class HubFamily:
     ) -> None:
         self.module, self.processor = model, processor
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.views: tuple[View, ...] = args.preference_loss().views
+        self.views: tuple[View, ...] = args.views()
         self.name, self.image_folder = name, image_folder
         self.decided: Decided = way_of(self.model, shared_prefix=args.shared_prefix)
         self.chat = ChatTemplate(processor, system)
@@ -71,6 +73,13 @@ class HubFamily:
         config = self.model.config.get_text_config(decoder=True)
         self.max_tokens = min(args.model_max_length, getattr(config, "max_position_embeddings", args.model_max_length))
         install(self.model, self.decided.way, float32_logits=getattr(args, "float32_logits", True))
+
+    def with_views(self, views: tuple[View, ...]) -> HubFamily:
+        """The same model, reading other views of each pair."""
+        other = copy.copy(self)
+        other.views, other.collate = views, replace(self.collate, views=views)
+        other.__dict__.pop("_encoder", None)
+        return other
 
     @cached_property
     def _encoder(self) -> PairEncoder:
@@ -93,10 +102,17 @@ class HubFamily:
         raise NotImplementedError("images are encoded in the model's own forward pass")
 
     def answer_logps(
-        self, model: Any, batch: dict[str, Any], images: Sequence[Any], encoded: bool, chunk: int
-    ) -> AnswerLogps:
+        self,
+        model: Any,
+        batch: dict[str, Any],
+        images: Sequence[Any],
+        encoded: bool,
+        chunk: int,
+        *,
+        per_token: bool = False,
+    ) -> AnswerLogps | AnswerTokenLogps:
         """Summed log-probs of V x B answers; images are inputs of the model, see ProcessorImages."""
-        return model(pairs=batch["pairs"], images=images, chunk=chunk)
+        return model(pairs=batch["pairs"], images=images, chunk=chunk, per_token=per_token)
 
     def size(self) -> ModelSize:
         """The matrices of the decoder, the output layer and the tower; images are counted as tokens only."""
@@ -174,12 +190,19 @@ def set_decoder_attention(model: Any, name: str) -> None:
 
 
 def logps_of_pairs(
-    model: Any, pairs: PairBatch, images: Sequence[ImageInputs], chunk: int, *, float32_logits: bool = True
-) -> AnswerLogps:
+    model: Any,
+    pairs: PairBatch,
+    images: Sequence[ImageInputs],
+    chunk: int,
+    *,
+    per_token: bool = False,
+    float32_logits: bool = True,
+) -> AnswerLogps | AnswerTokenLogps:
     """Summed log-probs of all answers of a batch by a model's own forward pass.
 
     Args:
         images: of the batch's `shown_images`. chunk: answer tokens whose logits exist at one time.
+        per_token: whether those of single tokens are returned, too.
         float32_logits: on GPUs in half precision, whether logits are float32.
     """
     inner = model.base_model
@@ -196,7 +219,8 @@ def logps_of_pairs(
         found = inner(input_ids=pairs.input_ids, attention_mask=mask, use_cache=False, **inputs, **options)
     head = model.get_output_embeddings()
     chunk = chunk_for(head, chunk, pairs.answers.targets)
-    return indexed_logps(found.last_hidden_state, pairs.answers, float32_head(head) if float32_logits else head, chunk)
+    compute = indexed_token_logps if per_token else indexed_logps
+    return compute(found.last_hidden_state, pairs.answers, float32_head(head) if float32_logits else head, chunk)
 
 
 def as_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:

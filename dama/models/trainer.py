@@ -20,7 +20,7 @@ class HubTrainer(PreferenceTrainer):
         if self.args.lora_enable or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        whole = self.family.model
+        whole = self.accelerator.unwrap_model(self.model)
         read = type(whole).from_pretrained(resume_from_checkpoint, dtype=whole.dtype)
         whole.load_state_dict(read.state_dict())
 

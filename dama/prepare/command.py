@@ -51,6 +51,8 @@ are known by their fields:
     ms-swift       messages (or query, response), rejected_response or rejected_messages, images
     LLaMA-Factory  conversations, chosen and rejected (a message each), images
     PDS-DPO        conversations, rejected_conversations
+    first errors   answer, first_error (its first wrong sentence, as it stands there), correction; gives pairs with a
+                   context: what comes before that sentence is read and not trained on (SENTINEL)
 For any other table name its columns with --column NAME=COLUMN, NAME one of
     {", ".join(TARGETS)}.
 

@@ -119,6 +119,7 @@ def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) 
         "question": pair.question,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
+        **({"context": pair.context} if pair.context else {}),
         "kind": pair.kind,
         "origin_dataset": pair.source,
         "generator": "" if generator == NOT_STATED else generator,
@@ -149,6 +150,7 @@ def _checked_pair(row: NamedRow, digest: str) -> PreferencePair:
     except ValueError as error:
         raise LeftOutError(UNREADABLE, str(error)) from error
     texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "id": pair.id}
+    texts |= {"context": pair.context} if pair.context else {}
     long = [f"{name}: {len(text)} characters" for name, text in texts.items() if len(text) > MAX_CHARACTERS]
     errors = [f"{error}, more than {MAX_CHARACTERS}" for error in long] or list(text_errors(pair))
     if errors:
@@ -172,4 +174,5 @@ def add_lengths(records: Sequence[Record], count: CountTokens) -> None:
 
 def pair_key(record: Record) -> str:
     """The same for rows of the same image whose question and answers look the same."""
-    return digest_of([record["image"], *(visible_text(record[name]) for name in ("question", "chosen", "rejected"))])
+    names = [name for name in ("question", "chosen", "rejected", "context") if name in record]
+    return digest_of([record["image"], *(visible_text(record[name]) for name in names)])

@@ -34,6 +34,10 @@ TARGETS = {
     "dataset": "origin_dataset",
     "generator": "generator",
     "kind": "kind",
+    "context": "context",
+    "answer": "answer",
+    "first_error": "first_error",
+    "correction": "correction",
 }
 """What --column can name -> the field that it becomes."""
 SAME_MEANING = {"question": ("prompt",), "image": ("image_path", "images"), "idx": ("id",)}
@@ -46,6 +50,7 @@ ANSWER_LAYOUTS = (
     {"messages", "rejected_messages"},
     {"response", "rejected_response"},
     {"text"},
+    {"answer", "first_error", "correction"},
 )
 """Columns of which one set must be there; dama.styles says whose they are."""
 QUESTION_FIELDS = {"question", "prompt", "query", "conversations", "messages", "text"}

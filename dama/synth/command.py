@@ -15,6 +15,7 @@ from dama.redact import redacted
 from dama.stage import Record
 from dama.synth.images import FORMATS, GUIDANCE, DiffusersPainter, TextToImage, run_images
 from dama.synth.prompts import (
+    CONTEXT,
     IMAGES,
     RANK_IMAGES,
     RANK_RESPONSES,
@@ -26,6 +27,7 @@ from dama.synth.prompts import (
 )
 
 if TYPE_CHECKING:
+    from dama.synth.context import Marker
     from dama.synth.respond import Responder
     from dama.synth.rewards import Reward
 
@@ -37,8 +39,10 @@ models answer a question about each, and a reward model's best answer is preferr
   rank-images     the candidate that the image reward likes best is kept
   respond         vision-language models answer, several samples each
   rank-responses  chosen = best, rejected = worst answer, by the response reward
+  context         pairs of an answer's first wrong sentence and its correction, behind what was said before it; --marker
+                  finds it in every answer of `respond` (SENTINEL, arXiv 2507.12455)
   report          the page again, with --hardness for delta
-Without a step all four run. Each is skipped when complete for the same inputs and continued when interrupted.
+Without a step the first four run. Each is skipped when complete for the same inputs and continued when interrupted.
 
 A REWARD is KIND:WHAT, and several are combined by mean rank:
   clip:NAME|DIR        open_clip model; cosine of picture and statement          sees the picture
@@ -59,6 +63,7 @@ Writes OUT/pairs.jsonl    --data of the other commands, with --image_folder OUT
        OUT/images/        each prompt's picture
        OUT/dropped.jsonl  prompts and pictures without a pair, and why; summary.json counts
        OUT/report.html    pictures, candidates, scores, chosen and rejected
+       OUT/context_pairs.jsonl  of the step `context`: --data of the other commands, as pairs.jsonl
        OUT/stages/        what each step made
 """
 EXAMPLES = """\
@@ -66,6 +71,7 @@ examples:
   python -m dama synth --prompts art.txt nature.txt --questions art_q.txt nature_q.txt --out data/synth \\
       --responder hf:llava-hf/llava-v1.6-mistral-7b-hf --responder hf:llava-hf/llava-v1.6-vicuna-7b-hf
   python -m dama synth rank-responses --out data/synth --reward text:Skywork/Skywork-Reward-V2-Llama-3.1-8B
+  python -m dama synth context --out data/synth --marker judge:gpt-4o --base_url https://api.openai.com/v1
   python -m dama synth respond --pictures data/synth --out data/round2 --responder llava:checkpoints/round1 --samples 8
 """
 REPORT = "report"
@@ -80,7 +86,8 @@ CHECKPOINTS = "llava.eval.responder"  # module whose `open_checkpoint` serves ll
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add all flags of the command."""
-    parser.add_argument("step", nargs="?", choices=(*STEPS, REPORT), help="one of the steps above. Default: all four")
+    steps = (*STEPS, CONTEXT, REPORT)
+    parser.add_argument("step", nargs="?", choices=steps, help="one of the steps above. Default: the first four")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run, made when absent")
     parser.add_argument("--overwrite", action="store_true", help="start a step anew where its inputs changed")
     parser.add_argument(
@@ -171,19 +178,22 @@ def _add_pair_flags(group: argparse._ArgumentGroup) -> None:
         metavar="SHARE",
         help="share of words in common, in order, from which two answers make no pair, e.g. 0.9. Default: 1, none",
     )
+    group.add_argument(
+        "--marker", metavar="judge:MODEL", help="context: model behind --base_url that marks each answer's first error"
+    )
     group.add_argument("--hardness", metavar="DIR", help="report: `python -m dama hardness`'s --out for these pairs")
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
 
 
-def run(args: argparse.Namespace, artist: TextToImage | None = None) -> None:
-    """The steps that were asked for. `artist` draws the images in place of diffusers.
+def run(args: argparse.Namespace, artist: TextToImage | None = None, marker: Marker | None = None) -> None:
+    """The steps that were asked for. `artist` draws the images in place of diffusers, `marker` marks first errors.
 
     Raises SynthError for all errors of the flags at once, before anything is loaded.
     """
     steps = [args.step] if args.step else [step for step in STEPS if not (args.pictures and step in STEPS[:2])]
-    errors = flag_errors(args, steps)
+    errors = flag_errors(args, steps, marker)
     if errors:
         raise SynthError("\n\n".join(errors))
     from dama.synth.respond import release_memory
@@ -199,6 +209,8 @@ def run(args: argparse.Namespace, artist: TextToImage | None = None) -> None:
         _respond(args, device)
     if RANK_RESPONSES in steps:
         _rank_responses(args, device)
+    if CONTEXT in steps:
+        _context(args, marker)
     if RANK_RESPONSES in steps or REPORT in steps:
         from dama.synth.page import write_page
 
@@ -259,6 +271,21 @@ def _rank_responses(args: argparse.Namespace, device: str) -> None:
     log(f"beside it {PDS_DPO} in PDS-DPO's format, and {DROPPED}: what was left out")
 
 
+def _context(args: argparse.Namespace, marker: Marker | None) -> None:
+    from dama.chat import ChatSettings
+    from dama.synth.context import MARK_TOKENS, JudgeMarker, run_context
+
+    if marker is None:
+        model = args.marker.partition(":")[2]
+        settings = ChatSettings(
+            args.base_url, model, max_tokens=MARK_TOKENS, concurrency=args.concurrency, give_up=True
+        ).without(args.omit)
+        marker = JudgeMarker(settings, step_folder(args.out, CONTEXT) / "replies.jsonl")
+    summary = run_context(marker, args.out, overwrite=args.overwrite)
+    log_counts(CONTEXT, "answers", ("answers", "pairs", "left_out"), summary)
+    log(f"{CONTEXT}: {summary['with_context']} pairs have a context, with --image_folder {summary['image_folder']}")
+
+
 def log_counts(step: str, of: str, keys: tuple[str, str, str], summary: Record) -> None:
     """How many there were and are left, and a line for each reason; `keys` of the summary for these three."""
     had, left, why = keys
@@ -267,7 +294,7 @@ def log_counts(step: str, of: str, keys: tuple[str, str, str], summary: Record) 
         log(f"{count:>9}  {reason}")
 
 
-def flag_errors(args: argparse.Namespace, steps: Sequence[str]) -> list[str]:
+def flag_errors(args: argparse.Namespace, steps: Sequence[str], marker: Marker | None = None) -> list[str]:
     """What is wrong with the flags that these steps use, seen without loading anything."""
     errors = _number_errors(args) + device_errors(args.device)
     if IMAGES in steps and not args.prompts:
@@ -280,6 +307,8 @@ def flag_errors(args: argparse.Namespace, steps: Sequence[str]) -> list[str]:
             errors.append(f"--samples {args.samples}: all would be the same with --temperature 0")
         if args.samples * len(args.responder) < 2 and RANK_RESPONSES in steps:
             errors.append("--samples: a pair takes two answers to an image; give more samples or responders")
+    if CONTEXT in steps and marker is None:
+        errors += _kind_errors("--marker", [args.marker or ""], ("judge",), args.base_url)
     for step, flag in ((RANK_IMAGES, "image_reward"), (RANK_RESPONSES, "reward")):
         if step in steps:
             errors += _kind_errors(f"--{flag}", getattr(args, flag) or [], REWARD_KINDS, args.base_url)

@@ -17,6 +17,7 @@ from dama.stage import MANIFEST, Record, StageError, read_stage
 from dama.texts import IMAGE_TOKEN
 
 IMAGES, RANK_IMAGES, RESPOND, RANK_RESPONSES = STEPS = ("images", "rank-images", "respond", "rank-responses")
+CONTEXT = "context"  # a step that runs where it is named
 _SAFE_ID = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 _REMEDY = "correct these lines; a line is a text, or a record with prompt, question and an optional id"
 

@@ -15,6 +15,8 @@ from dama.corruptions import CORRUPTIONS
 from dama.hardness.sources import HardnessSource
 from dama.losses import MIXTURES, OBJECTIVES, Loss, LossConfig
 from dama.notices import without_build_notices
+from dama.token_weights import NONE, VISUAL, TokenWeights
+from dama.views import SECOND, View, ordered
 from dama.weighting import Selection, Strategy, Variant, WeightingConfig
 
 
@@ -58,9 +60,15 @@ class PreferenceArguments(transformers.TrainingArguments):
     orpo_lambda: float = described(0.1, "Loss orpo: weight of the log odds ratio.")
     mdpo_anchor: float = described(0.0, "Loss mdpo: reward that the chosen answer is kept above.")
     symmpo_lambda: float = described(0.5, "Loss symmpo: weight of the comparisons of both answers on each image.")
-    corruption: str = described(
-        "crop", f"Second image of losses that read one: {', '.join(CORRUPTIONS)} (field: the pair's own second image)."
-    )
+    token_weights: str = described(
+        NONE, "Weights of single tokens: none; segments:G (G, at least 1, in segments that differ between the answers, "
+        "as in RLHF-V); visual (by how much the image decides each token, as in TPO). With --dpo_use_average True sums "
+        "are divided by the sum of the weights."
+    )  # fmt: skip
+    corruption: str | None = described(
+        None, f"Second image of losses and token weights that read one: {', '.join(CORRUPTIONS)} (field: the pair's "
+        "own second image). Default: noise for --token_weights visual alone, else crop."
+    )  # fmt: skip
     corruption_seed: int = described(0, "Seed of the corruption's random numbers, for each pair its own.")
     hardness_from: HardnessSource = described(
         HardnessSource.CLIP, "Where a pair's delta comes from: clip (the hardness stage), generative (the reference's "
@@ -102,6 +110,7 @@ class PreferenceArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         self.optim = self.optim or ("adamw_torch_fused" if on_gpu else "adamw_torch")
+        self.corruption = self.corruption or default_corruption(self.loss, self.token_weights)
         self.dataloader_pin_memory: bool = self.dataloader_pin_memory and on_gpu  # memory to copy to GPUs from
         super().__post_init__()
 
@@ -129,6 +138,15 @@ class PreferenceArguments(transformers.TrainingArguments):
         )
         return Loss.parse(self.loss, config)
 
+    def token_weighting(self) -> TokenWeights | None:
+        """The weights of single tokens that the flags name."""
+        return TokenWeights.parse(self.token_weights)
+
+    def views(self) -> tuple[View, ...]:
+        """All views that a pair is read in: those of the loss, and those that token weights are made of."""
+        weights = self.token_weighting()
+        return ordered([*self.preference_loss().views, *(weights.views if weights else ())])
+
     def weighting(self) -> WeightingConfig:
         """The method's constants as the flags give them."""
         return WeightingConfig(
@@ -143,9 +161,18 @@ class PreferenceArguments(transformers.TrainingArguments):
         )
 
 
+def default_corruption(loss: Sequence[str], token_weights: str) -> str:
+    """TPO's noise where token weights alone read a second image, else mDPO's crop."""
+    try:
+        reads_one = any(view.corrupted for view in Loss.parse(loss).views)
+    except ValueError:  # reported with the other flags
+        reads_one = True
+    return "noise" if token_weights == VISUAL and not reads_one else "crop"
+
+
 def objective_errors(args: PreferenceArguments) -> list[str]:
     """What is wrong with the flags of the loss and its combination with DAMA's, one message each."""
-    errors = view_errors(args.loss, args.corruption)
+    errors = view_errors(args.loss, str(args.corruption), args.token_weights)
     if not 0 <= args.label_smoothing < 0.5:
         errors.append(f"--label_smoothing: expected a share in [0, 0.5), got {args.label_smoothing}")
     if errors:
@@ -164,13 +191,24 @@ def objective_errors(args: PreferenceArguments) -> list[str]:
     return errors
 
 
-def view_errors(loss: Sequence[str], corruption: str) -> list[str]:
-    """What is wrong with --loss and --corruption, one message each."""
-    errors = []
+def view_errors(loss: Sequence[str], corruption: str, token_weights: str = NONE) -> list[str]:
+    """What is wrong with --loss, --token_weights and --corruption, one message each."""
+    errors: list[str] = []
+    views: tuple[View, ...] = ()
     try:
-        Loss.parse(loss)
+        views = Loss.parse(loss).views
     except ValueError as error:
         errors.append(str(error))
+    try:
+        weights = TokenWeights.parse(token_weights)
+    except ValueError as error:
+        errors.append(str(error))
+    else:
+        if weights and SECOND in views:
+            errors.append(
+                f"--token_weights {token_weights}: weights tokens of the chosen and the rejected answer, and --loss "
+                f"{' '.join(loss)} compares a third answer with them; give --token_weights none"
+            )
     if corruption not in CORRUPTIONS:
         errors.append(f"--corruption {corruption}: expected one of {', '.join(CORRUPTIONS)}")
     return errors

@@ -40,6 +40,7 @@ DATA_FLAGS = {
     "tokenizer": "--model_name_or_path (tokenizer)", "image_aspect_ratio": "--image_aspect_ratio",
     "image_processor": "--vision_tower (image processor)", "mm_use_im_start_end": "--mm_use_im_start_end",
     "views": "--loss (views)", "corruption": "--corruption", "chat_template": "--system_prompt, or the chat template",
+    "per_token": "--per_token",
 }  # fmt: skip
 
 
@@ -132,8 +133,12 @@ class ImageChoice:
         """What log-probs depend on beyond a pair's own two views."""
         if self.views == PAIR_VIEWS:
             return {}
-        made_by = f"{self.corruption}, seed {self.seed}" if any(view.corrupted for view in self.views) else "none"
-        return {"views": [view.name for view in self.views], "corruption": made_by}
+        return {"views": [view.name for view in self.views], "corruption": self.made_by}
+
+    @property
+    def made_by(self) -> str:
+        """How the second image is made; `none` where no view shows one."""
+        return f"{self.corruption}, seed {self.seed}" if any(view.corrupted for view in self.views) else "none"
 
 
 def read_checked_pairs(data_args: Any) -> tuple[list[PreferencePair], list[SkippedPair]]:
@@ -160,6 +165,11 @@ def encode_pairs(
     Raises:
         ValueError: with --on_long_pair fail, naming every pair that is too long.
     """
+    if (with_context := [pair.id for pair in pairs if pair.context]) and not getattr(family, "reads_context", False):
+        raise ValueError(
+            f"{data_args.data_path}: {len(with_context)} of {len(pairs)} pairs have a context (first: "
+            f"{with_context[0]}), which this model family does not read; remove these rows, or train LLaVA-1.5"
+        )
     images = [choice.images(pair) for pair in pairs]
     rows = family.encode(pairs, images)
     fits, long = [], []
@@ -178,10 +188,15 @@ def encode_pairs(
 
 @dataclass(frozen=True)
 class PairValues:
-    """A value for every pair, and where the values come from."""
+    """A value for every pair, and where the values come from.
+
+    Attributes:
+        tokens: of reference log-probs, those of single tokens, by view; empty where none are wanted.
+    """
 
     values: Sequence[Any]
     source: dict[str, Any]
+    tokens: Sequence[Any] = ()
 
 
 def hardness_of_pairs(
@@ -259,9 +274,13 @@ def join_pairs(
         )
     delta = deltas_of(encoded, hardness, reference, args)
     prepared = [
-        PreparedPair(pairs[i], encoded.rows[i], encoded.images[i], reference.values[i], delta[k])
+        PreparedPair(
+            pairs[i], encoded.rows[i], encoded.images[i], reference.values[i], delta[k],
+            reference.tokens[i] if reference.tokens else (),
+        )
         for k, i in enumerate(encoded.fits)
-    ]
+    ]  # fmt: skip
+    validate_token_counts(prepared)
     if not prepared:
         raise ValueError(f"{data_args.data_path}: expected pairs to train on, got none of {len(pairs)}")
     train, held_out = hold_out(prepared, data_args.eval_pairs, args.seed)
@@ -277,6 +296,18 @@ def join_pairs(
         skipped=encoded.long,
         provenance={"data": str(data_args.data_path), "hardness": hardness.source, "reference": reference.source},
     )
+
+
+def validate_token_counts(items: Sequence[PreparedPair]) -> None:
+    """Raise ValueError naming pairs whose answers have more or fewer tokens than the stored log-probs per token."""
+    errors = [
+        f"pair {item.pair.id}: {row.supervised} answer tokens, {len(known)} in the reference stage"
+        for item in items
+        for row, known in zip(item.rows, item.reference_tokens)
+        if known is not None and len(known) != row.supervised
+    ]
+    if errors:
+        raise ValueError(error_list("--reference", errors, "run `python -m dama reference --per_token` again"))
 
 
 def deltas_of(encoded: EncodedPairs, hardness: PairValues, reference: PairValues, args: Any) -> list[float]:

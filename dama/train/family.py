@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dama.logps import AnswerLogps
+from dama.logps import AnswerLogps, AnswerTokenLogps
 from dama.pairs import PreferencePair
 from dama.shared_prefix import PackedGroup, common_prefix
 from dama.train.rows import EncodedRow, RowsOfPair
@@ -39,6 +41,8 @@ class PreparedPair:
         rows, images: what each view reads and shows.
         reference: sum of log pi_ref over the answer's tokens of each view, in nats.
         delta: hardness (Eq. 6).
+        reference_tokens: log pi_ref of each answer token, float32, where token weights need it; None for a view whose
+            reference is not used.
     """
 
     pair: PreferencePair
@@ -46,6 +50,7 @@ class PreparedPair:
     images: tuple[ImageRef, ...]
     reference: tuple[float, ...] = (0.0, 0.0)
     delta: float = 0.0
+    reference_tokens: tuple[NDArray[np.float32] | None, ...] = ()
 
     @property
     def chosen(self) -> EncodedRow:
@@ -58,6 +63,11 @@ class PreparedPair:
 
 class ModelFamily(Protocol):
     """Everything that training on preference pairs needs of one kind of model.
+
+    Three things are asked for only where they are used: `answer_logps(..., per_token=True)`, which returns an
+    AnswerTokenLogps (token weights); `with_views(views)`, the same family reading other views (adding views to a
+    finished reference stage); and `reads_context = True` of a family whose `encode` puts a pair's context in front of
+    both answers, without supervising it.
 
     Attributes:
         module: what is trained; a PeftModel with adapters.
@@ -105,7 +115,7 @@ class ModelFamily(Protocol):
 
     def answer_logps(
         self, model: Any, batch: dict[str, Any], images: Sequence[Any], encoded: bool, chunk: int
-    ) -> AnswerLogps:
+    ) -> AnswerLogps | AnswerTokenLogps:
         """Summed log-probs of V x B answers: all pairs of the first view, then all of the second, and so on.
 
         Args:

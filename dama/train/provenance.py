@@ -36,7 +36,8 @@ ALWAYS_RECORDED = (
     "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "bf16", "fp16", "seed", "full_determinism", "train_sampling_strategy",
 )  # fmt: skip
-DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")  # on CPUs and on GPUs
+# What flags that are not given come to: on CPUs and on GPUs; with a loss of one or two images.
+DEFAULTS_THAT_DEPEND: Defaults = {"optim": ("adamw_torch", "adamw_torch_fused"), "corruption": ("crop",)}
 
 CARD = """\
 ---
@@ -139,7 +140,7 @@ def comparable_flags(
     def compared(record: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         return {
             name: value
-            for name, value in record.items()
+            for name, value in ((name, without_brackets(value)) for name, value in record.items())
             if not NOT_RECORDED.search(name) and (name in other or value not in defaults.get(name, ()))
         }
 
@@ -151,7 +152,7 @@ def default_flags(groups: Sequence[type]) -> Defaults:
     entries = [entry for group in groups for entry in fields(group)]
     made = {entry.name: entry.default_factory() for entry in entries if entry.default_factory is not MISSING}
     given = {entry.name: entry.default for entry in entries if entry.default is not MISSING}
-    return {name: (plain(value),) for name, value in (made | given).items()} | {"optim": DEFAULT_OPTIMIZERS}
+    return {name: (plain(value),) for name, value in (made | given).items()} | DEFAULTS_THAT_DEPEND
 
 
 def recorded_flags(*groups: Any) -> dict[str, Any]:
@@ -180,12 +181,19 @@ def own_flags(group: type) -> set[str]:
 
 
 def plain(value: Any) -> Any:
-    """A flag's value as JSON has it: an enum by its value, and whatever has no counterpart as text."""
+    """A flag's value as JSON has it: an enum by its value, a list as its words, whatever has no counterpart as text."""
     if isinstance(value, Enum):
         return plain(value.value)
     if isinstance(value, list):
-        return str([plain(item) for item in value])
+        return " ".join(str(plain(item)) for item in value)
     return value if value is None or isinstance(value, int | float | bool | str) else str(value)
+
+
+def without_brackets(value: Any) -> Any:
+    """A list's words, also where an earlier revision recorded it as `['dpo']`."""
+    if isinstance(value, str) and value.startswith("['") and value.endswith("']"):
+        return value[2:-2].replace("', '", " ")
+    return value
 
 
 def step_settings(args: Any) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,8 +21,10 @@ from tqdm import tqdm
 
 from dama.console import log
 from dama.errors import error_list
+from dama.logps import AnswerTokenLogps
 from dama.pairs import PreferencePair, SkippedPair
-from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
+from dama.stage import WHOLE, Record, Shard, differences, open_stage, read_stage
+from dama.token_weights import NONE
 from dama.train.data import (
     DATA_FLAGS,
     ImageChoice,
@@ -32,12 +35,24 @@ from dama.train.data import (
     validate_same_inputs,
 )
 from dama.train.family import ModelFamily, PreparedPair, shown_images
+from dama.train.reference_parts import (
+    ADDED,
+    STAGE,
+    TOKEN_FILE,
+    TOKEN_TYPE,
+    Part,
+    Wanted,
+    complete_parts,
+    missing_views,
+    read_parts,
+    remove_additions,
+    views_of,
+)
 from dama.train.rows import longest
 from dama.train.trainer import PairLoader
 from dama.views import PAIR_VIEWS
 
 BASE_AS_REFERENCE = "base"  # --reference: log-probs of the base under LoRA adapters, on the fly
-STAGE = "reference"
 FLAGS = DATA_FLAGS | {
     "pairs": "--data (content)", "precision": "--precision", "batch_size": "--batch_size",
 }  # fmt: skip
@@ -61,19 +76,38 @@ def run_reference(
     shard: Shard = WHOLE,
     overwrite: bool = False,
     progress: bool = True,
+    per_token: bool = False,
 ) -> Record | None:
     """Compute log-probs of every pair and write them to `out`; return the manifest, or None while other shards are
     missing.
+
+    Where `out` is finished for the same inputs, only the views that it lacks are computed, and added to it.
 
     Args:
         family: whose `module`, on its device and in evaluation mode, is pi_ref.
         data_args, args: as for training.
         pairs, skipped: what `dama.pairs.check_pairs` made of --data_path.
         batch_size: pairs in one forward pass (twice as many sequences).
+        per_token: whether log-probs of single tokens are kept too.
 
     Raises:
         ValueError: a pair computed alone has other log-probs than in its batch.
     """
+    inputs = data_fingerprint(pairs, data_args) | family.fingerprint()
+    inputs |= {"precision": str(family.module.dtype).removeprefix("torch."), "batch_size": batch_size}
+    if overwrite:
+        if shard.index == 0:
+            remove_additions(out)
+    elif parts := parts_of_same_inputs(out, inputs):
+        choice = ImageChoice(family.views, args.corruption, args.corruption_seed)
+        wanted = Wanted(family.views, choice.made_by, per_token)
+        missing = missing_views(parts, wanted)
+        if not missing:
+            log(f"{STAGE}: complete in {out} ({'; '.join(map(str, parts))}), skipped")
+            return read_stage(out, STAGE)[0]
+        out = Path(out) / ADDED / replace(wanted, views=missing).folder
+        log(f"{STAGE}: adds {', '.join(view.name for view in missing)}{' per token' * per_token} in {out}")
+        family = family.with_views(missing)  # type: ignore[attr-defined]  # asked for here only, see ModelFamily
     choice = ImageChoice.of(pairs, family.views, args)
     encoded = encode_pairs(pairs, family, data_args, choice)
     skipped = [*skipped, *encoded.long]
@@ -85,12 +119,12 @@ def run_reference(
     load = PairLoader(family, dataset)
 
     def logps_alone(item: PreparedPair) -> Record:
-        return logps_of_batch(family, load([item]), [item], args)[0]
+        return logps_of_batch(family, load([item]), [item], args)[0][0]
 
     dtype = family.module.dtype
-    fingerprint = data_fingerprint(pairs, data_args) | family.fingerprint() | choice.fingerprint()
-    fingerprint |= {"precision": str(dtype).removeprefix("torch."), "batch_size": batch_size}
-    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
+    fingerprint = inputs | choice.fingerprint() | ({"per_token": str(TOKEN_TYPE)} if per_token else {})
+    options: dict[str, Any] = {"flags": FLAGS, "attachment": TOKEN_FILE if per_token else None}
+    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, **options) as stage:
         starts = [0, *accumulate(sizes)]
         positions = [list(range(starts[number], starts[number + 1])) for number in stage.to_do]
         loader = DataLoader(
@@ -98,10 +132,10 @@ def run_reference(
         )  # fmt: skip
         with tqdm(total=stage.total, initial=stage.records_done, desc=STAGE, unit="pair", disable=not progress) as bar:
             for number, batch in zip(stage.to_do, loader):
-                records = logps_of_batch(family, batch, batches[number], args)
+                records, tokens = logps_of_batch(family, batch, batches[number], args, per_token)
                 if number == stage.to_do[0]:  # hours later would be late
                     compare(records, list(map(logps_alone, batches[number])), TOLERANCE[dtype])
-                stage.append(records)
+                stage.append(records, tokens)
                 bar.update(sizes[number])
         facts: Record = {"skipped": [{"id": skip.id, "reason": skip.reason} for skip in skipped]}
         if not stage.complete:
@@ -112,9 +146,10 @@ def run_reference(
         return stage.conclude(summarize, facts)
 
 
-def views_of(record: Record) -> list[str]:
-    """Names of the views whose log-probs a record holds."""
-    return [name.removesuffix("_logp") for name in record if name.endswith("_logp")]
+def parts_of_same_inputs(out: str | Path, inputs: Record) -> list[Part]:
+    """The parts of a finished folder; none where it is not finished, or was made from other inputs."""
+    parts = complete_parts(out)
+    return parts if parts and not differences(parts[0].inputs, inputs) else []
 
 
 def plan_batches(prepared: Sequence[PreparedPair], batch_size: int) -> list[list[PreparedPair]]:
@@ -189,30 +224,49 @@ def summarize(records: Sequence[Record], facts: Sequence[Record]) -> Record:
 
 @torch.no_grad()
 def logps_of_batch(
-    family: ModelFamily, batch: dict[str, Any], items: Sequence[PreparedPair], args: Any
-) -> list[dict[str, Any]]:
-    """One record a pair: its id, and for each view VIEW_logp (nats, summed) and VIEW_tokens."""
+    family: ModelFamily, batch: dict[str, Any], items: Sequence[PreparedPair], args: Any, per_token: bool = False
+) -> tuple[list[Record], bytes]:
+    """Log-probs of pairs under pi_ref.
+
+    Returns:
+        One record a pair: its id, and for each view VIEW_logp (nats, summed) and VIEW_tokens. And with `per_token` the
+        log-probs of its answers' tokens, pair after pair, as bytes.
+    """
     device = args.device
     inputs = {name: value.to(device) for name, value in batch.items() if name != "images"}
     images = [batch["images"][image].to(device) for image in shown_images(items)]
-    sums = family.answer_logps(family.module, inputs, images, False, args.logp_chunk)
-    logps, tokens = (values.view(len(family.views), -1).tolist() for values in sums)
+    asked: dict[str, Any] = {"per_token": True} if per_token else {}
+    found = family.answer_logps(family.module, inputs, images, False, args.logp_chunk, **asked)
+    logps, tokens = (values.view(len(family.views), -1).tolist() for values in (found.logps, found.tokens))
     names = [view.name for view in family.views]
     columns = {f"{name}_logp": column for name, column in zip(names, logps)}
     columns |= {f"{name}_tokens": column for name, column in zip(names, tokens)}
     rows = zip(*columns.values())
-    return [{"id": item.pair.id} | dict(zip(columns, row)) for item, row in zip(items, rows, strict=True)]
+    records = [{"id": item.pair.id} | dict(zip(columns, row)) for item, row in zip(items, rows, strict=True)]
+    return records, token_bytes(cast("AnswerTokenLogps", found), len(items)) if per_token else b""
 
 
-def validate_views(folder: str, record: Record, family: ModelFamily, args: Any) -> None:
-    """Raise ValueError where a stage's records lack views that the loss needs, with the command that makes them."""
-    missing = [view.name for view in family.views if f"{view.name}_logp" not in record]
-    if record and missing:
-        command = f"python -m dama reference --loss {' '.join(args.loss)} --corruption {args.corruption} ... --out NEW"
-        raise ValueError(
-            f"--reference {folder}: expected log-probs of the views {', '.join(missing)} for --loss "
-            f"{' '.join(args.loss)}, found {', '.join(views_of(record))}. Run `{command}` and pass its folder."
-        )
+def token_bytes(found: AnswerTokenLogps, pairs: int) -> bytes:
+    """Log-probs of single tokens of V x B answers as float32, pair after pair."""
+    answers = found.per_token.float().cpu().split(found.tokens.tolist())
+    in_pairs = [answers[row] for pair in range(pairs) for row in range(pair, len(answers), pairs)]
+    return torch.cat(in_pairs).numpy().astype(TOKEN_TYPE).tobytes()
+
+
+def validate_parts(folder: str, parts: Sequence[Part], wanted: Wanted, args: Any) -> None:
+    """Raise ValueError where a folder lacks views that training needs, with the command that adds them."""
+    missing = missing_views(parts, wanted)
+    if not missing:
+        return
+    loss, per_token = " ".join(args.loss), " per token" if wanted.per_token else ""
+    reads_image = any(view.corrupted for view in missing)
+    flags = f"--loss {loss}" + f" --corruption {args.corruption}" * reads_image
+    because = flags + f" --token_weights {args.token_weights}" * wanted.per_token
+    raise ValueError(
+        f"--reference {folder}: expected log-probs{per_token} of the views {', '.join(view.name for view in missing)} "
+        f"for {because}, found {'; '.join(map(str, parts))}. `python -m dama reference "
+        f"{flags}{' --per_token' * wanted.per_token} ... --out {folder}` adds them."
+    )
 
 
 def reference_of_pairs(
@@ -229,35 +283,63 @@ def reference_of_pairs(
         zeros = (0.0,) * len(family.views)
         return PairValues([zeros] * len(pairs), {"logps": "of the base, on the fly"})
     if data_args.reference:
-        manifest, records = read_stage(data_args.reference, STAGE)
-        choice = ImageChoice(family.views, args.corruption, args.corruption_seed)
-        current = data | family.fingerprint() | {k: v for k, v in choice.fingerprint().items() if k != "views"}
-        validate_same_inputs(STAGE, data_args.reference, manifest["fingerprint"], current)
-        validate_views(data_args.reference, records[0] if records else {}, family, args)
-        names = [f"{view.name}_logp" for view in family.views]
-        logps = {record["id"]: tuple(record[name] for name in names) for record in records}
-        return PairValues([logps.get(pair.id) for pair in pairs], manifest["fingerprint"])
+        return stored_reference(pairs, data_args.reference, args, data, family)
     if not args.preference_loss().needs_reference and args.weighting().is_static:
         zeros = (0.0,) * len(family.views)
         return PairValues([zeros] * len(pairs), {"logps": "none: the loss has no reference"})
     without = [pair.id for pair in pairs if pair.reference is None]
-    if without or family.views != PAIR_VIEWS:
+    if without or args.preference_loss().views != PAIR_VIEWS:
         without = without or [pair.id for pair in pairs]
         raise ValueError(
             f"reference: expected log-probs for every pair, got none for {len(without)} of {len(pairs)} (first: "
             f"{without[0]}). Run `python -m dama reference` and pass its folder as --reference."
         )
+    if args.token_weights != NONE:
+        raise ValueError(
+            f"--token_weights {args.token_weights}: expected reference log-probs per token, found sums in the data "
+            "file. Run `python -m dama reference --per_token` and pass its folder as --reference."
+        )
     given = [pair.reference for pair in pairs if pair.reference is not None]
     return PairValues([(logps.chosen, logps.rejected) for logps in given], {"logps": "in the data file"})
+
+
+def stored_reference(
+    pairs: Sequence[PreferencePair], folder: str, args: Any, data: dict[str, str], family: ModelFamily
+) -> PairValues:
+    """log pi_ref of the loss's views from a stage's folder; views that only token weights read have none.
+
+    Raises:
+        ValueError: made from other inputs, or without a view that the loss needs.
+    """
+    manifest, _ = read_stage(folder, STAGE)
+    validate_same_inputs(STAGE, folder, manifest["fingerprint"], data | family.fingerprint())
+    views, choice = args.preference_loss().views, ImageChoice(family.views, args.corruption, args.corruption_seed)
+    wanted = Wanted(views, choice.made_by, args.token_weights != NONE)
+    validate_parts(folder, complete_parts(folder), wanted, args)
+    stored = read_parts(folder, wanted)
+    rest = len(family.views) - len(views)
+    places = [[*views].index(view) if view in views else -1 for view in family.views]
+
+    def in_order(values: tuple[Any, ...] | None, none: Any) -> tuple[Any, ...] | None:
+        """Values of the loss's views as those of the family's, `none` for the others."""
+        padded = values and (*values, none)
+        return padded and tuple(padded[place] for place in places)
+
+    sums = [stored.sums.get(pair.id) for pair in pairs]
+    if rest:
+        sums = [in_order(values, 0.0) for values in sums]
+    tokens = [in_order(stored.tokens.get(pair.id), None) for pair in pairs] if wanted.per_token else []
+    return PairValues(sums, stored.fingerprint, tokens)
 
 
 def describe(manifest: dict[str, Any], out: str | Path) -> None:
     """The stage's closing lines."""
     summary, verified = manifest["summary"], manifest["summary"]["verified"]
+    views = list(summary["tokens"])
     log(
         f"reference: {summary['pairs']} pairs in {manifest['fingerprint']['precision']}, {len(summary['skipped'])} "
-        f"skipped, {summary['tokens']['chosen']} + {summary['tokens']['rejected']} answer tokens, mean log-prob "
-        f"{summary['mean_logp']['chosen']:.2f} / {summary['mean_logp']['rejected']:.2f} (chosen / rejected), "
+        f"skipped, {' + '.join(str(summary['tokens'][view]) for view in views)} answer tokens, mean log-prob "
+        f"{' / '.join(format(summary['mean_logp'][view], '.2f') for view in views)} ({' / '.join(views)}), "
         f"{manifest['time']['seconds']:.1f} s -> {out}"
     )
     log(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,25 @@ from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.console import write_json
+from dama.logps import IGNORE_INDEX
 from dama.losses import Loss, RunningMean, ViewLogps
+from dama.token_weights import (
+    SEGMENTS,
+    TokenLogps,
+    TokenTexts,
+    TokenWeights,
+    segment_weights,
+    visual_differences,
+    visual_weights,
+)
 from dama.train.base import BaseTrainer, watched
 from dama.train.callbacks import PAIR_LOG, Decided, MetricMeans, Observer, PairLog, WorkCount
 from dama.train.family import ImageRef, ModelFamily, PreparedPair, shown_images
 from dama.train.metrics import NO_PAIR, StepTable, preference_metrics
+from dama.train.rows import EncodedRow
 from dama.train.steps import IMAGES_AT_ONCE, StepLoader, StepPlan, StepSampler
 from dama.train.throughput import peak_flops
+from dama.views import PAIR_VIEWS
 from dama.weighting import Variant, WeightingState, Weights, static_beta, weigh
 
 # Nats per square root of tokens by which R may differ from 0 before the first step, in fp32 and in half precision. The
@@ -156,6 +168,8 @@ class PreferenceTrainer(BaseTrainer):
         )
         self.family = family
         self.loss: Loss = args.preference_loss()
+        self.token_weights: TokenWeights | None = args.token_weighting()
+        self.texts = TokenTexts(partial(decoded, tokenizer))
         self.config = args.weighting()
         self.delta_bar = delta_bar
         self.reference_is_base = reference_is_base
@@ -327,16 +341,50 @@ class PreferenceTrainer(BaseTrainer):
 
     def _logps(self, model: Any, inputs: dict[str, Any]) -> ViewLogps:
         """Log-probs of every view under policy and reference; averages with --dpo_use_average."""
-        views = self.family.views
-        sums = self._forward(model, inputs)
-        policy, tokens = (values.view(len(views), -1) for values in sums)
-        logps = ViewLogps(views, policy, self._reference(model, inputs).to(policy), tokens)
+        if self.token_weights is not None:
+            logps = self._weighted_logps(self.token_weights, model, inputs)
+        else:
+            views = self.family.views
+            sums = self._forward(model, inputs)
+            policy, tokens = sums.logps.view(len(views), -1), sums.tokens.view(len(views), -1)
+            logps = ViewLogps(views, policy, self._reference(model, inputs).to(policy), tokens)
         return logps.averaged() if self.args.dpo_use_average else logps
 
-    def _forward(self, model: Any, inputs: dict[str, Any]) -> Any:
+    def _forward(self, model: Any, inputs: dict[str, Any], **asked: Any) -> Any:
         with watched(self.args.debug_sync):
             images, encoded = inputs["images"], inputs["encoded"]
-            return self.family.answer_logps(model, inputs, images, encoded, self.args.logp_chunk)
+            return self.family.answer_logps(model, inputs, images, encoded, self.args.logp_chunk, **asked)
+
+    def _weighted_logps(self, weighting: TokenWeights, model: Any, inputs: dict[str, Any]) -> ViewLogps:
+        """Sums of weighted log-probs of the loss's views."""
+        items, views = inputs["items"], self.family.views
+        counts = tuple(tuple(item.rows[v].supervised for item in items) for v in range(len(views)))
+        policy = self._forward(model, inputs, per_token=True).per_token
+        logps = TokenLogps(views, policy, self._token_reference(model, inputs, counts).to(policy), counts)
+        answers = self._segments(weighting, items) if weighting.name == SEGMENTS else visual_answers(logps)
+        weights = torch.cat([answers[view.answer] for view in views])
+        return logps.weighted(self._on_device(weights).to(policy), self.loss.views)
+
+    def _segments(self, weighting: TokenWeights, items: Sequence[PreparedPair]) -> dict[str, Tensor]:
+        """Weights of all pairs' tokens, one pair after the other, by answer."""
+        texts = [[self.texts(answer_ids(row)) for row in (item.chosen, item.rejected)] for item in items]
+        sides = zip(*(segment_weights(chosen, rejected, weighting.g) for chosen, rejected in texts))
+        return {
+            view.answer: torch.tensor([weight for weights in side for weight in weights])
+            for view, side in zip(PAIR_VIEWS, sides)
+        }
+
+    def _token_reference(self, model: Any, inputs: dict[str, Any], counts: tuple[tuple[int, ...], ...]) -> Tensor:
+        """[M] from the data, or under LoRA from the base model; zeros for views whose reference is not used."""
+        if self.reference_is_base:
+            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+                return self._forward(model, inputs, per_token=True).per_token
+        parts = [
+            torch.zeros(count) if (known := token_reference_of(item, v)) is None else torch.from_numpy(known)
+            for v, own in enumerate(counts)
+            for count, item in zip(own, inputs["items"], strict=True)
+        ]
+        return self._on_device(torch.cat(parts))
 
     def _reference(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """[V, B] from the data, or under LoRA from the base model, its adapters switched off."""
@@ -353,7 +401,7 @@ class PreferenceTrainer(BaseTrainer):
         return StepTable.rows(position, delta, logps, size or self.args.per_device_train_batch_size)
 
     def _gather(self, rows: Tensor) -> StepTable:
-        return StepTable.from_rows(self.accelerator.gather(rows.contiguous()).cpu(), self.family.views)
+        return StepTable.from_rows(self.accelerator.gather(rows.contiguous()).cpu(), self.loss.views)
 
     def _decided(self, inputs: dict[str, Any], logps: ViewLogps) -> dict[str, Tensor]:
         """`beta` and `loss_weight` of a micro-batch: its own, or those of a decision that needs its log-probs."""
@@ -471,6 +519,28 @@ def positions_within(table: StepTable, position: Tensor) -> Tensor:
     """Positions of a step's pairs in a table of some of them; NO_PAIR where the table has none."""
     order = {int(p): k for k, p in enumerate(table.position.tolist())}
     return torch.tensor([order.get(int(p), NO_PAIR) for p in position.tolist()])
+
+
+def visual_answers(logps: TokenLogps) -> dict[str, Tensor]:
+    """Weights by what the image decides, of all pairs' tokens, by answer."""
+    z = visual_differences(logps)
+    return {view.answer: visual_weights(z[view.answer], view) for view in PAIR_VIEWS}
+
+
+def answer_ids(row: EncodedRow) -> list[int]:
+    """Token ids of a row's answer."""
+    return row.labels[row.labels != IGNORE_INDEX].tolist()
+
+
+def token_reference_of(item: PreparedPair, view: int) -> Any:
+    """log pi_ref of the answer's tokens of a pair's view, None where the loss has no reference."""
+    return item.reference_tokens[view] if item.reference_tokens else None
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of token ids, exactly as they spell it; `tokenizer` may be a processor that holds one."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def validate_reference(table: StepTable, half: bool) -> None:

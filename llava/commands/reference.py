@@ -25,7 +25,11 @@ training will start from. Training refuses log-probs of another model, other pai
 At the end of each shard 0.5 % of its pairs, at least one, are computed again one by one; the stage stops if a
 difference exceeds what rounding explains (0.001 nats in fp32, 0.1 in bf16, times the root of the answer's tokens).
 
+A finished folder is extended: what another --loss, --corruption or --per_token needs beside it is computed alone, and
+added in OUT/added.
+
 Writes OUT/reference.jsonl  id, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens
+       OUT/tokens.f32       with --per_token: log-probs of single tokens, float32, in the order of the records
        OUT/manifest.json    counts, skipped pairs, and the inputs' fingerprint
 """
 
@@ -92,8 +96,16 @@ def _add_view_flags(group: argparse._ArgumentGroup) -> None:
         help="loss of the training, as there: which views of a pair need log-probs (default: dpo)",
     )  # fmt: skip
     group.add_argument(
-        "--corruption", default="crop", metavar="NAME",
-        help="second image of losses that read one, as in the training (default: %(default)s)",
+        "--token_weights", default="none", metavar="NAME",
+        help="token weights of the training, as there: all but none imply --per_token (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--per_token", action="store_true",
+        help="keep the log-probs of single tokens too, for a training with token weights",
+    )  # fmt: skip
+    group.add_argument(
+        "--corruption", metavar="NAME",
+        help="second image of losses that read one, as in the training (default: crop)",
     )  # fmt: skip
     group.add_argument(
         "--corruption_seed", type=int, default=0, metavar="N",
@@ -104,7 +116,8 @@ def _add_view_flags(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check flags and pairs, then run the stage on the code of training."""
     from dama.losses import Loss
-    from dama.train.arguments import view_errors
+    from dama.token_weights import NONE
+    from dama.train.arguments import default_corruption, view_errors
     from dama.train.data import ImageChoice
     from llava.supported import is_hub_model, validate_supported_model
 
@@ -113,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
     errors = device_errors(args.device)
     if args.batch_size < 1:
         errors.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
-    errors += view_errors(args.loss, args.corruption)
+    args.corruption = args.corruption or default_corruption(args.loss, args.token_weights)
+    errors += view_errors(args.loss, args.corruption, args.token_weights)
     shard = pick_shard(args.shard, errors)
     pairs, skipped = load_pairs(args, errors)
     ImageChoice.of(pairs, Loss.parse(args.loss).views, args)  # what the pairs lack is known before the model is loaded
@@ -160,6 +174,7 @@ def run(args: argparse.Namespace) -> None:
         shard=shard,
         overwrite=args.overwrite,
         progress=args.shard is not None or shard.index == 0,
+        per_token=args.per_token or args.token_weights != NONE,
     )
     if manifest is not None:
         with logging_on_every_rank():

@@ -72,8 +72,9 @@ def encode_answers(
     def conversations() -> Iterator[list[Turn]]:
         for pair in pairs:
             question = f"{image}\n{escaped(pair.question)}"
+            context = [("context", escaped(pair.context))] if pair.context else []
             for answer in answers:
-                yield [("human", question), ("gpt", escaped(getattr(pair, answer)))]
+                yield [("human", question), *context, ("gpt", escaped(getattr(pair, answer)))]
 
     return encode_conversations(
         conversations(), tokenizer, template, has_image=True, name=lambda row: f"pair {pairs[row // len(answers)].id}"

@@ -33,13 +33,16 @@ def encode_answer(
 ) -> EncodedRow:
     """Ids and labels of an answer to the pair's question, the image before it as in LLaVA-v1.5's training.
 
+    Of a pair with a context, which stands before the answer, only the answer's own tokens are supervised.
+
     A special token's spelling in these texts, such as "</s>", is encoded as the text that it is.
 
     Raises:
         ValueError: naming the pair, where its texts cannot be encoded.
     """
     image = image_placeholder(use_im_start_end)
-    turns = [("human", f"{image}\n{literal(pair.question, tokenizer)}"), ("gpt", literal(answer, tokenizer))]
+    context = [("context", literal(pair.context, tokenizer))] if pair.context else []
+    turns = [("human", f"{image}\n{literal(pair.question, tokenizer)}"), *context, ("gpt", literal(answer, tokenizer))]
     try:
         return encode_turns(turns, tokenizer, template, has_image=True)
     except ValueError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dama.console import digest_of
 from dama.fingerprint import digest_of_checkpoint
-from dama.logps import AnswerLogps
+from dama.logps import AnswerLogps, AnswerTokenLogps
 from dama.pairs import PreferencePair
 from dama.shared_prefix import PackedGroup
 from dama.train.family import ImageRef, PreparedPair, group_lengths
@@ -41,6 +43,8 @@ class ImagePreparation:
 class LlavaFamily:
     """What preference training needs of LLaVA-1.5, see dama.train.family.ModelFamily.
 
+    reads_context: `encode` knows pairs with a context.
+
     Args:
         model: LlavaLlamaForCausalLM with its vision tower loaded, or a PeftModel of one.
         args: TrainingArguments.
@@ -48,11 +52,13 @@ class LlavaFamily:
             `fingerprint` need them.
     """
 
+    reads_context = True
+
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, args: Any, *, base_name: str = "", version: str = ""
     ) -> None:
         self.module, self.tokenizer = model, tokenizer
-        self.views: tuple[View, ...] = args.preference_loss().views
+        self.views: tuple[View, ...] = args.views()
         self.base_name, self.version = base_name, version
         config, tower = model.config, model.get_vision_tower()
         self.image_tokens = tower.tokens_per_image
@@ -66,6 +72,12 @@ class LlavaFamily:
         model_args, _, args = arguments
         name, version = str(model_args.model_name_or_path), str(model_args.version)
         return LlavaFamily(model, tokenizer, args, base_name=name, version=version)
+
+    def with_views(self, views: tuple[View, ...]) -> LlavaFamily:
+        """The same model, reading other views of each pair."""
+        other = copy.copy(self)
+        other.views, other.collate = views, replace(self.collate, views=views)
+        return other
 
     @property
     def encodes_ahead(self) -> bool:
@@ -93,11 +105,19 @@ class LlavaFamily:
         return encode_in_batches(self.module.get_vision_tower(), pixels, self.module.dtype, calls)
 
     def answer_logps(
-        self, model: Any, batch: dict[str, Any], images: Sequence[Tensor], encoded: bool, chunk: int
-    ) -> AnswerLogps:
+        self,
+        model: Any,
+        batch: dict[str, Any],
+        images: Sequence[Tensor],
+        encoded: bool,
+        chunk: int,
+        *,
+        per_token: bool = False,
+    ) -> AnswerLogps | AnswerTokenLogps:
         """Summed log-probs of V x B answers; images are pixels or, `encoded`, the tower's features."""
+        asked = {"per_token": True} if per_token else {}
         stacked = torch.stack(list(images))
-        return model(plan=batch["plan"], images=stacked, images_encoded=encoded, logp_chunk=chunk)
+        return model(plan=batch["plan"], images=stacked, images_encoded=encoded, logp_chunk=chunk, **asked)
 
     def size(self) -> ModelSize:
         """What a forward pass costs."""

@@ -53,8 +53,9 @@ OFTEN_USED = {
 }
 DAMA_FLAGS = (
     "loss", "dpo_beta", "dpo_use_average", "label_smoothing", "simpo_margin", "orpo_lambda", "mdpo_anchor",
-    "symmpo_lambda", "corruption", "corruption_seed", "hardness_from", "strategy", "variant", "selection",
-    "select_ratio", "gamma", "beta_min", "delta_bar", "check_reference", "shared_prefix", "logp_chunk", "pair_log",
+    "symmpo_lambda", "token_weights", "corruption", "corruption_seed", "hardness_from", "strategy", "variant",
+    "selection", "select_ratio", "gamma", "beta_min", "delta_bar", "check_reference", "shared_prefix", "logp_chunk",
+    "pair_log",
 )  # fmt: skip
 LORA_PREFIXES = ("lora_", "bits", "double_quant", "quant_type")
 

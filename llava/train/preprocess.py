@@ -30,7 +30,8 @@ from llava.mm_utils import tokenize_with_offsets
 
 CHATML_SYSTEM = "<|im_start|>system\n"
 
-Turn = tuple[str, str]  # who ("human" or "gpt"; first also "system"), and what is said
+# Who ("human" or "gpt"; first also "system"; before a last answer also "context"), and what is said.
+Turn = tuple[str, str]
 Source = Sequence[Mapping[str, str]]  # a conversation of a data file: {"from": ..., "value": ...} for each turn
 Batch = dict[str, Any]  # "input_ids" and "labels": LongTensors [B, T], or lists of B LongTensors [T]
 
@@ -67,12 +68,34 @@ def encode_turns(
 def segments_of(turns: Sequence[Turn], template: Template) -> list[Segment]:
     """The text of a conversation in pieces, answers marked. A first turn from "system" replaces the template's system.
 
+    A turn from "context" before the last answer is what the assistant has said already: no answer, in front of it.
+
     Raises:
         ValueError, AssertionError: the turns do not fit the template, see `encode_turns`.
     """
     if turns and turns[0][0] == "system":
         template, turns = with_system(template, turns[0][1]), turns[1:]
-    return SEGMENTERS[template.sep_style](template, turns)
+    if len(turns) < 2 or turns[-2][0] != "context":
+        return SEGMENTERS[template.sep_style](template, turns)
+    context, answer = turns[-2][1], turns[-1][1]
+    segments = SEGMENTERS[template.sep_style](template, [*turns[:-2], ("gpt", f"{context} {answer}")])
+    return without_context(segments, context, answer)
+
+
+def without_context(segments: Sequence[Segment], context: str, answer: str) -> list[Segment]:
+    """Mark only the answer behind its context, without the end marker: the text may go on after this sentence.
+
+    Raises:
+        ValueError: the format puts something else at the end, or changes the text.
+    """
+    *before, last = segments
+    start = last.text.find(context)
+    text = f" {answer.rstrip()}"
+    end = start + len(context)
+    if not last.is_answer or start < 0 or not last.text.startswith(text, end):
+        raise ValueError("context: expected a template that ends in the answer as it is, such as v1; choose --version")
+    parts = [(last.text[:end], False), (text, True), (last.text[end + len(text) :], False)]
+    return [*before, *(Segment(piece, is_answer) for piece, is_answer in parts if piece)]
 
 
 def with_system(template: Template, text: str) -> Template:

@@ -56,7 +56,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     checkpoint = resume_point(args)
     # What can be wrong with the data is found before the model is loaded.
     pairs, skipped = read_checked_pairs(data_args)
-    ImageChoice.of(pairs, args.preference_loss().views, args)
+    ImageChoice.of(pairs, args.views(), args)
     preflight(arguments, pairs)
     fingerprint = data_fingerprint(pairs, data_args)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, needs_clip(args))
@@ -105,11 +105,18 @@ def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:
         f"{args.gradient_accumulation_steps} micro-batch(es), {kept} selected"
     )
     log(
-        f"method: loss {args.preference_loss().name}, strategy {config.strategy}, variant {config.variant}, "
-        f"selection {config.selects}, beta {config.beta}, gamma {config.gamma}, learning rate {args.learning_rate}"
+        f"method: loss {args.preference_loss().name}, {token_weights_of(args)}strategy {config.strategy}, "
+        f"variant {config.variant}, selection {config.selects}, beta {config.beta}, gamma {config.gamma}, "
+        f"learning rate {args.learning_rate}"
     )
     if warning := single_pair_warning(args, len(data.train)):
         log(warning)
+
+
+def token_weights_of(args: Any) -> str:
+    """The method's line on token weights, where there are any."""
+    weights = args.token_weighting()
+    return f"token weights {weights}, " if weights else ""
 
 
 def single_pair_warning(args: Any, pairs: int) -> str | None:

@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 
 from dama.console import digest_of_file, log, report_error, write_atomic
+from dama.hardness.split import sentence_spans
 from dama.report import Report, write_report
 from dama.stage import Record, read_stage
 from dama.synth import command
+from dama.synth.context import Answered, Mark
 from dama.synth.images import Drawn
-from dama.synth.prompts import RANK_IMAGES, RANK_RESPONSES, read_step
+from dama.synth.prompts import CONTEXT, RANK_IMAGES, RANK_RESPONSES, read_step
 from eval.core.scores import Score
 from eval.core.statistics import LEVEL, RESAMPLES
 from eval.core.store import Provenance, write_results
 from eval.objhal import PROTOCOL, format_table
 from playground.tinycoco import run, scenes
-from playground.tinycoco.captions import PLACES, QUESTIONS, SETTINGS, truthful_caption
+from playground.tinycoco.captions import PLACES, QUESTIONS, SETTINGS, hallucinated_categories, truthful_caption
 from playground.tinycoco.preferences import best_and_worst, judge
 from playground.tinycoco.scenes import Scene, draw, sample_scene
 from playground.tinycoco.vocabulary import BACKGROUNDS, CONTEXTS, mentioned_categories
@@ -130,6 +132,45 @@ def write_true_pairs(pictures: Path, answered: Path, path: Path) -> None:
             )  # fmt: skip
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
     log(f"pairs ranked by truth: {len(rows)} of {len(records)} images")
+
+
+class TruthMarker:
+    """Marks the first sentence that names something the scene lacks; the correction is a true sentence of the scene.
+
+    Args:
+        pictures: run that drew the pictures.
+    """
+
+    name = "truth"
+
+    def __init__(self, pictures: Path) -> None:
+        self.shown = scenes_of(pictures)
+
+    def identity(self) -> Record:
+        return {"kind": "rules", "painter": digest_of_file(run.PAINTER), "version": VERSION}
+
+    def mark(self, items: Sequence[Answered]) -> list[Mark | None]:
+        return [self._mark(item, self.shown[item.image.stem]) for item in items]
+
+    @staticmethod
+    def _mark(item: Answered, scene: Scene) -> Mark:
+        wrong = (k for k, text in enumerate(item.sentences) if hallucinated_categories(text, scene))
+        first = next(wrong, -1)
+        if first < 0:
+            return Mark()
+        return Mark(first, true_sentence(scene, item.sentences[:first], random.Random(f"context/{item.id}")))
+
+
+def true_sentence(scene: Scene, before: Sequence[str], rng: random.Random) -> str:
+    """A true sentence to go on with after `before`: one that names something new, where the captions tried have one."""
+    named = set(mentioned_categories(" ".join(before)))
+    tried: list[str] = []
+    for _ in range(20):
+        caption = truthful_caption(scene, rng)
+        sentences = [caption[start:end] for start, end in sentence_spans(caption)]
+        tried += sentences[1:] if before else sentences[:1]
+    tried = tried or sentences
+    return max(tried, key=lambda text: len(set(mentioned_categories(text)) - named))
 
 
 def reward_figures(pictures: Path, answered: Path) -> dict[str, str]:
@@ -285,7 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "prompts":
             write_prompts(args.out, args.count)
         elif args.command == "pairs":
-            command.run(args, SceneArtist())
+            marker = TruthMarker(Path(args.pictures or args.out)) if args.step == CONTEXT else None
+            command.run(args, SceneArtist(), marker)
         elif args.command == "truth":
             write_true_pairs(args.pictures, args.answers, args.out)
         else:

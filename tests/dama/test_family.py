@@ -1,5 +1,7 @@
 """A model family of a few lines that shares nothing with LLaVA trains DAMA through the protocol alone."""
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dama.logps import AnswerIndex, indexed_logps
+from dama.logps import AnswerIndex, indexed_logps, indexed_token_logps
 from dama.losses import Loss
 from dama.pairs import PreferencePair
 from dama.train.arguments import PreferenceArguments
@@ -29,9 +31,9 @@ class TinyModel(nn.Module):
         self.letters, self.color, self.head = nn.Embedding(LETTERS, 16), nn.Linear(3, 16), nn.Linear(16, LETTERS)
         self.dtype, self.config = torch.float32, SimpleNamespace(to_dict=dict)
 
-    def forward(self, ids, colors, index):
+    def forward(self, ids, colors, index, per_token=False):
         hidden = torch.tanh(self.letters(ids) + self.color(colors)[:, None])
-        return indexed_logps(hidden, index, self.head, chunk=64)
+        return (indexed_token_logps if per_token else indexed_logps)(hidden, index, self.head, chunk=64)
 
 
 class TinyFamily:
@@ -74,9 +76,14 @@ class TinyFamily:
             "shown": torch.tensor([images.index(image) for _, image in rows]),
         }
 
-    def answer_logps(self, model, batch, images, encoded, chunk):
+    def answer_logps(self, model, batch, images, encoded, chunk, per_token=False):
         colors = torch.stack(list(images))[batch["shown"]]
-        return model(batch["ids"], colors, AnswerIndex.of(batch["labels"]))
+        return model(batch["ids"], colors, AnswerIndex.of(batch["labels"]), per_token)
+
+    def with_views(self, views):
+        other = copy.copy(self)
+        other.views = views
+        return other
 
     def size(self):
         return ModelSize(decoder=256, output=2048, attention=0, tower=0, projector=48, patches=0)
@@ -100,7 +107,7 @@ def world(tmp_path):
     return pairs, data_args, tmp_path
 
 
-def train(world, loss="dpo", **flags):
+def train(world, loss="dpo", tokenizer=None, **flags):
     """Reference stage, joining, training; the trainer and its losses by step."""
     pairs, data_args, folder = world
     torch.manual_seed(0)
@@ -110,12 +117,15 @@ def train(world, loss="dpo", **flags):
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=1, **flags,
     )  # fmt: skip
     data_args.reference = str(folder / f"reference_{loss}")
-    run_reference(family, data_args, args, pairs, [], data_args.reference, batch_size=4, progress=False)
+    per_token = args.token_weighting() is not None
+    options = {"batch_size": 4, "progress": False, "per_token": per_token}
+    run_reference(family, data_args, args, pairs, [], data_args.reference, **options)
+    family.views = args.views()
     reference = reference_of_pairs(pairs, data_args, args, {}, family)
     hardness = PairValues([0.1 * i for i in range(len(pairs))], {})
     data = join_pairs(pairs, hardness, reference, family, data_args, args)
     trainer = PreferenceTrainer(
-        family, None, args, train_dataset=data.train, eval_dataset=data.held_out, delta_bar=data.delta_bar
+        family, tokenizer, args, train_dataset=data.train, eval_dataset=data.held_out, delta_bar=data.delta_bar
     )
     trainer.train()
     return trainer, [row for row in trainer.state.log_history if "loss" in row]
@@ -196,3 +206,11 @@ def test_pairs_that_lack_what_the_views_need_are_refused(world, flags, match):
     family.encode = lambda pairs, images: [(row,) * len(family.views)] * len(pairs)
     with pytest.raises(ValueError, match=match):
         join_pairs(pairs, PairValues([0.0] * 8, {}), PairValues([(0.0,) * 6] * 8, {}), family, data_args, args)
+
+
+def test_pairs_with_a_context_need_a_family_that_reads_it(world):
+    pairs, data_args, folder = world
+    pairs = [replace(pair, context="So. ") for pair in pairs]
+    args = PreferenceArguments(output_dir=str(folder / "out"), use_cpu=True)
+    with pytest.raises(ValueError, match=r"8 of 8 pairs have a context \(first: 0\), which this model family does not"):
+        run_reference(TinyFamily(), data_args, args, pairs, [], folder / "out", 4)

@@ -611,7 +611,19 @@ def test_commands_of_the_paper_index_parse(command, in_golden, tmp_path):
     args = parse_arguments(flags(tmp_path, "--variant", "paper", *words))[2]
     assert args.preference_loss().views == ordered(view for o in args.preference_loss().objectives for view in o.views)
     assert ("--corruption" in words) == any(view.corrupted for view in args.preference_loss().views)
-    assert script == "train" or args.preference_loss().views == PAIR_VIEWS, "dama_7b.sh makes a reference of two views"
+    plain = args.preference_loss().views == PAIR_VIEWS and args.token_weighting() is None
+    assert script == "train" or plain, "dama_7b.sh makes a reference of two views, without single tokens"
+
+
+@pytest.mark.parametrize("views", [("pair", 866, 1502), ("visual", 1732, 3004)])
+def test_token_weights_have_their_rows(views):
+    """The table of token weights names what parses, with the counts that scripts/bench/objectives.py computes."""
+    text = (ROOT / "docs" / "objectives.md").read_text().split("## Token weights")[1].split("## ")[0]
+    rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| `")]
+    assert [row.pop(0) for row in rows[1:]] == ["| `none`", "| `segments:G`", "| `visual`"]
+    name, packed, apart = views
+    row = rows[3 if name == "visual" else 2]
+    assert row[3:5] == [f"{packed:,}", f"{apart:,}"]
 
 
 def test_every_objective_is_in_the_paper_index():

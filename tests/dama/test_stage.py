@@ -17,6 +17,7 @@ import pytest
 
 import dama.stage as stage_module
 from dama.stage import (
+    Attachment,
     RecordFile,
     Shard,
     StageError,
@@ -409,3 +410,72 @@ def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(StageError, match=r"manifest\.json: not .*\nRemedy"):
         open_stage(tmp_path, "toy", INPUTS, SIZES)
+
+
+# -------------------------------------------------------------------------------------------------------- attachments
+
+
+BYTES = Attachment("values.bin", lambda record: 2 * int(record["id"]))  # record n has 2 n bytes
+
+
+def attached(chunk: int) -> bytes:
+    return b"".join(bytes([int(record["id"])] * BYTES.size_of(record)) for record in records(chunk))
+
+
+def written(folder: Path, chunks: int = len(SIZES), **options: Any) -> None:
+    """A stage with its first chunks; finished with all of them."""
+    with open_stage(folder, "toy", INPUTS, SIZES, attachment=BYTES, **options) as stage:
+        for chunk in stage.to_do[: max(0, chunks - stage.chunks_done)]:
+            stage.append(records(chunk), attached(chunk))
+        if not stage.to_do and not stage.complete:
+            stage.conclude(lambda found, _: {"records": len(found)}, {})
+
+
+WHOLE_FILE = b"".join(map(attached, range(len(SIZES))))
+
+
+@pytest.mark.parametrize(
+    ("torn", "kept"),
+    [(b"", 2), (b"rest of a chunk whose records are missing", 2), (None, 1)],
+    ids=["whole", "bytes before their records", "a file cut short"],
+)
+def test_an_attachment_continues_with_the_records(tmp_path: Path, torn: bytes | None, kept: int) -> None:
+    """Killed behind two chunks: bytes without records are cut off, records without their bytes are done again."""
+    path = tmp_path / "values.bin"
+    written(tmp_path, 2)
+    assert path.read_bytes() == attached(0) + attached(1)
+    path.write_bytes(path.read_bytes()[:-1] if torn is None else path.read_bytes() + torn)
+    with open_stage(tmp_path, "toy", INPUTS, SIZES, attachment=BYTES) as stage:
+        assert stage.chunks_done == kept and path.read_bytes() == b"".join(map(attached, range(kept)))
+    written(tmp_path)
+    assert path.read_bytes() == WHOLE_FILE
+    assert read_stage(tmp_path, "toy")[0]["attached"].keys() == {"values.bin"}
+
+
+def test_an_attachment_of_shards_is_that_of_an_undivided_run(tmp_path: Path) -> None:
+    written(tmp_path / "whole")
+    for index in (1, 0):
+        written(tmp_path / "parts", shard=Shard(index, 2))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert (tmp_path / "parts/values.bin").read_bytes() == WHOLE_FILE
+    (tmp_path / "parts/values.bin").unlink()
+    merge_shards(tmp_path / "parts", "toy", lambda found, _: {"records": len(found)})
+    assert (tmp_path / "parts/values.bin").read_bytes() == WHOLE_FILE
+
+
+def test_an_attachment_that_changed_is_named(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / "values.bin").write_bytes(WHOLE_FILE[:-1] + b"x")
+    with pytest.raises(StageError, match="values.bin: changed since the stage was finished"):
+        read_stage(tmp_path, "toy")
+    (tmp_path / "values.bin").unlink()
+    with pytest.raises(StageError, match="values.bin: changed since"):
+        written(tmp_path)
+
+
+def test_bytes_that_do_not_belong_to_the_records_are_refused(tmp_path: Path) -> None:
+    with (
+        open_stage(tmp_path, "toy", INPUTS, SIZES, attachment=BYTES) as stage,
+        pytest.raises(StageError, match="expected 6 attached bytes for chunk 0, got 5"),
+    ):
+        stage.append(records(0), b"12345")

@@ -60,6 +60,10 @@ KILLED = {
     "full": [],
     "lora": ["--lora_enable", "True", "--lora_r", "4"],
     "running mean": ["--loss", "bco_pair", "sft:0.5"],  # the loss's own state is in the checkpoint
+    "weights on segments": ["--token_weights", "segments:5", "--loss", "mpo", "--reference", "base", "--lora_enable",
+                            "True", "--lora_r", "4", "--freeze_mm_mlp_adapter", "True"],
+    "weights by the image": ["--token_weights", "visual", "--reference", "base", "--lora_enable", "True", "--lora_r",
+                             "4", "--freeze_mm_mlp_adapter", "True"],
     "second image": ["--loss", "mdpo", "--reference", "base", "--lora_enable", "True", "--lora_r", "4",
                      "--freeze_mm_mlp_adapter", "True"],
 }  # fmt: skip

@@ -104,10 +104,37 @@ def test_two_ranks_killed_in_a_step(training, tmp_path):
     assert files > 20 and not faults
 
 
+STATE = ["--loss", "mpo", "--token_weights", "segments:5"]  # a running mean over all steps so far
+
+
 @pytest.mark.kill
-@pytest.mark.parametrize("name", ["hardness", "reference", "generate"])
-def test_stage_killed_twice(name, tmp_path, monkeypatch, capsys):
+def test_an_objective_with_state_killed_in_a_step(training, tmp_path, monkeypatch, capsys):
+    """The running mean of the steps before comes from the checkpoint, the token weights' reference from the stage."""
+    folder, job = training
+    shutil.copytree(folder / "inputs", tmp_path / "inputs")
+    *_, logps = [command for command in job.prepare if "reference" in command]
+    run_here([*logps, "--per_token"], tmp_path / "inputs", monkeypatch)
+    job = replace(job, command=[*job.command, *STATE])
+    undisturbed, killed = make_folder(tmp_path / "undisturbed"), make_folder(tmp_path / "killed")
+    run_here(job.command, undisturbed, monkeypatch)
+    kill_at(job, killed, "step", 2)
+    capsys.readouterr()
+    run_here(job.command, killed, monkeypatch)
+    assert f"continuing from {OUT}/checkpoint-2\n" in capsys.readouterr().out
+    state = json.loads((killed / OUT / "checkpoint-6" / "dama_state.json").read_text())
+    assert state["loss"]["count"] > 6 * 8 and state["loss"]["mean"] != 0
+    files, faults = compare(undisturbed / OUT, killed / OUT)
+    assert files > 20 and not faults
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize(
+    ("name", "more", "expected"),
+    [("hardness", [], 2), ("reference", [], 2), ("reference", ["--per_token"], 3), ("generate", [], 2)],
+)
+def test_stage_killed_twice(name, more, expected, tmp_path, monkeypatch, capsys):
     job = jobs(KILLS)[name]
+    job = replace(job, command=[*job.command, *more])
     undisturbed, killed = prepare(job, tmp_path, monkeypatch)
     run_here(job.command, undisturbed, monkeypatch)
     for _ in range(2):
@@ -116,7 +143,7 @@ def test_stage_killed_twice(name, tmp_path, monkeypatch, capsys):
     run_here(job.command, killed, monkeypatch)
     assert "continues at record" in capsys.readouterr().out
     files, faults = compare(undisturbed / OUT, killed / OUT)
-    assert files == 2 and not faults
+    assert files == expected and not faults
 
 
 @pytest.mark.kill

@@ -57,11 +57,13 @@ def test_from_the_stage_to_a_training(world, loss, views, first):  # noqa: F811
 
 def test_a_stage_of_another_loss_or_corruption_is_named(world):  # noqa: F811
     assert reference(world) == 0
-    with pytest.raises(ValueError, match="views chosen_corrupted for --loss mdpo, found chosen, rejected"):
+    with pytest.raises(ValueError, match="views chosen_corrupted for --loss mdpo .*found chosen, rejected. "):
         train(world, "--loss", "mdpo")
-    assert reference(world, "--loss", "mdpo", "--corruption", "noise", "--overwrite") == 0
-    with pytest.raises(ValueError, match="--corruption"):
+    assert reference(world, "--loss", "mdpo", "--corruption", "noise") == 0
+    with pytest.raises(ValueError, match=r"--corruption blank, found .*; chosen_corrupted \(noise, seed 0"):
         train(world, "--loss", "mdpo", "--corruption", "blank")
+    rows = train(world, "--loss", "mdpo", "--corruption", "noise", "--per_device_train_batch_size", "8")
+    assert rows[0]["loss"] == pytest.approx(3 * math.log(2), abs=2e-3)
 
 
 def test_what_the_pairs_lack_is_named_before_long_work(world, capsys):  # noqa: F811
@@ -77,6 +79,8 @@ def test_what_the_pairs_lack_is_named_before_long_work(world, capsys):  # noqa: 
         (["--loss", "dpo:x"], "--loss dpo:x: expected NAME or NAME:WEIGHT"),
         (["--loss", "dpo", "dpo:2"], "expected each objective once"),
         (["--corruption", "fog"], "--corruption fog: expected one of blank, crop"),
+        (["--token_weights", "words:2"], "--token_weights words:2: expected one of none, segments:G"),
+        (["--token_weights", "visual", "--loss", "symmpo"], "--token_weights visual: weights tokens of the chosen"),
     ],
 )
 def test_flags_that_are_refused(world, capsys, given, message):  # noqa: F811
@@ -100,3 +104,35 @@ def test_hardness_from_the_reference_model(world):  # noqa: F811
     with pytest.raises(ValueError, match="--hardness_from generative: expected reference log-probs"):
         train(world, "--strategy", "data", "--hardness_from", "generative", "--reference", "base", "--lora_enable",
               "True", "--freeze_mm_mlp_adapter", "True")  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["segments:5", "visual"])
+def test_token_weights_from_the_stage_to_a_training(world, weights):  # noqa: F811
+    """The first loss is log 2 whatever the weights, and falls; the noised image shows in no metric."""
+    assert reference(world, "--token_weights", weights) == 0
+    assert (world / "reference" / "tokens.f32").stat().st_size == 4 * (108 + 109)
+    more = ["--token_weights", weights, "--num_train_epochs", "8", "--per_device_train_batch_size", "8"]
+    rows = train(world, *more)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3) and rows[-1]["loss"] < rows[0]["loss"]
+    assert not any("corrupted" in name for name in rows[0])
+
+
+@pytest.mark.parametrize("weights", ["segments:5", "visual"])
+def test_token_weights_with_the_base_as_reference(world, weights):  # noqa: F811
+    """Under LoRA the base's log-probs per token are computed on the fly: they are the stage's."""
+    assert reference(world, "--per_token") == 0
+    lora = ["--lora_enable", "True", "--lora_r", "4", "--freeze_mm_mlp_adapter", "True", "--token_weights", weights]
+    lora += ["--max_steps", "2"]
+    stored = train(world, *lora)
+    base = train(world, *lora, "--reference", "base", "--output_dir", str(world / "base"))
+    for one, other in zip(stored, base, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
+def test_token_weights_need_what_the_stage_did_not_store(world):  # noqa: F811
+    assert reference(world) == 0
+    with pytest.raises(ValueError, match="dama reference --loss dpo --per_token ... --out .* adds them"):
+        train(world, "--token_weights", "segments:5")
+    assert reference(world, "--per_token") == 0
+    first = train(world, "--token_weights", "segments:5", "--max_steps", "1")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)

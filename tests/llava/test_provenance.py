@@ -77,6 +77,14 @@ def test_values_are_plain(in_golden, tmp_path, more):
         assert name not in shown, name
 
 
+@pytest.mark.parametrize(
+    ("words", "recorded"), [(["mdpo"], "mdpo"), (["dpo:0.8", "sft"], "dpo:0.8 sft"), (["mpo"], "mpo")]
+)
+def test_the_loss_is_recorded_in_plain_words(in_golden, tmp_path, words, recorded):
+    arguments = parse_arguments(flags(tmp_path, "--variant", "paper", "--loss", *words))
+    assert provenance_of(arguments)["flags"]["loss"] == recorded
+
+
 def test_seeds_precision_and_layout_are_resolved(in_golden, tmp_path):
     more = ["--seed", "7", "--bf16", "True", "--gradient_accumulation_steps", "2"]
     args = parse_arguments(flags(tmp_path, *more))[2]
@@ -98,6 +106,20 @@ def test_a_finished_folder_of_an_earlier_revision_is_recognized(in_golden, tmp_p
     rewrite(tmp_path / "out", lambda _: EARLIER)
     assert train_dpo.run(parse_arguments(flags(tmp_path, *STEPS))) is None
     assert "complete" in capsys.readouterr().out
+
+
+def test_a_loss_that_an_earlier_revision_recorded_as_a_list_is_the_same(in_golden, tmp_path, capsys):
+    trained(tmp_path)
+    rewrite(tmp_path / "out", lambda flags: flags | {"loss": "['dpo']"})
+    trained(tmp_path)
+    assert "training: complete in" in capsys.readouterr().out
+
+
+def test_another_loss_that_an_earlier_revision_recorded_as_a_list_is_named(in_golden, tmp_path):
+    trained(tmp_path)
+    rewrite(tmp_path / "out", lambda flags: flags | {"loss": "['dpo:0.8', 'sft']"})
+    with pytest.raises(ValueError, match='--loss: "dpo:0.8 sft" -> "dpo"'):
+        trained(tmp_path)
 
 
 def test_a_half_finished_folder_of_an_earlier_revision_is_continued(in_golden, tmp_path, capsys):

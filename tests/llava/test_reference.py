@@ -14,10 +14,14 @@ from dama.cli import main
 from dama.console import USER_ERROR
 from dama.fingerprint import digest_of_checkpoint
 from dama.stage import read_stage
-from dama.train.reference import TOLERANCE, compare, sample_of
+from dama.train.data import read_checked_pairs
+from dama.train.reference import TOLERANCE, compare, run_reference, sample_of
+from dama.train.reference_parts import Wanted, read_parts
 from dama.train.trainer import PairLoader
+from dama.views import PAIR_VIEWS
 from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
+from llava.train.reference import reference_family
 from tests.conftest import GOLDEN
 from tests.llava.tiny import flags
 
@@ -195,6 +199,60 @@ def test_ranks_of_torchrun_are_shards(world):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert contents(world / "ranks") == contents(world / "whole")
+
+
+# --------------------------------------------------------------------------------------------------- single tokens
+
+
+def token_files(folder):
+    return [(folder / name).read_bytes() for name in ("reference.jsonl", "tokens.f32")]
+
+
+def test_an_interrupted_stage_of_tokens_continues_to_the_same_bytes(world):
+    """Killed after the bytes of a batch, before its records; and in shards."""
+    assert reference(world, "--batch_size", "2", "--per_token") == 0
+    folder = world / "reference"
+    whole, manifest = token_files(folder), json.loads((folder / "manifest.json").read_text())
+    unfinished = {k: v for k, v in manifest.items() if k not in ("digest", "attached", "summary", "time")}
+    (folder / "manifest.json").write_text(json.dumps(unfinished | {"complete": False}))
+    lines = whole[0].splitlines(keepends=True)
+    (folder / "reference.jsonl").write_bytes(b"".join(lines[:4]))
+    assert reference(world, "--batch_size", "2", "--per_token") == 0
+    assert token_files(folder) == whole
+    for shard in ("1/2", "0/2"):
+        assert reference(world, "--batch_size", "2", "--per_token", "--shard", shard, out="parts") == 0
+    assert token_files(world / "parts") == whole
+
+
+def test_tokens_are_those_of_the_rows_alone(world):
+    """Log-probs of each token, packed with the other answer and apart: 1e-5."""
+    for packed in (True, False):
+        given = ["--data_path", str(world / "pairs.json"), "--image_folder", str(world / "images")]
+        arguments = parse_arguments(flags(world, *given, "--shared_prefix", str(packed)))
+        pairs, skipped = read_checked_pairs(arguments[1])
+        family, out = reference_family(arguments), world / str(packed)
+        run_reference(family, *arguments[1:], pairs, skipped, out, 3, progress=False, per_token=True)
+    found, apart = (read_parts(world / out, Wanted(PAIR_VIEWS, "none", per_token=True)) for out in ("True", "False"))
+    for id_, answers in found.tokens.items():
+        for one, other in zip(answers, apart.tokens[id_], strict=True):
+            assert len(one) > 2 and abs(one - other).max() < 1e-5
+        assert [values.sum() for values in answers] == pytest.approx(found.sums[id_], abs=1e-4)
+
+
+def test_a_finished_folder_is_extended_by_the_command(world, capsys):
+    assert reference(world) == 0
+    before = (world / "reference" / "reference.jsonl").read_bytes()
+    assert reference(world, "--loss", "mdpo", "--shard", "1/2") == 0
+    assert reference(world, "--loss", "mdpo", "--shard", "0/2") == 0
+    assert "reference: adds chosen_corrupted in" in capsys.readouterr().out
+    _, (record, *_) = read_stage(world / "reference" / "added" / "chosen_corrupted-crop-0", "reference")
+    assert [name for name in record if name.endswith("_logp")] == ["chosen_corrupted_logp"]
+    assert reference(world, "--loss", "mdpo") == 0
+    said = capsys.readouterr().out
+    assert "complete in" in said and "chosen, rejected; chosen_corrupted (crop, seed 0)), skipped" in said
+    assert (world / "reference" / "reference.jsonl").read_bytes() == before
+    assert reference(world, "--loss", "mdpo", "--batch_size", "3") == USER_ERROR
+    assert "--batch_size: 8 -> 3" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- verification

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from dama.losses import Loss
+from dama.token_weights import TokenWeights
 from dama.train.family import join_answers, shown_images
+from dama.views import ordered
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.attention import SHARED_PREFIX
 from llava.train.arguments import parse_arguments
@@ -137,12 +139,16 @@ def test_the_plain_way_is_a_flag(in_golden, tmp_path):
     assert not arguments[2].shared_prefix
 
 
-@pytest.mark.parametrize("loss", ["dpo", "mdpo", "symmpo"])
-def test_views_packed_are_views_apart(world, loss):
-    """One, two and five rows beyond a pair's own: three answers to one image, two images of a pair, several pairs."""
+PATTERNS = {loss: Loss.parse([loss]).views for loss in ("dpo", "mdpo", "symmpo")}
+PATTERNS["visual weights"] = ordered(TokenWeights("visual").views)
+
+
+@pytest.mark.parametrize("views", PATTERNS.values(), ids=PATTERNS)
+def test_views_packed_are_views_apart(world, views):
+    """Two to five rows of a pair: three answers to one image, two images with one or both answers, several pairs. Sums,
+    single tokens in the order of the rows, and all gradients."""
     model, tokenizer, data = world
     model.train()
-    views = Loss.parse([loss]).views
     generator = torch.Generator().manual_seed(4)
     items = [with_views(data.train[i], views, generator) for i in range(3)]
     images = shown_images(items)
@@ -151,13 +157,16 @@ def test_views_packed_are_views_apart(world, loss):
     for shared in (True, False):
         plan = PairCollator(model.get_vision_tower().tokens_per_image, shared, views)(items)["plan"]
         model.zero_grad()
-        sums = model(plan=plan, images=pixels, logp_chunk=7)
+        sums = model(plan=plan, images=pixels, logp_chunk=7, per_token=True)
         (sums.logps * torch.linspace(-1, 1, len(sums.logps))).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         found[shared] = sums, gradients, plan.splice.source.numel()
     (packed, packed_gradients, fewer), (apart, apart_gradients, more) = found[True], found[False]
     assert packed.tokens.tolist() == apart.tokens.tolist() and fewer < 0.8 * more
     assert len(packed.logps) == 3 * len(views) and relative(packed.logps, apart.logps) < 1e-5
+    assert relative(packed.per_token, apart.per_token) < 1e-5
+    rows = torch.stack([answer.sum() for answer in packed.per_token.split(packed.tokens.tolist())])
+    assert relative(rows, packed.logps) < 1e-6
     for name, gradient in apart_gradients.items():
         assert relative(packed_gradients[name], gradient) < 1e-5, name
 

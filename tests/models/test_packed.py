@@ -20,8 +20,8 @@ SIZES = [(40, 30), (30, 44), (56, 56)]
 
 
 def arguments(**given):
-    flags = {"preference_loss": lambda: Loss.parse(given.pop("loss", ["dpo"])), "shared_prefix": True,
-             "model_max_length": 2048, "float32_logits": True}  # fmt: skip
+    views = Loss.parse(given.pop("loss", ["dpo"])).views
+    flags = {"views": lambda: views, "shared_prefix": True, "model_max_length": 2048, "float32_logits": True}
     return SimpleNamespace(**flags | given)
 
 

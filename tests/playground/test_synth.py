@@ -20,6 +20,7 @@ from playground.tinycoco.synth import (
     SceneArtist,
     context_of,
     gain_reached,
+    main,
     painted_scene,
     reward_figures,
     scenes_of,
@@ -98,6 +99,39 @@ def test_pairs_by_reward_and_by_truth(prompts, tmp_path):
     fits = [set(shown[r["id"]].categories) == set(mentioned_categories(r["prompt"])) for r in kept]
     kept_by_reward = f"{100 * sum(fits) / 12:.1f} % of those that the image reward kept"
     assert figures["pictures that show what was asked"].endswith(kept_by_reward)
+
+
+def test_context_pairs_by_rules(prompts, tmp_path):
+    """An answer that goes on with something that is not there, one that begins so, and a true one."""
+    run_images(SceneArtist(), prompts, tmp_path, suffix="png")
+    run_rank_images([ClipReward(str(CLIP))], tmp_path)
+    shown = scenes_of(tmp_path)
+
+    class Driver:
+        name = "driver"
+
+        def identity(self):
+            return {}
+
+        def answer(self, requests, image_folder, decoding):
+            return [self.three(shown[id_]) for id_, _, _ in requests]
+
+        @staticmethod
+        def three(scene):
+            absent = next(name for name in ("pizza", "laptop", "horse") if name not in scene.categories)
+            true, wrong = f"There is a {scene.categories[0]}.", f"There is also a {absent} near it."
+            return [f"{true} {wrong} Nice.", f"{wrong} {true}", true]
+
+    run_respond([DrivenResponder(Driver, lambda *parts: parts, lambda *_: None)], tmp_path, Sampling(3))
+    assert main(["pairs", "context", "--out", str(tmp_path)]) == 0
+    _, records = read_step(tmp_path, "context")
+    assert [bool(record["context"]) for record in records[:3]] == [True, False, False]
+    pairs = read_pairs(tmp_path / "context_pairs.jsonl")
+    assert len(pairs) == 24 and check_pairs(pairs, tmp_path)[0] == pairs
+    for pair in pairs:
+        scene = shown[pair.image.removeprefix("images/").removesuffix(".png")]
+        assert judge(pair.chosen, scene).invented == 0 < judge(pair.rejected, scene).invented
+        assert judge(pair.context or "", scene).invented == 0
 
 
 def test_gain_reached_on_paper():

@@ -10,7 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dama.logps import AnswerLogps, answer_logps, chunk_for, float32_head, indexed_logps
+from dama.logps import (
+    AnswerLogps,
+    AnswerTokenLogps,
+    answer_logps,
+    chunk_for,
+    float32_head,
+    indexed_logps,
+    indexed_token_logps,
+)
 from llava.model.attention import SHARED_PREFIX, no_mask
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel, rows_on_cpu, shown_images
 from llava.model.splice import ForwardPlan
@@ -68,8 +76,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         tails: Tensor | None = None,
         plan: ForwardPlan | None = None,
         logits_to_keep: int | Tensor = 0,
+        per_token: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple | AnswerLogps:
+    ) -> CausalLMOutputWithPast | tuple | AnswerLogps | AnswerTokenLogps:
         """LLaVA's forward; with `logp_chunk` the log-probs of the labelled positions instead of all logits.
 
         Args:
@@ -83,6 +92,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
             plan: what ids, labels, `image_index` and `tails` amount to, which then are not looked at. A data loader
                 makes it (ForwardPlan.of_rows, of_groups); without one the host waits for the device here.
             logits_to_keep: positions at the end, or their indices, that get logits; 0 for all. `generate` asks for one.
+            per_token: with a plan and `logp_chunk`, an AnswerTokenLogps.
 
         Returns:
             transformers' output, or with `logp_chunk` an AnswerLogps with one sum for each row; with `tails` 2B
@@ -91,7 +101,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         if plan is None and tails is not None:
             plan = self.plan_of_pairs(input_ids, attention_mask, labels, images, image_index, tails)  # type: ignore[arg-type]
         if plan is not None:
-            return self._planned_forward(plan, images, image_sizes, images_encoded, logp_chunk)
+            return self._planned_forward(plan, images, image_sizes, images_encoded, logp_chunk, per_token)
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
@@ -131,8 +141,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         return ForwardPlan.of_groups(*rows, shown, lengths, tails.tolist()).to(input_ids.device)
 
     def _planned_forward(
-        self, plan: ForwardPlan, images: Any, image_sizes: Any, images_encoded: bool, logp_chunk: int | None
-    ) -> CausalLMOutputWithPast | tuple | AnswerLogps:
+        self,
+        plan: ForwardPlan,
+        images: Any,
+        image_sizes: Any,
+        images_encoded: bool,
+        logp_chunk: int | None,
+        per_token: bool = False,
+    ) -> CausalLMOutputWithPast | tuple | AnswerLogps | AnswerTokenLogps:
         """Training's forward pass: log-probs of the answers, or without `logp_chunk` all logits and their loss."""
         features = self._image_features(images, image_sizes, images_encoded)
         embeds = plan.splice.embed(self.get_model().embed_tokens, features)
@@ -147,7 +163,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         hidden = self.model(**sequence).last_hidden_state
         chunk = chunk_for(self.lm_head, logp_chunk, plan.answers.targets)
         head = float32_head(self.lm_head) if self.float32_logits else self.lm_head
-        return indexed_logps(hidden, plan.answers, head, chunk)
+        return (indexed_token_logps if per_token else indexed_logps)(hidden, plan.answers, head, chunk)
 
     @torch.no_grad()
     def generate(
