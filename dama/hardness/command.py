@@ -125,7 +125,8 @@ def run(args: argparse.Namespace) -> None:
     """Check all inputs, load the CLIP, run the stage, print the summary."""
     errors = flag_errors(args)
     shard = pick_shard(args.shard, errors)
-    pairs, skipped = load_pairs(args, errors)
+    checked = load_pairs(args, errors)
+    pairs, skipped = checked.pairs, checked.skipped
     from dama.hardness.clip import ClipError, load_clip
     from dama.hardness.score import run_hardness
 
@@ -152,6 +153,7 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         skipped=skipped,
         progress=args.shard is not None or shard.index == 0,
+        data=checked.fingerprint,
     )
     if manifest is not None:
         with logging_on_every_rank():

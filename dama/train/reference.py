@@ -61,6 +61,7 @@ def run_reference(
     shard: Shard = WHOLE,
     overwrite: bool = False,
     progress: bool = True,
+    data: dict[str, str] | None = None,
 ) -> Record | None:
     """Compute log-probs of every pair and write them to `out`; return the manifest, or None while other shards are
     missing.
@@ -70,6 +71,7 @@ def run_reference(
         data_args, args: as for training.
         pairs, skipped: what `dama.pairs.check_pairs` made of --data_path.
         batch_size: pairs in one forward pass (twice as many sequences).
+        data: the pairs' `data_fingerprint`, where it is known.
 
     Raises:
         ValueError: a pair computed alone has other log-probs than in its batch.
@@ -88,7 +90,8 @@ def run_reference(
         return logps_of_batch(family, load([item]), [item], args)[0]
 
     dtype = family.module.dtype
-    fingerprint = data_fingerprint(pairs, data_args) | family.fingerprint() | choice.fingerprint()
+    data = data or data_fingerprint(pairs, data_args)
+    fingerprint = data | family.fingerprint() | choice.fingerprint()
     fingerprint |= {"precision": str(dtype).removeprefix("torch."), "batch_size": batch_size}
     with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         starts = [0, *accumulate(sizes)]

@@ -98,8 +98,10 @@ def run(args: argparse.Namespace) -> None:
         errors.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
     errors += view_errors(args.loss, args.corruption)
     shard = pick_shard(args.shard, errors)
-    pairs, skipped = load_pairs(args, errors)
-    ImageChoice.of(pairs, Loss.parse(args.loss).views, args)  # what the pairs lack is known before the model is loaded
+    checked = load_pairs(args, errors)
+    ImageChoice.of(
+        checked.pairs, Loss.parse(args.loss).views, args
+    )  # what the pairs lack is known before the model is loaded
     from dama.train.reference import describe, run_reference
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
     from llava.train.reference import reference_family
@@ -130,13 +132,14 @@ def run(args: argparse.Namespace) -> None:
     manifest = run_reference(
         reference_family(arguments),
         *arguments[1:],
-        pairs,
-        skipped,
+        checked.pairs,
+        checked.skipped,
         args.out,
         args.batch_size,
         shard=shard,
         overwrite=args.overwrite,
         progress=args.shard is not None or shard.index == 0,
+        data=checked.fingerprint,
     )
     if manifest is not None:
         with logging_on_every_rank():

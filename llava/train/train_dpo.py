@@ -14,10 +14,9 @@ from dama.train.checkpoints import resume_point
 from dama.train.data import (
     ImageChoice,
     PreferenceData,
-    data_fingerprint,
+    checked_pairs_of,
     hardness_of_pairs,
     join_pairs,
-    read_checked_pairs,
 )
 from dama.train.provenance import provenance_of
 from dama.train.reference import BASE_AS_REFERENCE, reference_of_pairs
@@ -55,10 +54,10 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     validate_base(arguments)
     checkpoint = resume_point(args)
     # What can be wrong with the data is found before the model is loaded.
-    pairs, skipped = read_checked_pairs(data_args)
+    checked = checked_pairs_of(data_args)
+    pairs, skipped, fingerprint = checked.pairs, checked.skipped, checked.fingerprint
     ImageChoice.of(pairs, args.preference_loss().views, args)
     preflight(arguments, pairs)
-    fingerprint = data_fingerprint(pairs, data_args)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, needs_clip(args))
     model, tokenizer, _ = setup_model(arguments, attn_implementation)
     family = LlavaFamily.of(arguments, model, tokenizer)
