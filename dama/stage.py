@@ -359,10 +359,15 @@ def _skip_complete(stage: Stage) -> bool:
     if not old["complete"]:
         return False
     _check_records(stage.records_path, old)
-    seconds = old["time"]["seconds"]
-    log(f"{stage.name}: complete in {stage.folder} ({old['records']} records, made in {seconds:.1f} s), skipped")
+    log_complete(stage.name, stage.folder, old)
     stage.complete, stage.chunks_done = True, len(stage.chunk_sizes)
     return True
+
+
+def log_complete(name: str, folder: Path, manifest: Record) -> None:
+    """Log that a stage is left as it is."""
+    seconds = manifest["time"]["seconds"]
+    log(f"{name}: complete in {folder} ({manifest['records']} records, made in {seconds:.1f} s), skipped")
 
 
 def read_stage(folder: str | Path, name: str) -> tuple[Record, list[Record]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import log
+from dama.finished import StageCall
 from dama.flags import (
     CommandError,
     add_batch_flags,
@@ -123,6 +124,10 @@ def _add_splitter_flags(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check all inputs, load the CLIP, run the stage, print the summary."""
+    call = StageCall.begin("hardness", args)
+    if (done := call.manifest()) is not None:
+        log_summary(args.out, done)
+        return
     errors = flag_errors(args)
     shard = pick_shard(args.shard, errors)
     checked = load_pairs(args, errors)
@@ -156,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
         data=checked.fingerprint,
     )
     if manifest is not None:
+        call.remember(checked.table)
         with logging_on_every_rank():
             log_summary(args.out, manifest)
 

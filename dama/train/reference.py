@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dama.console import log
 from dama.errors import error_list
 from dama.pairs import PreferencePair, SkippedPair
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
@@ -31,10 +30,13 @@ from dama.train.data import (
     encode_pairs,
     validate_same_inputs,
 )
+from dama.train.describe import describe
 from dama.train.family import ModelFamily, PreparedPair, shown_images
 from dama.train.rows import longest
 from dama.train.trainer import PairLoader
 from dama.views import PAIR_VIEWS
+
+__all__ = ["BASE_AS_REFERENCE", "describe", "reference_of_pairs", "run_reference"]
 
 BASE_AS_REFERENCE = "base"  # --reference: log-probs of the base under LoRA adapters, on the fly
 STAGE = "reference"
@@ -252,20 +254,3 @@ def reference_of_pairs(
         )
     given = [pair.reference for pair in pairs if pair.reference is not None]
     return PairValues([(logps.chosen, logps.rejected) for logps in given], {"logps": "in the data file"})
-
-
-def describe(manifest: dict[str, Any], out: str | Path) -> None:
-    """The stage's closing lines."""
-    summary, verified = manifest["summary"], manifest["summary"]["verified"]
-    log(
-        f"reference: {summary['pairs']} pairs in {manifest['fingerprint']['precision']}, {len(summary['skipped'])} "
-        f"skipped, {summary['tokens']['chosen']} + {summary['tokens']['rejected']} answer tokens, mean log-prob "
-        f"{summary['mean_logp']['chosen']:.2f} / {summary['mean_logp']['rejected']:.2f} (chosen / rejected), "
-        f"{manifest['time']['seconds']:.1f} s -> {out}"
-    )
-    log(
-        f"reference: {verified['pairs']} pairs computed again, each alone: log-probs differ by at most "
-        f"{verified['max_difference']:.2g} nats"
-    )
-    for skip in summary["skipped"]:
-        log(f"  skipped {skip['id']}: {skip['reason']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from dama.finished import StageCall
 from dama.flags import (
     add_batch_flags,
     add_pair_flags,
@@ -14,6 +15,7 @@ from dama.flags import (
     pick_device,
     pick_shard,
 )
+from dama.train.describe import describe
 
 DESCRIPTION = """\
 Reference log-probs: log pi_ref(y | I, x) of both answers of each pair, summed over the answer's tokens ("</s>"
@@ -87,6 +89,10 @@ def _add_view_flags(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check flags and pairs, then run the stage on the code of training."""
+    call = StageCall.begin("reference", args)
+    if (done := call.manifest()) is not None:
+        describe(done, args.out)
+        return
     from dama.losses import Loss
     from dama.train.arguments import view_errors
     from dama.train.data import ImageChoice
@@ -102,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     ImageChoice.of(
         checked.pairs, Loss.parse(args.loss).views, args
     )  # what the pairs lack is known before the model is loaded
-    from dama.train.reference import describe, run_reference
+    from dama.train.reference import run_reference
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
     from llava.train.reference import reference_family
 
@@ -129,8 +135,9 @@ def run(args: argparse.Namespace) -> None:
             corruption_seed=args.corruption_seed,
         ),
     )
+    family = reference_family(arguments)
     manifest = run_reference(
-        reference_family(arguments),
+        family,
         *arguments[1:],
         checked.pairs,
         checked.skipped,
@@ -142,5 +149,6 @@ def run(args: argparse.Namespace) -> None:
         data=checked.fingerprint,
     )
     if manifest is not None:
+        call.remember(checked.table, [family.module.get_vision_tower().folder])
         with logging_on_every_rank():
             describe(manifest, args.out)

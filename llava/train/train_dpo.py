@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dama.console import end_on_interrupt, log
+from dama.finished import Call
 from dama.hardness.sources import HardnessSource
 from dama.train.checkpoints import resume_point
 from dama.train.data import (
@@ -35,7 +36,7 @@ from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from llava.train.family import LlavaFamily
 from llava.train.setup_model import setup_model
-from llava.train.train import train_and_save
+from llava.train.train import remember_training, train_and_save
 
 __all__ = [
     "DPODataset", "DataArguments", "DataCollatorForDPODataset", "LLaVA15DPOTrainer", "ModelArguments",
@@ -48,8 +49,14 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
     return run(parse_arguments(argv, task="DPO"), attn_implementation)
 
 
-def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15DPOTrainer | None:
-    """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
+def run(
+    arguments: Arguments, attn_implementation: str | None = None, *, call: Call | None = None
+) -> LLaVA15DPOTrainer | None:
+    """Trains and saves; None when --output_dir holds the finished model of the same inputs already.
+
+    Args:
+        call: gets its receipt when the model is finished.
+    """
     _, data_args, args = arguments
     validate_base(arguments)
     checkpoint = resume_point(args)
@@ -67,6 +74,8 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     made_from = data.provenance | {"delta_bar": data.delta_bar, "pairs": len(data.train), "skipped": len(skipped)}
     provenance = provenance_of(arguments, data=made_from)
     if is_finished(args.output_dir, provenance, checkpoint):
+        if call is not None and args.process_index == 0:
+            remember_training(call, arguments, checked.table, model)
         return None
     announce(arguments, data, len(skipped))
     trainer = LLaVA15DPOTrainer(
@@ -81,6 +90,8 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
         provenance=provenance,
     )
     train_and_save(trainer, checkpoint)
+    if call is not None and args.process_index == 0:
+        remember_training(call, arguments, checked.table, model)
     for skip in skipped:
         log(f"skipped {skip.id}: {skip.reason}")
     return trainer

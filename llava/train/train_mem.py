@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from dama.console import end_on_interrupt, report_error
+from dama.finished import Call
+from dama.train.checkpoints import log_finished
 from llava.supported import validate_supported_model
 from llava.train.flag_names import check_flags_early
 
@@ -28,6 +30,10 @@ def run(argv: Sequence[str]) -> None:
     refuse_missing_gpus(argv)
     check_flags_early(argv)
     validate_supported_model(value_of(argv, "model_name_or_path"), "--model_name_or_path")
+    call = training_call(argv)
+    if call is not None and call.is_finished():
+        log_finished(str(value_of(argv, "output_dir")))
+        return
     import transformers
 
     from llava.train import train as sft
@@ -37,8 +43,10 @@ def run(argv: Sequence[str]) -> None:
     # Loading and saving take a blink or have their own line; the bar that is left is the training's.
     transformers.utils.logging.disable_progress_bar()
     arguments = parse_arguments(argv)
-    task = train_dpo if arguments[2].task == "DPO" else sft
-    task.run(arguments)
+    if arguments[2].task == "DPO":
+        train_dpo.run(arguments, call=call)
+    else:
+        sft.run(arguments, call=call)
 
 
 def refuse_missing_gpus(argv: Sequence[str]) -> None:
@@ -58,6 +66,29 @@ def refuse_missing_gpus(argv: Sequence[str]) -> None:
             f"GPUs: {ranks} ranks need {ranks}, found {found} that torch can use; {fewer}train on CPUs with "
             "DS_ACCELERATOR=cpu in front of the command and --use_cpu True behind it"
         )
+
+
+def training_call(argv: Sequence[str]) -> Call | None:
+    """This call, by which its finished model is found again; None without an output folder."""
+    out, words = value_of(argv, "output_dir"), [word for word in argv if not word.startswith("--local_rank")]
+    if not out:
+        return None
+    left_out = {out, *values_of(argv, "image_folder")}
+    named = [word.partition("=")[2] if word.startswith("--") else word for word in words]
+    return Call.begin("training", words, [word for word in named if word not in left_out], out)
+
+
+def values_of(argv: Sequence[str], name: str) -> list[str]:
+    """All values given for a flag that takes several."""
+    found, taking = [], False
+    for word in argv:
+        if word.startswith("--"):
+            flag, has_value, value = word.partition("=")
+            taking = flag.replace("-", "_") == f"__{name}"
+            found += [value] * bool(taking and has_value)
+        elif taking:
+            found.append(word)
+    return found
 
 
 def value_of(argv: Sequence[str], name: str) -> str | None:
