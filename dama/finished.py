@@ -23,6 +23,10 @@ from dama.images import ImageFolder, plain_folder
 from dama.stage import MANIFEST, Record, log_complete
 
 MAX_FILES = 10_000  # that the flags name; with more of them no receipt is written
+# Flags whose values are names, whatever folder has the same one.
+NOT_PATHS = (
+    "command", "corruption", "loss", "precision", "report_to", "selection", "strategy", "task", "variant", "version"
+)  # fmt: skip
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 Stamp = list[Any]  # size, times of modification and change, inode; a digest where the file had just been written
 
@@ -104,7 +108,7 @@ class StageCall:
     def begin(stage: str, args: argparse.Namespace) -> StageCall:
         """Take the stamps before anything is read."""
         settings = {name: value for name, value in vars(args).items() if name not in ("local_rank", "rest")}
-        inputs = [value for name, value in settings.items() if name not in ("image_folder", "out")]
+        inputs = [value for name, value in settings.items() if name not in ("image_folder", "out", *NOT_PATHS)]
         named = [word for value in inputs for word in (value if isinstance(value, list | tuple) else [value])]
         return StageCall(stage, args, Call.begin(stage, settings, filter(_is_text, named), args.out))
 

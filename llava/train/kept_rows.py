@@ -67,6 +67,7 @@ def write_table(table: EncodedTable, folder: Path) -> None:
             partial.mkdir()
             for name, array in arrays.items():
                 np.save(partial / f"{name}.npy", array, allow_pickle=False)
+            shutil.rmtree(folder, ignore_errors=True)  # one that is damaged
             partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,7 +79,6 @@ def read_table(folder: Path) -> EncodedTable | None:
     try:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in DTYPES}
     except (OSError, ValueError, EOFError):
-        shutil.rmtree(folder, ignore_errors=True)
         return None
     table = EncodedTable(**{name: np.asarray(array) for name, array in arrays.items()})
     sizes = len(table.ids), len(table.supervised)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dama.console import end_on_interrupt, report_error
-from dama.finished import Call
+from dama.finished import NOT_PATHS, Call
 from dama.train.checkpoints import log_finished
 from llava.supported import validate_supported_model
 from llava.train.flag_names import check_flags_early
@@ -73,18 +73,16 @@ def training_call(argv: Sequence[str]) -> Call | None:
     out, words = value_of(argv, "output_dir"), [word for word in argv if not word.startswith("--local_rank")]
     if not out:
         return None
-    left_out = {out, *values_of(argv, "image_folder")}
-    named = [word.partition("=")[2] if word.startswith("--") else word for word in words]
-    return Call.begin("training", words, [word for word in named if word not in left_out], out)
+    return Call.begin("training", words, values_without(words, ("image_folder", "output_dir", *NOT_PATHS)), out)
 
 
-def values_of(argv: Sequence[str], name: str) -> list[str]:
-    """All values given for a flag that takes several."""
-    found, taking = [], False
+def values_without(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The values of all flags but these."""
+    found, taking = [], True
     for word in argv:
         if word.startswith("--"):
             flag, has_value, value = word.partition("=")
-            taking = flag.replace("-", "_") == f"__{name}"
+            taking = flag.replace("-", "_").removeprefix("__") not in names
             found += [value] * bool(taking and has_value)
         elif taking:
             found.append(word)
