@@ -92,7 +92,7 @@ class RecordFile(Collection[Record]):
         self._length = sum(1 for _ in self._lines()) if self._kept is None else len(self._kept)
 
     def _lines(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             yield from file
 
     def _read(self) -> Iterator[Record]:
@@ -520,7 +520,7 @@ def write_joined(path: Path, sources: Sequence[Path], places: Sequence[int] | No
 
 def _copy_all(sources: Sequence[Path], output: IO[bytes]) -> None:
     for source in sources:
-        with open(source, "rb") as file:
+        with source.open("rb") as file:
             shutil.copyfileobj(file, output)
 
 

@@ -195,6 +195,7 @@ def command_seconds(folder: Path, out: str, cache: Path) -> dict[str, float]:
     if process.returncode:
         sys.exit(f"the training ended with status {process.returncode}")
     seconds["whole run"] = time.perf_counter() - start
+    seconds["(processor)"] = usage.ru_utime + usage.ru_stime
     seconds["(peak memory, MB)"] = usage.ru_maxrss * 1024 / MB
     return seconds | json.loads((folder / f"{out}.spans.json").read_text())
 
