@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dama.checked_pairs import CheckedPairs, check_pair_file, read_pair_file
 from dama.console import USER_ERROR, log, printable
 from dama.images import missing_folders
-from dama.pairs import PairsError, PreferencePair, SkippedPair, check_pairs, parse_pairs
+from dama.pairs import PairsError
 from dama.stage import Shard
 
 
@@ -124,15 +125,12 @@ def output_errors(out: Path) -> list[str]:
     return [f"--out {out}: {existing} is not a folder that can be written to"]
 
 
-def load_pairs(args: argparse.Namespace, errors: Sequence[str]) -> tuple[list[PreferencePair], list[SkippedPair]]:
-    """Read the pairs of --data and decode every image once.
+def load_pairs(args: argparse.Namespace, errors: Sequence[str]) -> CheckedPairs:
+    """Read the pairs of --data and check every image.
 
     Args:
         args: values of the pair flags.
         errors: errors of the command's other flags.
-
-    Returns:
-        The usable pairs, and those that were skipped.
 
     Raises:
         CommandError: with `errors` and all errors of the pairs in one message.
@@ -141,13 +139,11 @@ def load_pairs(args: argparse.Namespace, errors: Sequence[str]) -> tuple[list[Pr
     if paths_missing(args):
         fail(flags)
     try:
-        pairs, row_errors = parse_pairs(args.data)
-        good, skipped = check_pairs(
-            pairs,
+        checked = check_pair_file(
+            read_pair_file(args.data),
             args.image_folder,
             args.on_bad_image,
             subject=args.data,
-            errors=row_errors,
             workers=max(1, args.workers),
             progress=int(os.environ.get("RANK", "0")) == 0,
         )
@@ -155,11 +151,11 @@ def load_pairs(args: argparse.Namespace, errors: Sequence[str]) -> tuple[list[Pr
         fail([*flags, str(error)])
     if flags:
         fail(flags)
-    for pair in skipped[:5]:
+    for pair in checked.skipped[:5]:
         log(f"skipped row {pair.id}: {pair.reason}")
-    if len(skipped) > 5:
-        log(f"... and {len(skipped) - 5} more, all listed in the manifest")
-    return good, skipped
+    if len(checked.skipped) > 5:
+        log(f"... and {len(checked.skipped) - 5} more, all listed in the manifest")
+    return checked
 
 
 # -------------------------------------------------------------------------------------------------------------- device

@@ -21,8 +21,8 @@ def resolve_below(folder: Path, relative: str) -> Path:
     parent, name = os.path.split(relative)
     if name in ("", ".", ".."):
         return (folder / relative).resolve()
-    path = (_resolved(os.path.join(folder, parent)) if parent else folder) / name
-    return path.resolve() if os.path.islink(path) else path
+    path = f"{_resolved(os.path.join(folder, parent)) if parent else folder}/{name}"
+    return Path(path).resolve() if os.path.islink(path) else Path(path)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -1,36 +1,34 @@
 """A table of the images that pairs show: which can be used, and the digests of their bytes, from one opening of each.
 
-The table is kept in a file. A later run opens only the images whose size, time of modification or inode changed, and
-of several processes that start together one makes the table while the others wait for it.
+The table of many images is kept in the user's cache (dama/cache.py). A later run, of any command, opens only the images
+whose size, time of modification or inode changed, and of several processes that start together one makes the table
+while the others wait for it.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import io
 import json
 import os
+import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from dama.console import regular_file, write_atomic
+from dama.cache import cache_folder, cache_name, lock_of, only_one, save
+from dama.console import digest_of, write_atomic
 from dama.images import ImageError, ImageFolder, folders_of, probe_image, resolve_images
 from dama.pairs import PreferencePair, all_images
 
-TABLE_FILE = "image_table.json"
 VERSION = 1
+MANY = 1000  # images from which on a table is kept
 # A file that was modified shortly before it was read may be modified again within the resolution of its time.
 SETTLED_NS = 2_000_000_000
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems without flock
 
 
 class ImageEntry(NamedTuple):
@@ -68,34 +66,50 @@ class ImageTable:
         """Digests of the images of good pairs, as `dama.pairs.image_digests` returns them. Raises KeyError."""
         return {name: self.good[name].digest for name in all_images(pairs)}
 
+    @property
+    def identity(self) -> str:
+        """A digest of what a run depends on: the bytes of images that can be used, and what is wrong with others."""
+        return digest_of([{name: entry.digest for name, entry in self.good.items()}, self.bad, self.outside])
+
     def covers(self, names: Sequence[str]) -> bool:
         """Whether the table has an entry for every name."""
         return all(name in self.good or name in self.bad or name in self.outside for name in names)
 
 
-def table_of_images(
+def table_of_images(names: Sequence[str], folder: ImageFolder, workers: int = 4, progress: bool = False) -> ImageTable:
+    """The table of these images, every image checked against the folder now.
+
+    Args:
+        names: distinct relative paths. workers: threads that open images. progress: whether to show a bar.
+    """
+    path = table_path(names, folder)
+    if path is None:
+        return check_images(names, folder, None, workers, progress)
+    return kept_table(names, folder, path, workers, progress)
+
+
+def table_path(names: Sequence[str], folder: ImageFolder) -> Path | None:
+    """Where the table of these images is kept; None for a few images, or where there is no cache."""
+    cache = cache_folder() if len(names) >= MANY else None
+    return cache and cache / cache_name("images", VERSION, _folders(folder), list(names))
+
+
+def kept_table(
     names: Sequence[str], folder: ImageFolder, path: Path, workers: int = 4, progress: bool = False
 ) -> ImageTable:
-    """The table of these images, read from or written to the file `path`.
+    """The table of these images, read from and written to the file `path` of the cache.
 
     Processes that call it at the same time for the same file wait for the first of them, as long as that takes, and
     read what it wrote; where the file system has no locks each makes its own table. Without such a wait every image's
     size and times are compared to the file's, and those that changed are opened.
-
-    Args:
-        names: distinct relative paths. path: such as TABLE_FILE in the output folder.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     called_ns = time.time_ns()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with only_one(path.with_name(f".{path.name}.lock")):
+    with only_one(lock_of(path.parent, path.name)):
         known = read_table(path, folder)
         if known is not None and known.finished_ns >= called_ns and known.covers(names):
             return known
         table = check_images(names, folder, known, workers, progress)
-        write_table(table, folder, path)
+        save(table, path, lambda value, place: write_table(value, folder, place))
     return table
 
 
@@ -108,13 +122,15 @@ def check_images(
 ) -> ImageTable:
     """Check every image: one opening gives its digest and whether it can be decoded; none where `known` vouches."""
     inside, outside = resolve_images(names, folder)
-    good: dict[str, ImageEntry] = {}
+    vouched = {name: _unchanged(name, path, known) for name, path in inside.items()} if known else {}
+    good: dict[str, ImageEntry] = {name: entry for name, entry in vouched.items() if entry is not None}
     bad: dict[str, str] = {}
+    others = {name: path for name, path in inside.items() if name not in good}
     opened = 0
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        entries = pool.map(lambda item: _entry_of(item[1], _vouched(item[0], known)), inside.items())
-        bar = tqdm(entries, "checking images", total=len(inside), unit="image", disable=not progress, leave=False)
-        for name, (entry, was_opened) in zip(inside, bar, strict=True):
+        entries = pool.map(_entry_of, others.values())
+        bar = tqdm(entries, "checking images", total=len(others), unit="image", disable=not progress, leave=False)
+        for name, (entry, was_opened) in zip(others, bar, strict=True):
             opened += was_opened
             if isinstance(entry, ImageEntry):
                 good[name] = entry
@@ -123,32 +139,38 @@ def check_images(
     return ImageTable(good, bad, outside, time.time_ns(), opened)
 
 
-def _vouched(name: str, known: ImageTable | None) -> ImageEntry | None:
-    """The entry that holds as long as size, time and inode are the same."""
-    entry = known.good.get(name) if known else None
-    return entry if entry and known and entry.modified_ns < known.finished_ns - SETTLED_NS else None
+def _unchanged(name: str, path: Path, known: ImageTable) -> ImageEntry | None:
+    """The entry of an image whose size, time and inode are the same; None where it has to be opened."""
+    entry = known.good.get(name)
+    if entry is None or entry.modified_ns >= known.finished_ns - SETTLED_NS:
+        return None
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    same = entry[:3] == (about.st_size, about.st_mtime_ns, about.st_ino) and stat.S_ISREG(about.st_mode)
+    return entry if same else None
 
 
-def _entry_of(path: Path, known: ImageEntry | None) -> tuple[ImageEntry | str, bool]:
+def _entry_of(path: Path) -> tuple[ImageEntry | str, bool]:
     """(entry, or why the image cannot be used; whether it was opened)."""
     if not os.path.exists(path):  # a name too long is no error here, as it is for Path.exists
         return "image is missing", False
     if not path.is_file():
         return "image is a folder", False
-    status = path.stat()
-    stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
-    if known is not None and known[:3] == stamp:
-        return known, False
     try:
-        content = path.read_bytes()
-        probe_image(io.BytesIO(content))
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            probe_image(file)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except PermissionError:
         return "image is unreadable (permission denied)", True
     except OSError as error:
         return f"image is unreadable ({type(error).__name__}: image file is truncated or damaged)", True
     except ImageError as error:
         return str(error), True
-    return ImageEntry(*stamp, hashlib.sha256(content).hexdigest()[:16]), True
+    return ImageEntry(about.st_size, about.st_mtime_ns, about.st_ino, digest), True
 
 
 # ---------------------------------------------------------------------------------------------------------- the file
@@ -177,21 +199,9 @@ def read_table(path: Path, folder: ImageFolder) -> ImageTable | None:
         return ImageTable(good, dict(content["bad"]), dict(content["outside"]), int(content["finished_ns"]))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):  # torn or foreign: made anew
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # torn or foreign: made anew
         return None
 
 
 def _folders(folder: ImageFolder) -> list[str]:
     return [str(each.resolve()) for each in folders_of(folder)]
-
-
-@contextmanager
-def only_one(lock: Path) -> Iterator[None]:
-    """A block that one process at a time enters while the others wait; a process that ends releases the lock."""
-    with open(lock, "a", opener=regular_file) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        yield

@@ -8,7 +8,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -273,16 +274,27 @@ def image_digests(pairs: Sequence[PreferencePair], image_folder: ImageFolder, wo
 
 
 def pairs_fingerprint(pairs: Sequence[PreferencePair]) -> str:
-    """A digest of every field of every pair, in order: another file, order or answer gives another one."""
-    return digest_of([_identity(pair) for pair in pairs])
+    """A digest of every field of every pair, in order: another file, order or answer gives another one.
+
+    It is `digest_of` the list of their fields, without the text of that list in memory.
+    """
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    digest = hashlib.sha256()
+    for start, pair in zip(chain("[", repeat(",")), pairs):
+        digest.update(f"{start}{encode(fields_of(pair))}".encode())
+    digest.update(b"]" if pairs else b"[]")
+    return digest.hexdigest()[:16]
 
 
-def _identity(pair: PreferencePair) -> tuple[Any, ...]:
-    """Its fields; of a pair without second image, second answer and context those that earlier versions had."""
-    *fields, second_image, second, context = astuple(pair)
-    if context is not None:
-        return (*fields, second_image, second, context)
-    return tuple(fields) if second_image is None and second is None else (*fields, second_image, second)
+def fields_of(pair: PreferencePair) -> list[Any]:
+    """All fields as JSON values; of a pair without second image, second answer and context those that earlier versions
+    had."""
+    reference = pair.reference and (pair.reference.chosen, pair.reference.rejected)
+    texts = [pair.id, pair.image, pair.question, pair.chosen, pair.rejected, pair.kind, pair.source]
+    fields = [*texts, reference, pair.clip_scores]
+    if pair.context is not None:
+        return [*fields, pair.second_image, pair.second, pair.context]
+    return fields if pair.second_image is None and pair.second is None else [*fields, pair.second_image, pair.second]
 
 
 # ----------------------------------------------------------------------------------------------------------- checks
@@ -298,20 +310,19 @@ def check_pairs(
     workers: int = 4,
     progress: bool = False,
     images: tuple[dict[str, str], dict[str, str]] | None = None,
+    texts: bool = True,
 ) -> tuple[list[PreferencePair], list[SkippedPair]]:
     """Good pairs, and those left out because their image is missing or unreadable (only with on_bad_image="skip").
 
     All other problems are errors always: empty or equal answers, duplicate ids, image placeholders inside the text,
     image paths that leave the folder. Raises PairsError with every error in one message, after `errors` known before;
-    `subject` heads it. `images` are the reasons that `find_image_errors` gives, where they are known already.
+    `subject` heads it. `images` are the reasons that `find_image_errors` gives, where they are known already; without
+    `texts` the errors of `all_text_errors` are among `errors`.
     """
     if on_bad_image not in ("fail", "skip"):
         raise ValueError(f"on_bad_image: expected fail or skip, got {on_bad_image!r}")
-    for folder in missing_folders(image_folder):
-        remedy = "give the folder the image paths start from"
-        raise PairsError(f"image folder {folder}: no such folder\nRemedy: {remedy}")
-    texts = [_error(pair, reason) for pair in pairs for reason in text_errors(pair)]
-    errors = [*errors, *_duplicate_errors(pairs), *texts]
+    validate_folders(image_folder)
+    errors = [*errors, *(all_text_errors(pairs) if texts else [])]
     outside, bad = images or find_image_errors(all_images(pairs), image_folder, workers, progress)
     blocking = outside if on_bad_image == "skip" else outside | bad
     errors += [_error(pair, blocking[name], name) for pair in pairs for name in pair.images if name in blocking]
@@ -320,6 +331,8 @@ def check_pairs(
         if not outside and bad and on_bad_image == "fail":
             remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
         raise PairsError(error_list(subject, errors, remedy))
+    if not bad and pairs:
+        return list(pairs), []
     first_bad = [(pair, next((name for name in pair.images if name in bad), None)) for pair in pairs]
     good = [pair for pair, name in first_bad if name is None]
     skipped = [SkippedPair(pair.id, f"{bad[name]}: {name}") for pair, name in first_bad if name is not None]
@@ -327,6 +340,18 @@ def check_pairs(
         reasons = [f"row {skip.id}: {skip.reason}" for skip in skipped]
         raise PairsError(error_list(subject, reasons, "no pair is left; is this the right image folder?"))
     return good, skipped
+
+
+def validate_folders(image_folder: ImageFolder) -> None:
+    """Raise PairsError naming an image folder that does not exist."""
+    for folder in missing_folders(image_folder):
+        remedy = "give the folder the image paths start from"
+        raise PairsError(f"image folder {folder}: no such folder\nRemedy: {remedy}")
+
+
+def all_text_errors(pairs: Sequence[PreferencePair]) -> list[str]:
+    """Ids that several pairs have, then what is wrong with each pair's texts."""
+    return [*_duplicate_errors(pairs), *(_error(pair, reason) for pair in pairs for reason in text_errors(pair))]
 
 
 def _error(pair: PreferencePair, reason: str, image: str = "") -> str:

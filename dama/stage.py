@@ -99,7 +99,7 @@ class RecordFile(Collection[Record]):
         self._length = sum(1 for _ in self._lines()) if self._kept is None else len(self._kept)
 
     def _lines(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             yield from file
 
     def _read(self) -> Iterator[Record]:
@@ -417,10 +417,15 @@ def _skip_complete(stage: Stage) -> bool:
     if not old["complete"]:
         return False
     _check_records(stage.records_path, old)
-    seconds = old["time"]["seconds"]
-    log(f"{stage.name}: complete in {stage.folder} ({old['records']} records, made in {seconds:.1f} s), skipped")
+    log_complete(stage.name, stage.folder, old)
     stage.complete, stage.chunks_done = True, len(stage.chunk_sizes)
     return True
+
+
+def log_complete(name: str, folder: Path, manifest: Record) -> None:
+    """Log that a stage is left as it is."""
+    seconds = manifest["time"]["seconds"]
+    log(f"{name}: complete in {folder} ({manifest['records']} records, made in {seconds:.1f} s), skipped")
 
 
 def read_stage(folder: str | Path, name: str) -> tuple[Record, list[Record]]:
@@ -590,7 +595,7 @@ def write_joined(path: Path, sources: Sequence[Path], places: Sequence[int] | No
 
 def _copy_all(sources: Sequence[Path], output: IO[bytes]) -> None:
     for source in sources:
-        with open(source, "rb") as file:
+        with source.open("rb") as file:
             shutil.copyfileobj(file, output)
 
 

@@ -84,9 +84,8 @@ def row_of(name: str, folder: Path) -> tuple[str, ...]:
 
 def family_of(name: str, folder: Path, shared_prefix: bool) -> HubFamily:
     model, processor = build(name)
-    args = SimpleNamespace(
-        preference_loss=lambda: Loss.parse(["dpo"]), shared_prefix=shared_prefix, model_max_length=4096
-    )
+    views = Loss.parse(["dpo"]).views
+    args = SimpleNamespace(views=lambda: views, shared_prefix=shared_prefix, model_max_length=4096)
     return HubFamily(model, processor, args, image_folder=[str(folder)])
 
 

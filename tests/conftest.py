@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "DAMA_CONFIG_HOME" not in os.environ:  # checkpoints are signed with a key of the tests' own, not the user's
     os.environ["DAMA_CONFIG_HOME"] = tempfile.mkdtemp(prefix="dama-config-")
     atexit.register(shutil.rmtree, os.environ["DAMA_CONFIG_HOME"], ignore_errors=True)
+if "DAMA_CACHE_HOME" not in os.environ:  # nor what the user's commands have kept
+    os.environ["DAMA_CACHE_HOME"] = tempfile.mkdtemp(prefix="dama-cache-")
+    atexit.register(shutil.rmtree, os.environ["DAMA_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import log
+from dama.finished import StageCall
 from dama.flags import (
     CommandError,
     add_batch_flags,
@@ -123,9 +124,14 @@ def _add_splitter_flags(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check all inputs, load the CLIP, run the stage, print the summary."""
+    call = StageCall.begin("hardness", args)
+    if (done := call.manifest()) is not None:
+        log_summary(args.out, done)
+        return
     errors = flag_errors(args)
     shard = pick_shard(args.shard, errors)
-    pairs, skipped = load_pairs(args, errors)
+    checked = load_pairs(args, errors)
+    pairs, skipped = checked.pairs, checked.skipped
     from dama.hardness.clip import ClipError, load_clip
     from dama.hardness.score import run_hardness
 
@@ -152,8 +158,10 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         skipped=skipped,
         progress=args.shard is not None or shard.index == 0,
+        data=checked.fingerprint,
     )
     if manifest is not None:
+        call.remember(checked.table)
         with logging_on_every_rank():
             log_summary(args.out, manifest)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -95,21 +95,25 @@ def run_hardness(
     overwrite: bool = False,
     skipped: Sequence[SkippedPair] = (),
     progress: bool = True,
+    data: Mapping[str, str] | None = None,
 ) -> Record | None:
     """Scores every pair and writes out/hardness.jsonl and out/manifest.json; returns the manifest.
 
     `scorer` None takes the scores that the pairs carry (`clip_scores`) instead of a CLIP's; `splitter` None splits by
     rules. Complete output of the same inputs is left as it is, interrupted output continued. A `shard` of several does
     its part and returns None while others are missing. Each distinct image is encoded once; `batch_size` counts images
-    and changes scores by rounding only. `skipped` is listed in the manifest. Pairs come out grouped by image, in the
-    order of each image's first use.
+    and changes scores by rounding only. `data` has the digests of pairs and images where they are known.
+    `skipped` is listed in the manifest. Pairs come out grouped by image, in the order of each image's first use.
     """
     if scale not in SCALES or reduction not in REDUCTIONS:
         raise ValueError(f"expected scale in {SCALES} and reduction in {REDUCTIONS}, got {scale!r} and {reduction!r}")
     if scorer is None:
         _require_scores(pairs)
     chunks = _chunks_by_image(pairs) if scorer else _chunks_of(pairs, PAIRS_PER_CHUNK)
-    fingerprint = hardness_fingerprint(pairs, image_folder, scorer, scale, reduction, splitter, max(1, workers))
+    data = data or {"pairs": pairs_fingerprint(pairs)}
+    if scorer is not None and "images" not in data:
+        data = {**data, "images": digest_of(image_digests(pairs, image_folder, max(1, workers)))}
+    fingerprint = hardness_fingerprint(pairs, data, scorer, scale, reduction, splitter)
     sizes = [len(chunk) for chunk in chunks]
     with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         to_do = [chunks[number] for number in stage.to_do]
@@ -135,21 +139,23 @@ def load_hardness(folder: str | Path) -> Hardness:
 
 def hardness_fingerprint(
     pairs: Sequence[PreferencePair],
-    image_folder: ImageFolder,
+    data: Mapping[str, str],
     scorer: ClipScorer | None,
     scale: str,
     reduction: str,
     splitter: LlmSplitter | None = None,
-    workers: int = 4,
 ) -> Record:
-    """Whatever delta depends on. With given scores (`scorer` None) images and CLIP play no part in it."""
-    common = {"pairs": pairs_fingerprint(pairs), "reduction": reduction}
+    """Whatever delta depends on. With given scores (`scorer` None) images and CLIP play no part in it.
+
+    Args:
+        data: digests of the pairs and, for a scorer, of their images.
+    """
+    common = {"pairs": data["pairs"], "reduction": reduction}
     if scorer is None:
         return common | {"scores": "given"}
-    images = digest_of(image_digests(pairs, image_folder, workers))
     rules = split.version_for({answer for pair in pairs for answer in (pair.chosen, pair.rejected)})
     split_by = rules if splitter is None else {"rules": rules} | splitter.identity
-    return common | {"images": images, "clip": scorer.identity, "splitter": split_by, "scale": scale}
+    return common | {"images": data["images"], "clip": scorer.identity, "splitter": split_by, "scale": scale}
 
 
 def summarize(records: Sequence[Record], facts: Sequence[Record] = ()) -> Record:

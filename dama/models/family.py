@@ -51,6 +51,7 @@ class HubFamily:
     """
 
     encodes_ahead = False  # a frozen tower makes no gradient, and a pack shows an image once
+    files: tuple[str, ...] = ()  # folders besides the checkpoint's that log-probs depend on
 
     def __init__(
         self,

@@ -13,6 +13,11 @@ from dama.train.signing import SEAL_FILE, TRAINER_STATE, files_to_seal, signed, 
 PROVENANCE_FILE = "dama_provenance.json"  # in a finished model's folder and in its checkpoints
 
 
+def log_finished(folder: str | Path) -> None:
+    """Log that a finished model is left as it is."""
+    log(f"training: complete in {folder}, skipped")
+
+
 def resume_point(args: Any) -> Path | None:
     """The checkpoint that a run continues from: --resume_from_checkpoint, else the last whole one in --output_dir.
 

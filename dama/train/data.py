@@ -13,20 +13,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dama.checked_pairs import CheckedPairs, check_pair_file, read_pair_file
 from dama.console import digest_of
 from dama.corruptions import FIELD, OTHER_IMAGE, corrupted, generator_of
 from dama.errors import error_list
 from dama.hardness.score import load_hardness
 from dama.hardness.sources import HardnessSource, delta_from, generative_gap
+from dama.image_table import table_of_images
 from dama.images import ImageFolder, load_image, resolve_image
 from dama.pairs import (
+    FILE_REMEDY,
+    PairsError,
     PreferencePair,
     SkippedPair,
-    check_pairs,
+    all_images,
     distinct_images,
-    image_digests,
     pairs_fingerprint,
-    read_pairs,
 )
 from dama.stage import differences
 from dama.train.family import ImageRef, ModelFamily, PreparedPair
@@ -141,10 +143,18 @@ class ImageChoice:
         return f"{self.corruption}, seed {self.seed}" if any(view.corrupted for view in self.views) else "none"
 
 
+def checked_pairs_of(data_args: Any) -> CheckedPairs:
+    """The pairs of --data_path, every image checked."""
+    file, path = read_pair_file(data_args.data_path), str(data_args.data_path)
+    if file.row_errors:
+        raise PairsError(error_list(path, file.row_errors, FILE_REMEDY))
+    return check_pair_file(file, data_args.image_folder, data_args.on_bad_image, subject=path)
+
+
 def read_checked_pairs(data_args: Any) -> tuple[list[PreferencePair], list[SkippedPair]]:
-    """The pairs of --data_path, every image verified."""
-    pairs = read_pairs(data_args.data_path)
-    return check_pairs(pairs, data_args.image_folder, data_args.on_bad_image, subject=str(data_args.data_path))
+    """The pairs of --data_path that can be used, and those that were left out."""
+    checked = checked_pairs_of(data_args)
+    return checked.pairs, checked.skipped
 
 
 @dataclass(frozen=True)
@@ -224,8 +234,8 @@ def hardness_of_pairs(
 
 def data_fingerprint(pairs: Sequence[PreferencePair], data_args: Any) -> dict[str, str]:
     """Digests of the pairs and of the bytes of their images."""
-    images = digest_of(image_digests(pairs, data_args.image_folder))
-    return {"pairs": pairs_fingerprint(pairs), "images": images}
+    table = table_of_images(all_images(pairs), data_args.image_folder)
+    return {"pairs": pairs_fingerprint(pairs), "images": digest_of(table.digests_of(pairs))}
 
 
 def validate_same_inputs(stage: str, folder: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:

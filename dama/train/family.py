@@ -73,6 +73,7 @@ class ModelFamily(Protocol):
         module: what is trained; a PeftModel with adapters.
         views: the views that each pair is read in.
         encodes_ahead: whether image features are computed once a step, without gradient, by `encode_images`.
+        files: folders besides the checkpoint's that log-probs depend on.
         max_tokens: the longest row in tokens, its images included.
         prepare_image: an RGB image to pixels, [3, H, W], or [F, 3, H, W] in crops, or whatever has a method `to`.
         collate: a batch of pairs without its images, which `shown_images` lists. Both run in loader workers and do
@@ -87,6 +88,9 @@ class ModelFamily(Protocol):
 
     @property
     def encodes_ahead(self) -> bool: ...
+
+    @property
+    def files(self) -> Sequence[str]: ...
 
     @property
     def max_tokens(self) -> int: ...

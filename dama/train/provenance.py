@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dama.console import log, write_atomic, write_json
+from dama.console import write_atomic, write_json
 from dama.stage import differences
-from dama.train.checkpoints import PROVENANCE_FILE, last_complete_checkpoint, validate_world_size
+from dama.train.checkpoints import PROVENANCE_FILE, last_complete_checkpoint, log_finished, validate_world_size
 
 Defaults = dict[str, tuple[Any, ...]]  # values of each flag that is not given
 FLAGS = {  # what to call the fields of a provenance in errors
@@ -100,7 +100,7 @@ def is_finished(
             validate_world_size(last)
         return False
     validate_provenance(folder, provenance, defaults)
-    log(f"training: complete in {folder}, skipped")
+    log_finished(folder)
     return True
 
 

@@ -34,6 +34,7 @@ from dama.train.data import (
     encode_pairs,
     validate_same_inputs,
 )
+from dama.train.describe import describe
 from dama.train.family import ModelFamily, PreparedPair, shown_images
 from dama.train.reference_parts import (
     ADDED,
@@ -51,6 +52,8 @@ from dama.train.reference_parts import (
 from dama.train.rows import longest
 from dama.train.trainer import PairLoader
 from dama.views import PAIR_VIEWS
+
+__all__ = ["BASE_AS_REFERENCE", "describe", "reference_of_pairs", "run_reference"]
 
 BASE_AS_REFERENCE = "base"  # --reference: log-probs of the base under LoRA adapters, on the fly
 FLAGS = DATA_FLAGS | {
@@ -77,6 +80,7 @@ def run_reference(
     overwrite: bool = False,
     progress: bool = True,
     per_token: bool = False,
+    data: dict[str, str] | None = None,
 ) -> Record | None:
     """Compute log-probs of every pair and write them to `out`; return the manifest, or None while other shards are
     missing.
@@ -89,11 +93,12 @@ def run_reference(
         pairs, skipped: what `dama.pairs.check_pairs` made of --data_path.
         batch_size: pairs in one forward pass (twice as many sequences).
         per_token: whether log-probs of single tokens are kept too.
+        data: the pairs' `data_fingerprint`, where it is known.
 
     Raises:
         ValueError: a pair computed alone has other log-probs than in its batch.
     """
-    inputs = data_fingerprint(pairs, data_args) | family.fingerprint()
+    inputs = (data or data_fingerprint(pairs, data_args)) | family.fingerprint()
     inputs |= {"precision": str(family.module.dtype).removeprefix("torch."), "batch_size": batch_size}
     if overwrite:
         if shard.index == 0:
@@ -330,21 +335,3 @@ def stored_reference(
         sums = [in_order(values, 0.0) for values in sums]
     tokens = [in_order(stored.tokens.get(pair.id), None) for pair in pairs] if wanted.per_token else []
     return PairValues(sums, stored.fingerprint, tokens)
-
-
-def describe(manifest: dict[str, Any], out: str | Path) -> None:
-    """The stage's closing lines."""
-    summary, verified = manifest["summary"], manifest["summary"]["verified"]
-    views = list(summary["tokens"])
-    log(
-        f"reference: {summary['pairs']} pairs in {manifest['fingerprint']['precision']}, {len(summary['skipped'])} "
-        f"skipped, {' + '.join(str(summary['tokens'][view]) for view in views)} answer tokens, mean log-prob "
-        f"{' / '.join(format(summary['mean_logp'][view], '.2f') for view in views)} ({' / '.join(views)}), "
-        f"{manifest['time']['seconds']:.1f} s -> {out}"
-    )
-    log(
-        f"reference: {verified['pairs']} pairs computed again, each alone: log-probs differ by at most "
-        f"{verified['max_difference']:.2g} nats"
-    )
-    for skip in summary["skipped"]:
-        log(f"  skipped {skip['id']}: {skip['reason']}")

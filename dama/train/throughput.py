@@ -43,21 +43,55 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class PairLength:
-    """Tokens of the parts of a pair of two answers to one image, the image's included."""
+    """Tokens of a pair's views: of each image's prefix, the image included, and of the answers that continue it.
 
-    prefix: int
-    chosen: int
-    rejected: int
+    A row of fine-tuning is a prefix without answers.
+    """
+
+    groups: tuple[PackedGroup, ...]
+
+    @staticmethod
+    def of(prefix: int, *answers: int) -> PairLength:
+        """Of answers that are all read with one image: DPO's chosen and rejected one."""
+        return PairLength((PackedGroup(prefix, answers),))
 
     @property
     def tokens(self) -> int:
-        """Tokens of prefix and both answers."""
-        return self.prefix + self.chosen + self.rejected
+        """Distinct tokens of all views."""
+        return sum(group.positions for group in self.groups)
 
     @property
-    def groups(self) -> tuple[PackedGroup, ...]:
-        """The pair as the trainer packs it."""
-        return (PackedGroup(self.prefix, (self.chosen, self.rejected)),)
+    def answers(self) -> tuple[int, ...]:
+        """Tokens of every view's answer, group by group."""
+        return tuple(answer for group in self.groups for answer in group.answers)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows where each view is one of its own."""
+        return max(1, len(self.answers))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest of these rows."""
+        return max(group.prefix + max(group.answers, default=0) for group in self.groups)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the answers to the pair's own image."""
+        return self.groups[0].prefix
+
+    @property
+    def chosen(self) -> int:
+        """Tokens of the chosen answer."""
+        return self.groups[0].answers[0]
+
+    @property
+    def rejected(self) -> int:
+        """Tokens of the rejected answer."""
+        return self.groups[0].answers[1]
+
+    def __str__(self) -> str:
+        return ", ".join(" + ".join(map(str, (group.prefix, *group.answers))) for group in self.groups)
 
 
 def forward_flops(size: ModelSize, groups: Sequence[PackedGroup]) -> float:

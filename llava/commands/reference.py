@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from dama.finished import StageCall
 from dama.flags import (
     add_batch_flags,
     add_pair_flags,
@@ -14,6 +15,7 @@ from dama.flags import (
     pick_device,
     pick_shard,
 )
+from dama.train.describe import describe
 
 DESCRIPTION = """\
 Reference log-probs: log pi_ref(y | I, x) of both answers of each pair, summed over the answer's tokens ("</s>"
@@ -115,6 +117,10 @@ def _add_view_flags(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check flags and pairs, then run the stage on the code of training."""
+    call = StageCall.begin("reference", args)
+    if (done := call.manifest()) is not None:
+        describe(done, args.out)
+        return
     from dama.losses import Loss
     from dama.token_weights import NONE
     from dama.train.arguments import default_corruption, view_errors
@@ -129,9 +135,11 @@ def run(args: argparse.Namespace) -> None:
     args.corruption = args.corruption or default_corruption(args.loss, args.token_weights)
     errors += view_errors(args.loss, args.corruption, args.token_weights)
     shard = pick_shard(args.shard, errors)
-    pairs, skipped = load_pairs(args, errors)
-    ImageChoice.of(pairs, Loss.parse(args.loss).views, args)  # what the pairs lack is known before the model is loaded
-    from dama.train.reference import describe, run_reference
+    checked = load_pairs(args, errors)
+    ImageChoice.of(
+        checked.pairs, Loss.parse(args.loss).views, args
+    )  # what the pairs lack is known before the model is loaded
+    from dama.train.reference import run_reference
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
     from llava.train.reference import reference_family
 
@@ -164,18 +172,21 @@ def run(args: argparse.Namespace) -> None:
             corruption_seed=args.corruption_seed,
         ),
     )
+    family = reference_family(arguments)
     manifest = run_reference(
-        reference_family(arguments),
+        family,
         *arguments[1:],
-        pairs,
-        skipped,
+        checked.pairs,
+        checked.skipped,
         args.out,
         args.batch_size,
         shard=shard,
         overwrite=args.overwrite,
         progress=args.shard is not None or shard.index == 0,
         per_token=args.per_token or args.token_weights != NONE,
+        data=checked.fingerprint,
     )
     if manifest is not None:
+        call.remember(checked.table, family.files)
         with logging_on_every_rank():
             describe(manifest, args.out)

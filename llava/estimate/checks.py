@@ -10,10 +10,12 @@ from pathlib import Path
 
 from dama.images import ImageFolder, load_image, missing_folders, resolve_image
 from dama.pairs import PairsError, PreferencePair, distinct_images, parse_pairs
+from dama.train.data import ImageChoice
 from dama.train.provenance import version_of
 from llava.conversation import get_template
 from llava.estimate import machine
 from llava.estimate.configs import configs_of
+from llava.estimate.lengths import views_of
 from llava.estimate.machine import format_bytes, gpu_problem
 from llava.estimate.memory import trained_parameters, weight_bytes
 from llava.estimate.plan import Plan, backends
@@ -82,6 +84,10 @@ def check_data(plan: Plan) -> list[PreferencePair] | list[Row]:
         pairs, errors = [], [str(error)]
     plan.errors += [f"data: {error}" for error in errors[:3]]
     plan.note("data", f"{len(pairs)} pairs on {len(distinct_images(pairs))} images, {len(errors)} rows with errors")
+    try:
+        ImageChoice.of(pairs, views_of(args), args)
+    except ValueError as error:
+        plan.errors.append(f"data: {error}")
     for pair in pairs[:SHOWN]:
         try:
             width, height = load_image(resolve_image(images, pair.image)).size

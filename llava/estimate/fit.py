@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ def describe_step(plan: Plan, lengths: Sequence[PairLength], source: str) -> str
     longest = max(lengths, key=lambda pair: pair.tokens)
     return (
         f"{micro_batch * plan.ranks * accumulation} {items} = {micro_batch} x {plan.ranks} rank(s) x {accumulation} "
-        f"micro-batch(es), the longest of {' + '.join(str(n) for n in astuple(longest) if n)} tokens ({source})"
+        f"micro-batch(es), the longest of {longest} tokens ({source})"
     )
 
 
@@ -181,5 +181,5 @@ def remedies(plan: Plan, shape: ModelShape, lengths: Sequence[PairLength], memor
 
 
 def pairs_within(lengths: Sequence[PairLength], limit: int) -> list[PairLength]:
-    """Those whose longer answer fits into `limit` positions with its prefix."""
-    return [pair for pair in lengths if pair.prefix + max(pair.chosen, pair.rejected) <= limit]
+    """Those whose longest row fits into `limit` tokens."""
+    return [pair for pair in lengths if pair.longest <= limit]

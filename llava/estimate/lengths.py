@@ -8,14 +8,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from dama.pairs import PreferencePair
+from dama.shared_prefix import PackedGroup
 from dama.train.data import ImageChoice
 from dama.train.family import PreparedPair, group_lengths
 from dama.train.throughput import PairLength
-from dama.views import PAIR_VIEWS
+from dama.views import PAIR_VIEWS, View, by_image
 from llava.conversation import get_template
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
-from llava.train.dpo_data import encode_pair
+from llava.train.dpo_data import encode_answer
 from llava.train.preprocess import preprocess, preprocess_multimodal
 from llava.train.sft_data import Row
 
@@ -39,45 +40,70 @@ def lengths_of(
     if args.task == "DPO":
         pairs = cast("Sequence[PreferencePair]", items)
         if pairs and tokenizer:
-            longest = [length_of(item, patches) for item in longest_items(pairs, arguments, tokenizer, patches)]
+            longest = longest_items(pairs, arguments, tokenizer, patches)
             if longest:
-                return longest, "tokenized"
+                return [length_of(item, patches, views_of(args)) for item in longest], "tokenized"
         if pairs:
-            return [guess_length(pair, patches) for pair in pairs], "a token for 3 characters"
+            return [guess_length(pair, patches, views_of(args)) for pair in pairs], "a token for 3 characters"
     elif items and tokenizer:
         rows = longest_rows(cast("Sequence[Row]", items), patches)
         return [row_length(row, arguments, tokenizer, patches) for row in rows], "tokenized"
     answer = max(1, limit - patches - PROMPT)
-    return [PairLength(patches + PROMPT, answer, answer * (args.task == "DPO"))], "--model_max_length"
+    if args.task != "DPO":
+        return [PairLength.of(patches + PROMPT + answer)], "--model_max_length"
+    groups = [PackedGroup(patches + PROMPT, (answer,) * len(group)) for group in by_image(views_of(args))]
+    return [PairLength(tuple(groups))], "--model_max_length"
 
 
-def guess_length(pair: PreferencePair, patches: int) -> PairLength:
+def views_of(args: Any) -> tuple[View, ...]:
+    """The views that preference training with these arguments reads each pair in."""
+    return args.preference_loss().views
+
+
+def guess_length(pair: PreferencePair, patches: int, views: Sequence[View] = PAIR_VIEWS) -> PairLength:
     """Estimate a pair's tokens from its characters, where no tokenizer is available."""
-    return PairLength(patches + PROMPT + len(pair.question) // 3, len(pair.chosen) // 3, len(pair.rejected) // 3)
+    prefix = patches + PROMPT + len(pair.question) // 3
+    answers = [len(answer_of(pair, view)) // 3 for view in views]
+    return PairLength(tuple(PackedGroup(prefix, tuple(answers[v] for v in group)) for group in by_image(views)))
+
+
+def answer_of(pair: PreferencePair, view: View) -> str:
+    """The answer that a view reads; empty where the pair has none, which `ImageChoice.of` reports."""
+    return getattr(pair, view.answer) or ""
 
 
 def longest_items(
     pairs: Sequence[PreferencePair], arguments: Arguments, tokenizer: Any, patches: int
 ) -> list[PreparedPair]:
-    """Return about the longest pairs that fit into --model_max_length.
+    """Return about the longest pairs that fit into --model_max_length, in the views that the loss reads.
 
     They are tokenized in the order of their characters until there are enough; hardness and reference are left at 0.
+
+    Raises:
+        ValueError: a pair lacks the second image or answer that a view needs.
     """
     model_args, _, args = arguments
-    template, found = get_template(str(model_args.version)), []
-    for pair in sorted(pairs, key=lambda p: -len(p.question + p.chosen + p.rejected)):
-        both = encode_pair(pair, tokenizer, template, bool(model_args.mm_use_im_start_end))
-        if max(len(answer.input_ids) for answer in both) - 1 + patches <= args.model_max_length:
-            found.append(PreparedPair(pair, both, ImageChoice().images(pair)))
+    views, template, found = views_of(args), get_template(str(model_args.version)), []
+    choice, marks = ImageChoice.of(pairs, views, args), bool(model_args.mm_use_im_start_end)
+
+    def characters(pair: PreferencePair) -> int:
+        return len(pair.question) + sum(len(answer_of(pair, view)) for view in views)
+
+    for pair in sorted(pairs, key=characters, reverse=True):
+        rows = {
+            answer: encode_answer(pair, getattr(pair, answer), tokenizer, template, marks)
+            for answer in dict.fromkeys(view.answer for view in views)
+        }
+        if max(len(row.input_ids) for row in rows.values()) - 1 + patches <= args.model_max_length:
+            found.append(PreparedPair(pair, tuple(rows[view.answer] for view in views), choice.images(pair)))
         if len(found) == LONGEST:
             break
     return found
 
 
-def length_of(item: PreparedPair, patches: int) -> PairLength:
-    """Return the tokens of an encoded pair, with `patches` for its image."""
-    (group,) = group_lengths(item.rows[:2], PAIR_VIEWS, lambda ids: ids - 1 + patches)
-    return PairLength(group.prefix, *group.answers)
+def length_of(item: PreparedPair, patches: int, views: Sequence[View] = PAIR_VIEWS) -> PairLength:
+    """Return the tokens of an encoded pair, with `patches` for each of its images."""
+    return PairLength(group_lengths(item.rows, views, lambda ids: ids - 1 + patches))
 
 
 def longest_rows(rows: Sequence[Row], patches: int) -> list[Row]:
@@ -96,7 +122,7 @@ def row_length(row: Row, arguments: Arguments, tokenizer: Any, patches: int) -> 
         (source,) = preprocess_multimodal([source], flags)
     (ids,) = preprocess([source], tokenizer, has_image=has_image, template=template)["input_ids"]
     positions = min(len(ids), args.model_max_length) + has_image * (patches - 1)
-    return PairLength(min(positions, args.model_max_length), 0, 0)
+    return PairLength.of(min(positions, args.model_max_length))
 
 
 def text_of_row(row: Row) -> str:

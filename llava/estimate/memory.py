@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dama.shared_prefix import PackedGroup
 from dama.train.steps import IMAGES_AT_ONCE
 from dama.train.throughput import PairLength
 from llava.estimate.sizes import FOUR_BITS, FP32, HALF, LayerSizes, Load, ModelShape, Training
@@ -69,26 +70,32 @@ def optimizer_bytes(shape: ModelShape, run: Training) -> int:
 
 
 def tokens_of(run: Training, pairs: Sequence[PairLength]) -> int:
-    """T: packed with the shared prefix; else rows padded to the longest, two a pair in preference optimization."""
+    """T: packed with the shared prefix; else rows padded to the longest, one for each view of a pair."""
     if run.shared_prefix:
         return sum(pair.tokens for pair in pairs)
-    return run.rows * len(pairs) * max(pair.prefix + max(pair.chosen, pair.rejected) for pair in pairs)
+    return sum(pair.rows for pair in pairs) * max(pair.longest for pair in pairs)
+
+
+def groups_of(pairs: Sequence[PairLength]) -> list[PackedGroup]:
+    """The groups of all pairs, each with an image."""
+    return [group for pair in pairs for group in pair.groups]
 
 
 def attention_bytes(shape: ModelShape, run: Training, pairs: Sequence[PairLength]) -> int:
     """Saved by one layer's attention: queries, keys, values, output, and a logsumexp for each head and position.
 
     With the shared prefix its keys and values are there once for each answer; torch's attention, unlike varlen kernels,
-    also has a mask for the rejected answer and joins outputs. Padded rows need no mask: they are causal.
+    also has a mask for every answer but a group's first and joins outputs. Padded rows need no mask: they are causal.
     """
     t, b = tokens_of(run, pairs), run.factor
     queries, keys, sums = t * shape.queries * b, 2 * t * shape.keys * b, t * shape.heads * FP32
     if not run.shared_prefix:
         return 2 * queries + keys + sums
-    kernel = 2 * queries + keys + 2 * sum(pair.prefix for pair in pairs) * shape.keys * b + sums
+    further = [(group.prefix, answer) for group in groups_of(pairs) for answer in group.answers[1:]]
+    kernel = 2 * queries + keys + 2 * sum(prefix for prefix, _ in further) * shape.keys * b + sums
     if run.varlen:
         return kernel
-    masks = sum(pair.rejected * (pair.prefix + pair.rejected) for pair in pairs) * b
+    masks = sum(answer * (prefix + answer) for prefix, answer in further) * b
     return kernel + masks + queries * run.keeps_inputs
 
 
@@ -130,7 +137,7 @@ def logit_bytes(shape: ModelShape, run: Training, pairs: Sequence[PairLength]) -
 
 def predictions_of(run: Training, pairs: Sequence[PairLength]) -> int:
     """M: the answers' tokens; in fine-tuning all positions."""
-    return tokens_of(run, pairs) if run.logp_chunk is None else sum(p.chosen + p.rejected for p in pairs)
+    return tokens_of(run, pairs) if run.logp_chunk is None else sum(sum(pair.answers) for pair in pairs)
 
 
 def image_bytes(shape: ModelShape, run: Training, images: int) -> int:
@@ -168,7 +175,8 @@ def estimate(shape: ModelShape, run: Training, pairs: Sequence[PairLength]) -> E
     border = t * d * run.weight  # hidden states between two layers
     layer = layer_bytes(shape, run, pairs) + HALF * shape.parameters.layer * run.autocast
     projected = shape.patches * (shape.tower_width + 2 * d) * run.factor * run.trains_projector
-    below = len(pairs) * (projected + shape.pixels * FP32)
+    images = len(groups_of(pairs))
+    below = images * (projected + shape.pixels * FP32)
     above = t * d * (FP32 + run.weight * (run.method == "full")) + predictions_of(run, pairs) * d * run.factor
     kept = border if run.checkpointing else layer
     saved = below + shape.layers * kept + above
@@ -183,7 +191,7 @@ def estimate(shape: ModelShape, run: Training, pairs: Sequence[PairLength]) -> E
         return below + (index + 1) * kept + recomputed + work + gradients_at(shape, run, index)
 
     phases = {
-        "images": image_bytes(shape, run, len(pairs)),
+        "images": image_bytes(shape, run, images),
         "loss": saved + 2 * border + logits + differentiated + head * summed,
         "output layer": saved + max(logits + head * (3 if summed else 1), gradients_at(shape, run, shape.layers)),
         "layers": max(in_layer(0), in_layer(shape.layers - 1)),

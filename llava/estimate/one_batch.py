@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dama.losses import preference_loss, reward_gap
+from dama.losses import ViewLogps
 from dama.pairs import PreferencePair
 from dama.train.family import shown_images
 from dama.train.throughput import PairLength
 from llava.conversation import get_template
 from llava.estimate.fit import memory_of_each, reserved
-from llava.estimate.lengths import lengths_of, longest_items, longest_rows
+from llava.estimate.lengths import lengths_of, longest_items, longest_rows, views_of
 from llava.estimate.machine import format_bytes
 from llava.estimate.measure import TensorPeak
 from llava.estimate.memory import estimate
@@ -103,7 +103,7 @@ def first_batch(
         pairs = longest_items(items, arguments, tokenizer, patches)[:count]
         data = DPODataset(pairs, data_args.image_folder or [], ImagePreparation(processor, model.config))
         images = torch.stack([data.pixels(image) for image in shown_images(pairs)])
-        return PairCollator(patches, args.shared_prefix)(pairs) | {"images": images}
+        return PairCollator(patches, args.shared_prefix, views_of(args))(pairs) | {"images": images}
     template, rows = get_template(str(model_args.version)), longest_rows(items, patches)[:count]
     settings = supervised_settings(arguments, model, processor)
     module = make_supervised_data_module(tokenizer, settings, template=template, rows=rows)
@@ -111,8 +111,9 @@ def first_batch(
 
 
 def first_loss(model: Any, batch: dict[str, Tensor], args: Any) -> Tensor:
-    """The DPO loss of a model that is its own reference: log 2, with the gradient of a first step."""
+    """The loss of a model that is its own reference, with the gradient of a first step: log 2 for DPO."""
     sums = model(**batch, logp_chunk=args.logp_chunk)
-    chosen, rejected = sums.logps.chunk(2)
-    R = reward_gap(chosen, rejected, chosen.detach(), rejected.detach())
-    return preference_loss(R, args.dpo_beta).mean()
+    loss = args.preference_loss()
+    policy, tokens = (values.view(len(loss.views), -1) for values in sums)
+    logps = ViewLogps(loss.views, policy, policy.detach(), tokens)
+    return loss(logps, torch.full_like(policy[0], args.dpo_beta)).mean()

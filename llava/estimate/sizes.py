@@ -196,11 +196,6 @@ class Training:
         return HALF if self.half and not self.autocast else FP32
 
     @property
-    def rows(self) -> int:
-        """Padded rows of a pair, or of a conversation."""
-        return 1 if self.logp_chunk is None else 2
-
-    @property
     def keeps_inputs(self) -> bool:
         """Whether a decoder layer's matrices are trained on what they are given, undisturbed by dropout."""
         return self.method == "full" or (self.method == "lora" and self.lora_dropout == 0)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dama.console import digest_of, digest_of_file
+from dama.console import digest_of
 from dama.errors import error_list
-from dama.images import ImageFolder, find_image_errors, resolve_image
+from dama.image_table import table_of_images
+from dama.images import ImageFolder
 from dama.stage import WHOLE, Record, Shard, open_stage, read_stage
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.generation.request import Decoding, Request, Responder
@@ -165,8 +166,8 @@ def check_requests(requests: Sequence[Request], image_folder: ImageFolder) -> di
     for request in requests:
         if request.image is not None:
             askers.setdefault(request.image, request.id)
-    outside, bad = find_image_errors(list(askers), image_folder)
-    errors += [f"question {askers[name]}: image {name}: {error}" for name, error in (outside | bad).items()]
+    table = table_of_images(list(askers), image_folder)
+    errors += [f"question {askers[name]}: image {name}: {error}" for name, error in (table.outside | table.bad).items()]
     if errors:
         raise ValueError(error_list("questions", errors, "correct the question file or the image folder"))
-    return {name: digest_of_file(resolve_image(image_folder, name)) for name in askers}
+    return {name: table.good[name].digest for name in askers}

@@ -19,13 +19,14 @@ from transformers import CLIPVisionModel
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from dama.console import log, report_error
-from dama.losses import preference_loss
+from dama.losses import ViewLogps
 from dama.train.setup import precision_of_weights
 from dama.train.throughput import PairLength
+from dama.views import View, by_image
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.estimate.configs import configs_of
 from llava.estimate.fit import check_memory
-from llava.estimate.lengths import lengths_of
+from llava.estimate.lengths import lengths_of, views_of
 from llava.estimate.machine import format_bytes
 from llava.estimate.plan import Plan
 from llava.estimate.sizes import Load, ModelShape
@@ -192,38 +193,49 @@ def freeze(llava: Any, arguments: Any) -> None:
 
 
 def random_batch(plan: Plan, pairs: Sequence[PairLength]) -> dict[str, Any]:
-    """A micro-batch of these lengths on the device, each pair with an image of its own."""
+    """A micro-batch of these lengths on the device, each group of views with an image of its own."""
     model_args, _, args = plan.arguments
     config, tower = configs_of(model_args, args.cache_dir)
     patches, dpo = (tower.image_size // tower.patch_size) ** 2, args.task == "DPO"
     generator = torch.Generator().manual_seed(0)
-    ids, labels = [], []
-    for pair in pairs:
-        row = torch.randint(3, config.vocab_size - 1, (pair.tokens - patches + 1,), generator=generator)
+    groups = [group for pair in pairs for group in pair.groups]
+
+    def row_of(prefix: int, answer: int) -> tuple[Tensor, Tensor]:
+        row = torch.randint(3, config.vocab_size - 1, (prefix + answer - patches + 1,), generator=generator)
         row[1] = IMAGE_TOKEN_INDEX
         target = row.clone()
-        target[: pair.prefix - patches + 1 if dpo else 2] = IGNORE_INDEX
-        ids.append(row)
-        labels.append(target)
-    images, lengths = [[i] for i in range(len(pairs))], [patches] * len(pairs)
+        target[: prefix - patches + 1 if dpo else 2] = IGNORE_INDEX
+        return row, target
+
+    lengths = [patches] * len(groups)
     if dpo and args.shared_prefix:
-        tails = [(pair.chosen, pair.rejected) for pair in pairs]
-        forward_plan = ForwardPlan.of_groups(ids, labels, images, lengths, tails)
+        ids, labels = zip(*(row_of(group.prefix, sum(group.answers)) for group in groups))
+        images = [[number] for number in range(len(groups))]
+        tails, owners = [group.answers for group in groups], owners_of(len(pairs), views_of(args))
+        forward_plan = ForwardPlan.of_groups(ids, labels, images, lengths, tails, owners)
     else:
-        forward_plan = ForwardPlan.of_rows(ids * (1 + dpo), labels * (1 + dpo), images * (1 + dpo), lengths)
+        rows = [(i, group.prefix, answer) for i, group in enumerate(groups) for answer in group.answers or (0,)]
+        ids, labels = zip(*(row_of(prefix, answer) for _, prefix, answer in rows))
+        forward_plan = ForwardPlan.of_rows(ids, labels, [[number] for number, _, _ in rows], lengths)
     side = tower.image_size
-    pixels = torch.randn(len(pairs), 3, side, side, generator=generator).pin_memory()
+    pixels = torch.randn(len(groups), 3, side, side, generator=generator).pin_memory()
     device = torch.device("cuda", 0)
     return {"plan": forward_plan.to(device), "images": pixels.to(device, non_blocking=True)}
 
 
+def owners_of(pairs: int, views: Sequence[View]) -> list[int]:
+    """The row of the log-probs of every answer in the order of `PackedRows`: view x pairs + pair."""
+    return [view * pairs + pair for pair in range(pairs) for group in by_image(views) for view in group]
+
+
 def forward(model: Any, batch: dict[str, Any], args: Any) -> Tensor:
-    """The loss: of pairs DPO's against a reference of zeros, of rows the model's own."""
+    """The loss: of pairs the flags' objective against a reference of zeros, of rows the model's own."""
     if args.task != "DPO":
         return model(**batch).loss
-    sums = model(**batch, logp_chunk=args.logp_chunk)
-    chosen, rejected = sums.logps.chunk(2)
-    return preference_loss(chosen - rejected, args.dpo_beta).mean()
+    sums, loss = model(**batch, logp_chunk=args.logp_chunk), args.preference_loss()
+    policy, tokens = (values.view(len(loss.views), -1) for values in sums)
+    logps = ViewLogps(loss.views, policy, torch.zeros_like(policy), tokens)
+    return loss(logps, torch.full_like(policy[0], args.dpo_beta)).mean()
 
 
 # --- What trains it --------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from llava.constants import (
 from llava.conversation import SeparatorStyle, Template, image_placeholder
 from llava.mm_utils import BREAK, count_bos, join_chunks, literal, special_spellings
 from llava.tokenization import SPACE
+from llava.train.kept_rows import kept_rows
 from llava.train.preprocess import Turn, answers, encode_turns, segments_of
 from llava.train.word_cache import WordCache, word_cache
 
@@ -55,7 +56,7 @@ def encode_answers(
     use_im_start_end: bool = False,
     answers: Sequence[str] = ("chosen", "rejected"),
 ) -> EncodedTable:
-    """Encode the answers of every pair as `encode_pair` does, pair after pair.
+    """Encode the answers of every pair as `encode_pair` does, pair after pair; of many pairs once for all processes.
 
     Args:
         answers: fields of a pair; with the two of them pair i has rows 2i (chosen) and 2i + 1 (rejected).
@@ -76,9 +77,13 @@ def encode_answers(
             for answer in answers:
                 yield [("human", question), *context, ("gpt", escaped(getattr(pair, answer)))]
 
-    return encode_conversations(
-        conversations(), tokenizer, template, has_image=True, name=lambda row: f"pair {pairs[row // len(answers)].id}"
-    )
+    def table() -> EncodedTable:
+        def name(row: int) -> str:
+            return f"pair {pairs[row // len(answers)].id}"
+
+        return encode_conversations(conversations(), tokenizer, template, has_image=True, name=name)
+
+    return kept_rows(table, pairs, tokenizer, template, answers, use_im_start_end)
 
 
 def encode_conversations(

@@ -73,6 +73,11 @@ class LlavaFamily:
         name, version = str(model_args.model_name_or_path), str(model_args.version)
         return LlavaFamily(model, tokenizer, args, base_name=name, version=version)
 
+    @property
+    def files(self) -> list[str]:
+        """Folders besides the checkpoint's that log-probs depend on."""
+        return [self.module.get_vision_tower().folder]
+
     def with_views(self, views: tuple[View, ...]) -> LlavaFamily:
         """The same model, reading other views of each pair."""
         other = copy.copy(self)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dama.errors import error_list
-from dama.images import ImageFolder, find_image_errors, missing_folders
+from dama.image_table import table_of_images
+from dama.images import ImageFolder, missing_folders
 from dama.pairs import FILE_REMEDY, PairsError, read_rows
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Template, default_conversation
@@ -155,7 +156,8 @@ def checked_rows(
     named, errors = load_rows(data_path)
     errors += [f"{name}: {error}" for name, row in named for error in row_errors(row, template)]
     shown = [(name, row["image"]) for name, row in named if "image" in row]
-    outside, bad = find_image_errors(list(dict.fromkeys(image for _, image in shown)), image_folder, progress=progress)
+    images = list(dict.fromkeys(image for _, image in shown))
+    outside, bad = table_of_images(images, image_folder, progress=progress).errors
     blocking = outside if on_bad_image == "skip" else outside | bad
     errors += [f"{name}: image {image}: {blocking[image]}" for name, image in shown if image in blocking]
     if errors:

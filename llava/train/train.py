@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dama.console import digest_of_file, end_on_interrupt, log
-from dama.train.checkpoints import resume_point
+from dama.finished import Call
+from dama.image_table import ImageTable, table_of_images
+from dama.train.checkpoints import PROVENANCE_FILE, resume_point
 from dama.train.provenance import provenance_of, step_settings
 from llava.conversation import get_template
 from llava.estimate.preflight import preflight
@@ -76,8 +78,12 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
     return run(parse_arguments(argv), attn_implementation)
 
 
-def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
-    """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
+def run(arguments: Arguments, attn_implementation: str | None = None, *, call: Call | None = None) -> Any:
+    """Trains and saves; None when --output_dir holds the finished model of the same inputs already.
+
+    Args:
+        call: gets its receipt when the model is finished.
+    """
     model_args, data_args, args = arguments
     validate_base(arguments)
     read = checked_rows(
@@ -99,9 +105,24 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> Any:
     data = make_supervised_data_module(tokenizer, settings, template=settings.template, rows=used.rows)
     trainer = LLaVATrainer(model=model, processing_class=tokenizer, args=args, provenance=provenance, **data)
     train_and_save(trainer, checkpoint)
+    images = list(dict.fromkeys(row["image"] for row in read.rows if "image" in row))
+    tower = model.get_vision_tower()
+    table = table_of_images(images, data_args.image_folder or [])
+    remember_training(call, arguments, table, [tower.folder] if tower else [])
     for name, reason in used.skipped:
         log(f"skipped {name}: {reason}")
     return trainer
+
+
+def remember_training(call: Call | None, arguments: Arguments, table: ImageTable, files: Sequence[str]) -> None:
+    """Write the receipt of a finished training, on the first rank.
+
+    Args:
+        files: folders that the call read besides those that its flags name.
+    """
+    _, data_args, args = arguments
+    if call is not None and args.process_index == 0:
+        call.remember([Path(args.output_dir) / PROVENANCE_FILE], table, data_args.image_folder or [], files)
 
 
 def train_and_save(trainer: Any, checkpoint: Path | None) -> None:

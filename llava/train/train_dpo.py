@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from dama.console import end_on_interrupt, log
+from dama.finished import Call
 from dama.hardness.sources import HardnessSource
 from dama.train.checkpoints import resume_point
 from dama.train.data import (
     ImageChoice,
     PreferenceData,
-    data_fingerprint,
+    checked_pairs_of,
     hardness_of_pairs,
     join_pairs,
-    read_checked_pairs,
 )
 from dama.train.provenance import provenance_of
 from dama.train.reference import BASE_AS_REFERENCE, reference_of_pairs
@@ -36,7 +36,7 @@ from llava.train.dpo_data import DataCollatorForDPODataset, DPODataset
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
 from llava.train.family import LlavaFamily
 from llava.train.setup_model import setup_model
-from llava.train.train import train_and_save
+from llava.train.train import remember_training, train_and_save
 
 __all__ = [
     "DPODataset", "DataArguments", "DataCollatorForDPODataset", "LLaVA15DPOTrainer", "ModelArguments",
@@ -49,16 +49,22 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
     return run(parse_arguments(argv, task="DPO"), attn_implementation)
 
 
-def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15DPOTrainer | None:
-    """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
+def run(
+    arguments: Arguments, attn_implementation: str | None = None, *, call: Call | None = None
+) -> LLaVA15DPOTrainer | None:
+    """Trains and saves; None when --output_dir holds the finished model of the same inputs already.
+
+    Args:
+        call: gets its receipt when the model is finished.
+    """
     _, data_args, args = arguments
     validate_base(arguments)
     checkpoint = resume_point(args)
     # What can be wrong with the data is found before the model is loaded.
-    pairs, skipped = read_checked_pairs(data_args)
+    checked = checked_pairs_of(data_args)
+    pairs, skipped, fingerprint = checked.pairs, checked.skipped, checked.fingerprint
     ImageChoice.of(pairs, args.views(), args)
     preflight(arguments, pairs)
-    fingerprint = data_fingerprint(pairs, data_args)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, needs_clip(args))
     model, tokenizer, _ = setup_model(arguments, attn_implementation)
     family = LlavaFamily.of(arguments, model, tokenizer)
@@ -68,6 +74,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
     made_from = data.provenance | {"delta_bar": data.delta_bar, "pairs": len(data.train), "skipped": len(skipped)}
     provenance = provenance_of(arguments, data=made_from)
     if is_finished(args.output_dir, provenance, checkpoint):
+        remember_training(call, arguments, checked.table, family.files)
         return None
     announce(arguments, data, len(skipped))
     trainer = LLaVA15DPOTrainer(
@@ -82,6 +89,7 @@ def run(arguments: Arguments, attn_implementation: str | None = None) -> LLaVA15
         provenance=provenance,
     )
     train_and_save(trainer, checkpoint)
+    remember_training(call, arguments, checked.table, family.files)
     for skip in skipped:
         log(f"skipped {skip.id}: {skip.reason}")
     return trainer

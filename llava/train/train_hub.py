@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from dama.console import log
+from dama.finished import Call
 from dama.models.setup import setup_family
 from dama.models.trainer import HubTrainer
 from dama.train.checkpoints import resume_point
-from dama.train.data import ImageChoice, data_fingerprint, hardness_of_pairs, join_pairs, read_checked_pairs
+from dama.train.data import ImageChoice, checked_pairs_of, hardness_of_pairs, join_pairs
 from dama.train.provenance import is_finished, provenance_of
 from dama.train.reference import BASE_AS_REFERENCE, reference_of_pairs
 from llava.estimate.preflight import preflight
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
+from llava.train.train import remember_training
 from llava.train.train_dpo import announce, needs_clip
 
 # Flags of LLaVA-1.5's own parts, which other models do not have.
@@ -37,15 +39,19 @@ def validate_flags(arguments: Arguments) -> None:
         )
 
 
-def run(arguments: Arguments) -> HubTrainer | None:
-    """Trains and saves; None when --output_dir holds the finished model of the same inputs already."""
+def run(arguments: Arguments, *, call: Call | None = None) -> HubTrainer | None:
+    """Trains and saves; None when --output_dir holds the finished model of the same inputs already.
+
+    Args:
+        call: gets its receipt when the model is finished.
+    """
     _, data_args, args = arguments
     validate_flags(arguments)
     checkpoint = resume_point(args)
-    pairs, skipped = read_checked_pairs(data_args)
-    ImageChoice.of(pairs, args.preference_loss().views, args)
+    checked = checked_pairs_of(data_args)
+    pairs, skipped, fingerprint = checked.pairs, checked.skipped, checked.fingerprint
+    ImageChoice.of(pairs, args.views(), args)
     preflight(arguments, pairs)
-    fingerprint = data_fingerprint(pairs, data_args)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, needs_clip(args))
     family = setup_family(arguments)
     reference = reference_of_pairs(pairs, data_args, args, fingerprint, family)
@@ -56,6 +62,7 @@ def run(arguments: Arguments) -> HubTrainer | None:
     provenance = provenance_of(arguments, data=made_from)
     groups = (ModelArguments, DataArguments, TrainingArguments)
     if is_finished(args.output_dir, provenance, checkpoint, groups=groups):
+        remember_training(call, arguments, checked.table, family.files)
         return None
     announce(arguments, data, len(skipped))
     trainer = HubTrainer(
@@ -74,6 +81,7 @@ def run(arguments: Arguments) -> HubTrainer | None:
     trainer.save_state()
     family.model.config.use_cache = True
     trainer.save_model(args.output_dir)
+    remember_training(call, arguments, checked.table, family.files)
     for skip in skipped:
         log(f"skipped {skip.id}: {skip.reason}")
     return trainer

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from dama.console import end_on_interrupt, report_error
+from dama.finished import NOT_PATHS, Call
+from dama.train.checkpoints import log_finished
 from llava.supported import is_hub_model, validate_supported_model
 from llava.train.flag_names import check_flags_early
 
@@ -30,6 +32,10 @@ def run(argv: Sequence[str]) -> None:
     model, is_preference = value_of(argv, "model_name_or_path"), value_of(argv, "task") == "DPO"
     if not (is_preference and is_hub_model(model, "--model_name_or_path")):
         validate_supported_model(model, "--model_name_or_path")
+    call = training_call(argv)
+    if call is not None and call.is_finished():
+        log_finished(str(value_of(argv, "output_dir")))
+        return
     import transformers
 
     from llava.train import train as sft
@@ -40,11 +46,11 @@ def run(argv: Sequence[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     arguments = parse_arguments(argv)
     if arguments[2].task != "DPO":
-        sft.run(arguments)
+        sft.run(arguments, call=call)
     elif is_hub_model(arguments[0].model_name_or_path):
-        train_hub.run(arguments)
+        train_hub.run(arguments, call=call)
     else:
-        train_dpo.run(arguments)
+        train_dpo.run(arguments, call=call)
 
 
 def refuse_missing_gpus(argv: Sequence[str]) -> None:
@@ -64,6 +70,27 @@ def refuse_missing_gpus(argv: Sequence[str]) -> None:
             f"GPUs: {ranks} ranks need {ranks}, found {found} that torch can use; {fewer}train on CPUs with "
             "DS_ACCELERATOR=cpu in front of the command and --use_cpu True behind it"
         )
+
+
+def training_call(argv: Sequence[str]) -> Call | None:
+    """This call, by which its finished model is found again; None without an output folder."""
+    out, words = value_of(argv, "output_dir"), [word for word in argv if not word.startswith("--local_rank")]
+    if not out:
+        return None
+    return Call.begin("training", words, values_without(words, ("image_folder", "output_dir", *NOT_PATHS)), out)
+
+
+def values_without(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The values of all flags but these."""
+    found, taking = [], True
+    for word in argv:
+        if word.startswith("--"):
+            flag, has_value, value = word.partition("=")
+            taking = flag.replace("-", "_").removeprefix("__") not in names
+            found += [value] * bool(taking and has_value)
+        elif taking:
+            found.append(word)
+    return found
 
 
 def value_of(argv: Sequence[str], name: str) -> str | None:

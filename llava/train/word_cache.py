@@ -17,6 +17,7 @@ from llava.tokenization import SPACE, LlamaTokenizer
 
 WORD = re.compile(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+")
 MAX_WORDS = 1 << 18
+MAX_BEGINNINGS = 1 << 10  # system prompts, and the questions that answers share
 
 
 class _Words(dict[str, list[int]]):
@@ -44,10 +45,16 @@ class WordCache:
     def __init__(self, model: models.Model, added: frozenset[str], end: str, bos_id: int, end_id: int) -> None:
         self.added, self.end, self.bos_id, self.end_id = added, end, bos_id, end_id
         self.words = _Words(model)
+        self.beginnings: dict[str, list[int]] = {}
 
     def ids_of(self, text: str) -> list[int]:
-        """Ids of the beginning of a text, before which the tokenizer puts a space."""
-        return self._ids(SPACE + text) if text else []
+        """Ids of the beginning of a text, before which the tokenizer puts a space; those of the last texts are kept."""
+        ids = self.beginnings.get(text)
+        if ids is None:
+            if len(self.beginnings) >= MAX_BEGINNINGS:
+                self.beginnings.clear()
+            ids = self.beginnings[text] = self._ids(SPACE + text) if text else []
+        return ids
 
     def ids_within(self, text: str) -> list[int]:
         """Ids of a text that follows another one and begins with a space."""

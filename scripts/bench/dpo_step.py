@@ -22,7 +22,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -375,7 +375,8 @@ def main() -> None:
 
 
 def describe(args: argparse.Namespace, settings: Settings) -> str:
-    prefix, chosen, rejected = astuple(settings.shape.pair)
+    pair = settings.shape.pair
+    prefix, chosen, rejected = pair.prefix, pair.chosen, pair.rejected
     device = torch.cuda.get_device_name() if settings.device.type == "cuda" else f"{args.threads} CPU thread(s)"
     return (
         f"shape {args.shape}: {args.pairs} pairs, prefix {prefix} ({settings.shape.patches} of them the picture's), "

@@ -33,7 +33,7 @@ from playground.tinycoco.scenes import draw, sample_scene
 
 TIE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, which are of order 1 to 10
 # An image of 64 patches, as TinyCOCO's, before a language model whose weights no cache holds: 116 MB a token.
-WIDE = Shape(4, 512, 8, 1376, 32000, 2, 64, 4, 112, 14, PairLength(0, 0, 0))
+WIDE = Shape(4, 512, 8, 1376, 32000, 2, 64, 4, 112, 14, PairLength.of(0, 0, 0))
 
 
 @dataclass(frozen=True)

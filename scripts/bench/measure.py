@@ -19,6 +19,7 @@ from dama.pairs import PreferencePair
 from dama.train.data import ImageChoice
 from dama.train.family import PreparedPair
 from dama.train.throughput import PairLength
+from dama.views import PAIR_VIEWS, View
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.train.preprocess import EncodedTurns
 
@@ -48,9 +49,9 @@ class Shape:
 
 
 SHAPES = {
-    "cpu": Shape(4, 512, 8, 1376, 32000, 2, 64, 4, 336, 14, PairLength(636, 120, 110)),
-    "7b": Shape(32, 4096, 32, 11008, 32000, 24, 1024, 16, 336, 14, PairLength(636, 120, 110)),
-    "tiny": Shape(2, 64, 4, 128, 960, 2, 32, 2, 56, 14, PairLength(40, 12, 9)),
+    "cpu": Shape(4, 512, 8, 1376, 32000, 2, 64, 4, 336, 14, PairLength.of(636, 120, 110)),
+    "7b": Shape(32, 4096, 32, 11008, 32000, 24, 1024, 16, 336, 14, PairLength.of(636, 120, 110)),
+    "tiny": Shape(2, 64, 4, 128, 960, 2, 32, 2, 56, 14, PairLength.of(40, 12, 9)),
 }
 
 
@@ -128,13 +129,18 @@ def write_tokenizer(folder: Path, size: int) -> None:
         shutil.copy(TOKENIZER / name, folder)
 
 
-def random_pairs(shape: Shape, count: int) -> list[PreparedPair]:
+def random_pairs(shape: Shape, count: int, views: Sequence[View] = PAIR_VIEWS) -> list[PreparedPair]:
     """Pairs of the shape's lengths, each with an image of its own: image first, then text of random tokens.
+
+    A second answer is as long as the chosen one, a corrupted image is blank.
 
     Their reference log-probs are those of a model that holds all tokens equally likely, as a random one nearly does.
     """
     generator = torch.Generator().manual_seed(1)
     per_token = -torch.tensor(float(shape.vocabulary)).log().item()
+
+    lengths = {"chosen": shape.pair.chosen, "rejected": shape.pair.rejected, "second": shape.pair.chosen}
+    used = {view.answer for view in views}
 
     def tokens(length: int) -> Tensor:
         return torch.randint(SPECIAL_TOKENS, shape.vocabulary, (length,), generator=generator)
@@ -145,13 +151,13 @@ def random_pairs(shape: Shape, count: int) -> list[PreparedPair]:
 
     def pair(number: int) -> PreparedPair:
         prefix = torch.cat([torch.tensor([1, IMAGE_TOKEN_INDEX]), tokens(shape.pair.prefix - shape.patches - 1)])
-        chosen, rejected = (answer(prefix, length) for length in (shape.pair.chosen, shape.pair.rejected))
+        answers = {name: answer(prefix, length) for name, length in lengths.items() if name in used}
         names = PreferencePair(str(number), f"{number}.png", "", "", "")
         return PreparedPair(
             names,
-            (chosen, rejected),
-            ImageChoice().images(names),
-            (per_token * shape.pair.chosen, per_token * shape.pair.rejected),
+            tuple(answers[view.answer] for view in views),
+            ImageChoice(tuple(views), "blank").images(names),
+            tuple(per_token * lengths[view.answer] for view in views),
         )
 
     return [pair(number) for number in range(count)]

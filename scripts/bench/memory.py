@@ -34,6 +34,8 @@ CHECKPOINTING = ["--gradient_checkpointing", "True"]
 PLAIN = ["--shared_prefix", "False"]
 LORA = ["--lora_enable", "True", "--lora_r", "16"]
 PROJECTOR = ["--tune_mm_mlp_adapter", "True"]
+MDPO = ["--loss", "mdpo", "--corruption", "blank"]
+SYMMPO = ["--loss", "symmpo", "--corruption", "blank"]
 BF16 = ["--bf16", "True"]
 
 
@@ -62,6 +64,11 @@ CASES = {
     "LoRA, checkpointing, 4 pairs": Case([*LORA, *CHECKPOINTING], 4),
     "LoRA, no dropout, padded rows": Case([*LORA, *PLAIN, "--lora_dropout", "0"]),
     "LoRA, bf16": Case([*LORA, *BF16]),
+    "full, mdpo": Case(MDPO),
+    "full, mdpo, checkpointing": Case([*MDPO, *CHECKPOINTING]),
+    "full, mdpo, padded rows": Case([*MDPO, *PLAIN]),
+    "full, symmpo": Case(SYMMPO),
+    "LoRA, symmpo": Case([*LORA, *SYMMPO]),
     "projector": Case(PROJECTOR),
     "projector, checkpointing": Case([*PROJECTOR, *CHECKPOINTING]),
     "ZeRO-2, full": Case([], zero=2),
@@ -74,7 +81,7 @@ CASES = {
 
 def shape_of(name: str, case: Case) -> Shape:
     shape = SHAPES[name]
-    return replace(shape, pair=PairLength(shape.pair.prefix, 480, 440)) if case.long_answers else shape
+    return replace(shape, pair=PairLength.of(shape.pair.prefix, 480, 440)) if case.long_answers else shape
 
 
 # --- One case, in processes of its own --------------------------------------------------------------------------------
@@ -97,6 +104,7 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
     """Bytes that this rank needed and the estimate, by phase."""
     from transformers import CLIPVisionConfig
 
+    from llava.estimate.lengths import length_of, views_of
     from llava.estimate.measure import TensorPeak
     from llava.estimate.memory import estimate_step
     from llava.estimate.sizes import ModelShape
@@ -109,7 +117,9 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
 
     arguments = parse_arguments(flags_of(case, folder))
     model, tokenizer, processor = setup_model(arguments)
-    pairs = DPODataset(random_pairs(shape, PAIRS), folder, ImagePreparation(processor, model.config))
+    views = views_of(arguments[2])
+    items = random_pairs(shape, PAIRS, views)
+    pairs = DPODataset(items, folder, ImagePreparation(processor, model.config))
     trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=pairs)
     with TensorPeak(arguments[2].device, [*model.parameters(), *model.buffers()]) as needed:
         trainer.train()
@@ -118,8 +128,8 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
         CLIPVisionConfig.from_pretrained(folder / "checkpoint/vision_tower"),
     )
     estimated = estimate_step(
-        arguments, sizes, [shape.pair], arguments[2].world_size, torch.cuda.is_available(),
-        (case.micro_batch, case.accumulation),
+        arguments, sizes, [length_of(items[0], shape.patches, views)], arguments[2].world_size,
+        torch.cuda.is_available(), (case.micro_batch, case.accumulation),
     )  # fmt: skip
     return {"measured": needed.peak, "estimated": estimated.peak, "phases": estimated.phases}
 

@@ -78,11 +78,14 @@ def cases(shape: Shape, pairs: int) -> list[Case]:
         return max(1, round(factor * length))
 
     def answers(factor: float) -> PairLength:
-        return replace(base, chosen=times(factor, base.chosen), rejected=times(factor, base.rejected))
+        return PairLength.of(base.prefix, times(factor, base.chosen), times(factor, base.rejected))
+
+    def prefix(factor: float) -> PairLength:
+        return PairLength.of(times(factor, base.prefix), base.chosen, base.rejected)
 
     varied = [Case("pairs", times(factor, pairs), base) for factor in PAIRS]
     varied += [Case("answers", pairs, answers(factor)) for factor in ANSWERS]
-    return varied + [Case("prefix", pairs, replace(base, prefix=times(factor, base.prefix))) for factor in PREFIX]
+    return varied + [Case("prefix", pairs, prefix(factor)) for factor in PREFIX]
 
 
 def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_prefix: bool) -> Callable[[], None]:

@@ -46,8 +46,7 @@ COMMANDS = [
 ]  # fmt: skip
 # Functions of the training command whose own seconds are measured, without those of the others that they call.
 SPANS = {
-    "reading, checking": ("dama.train.data", "read_checked_pairs"),
-    "image digests": ("dama.train.data", "data_fingerprint"),
+    "reading, checking": ("dama.train.data", "checked_pairs_of"),
     "tokenization": ("dama.train.data", "encode_pairs"),
     "joining": ("dama.train.data", "join_pairs"),
 }
@@ -123,18 +122,20 @@ def measure(folder: Path, count: int, repeats: int) -> None:
     log(f"\n{count} pairs\n  functions, seconds")
     for name in functions[0]:
         log(f"    {name:<28} {statistics.median(run[name] for run in functions):8.2f}")
-    starts = [command_seconds(folder, f"out{i}") for i in range(repeats)]
-    idle = [command_seconds(folder, f"out{i}") for i in range(repeats)]
-    log("  training command, seconds")
-    for name in sorted({name for run in starts for name in run}):
-        values = [run[name] for run in starts if name in run]
-        log(f"    {name:<28} {statistics.median(values):8.2f}")
-    log(f"    {'called again, finished':<28} {statistics.median(run['whole run'] for run in idle):8.2f}")
+    cold = [command_seconds(folder, f"cold{i}", folder / f"cache{i}") for i in range(repeats)]
+    starts = [command_seconds(folder, f"out{i}", folder / f"cache{i}") for i in range(repeats)]
+    idle = [idle_seconds(folder / f"out{i}", folder / f"cache{i}") for i in range(repeats)]
+    for title, runs in (("without a cache", cold), ("later", starts)):
+        log(f"  training command, {title}, seconds")
+        for name in sorted({name for run in runs for name in run}):
+            log(f"    {name:<28} {statistics.median(run[name] for run in runs if name in run):8.2f}")
+    log(f"  {'called again, finished':<30} {statistics.median(idle):8.2f}")
 
 
 def child(*words: str | Path) -> str:
     line = [sys.executable, __file__, *map(str, words)]
-    done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=environment())
+    settings = environment() | {"DAMA_CACHE_HOME": str(Path(words[-1]) / "functions")}
+    done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=settings)
     return done.stdout.splitlines()[-1]
 
 
@@ -146,8 +147,9 @@ def seconds_of_functions(folder: Path) -> dict[str, float]:
     """Each step of preparing data by itself, in this process, and the megabytes that they leave behind."""
     import psutil
 
-    from dama.image_table import TABLE_FILE, table_of_images
-    from dama.pairs import check_pairs, distinct_images, read_pairs
+    from dama.checked_pairs import check_pair_file, read_pair_file
+    from dama.image_table import table_of_images
+    from dama.pairs import distinct_images
     from llava.conversation import get_template
     from llava.tokenization import load_tokenizer
     from llava.train.batch_encoding import encode_answers
@@ -162,23 +164,28 @@ def seconds_of_functions(folder: Path) -> dict[str, float]:
 
     tokenizer, images = load_tokenizer(CHECKPOINT), folder / "images"
     before = psutil.Process().memory_info().rss
-    pairs = timed("reading", lambda: read_pairs(folder / "pairs.jsonl"))
-    names, table_file = distinct_images(pairs), folder / f"{time.time_ns()}.{TABLE_FILE}"
-    table = timed("images, opened", lambda: table_of_images(names, images, table_file))
-    timed("images, unchanged", lambda: table_of_images(names, images, table_file))
-    timed("checking", lambda: check_pairs(pairs, images, images=table.errors))
-    encoded = timed("tokenization", lambda: encode_answers(pairs, tokenizer, get_template("v1")))
+    timed("reading, parsing", lambda: read_pair_file(folder / "pairs.jsonl"))
+    file = timed("reading, cached", lambda: read_pair_file(folder / "pairs.jsonl"))
+    names = distinct_images(file.pairs)
+    timed("images, opened", lambda: table_of_images(names, images))
+    timed("images, unchanged", lambda: table_of_images(names, images))
+    checked = timed("checking", lambda: check_pair_file(file, images))
+    timed("digests", lambda: checked.fingerprint)
+    timed("tokenization", lambda: encode_answers(file.pairs, tokenizer, get_template("v1")))
+    encoded = timed("tokens, cached", lambda: encode_answers(file.pairs, tokenizer, get_template("v1")))
     seconds["(tokens, millions)"] = len(encoded.ids) / 1e6
     seconds["(memory, MB)"] = (psutil.Process().memory_info().rss - before) / MB
     return seconds
 
 
-def command_seconds(folder: Path, out: str) -> dict[str, float]:
-    """Of one training of one step: until the first step, the whole run, the spans, and peak memory in MB."""
+def command_seconds(folder: Path, out: str, cache: Path) -> dict[str, float]:
+    """Of one training of one step with this cache: to the first step, the whole run, spans, and peak memory in MB."""
     start = time.perf_counter()
     seconds: dict[str, float] = {}
     line = [sys.executable, __file__, "--command", str(folder / out)]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+    settings = environment() | {"DAMA_CACHE_HOME": str(cache)}
+    (folder / f"{out}.spans.json").unlink(missing_ok=True)
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=settings) as process:
         assert process.stdout is not None
         for text in process.stdout:
             if FIRST_STEP.search(text):
@@ -188,6 +195,7 @@ def command_seconds(folder: Path, out: str) -> dict[str, float]:
     if process.returncode:
         sys.exit(f"the training ended with status {process.returncode}")
     seconds["whole run"] = time.perf_counter() - start
+    seconds["(processor)"] = usage.ru_utime + usage.ru_stime
     seconds["(peak memory, MB)"] = usage.ru_maxrss * 1024 / MB
     return seconds | json.loads((folder / f"{out}.spans.json").read_text())
 
@@ -219,16 +227,30 @@ def run_command(out: Path) -> int:
         setattr(place, function, watch(name, getattr(place, function)))
     from llava.train.train_mem import main as train
 
+    os.chdir(CHECKPOINT)  # whose config names its vision tower by a relative path
+    status = train(flags_of(out))
+    write_atomic(out.with_name(f"{out.name}.spans.json"), json.dumps(spans))
+    return status
+
+
+def flags_of(out: Path) -> list[str]:
+    """Of a training of one step into `out`."""
     folder = out.parent
     flags = {
         "task": "DPO", "model_name_or_path": CHECKPOINT, "data_path": folder / "pairs.jsonl",
         "image_folder": folder / "images", "output_dir": out, "use_cpu": True, "max_steps": 1, "logging_steps": 1,
         "per_device_train_batch_size": 16, "save_strategy": "no", "report_to": "none", "check_reference": False,
     }  # fmt: skip
-    os.chdir(CHECKPOINT)  # whose config names its vision tower by a relative path
-    status = train([word for name, value in flags.items() for word in (f"--{name}", str(value))])
-    write_atomic(out.with_name(f"{out.name}.spans.json"), json.dumps(spans))
-    return status
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def idle_seconds(out: Path, cache: Path) -> float:
+    """Of the training command, whose work is done."""
+    start = time.perf_counter()
+    line = [sys.executable, str(ROOT / "llava/train/train_mem.py"), *flags_of(out)]
+    settings = environment() | {"DAMA_CACHE_HOME": str(cache)}
+    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, cwd=CHECKPOINT, env=settings)
+    return time.perf_counter() - start
 
 
 def help_seconds(command: str) -> float:

@@ -16,6 +16,7 @@ from dpo_step import Settings, batch_of, plain_step, trl_step
 from measure import PeakMemory, Shape, time_of, write_checkpoint
 from torch.profiler import ProfilerActivity, profile
 
+from dama.train.throughput import PairLength
 from llava.estimate.plan import Plan
 from llava.rehearsal import training
 from llava.rehearsal.launch import is_rehearsed
@@ -101,7 +102,7 @@ def steps_of_other_lengths(plan: Plan, trainer: WithoutOptimizer) -> list[float]
     found = []
     for step in range(OTHER_LENGTHS):
         lengths = [
-            replace(shape_of().pair, chosen=60 + 17 * step + 11 * k, rejected=190 - 13 * step + 7 * k)
+            PairLength.of(shape_of().pair.prefix, 60 + 17 * step + 11 * k, 190 - 13 * step + 7 * k)
             for k in range(MICRO_BATCH)
         ]
         batch = training.random_batch(plan, lengths)

@@ -39,7 +39,7 @@ class TinyModel(nn.Module):
 class TinyFamily:
     """Two rows per pair, padded; images are their mean colors."""
 
-    encodes_ahead, max_tokens = False, 64
+    encodes_ahead, max_tokens, files = False, 64, ()
 
     def __init__(self, loss="dpo"):
         self.module, self.views = TinyModel(), Loss.parse([loss]).views

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dama.console import digest_of
-from dama.image_table import TABLE_FILE, ImageTable, check_images, read_table, table_of_images
+from dama.image_table import ImageTable, check_images, kept_table, read_table
 from dama.images import find_image_errors
 from dama.pairs import PreferencePair, check_pairs, image_digests
 
@@ -68,9 +68,9 @@ def test_pairs_are_checked_by_the_table(images: Path) -> None:
 
 
 def test_an_unchanged_image_is_not_opened_again(images: Path, tmp_path: Path) -> None:
-    path = tmp_path / "out" / TABLE_FILE
-    first = table_of_images(NAMES, images, path)
-    again = table_of_images(NAMES, images, path)
+    path = tmp_path / "table.json"
+    first = kept_table(NAMES, images, path)
+    again = kept_table(NAMES, images, path)
     assert again == ImageTable(first.good, first.bad, first.outside, again.finished_ns)
     assert (first.opened, again.opened) == (7, 2)  # what cannot be used is looked at each time
 
@@ -78,11 +78,11 @@ def test_an_unchanged_image_is_not_opened_again(images: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("change", ["content", "time", "replaced", "just now"])
 def test_a_changed_image_is_opened_again(images: Path, tmp_path: Path, change: str) -> None:
     """Also one with the same size and time under another inode, or whose time is too near to that of the check."""
-    target, path = images / "1.png", tmp_path / TABLE_FILE
+    target, path = images / "1.png", tmp_path / "table.json"
     status = target.stat()
     if change == "just now":
         os.utime(target)
-    first = table_of_images(GOOD, images, path)
+    first = kept_table(GOOD, images, path)
     if change == "content":
         Image.new("RGB", (9, 9), (200, 1, 1)).save(target)
     elif change == "time":
@@ -91,32 +91,32 @@ def test_a_changed_image_is_opened_again(images: Path, tmp_path: Path, change: s
         Image.new("RGB", (8, 8), (99, 0, 0)).save(images / "new.png")
         os.utime(images / "new.png", ns=(status.st_mtime_ns, status.st_mtime_ns))
         os.replace(images / "new.png", target)
-    again = table_of_images(GOOD, images, path)
+    again = kept_table(GOOD, images, path)
     assert again.opened == 1
     assert again.digests_of(pairs_of(GOOD)) == image_digests(pairs_of(GOOD), images)
     assert (again.good["1.png"].digest != first.good["1.png"].digest) is (change in ("content", "replaced"))
 
 
 def test_another_folder_or_a_torn_file_starts_anew(images: Path, tmp_path: Path) -> None:
-    path = tmp_path / TABLE_FILE
-    table_of_images(GOOD, images, path)
+    path = tmp_path / "table.json"
+    kept_table(GOOD, images, path)
     assert read_table(path, images / "sub") is None and read_table(tmp_path / "none", images) is None
     for content in ("", "[]", '{"version": 1}', json.dumps({"version": 2, "folders": [str(images)]})):
         path.write_text(content)
         assert read_table(path, images) is None
-        assert table_of_images(GOOD, images, path).opened == len(GOOD)
+        assert kept_table(GOOD, images, path).opened == len(GOOD)
 
 
 def make_table(arguments: tuple[Path, Path, float]) -> tuple[int, dict[str, str], int]:
     """In a process of its own, all of which begin at one time."""
     images, path, begin = arguments
     time.sleep(max(0.0, begin - time.time()))
-    table = table_of_images(NAMES, images, path)
+    table = kept_table(NAMES, images, path)
     return table.opened, table.digests_of(pairs_of(GOOD)), os.getpid()
 
 
 def test_of_processes_that_start_together_one_opens_the_images(images: Path, tmp_path: Path) -> None:
-    path = tmp_path / TABLE_FILE
+    path = tmp_path / "table.json"
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
         begin = time.time() + 3
         results = list(pool.map(make_table, [(images, path, begin)] * 4, chunksize=1))

@@ -158,12 +158,12 @@ def test_lengths_without_a_tokenizer_or_data(in_golden, tmp_path):
     arguments = parse_arguments(flags(tmp_path))
     pairs = read_pairs("dama/rlaifv_records.json")
     longest = max(lengths_of(arguments, pairs, 16)[0], key=lambda pair: pair.tokens)
-    assert longest == PairLength(62, 25, 13)
+    assert longest == PairLength.of(62, 25, 13)
     nowhere = copy.deepcopy(arguments)
     nowhere[0].model_name_or_path = str(tmp_path)
     sizes, known = lengths_of(nowhere, pairs, 16)
-    assert known == "a token for 3 characters" and sizes[0] == PairLength(16 + 64 + 23 // 3, 47 // 3, 48 // 3)
-    assert lengths_of(nowhere, [], 16) == ([PairLength(80, 1968, 1968)], "--model_max_length")
+    assert known == "a token for 3 characters" and sizes[0] == PairLength.of(16 + 64 + 23 // 3, 47 // 3, 48 // 3)
+    assert lengths_of(nowhere, [], 16) == ([PairLength.of(80, 1968, 1968)], "--model_max_length")
 
 
 # --- The micro-batch that fits ---------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_lengths_without_a_tokenizer_or_data(in_golden, tmp_path):
 def test_the_largest_micro_batch_that_fits(in_golden, tmp_path):
     """8 pairs a step as 8, 4, 2 or 1 at a time; the memory between two estimates decides."""
     arguments = parse_arguments(flags(tmp_path, "--strategy", "none", "--gradient_accumulation_steps", "2"))
-    lengths = [PairLength(500, 200, 200)]
+    lengths = [PairLength.of(500, 200, 200)]
     peaks = {
         layout: estimate_step(arguments, SHAPE, lengths, 1, False, layout).peak
         for layout in ((8, 1), (4, 2), (2, 4), (1, 8))

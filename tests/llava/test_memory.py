@@ -2,14 +2,17 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig
 
+from dama.shared_prefix import PackedGroup
+from dama.train.data import PairValues, join_pairs, read_checked_pairs
 from dama.train.throughput import PairLength
-from llava.estimate.lengths import length_of
+from llava.estimate.lengths import length_of, views_of
 from llava.estimate.measure import TensorPeak
 from llava.estimate.memory import (
     attention_bytes,
@@ -31,6 +34,8 @@ from llava.model.attention import SHARED_PREFIX, no_mask
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.arguments import parse_arguments
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
+from llava.train.family import LlavaFamily
+from llava.train.setup_model import setup_model
 from tests.llava.tiny import flags, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +44,8 @@ SHAPE = ModelShape(
     parameters=LayerSizes(40, 20, 150, 44),
     matrix=40, tower_parameters=100, tower_layers=3, tower_width=2, tower_intermediate=5, patches=6, pixels=12,
 )  # fmt: skip
-PAIR = PairLength(10, 3, 2)
+PAIR = PairLength.of(10, 3, 2)
+ROW = PairLength.of(13)  # of fine-tuning
 FULL = Training("full")
 
 
@@ -83,13 +89,33 @@ def test_gradients():
 
 
 def test_positions_and_attention():
-    """10 + 3 + 2 = 15 positions packed; padded, two rows of 13. Packed, in fp32: queries and output 2 x 15 x 4, keys
-    and values 2 x 2 x (13 + 12), sums 15 x 2, a mask 2 x 12, and outputs joined 15 x 4, of 4 bytes each."""
+    """10 + 3 + 2 = 15 positions packed; padded, two rows of 13, in fine-tuning one. Packed, in fp32: queries and output
+    2 x 15 x 4, keys and values 2 x 2 x (13 + 12), sums 15 x 2, a mask 2 x 12, and outputs joined 15 x 4, of 4 bytes
+    each."""
     padded = Training("full", shared_prefix=False)
     tuning = Training("full", shared_prefix=False, logp_chunk=None)
-    assert [tokens_of(run, [PAIR]) for run in (FULL, padded, tuning)] == [15, 26, 13]
+    assert [tokens_of(run, [PAIR]) for run in (FULL, padded)] == [15, 26] and tokens_of(tuning, [ROW]) == 13
     assert attention_bytes(SHAPE, FULL, [PAIR]) == 4 * (120 + 100 + 30 + 24 + 60)
     assert attention_bytes(SHAPE, Training("full", varlen=True, half=True), [PAIR]) == 2 * (120 + 100) + 4 * 30
+
+
+MDPO = PairLength((PackedGroup(10, (3, 2)), PackedGroup(10, (3,))))
+SYMMPO = PairLength((PackedGroup(10, (3, 2, 4)), PackedGroup(10, (3, 4))))
+
+
+def test_views_on_two_images():
+    """mDPO reads the chosen answer once more, with another image: 15 + 13 tokens packed, 3 rows of 13 padded, keys and
+    values for 2 x 2 x (13 + 12 + 13), a mask of 2 x 12 for the rejected answer alone. SymMPO: 19 + 17 tokens, 5 rows
+    of 14, masks for the rejected answer and twice for the second: 2 x 12 and 2 x 4 x 14."""
+    padded = Training("full", shared_prefix=False)
+    assert [tokens_of(run, [MDPO]) for run in (FULL, padded)] == [28, 39]
+    assert [tokens_of(run, [SYMMPO]) for run in (FULL, padded)] == [36, 70]
+    assert attention_bytes(SHAPE, FULL, [MDPO]) == 4 * (28 * 8 + 2 * 2 * 38 + 28 * 2 + 24 + 28 * 4)
+    masks = 2 * 12 + 2 * 4 * 14
+    assert attention_bytes(SHAPE, FULL, [SYMMPO]) == 4 * (36 * 8 + 2 * 2 * (36 + 30) + 36 * 2 + masks + 36 * 4)
+    assert logit_bytes(SHAPE, FULL, [MDPO]) == (320, 320)  # 3 + 2 + 3 tokens
+    one, two = (estimate(SHAPE, FULL, [pair]).phases["images"] for pair in (PAIR, MDPO))
+    assert two - one == image_bytes(SHAPE, FULL, 1)
 
 
 def test_logits_are_bounded_by_the_chunk():
@@ -98,7 +124,7 @@ def test_logits_are_bounded_by_the_chunk():
     assert logit_bytes(SHAPE, FULL, [PAIR]) == (200, 200)
     assert logit_bytes(SHAPE, Training("full", logp_chunk=2), [PAIR]) == (80, 80)
     assert logit_bytes(SHAPE, deepspeed(2), [PAIR]) == (100, 400)
-    assert logit_bytes(SHAPE, Training("full", shared_prefix=False, logp_chunk=None), [PAIR]) == (520, 1040)
+    assert logit_bytes(SHAPE, Training("full", shared_prefix=False, logp_chunk=None), [ROW]) == (520, 1040)
 
 
 def test_pictures():
@@ -126,7 +152,7 @@ def test_pairs_of_a_backward_pass(in_golden, tmp_path, layout, more, load):
 
 def test_checkpointing_and_selection_lower_the_peak():
     checkpointed = Training("full", checkpointing=True)
-    long = [PairLength(1000, 300, 200)]
+    long = [PairLength.of(1000, 300, 200)]
     assert estimate(SHAPE, checkpointed, long).activations < estimate(SHAPE, FULL, long).activations / 2
     assert estimate(SHAPE, FULL, long * 2).peak > estimate(SHAPE, FULL, long).peak
 
@@ -164,13 +190,13 @@ def test_parameters_are_counted_without_weights_or_random_numbers(in_golden, tmp
 
 def saved_by_layer(config, run, pairs):
     """Bytes of the distinct tensors that a decoder layer keeps for its backward pass, weights left out."""
-    from dama.shared_prefix import PackedGroup, PackLayout
+    from dama.shared_prefix import PackLayout
 
     model = LlavaLlamaForCausalLM(config).model
     layer = (
         model.layers[0].to(torch.bfloat16 if run.weight == HALF else torch.float32).requires_grad_(run.method == "full")
     )
-    pack = PackLayout.of([PackedGroup(pair.prefix, (pair.chosen, pair.rejected)) for pair in pairs])
+    pack = PackLayout.of([group for pair in pairs for group in pair.groups])
     x = torch.randn(1, pack.positions, config.hidden_size, dtype=next(layer.parameters()).dtype, requires_grad=True)
     cosines = model.rotary_emb(x, position_ids=pack.position_ids())
     kept = {}
@@ -194,7 +220,7 @@ def test_a_layers_saved_tensors(in_golden, method, keys, half):
     config = copy.deepcopy(config)
     config.num_key_value_heads, config._attn_implementation = keys, SHARED_PREFIX
     run = Training(method, Zero() if half else None, half=half)
-    pairs = [PairLength(50, 20, 30), PairLength(40, 25, 9)]
+    pairs = [PairLength.of(50, 20, 30), PairLength.of(40, 25, 9)]
     assert layer_bytes(ModelShape.of(config, tower), run, pairs) == pytest.approx(
         saved_by_layer(config, run, pairs), rel=0.01
     )
@@ -210,19 +236,36 @@ WAYS = {
     "LoRA, checkpointing": ["--lora_enable", "True", "--lora_r", "8", "--gradient_checkpointing", "True"],
     "projector": ["--tune_mm_mlp_adapter", "True"],
 }
+VIEWS = {
+    "mdpo": ["--loss", "mdpo", "--corruption", "blank"],
+    "mdpo, padded rows": ["--loss", "mdpo", "--corruption", "blank", "--shared_prefix", "False"],
+    "mdpo, checkpointing": ["--loss", "mdpo", "--gradient_checkpointing", "True"],
+    "symmpo": ["--loss", "symmpo", "--corruption", "other_image"],
+    "symmpo, LoRA": ["--loss", "symmpo", "--corruption", "other_image", *WAYS["LoRA"]],
+}
 
 
-@pytest.mark.parametrize("way", WAYS)
+def prepare_views(arguments):
+    """`prepare` for more views than the file has log-probs of: a reference of zeros, and second answers."""
+    pairs = [replace(pair, second=f"It is {pair.rejected}") for pair in read_checked_pairs(arguments[1])[0]]
+    model, tokenizer, _ = setup_model(arguments)
+    family = LlavaFamily.of(arguments, model, tokenizer)
+    reference = PairValues([(0.0,) * len(family.views)] * len(pairs), {})
+    data = join_pairs(pairs, PairValues([0.0] * len(pairs), {}), reference, family, *arguments[1:])
+    return model, tokenizer, data
+
+
+@pytest.mark.parametrize("way", [*WAYS, *VIEWS])
 def test_a_real_steps_peak_is_estimated_within_15_percent(in_golden, tmp_path, way):
-    arguments = parse_arguments(
-        flags(tmp_path, "--variant", "paper", "--max_steps", "4", "--save_strategy", "no", *WAYS[way])
-    )
+    words = ["--variant", "paper", "--max_steps", "4", "--save_strategy", "no", *(WAYS | VIEWS)[way]]
+    words += ["--check_reference", "False"] if way in VIEWS else []
+    arguments = parse_arguments(flags(tmp_path, *words))
     args = arguments[2]
-    model, tokenizer, data = prepare(arguments)
+    model, tokenizer, data = (prepare_views if way in VIEWS else prepare)(arguments)
     trainer = LLaVA15DPOTrainer(model, tokenizer, args, train_dataset=data.train, delta_bar=data.delta_bar)
     with TensorPeak(args.device, [*model.parameters(), *model.buffers()]) as needed:
         trainer.train()
-    lengths = [length_of(pair, trainer.family.image_tokens) for pair in data.train.prepared]
+    lengths = [length_of(pair, trainer.family.image_tokens, views_of(args)) for pair in data.train.prepared]
     layout = args.per_device_train_batch_size, args.gradient_accumulation_steps
     estimated = estimate_step(arguments, ModelShape.of(*golden_configs(in_golden)), lengths, 1, False, layout)
     assert estimated.peak == pytest.approx(needed.peak, rel=0.15)
