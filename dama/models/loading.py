@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,12 @@ class HubCheckpoint:
     def processor(self, options: ProcessorOptions) -> Any:
         """The checkpoint's own processor; the base's where an adapter has none beside it."""
         own = self.adapter is not None and any((self.adapter / name).is_file() for name in PROCESSOR_FILES)
-        with remote_code_refused(f"checkpoint '{self.source}'", REMEDY):
+        with files_of(self.source):
             return load_processor(str(self.adapter) if own else self.base, options)
 
     def context(self) -> int | None:
         """Most tokens of prompt, images and answer; None where the config does not say."""
-        with remote_code_refused(f"checkpoint '{self.source}'", REMEDY):
+        with files_of(self.source):
             config = AutoConfig.from_pretrained(self.base, trust_remote_code=False)
         return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
@@ -99,12 +100,29 @@ class HubCheckpoint:
             options["quantization_config"] = quantization_config(bits == 8, [HEAD], compute_dtype=dtype)
         if device.startswith("cuda"):
             options["device_map"] = "auto" if device == "cuda" else {"": device}
-        with remote_code_refused(f"checkpoint '{self.source}'", REMEDY):
+        with files_of(self.source):
             model, found = AutoModelForImageTextToText.from_pretrained(self.base, **options)
         validate_complete(self.base, found)
         if self.adapter is not None:
             model = with_adapter(model, self.adapter, merge=bits == 16)
         return model.eval()
+
+
+@contextmanager
+def files_of(source: str) -> Iterator[None]:
+    """Load a checkpoint's parts inside, none of its code.
+
+    Raises:
+        FileNotFoundError: files are missing or out of reach. RemoteCodeError: it needs code that comes with it.
+    """
+    try:
+        with remote_code_refused(f"checkpoint '{source}'", REMEDY):
+            yield
+    except OSError as error:
+        raise FileNotFoundError(
+            f"checkpoint '{source}': expected a folder or the name of a model on the hub, with weights, config.json "
+            f"and the files of its processor; transformers says: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def adapter_folder(source: str) -> Path | None:
