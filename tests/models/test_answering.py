@@ -209,6 +209,20 @@ def test_an_adapter_answers_as_peft_runs_it(tmp_path, family):
     assert identity["base"] == HubCheckpoint(str(tmp_path / "base")).identity()["weights"] != identity["weights"]
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "mistral3"])
+def test_an_adapters_own_processor_counts(tmp_path, family):
+    """Training saves the processor as it was used, in the folder of the adapter."""
+    _, processor = save(family, tmp_path / "base")
+    save_adapter(family, tmp_path / "base", tmp_path / "adapter")
+    checkpoint = HubCheckpoint(str(tmp_path / "adapter"))
+    of_base = Prompter(checkpoint.processor(ProcessorOptions())).fingerprint()
+    assert of_base == Prompter(processor).fingerprint()
+    processor.image_processor.image_mean = [0.25, 0.5, 0.75]
+    processor.save_pretrained(tmp_path / "adapter")
+    own = Prompter(checkpoint.processor(ProcessorOptions())).fingerprint()
+    assert {name for name, value in own.items() if of_base[name] != value} == {"image_processor"}
+
+
 def test_an_adapter_of_another_model_or_without_base_is_refused(tmp_path, folder):
     save_adapter("qwen2_5_vl", folder, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
