@@ -46,6 +46,7 @@ from eval.summary import summarize
 from eval.task import Task
 from llava.conversation import get_template
 from llava.generation.answers import STAGE
+from llava.generation.flags import processor_options
 from llava.generation.request import Decoding, Responder
 from llava.mm_utils import get_model_name_from_path
 
@@ -170,6 +171,7 @@ def labeled(task: Task, protocol: str, data: Any, args: argparse.Namespace) -> s
     changes = [f"data {digest_of(other)[:8]}"] if other else []
     if get_template(args.conv_mode) != get_template(TEMPLATE):
         changes.append(f"template {args.conv_mode}")
+    changes += processor_options(args).changes() + [f"{args.bits} bits"] * (args.bits != 16)
     for _, published in task.parts(data).values():
         chosen = overridden(published, args)
         changes += [

@@ -9,7 +9,13 @@ from dama.errors import error_list
 from dama.stage import Shard
 from eval import benchmarks
 from eval.task import Task
-from llava.generation.flags import add_backend_flags, responder_of
+from llava.generation.flags import (
+    Given,
+    add_backend_flags,
+    add_precision_flags,
+    add_processor_flags,
+    responder_of,
+)
 from llava.generation.request import Responder
 from llava.mm_utils import get_model_name_from_path
 
@@ -44,6 +50,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="answer anew where the folder has other inputs")
     parser.add_argument("--answers-only", action="store_true", help="stop before scoring")
     add_generation_flags(parser)
+    add_processor_flags(parser)
     add_backend_flags(parser)
     add_judge_flags(parser)
     return parser
@@ -64,8 +71,9 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation (decoding is the published one unless changed here, then labelled)")
     group.add_argument("--model-base", metavar="NAME|DIR", help="base model of a LoRA folder")
     group.add_argument(
-        "--conv-mode", default=TEMPLATE, metavar="NAME", help="conversation template (default: %(default)s)"
-    )
+        "--conv-mode", action=Given, default=TEMPLATE, metavar="NAME",
+        help="conversation template of LLaVA-1.5; other models have their own (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions per batch (default: 16)")
     group.add_argument(
         "--processes",
@@ -74,6 +82,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         help="processes that generate in parallel (default: one for each GPU, 1 on a CPU)",
     )
     group.add_argument("--device", help="cuda or cpu (default: cuda if available)")
+    add_precision_flags(group)
     group.add_argument("--num-beams", type=int, metavar="N", help="number of beams (default: the published number)")
     group.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default: the published number)"

@@ -50,15 +50,59 @@ def is_hub_model(source: str | None, flag: str | None = None) -> bool:
     return known
 
 
+def answers_by_hub(source: str, base: str | None = None, flag: str = "--model-path") -> bool:
+    """Return whether a checkpoint answers through dama.models, not through LLaVA's own code.
+
+    LLaVA-1.5 in llava-hf's layout answers through LLaVA's own code, except for an adapter that names its layers as
+    transformers does.
+
+    Args:
+        source: folder or hub name. base: the model under an adapter, where it is not the one that its config names.
+
+    Raises:
+        ValueError: a model that nothing here runs.
+    """
+    is_adapter = "model_type" not in read_small_file(source, "config.json")
+    model = base if base and is_adapter else source
+    config = config_of(model)
+    if is_llava_hf(config):
+        return is_adapter and any("language_model." in name for name in adapter_weights(source))
+    return is_hub_model(model, flag)
+
+
+def is_llava_hf(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of LLaVA-1.5 in llava-hf's layout: LLaMA and CLIP, as in LLaVA's own code."""
+    parts = {"text_config": "llama", "vision_config": "clip_vision_model"}
+    return config.get("model_type") == "llava" and all(
+        (config.get(part) or {}).get("model_type", kind) == kind for part, kind in parts.items()
+    )
+
+
+def adapter_weights(source: str) -> list[str]:
+    """Names of an adapter's weights; empty where there are none at hand."""
+    from safetensors import SafetensorError, safe_open
+
+    name = "adapter_model.safetensors"
+    try:
+        path = Path(source, name) if Path(source).is_dir() else download(source, name)
+        with safe_open(path, "pt") as weights:
+            return list(weights.keys())
+    except (OSError, ValueError, SafetensorError):
+        return []
+
+
 def model_type_of(source: str | None) -> str | None:
     """model_type of a checkpoint's config.json, or of the base of an adapter; None where there is none at hand."""
-    if not source:
-        return None
-    kind = read_small_file(source, "config.json").get("model_type")
-    if kind is None:
-        base = read_small_file(source, "adapter_config.json").get("base_model_name_or_path")
-        kind = read_small_file(str(base), "config.json").get("model_type") if base else None
-    return kind
+    return config_of(source).get("model_type") if source else None
+
+
+def config_of(source: str) -> dict[str, Any]:
+    """config.json of a checkpoint, or of the base of an adapter; empty where there is none at hand."""
+    config = read_small_file(source, "config.json")
+    if "model_type" in config:
+        return config
+    base = read_small_file(source, "adapter_config.json").get("base_model_name_or_path")
+    return read_small_file(str(base), "config.json") if base else {}
 
 
 def read_small_file(source: str, name: str) -> dict[str, Any]:

@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 GENERATION = "llava/generation/flags.py"
 # Commands that import torch or transformers, and the further files that their flags come from.
 MODULES: dict[str, list[str]] = {
-    "llava.eval.model_vqa": [],
-    "llava.eval.model_vqa_loader": ["llava/eval/model_vqa.py"],
+    "llava.eval.model_vqa": [GENERATION],
+    "llava.eval.model_vqa_loader": [GENERATION, "llava/eval/model_vqa.py"],
     "llava.eval.run_llava": ["llava/serve/chat.py", "llava/constants.py"],
     "llava.eval.generate": [GENERATION],
-    "llava.serve.cli": ["llava/serve/chat.py"],
-    "llava.serve.gradio_web_server": ["llava/serve/chat.py"],
+    "llava.serve.cli": [GENERATION, "llava/serve/chat.py"],
+    "llava.serve.gradio_web_server": [GENERATION, "llava/serve/chat.py"],
     "llava.model.consolidate": [],
     "llava.model.apply_delta": [],
     "llava.model.make_delta": [],

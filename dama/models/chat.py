@@ -103,6 +103,14 @@ class ChatTemplate:
         """What the model answers to, one image placeholder an image."""
         return self._render(turns, answers=False)
 
+    def conversation(self, turns: Sequence[Turn]) -> str:
+        """What the model answers to in a conversation; the last turn's answer is left out."""
+        messages: list[dict[str, Any]] = []
+        for number, turn in enumerate(turns, start=1):
+            found = self._messages(turn, answer=number < len(turns))
+            messages += found if not messages else [message for message in found if message["role"] != "system"]
+        return self.processor.apply_chat_template([messages], tokenize=False, add_generation_prompt=True)[0]
+
     def rows(self, turns: Sequence[Turn]) -> list[tuple[str, str]]:
         """(prompt, answer with the token that ends it) of every turn."""
         prompts, wholes = self.prompts(turns), self._render(turns, answers=True)

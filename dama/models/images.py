@@ -42,6 +42,7 @@ class ProcessorImages:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
+        self._written: dict[tuple[int, int], str] = {}
 
     def __call__(self, image: Image.Image) -> ImageInputs:
         """All that the processor returns of an image."""
@@ -53,6 +54,25 @@ class ProcessorImages:
         blank = Image.new("RGB", size)
         found = self.processor(text=[self.processor.image_token], images=[blank], return_text_replacement_offsets=True)
         return found["text_replacement_offsets"][0][0]["replacement"]
+
+    def written_out(self, prompt: str, sizes: Sequence[tuple[int, int]]) -> str:
+        """The prompt with the placeholder of each image replaced by all of its tokens.
+
+        Args:
+            sizes: width and height of the images in pixels, in their order.
+
+        Raises:
+            ValueError: the prompt has another number of placeholders.
+        """
+        first, *others = prompt.split(self.processor.image_token)
+        if len(others) != len(sizes):
+            raise ValueError(
+                f"chat template: expected {len(sizes)} image(s) written as {self.processor.image_token!r}, got "
+                f"{len(others)}"
+            )
+        for size in set(sizes) - self._written.keys():
+            self._written[size] = self.text(size)
+        return first + "".join(self._written[size] + text for size, text in zip(sizes, others, strict=True))
 
 
 def join_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from dama.errors import error_list
 from dama.images import ImageFolder, folders_of
 from dama.stage import StageError, read_stage
 from llava.generation.answers import STAGE, fingerprint_of, run_answers
+from llava.generation.local import Answerer
 from llava.generation.request import Decoding, Request, Responder
 
 
@@ -32,7 +33,8 @@ def ensure_answers(
 ) -> None:
     """Complete folder/answers.jsonl, as the stage of llava.generation.answers.
 
-    args: processes, batch_size, overwrite, and what is passed to the other processes: model_base, conv_mode, device.
+    args: processes, batch_size, overwrite, and what is passed to the other processes: model_base, device, dtype, bits,
+    LLaVA-1.5's conv_mode, and the flags of processors.
     They read the questions from FOLDER.questions.jsonl, which jobs of a cluster may use, too.
     """
     if args.processes == 1 or is_answered(responder, requests, images, folder, decoding, args):
@@ -76,14 +78,20 @@ def _command(
         "--model-base": args.model_base,
         "--question-file": questions,
         "--out": folder,
-        "--conv-mode": args.conv_mode,
+        "--conv-mode": args.conv_mode if isinstance(responder, Answerer) else None,
         "--batch-size": args.batch_size,
         "--max-new-tokens": decoding.max_new_tokens,
         "--num-beams": decoding.num_beams,
         "--temperature": decoding.temperature,
         "--device": args.device,
+        "--dtype": args.dtype,
+        "--bits": args.bits,
+        "--system_prompt": args.system_prompt or None,
+        "--min_pixels": args.min_pixels,
+        "--max_pixels": args.max_pixels,
     }
     words = [str(word) for flag, value in flags.items() if value is not None for word in (flag, value)]
+    words += ["--processor_option", *args.processor_option] * bool(args.processor_option)
     words += [word for image_folder in folders_of(images) for word in ("--image-folder", str(image_folder))]
     return [sys.executable, "-m", "llava.eval.generate", *words, *["--overwrite"] * args.overwrite]
 

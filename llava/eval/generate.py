@@ -3,6 +3,9 @@
 `python -m llava.eval.generate --model-path M --question-file Q.jsonl --image-folder DIR --out DIR` reads LLaVA's
 question files ({"question_id", "image", "text"} a line) and writes DIR/answers.jsonl in LLaVA's answer format. Under
 torchrun or srun each process answers its part; `--backend openai` asks a server instead of loading the checkpoint.
+
+LLaVA-1.5 reads the template that --conv-mode names; every other model of images and text that transformers loads, and
+adapters over one, answer by their own processor and chat template.
 """
 
 from __future__ import annotations
@@ -15,10 +18,16 @@ from pathlib import Path
 from dama.console import log, report_error
 from dama.stage import Shard
 from llava.generation.answers import run_answers
-from llava.generation.flags import AddFolder, add_backend_flags, responder_of
+from llava.generation.flags import (
+    AddFolder,
+    Given,
+    add_backend_flags,
+    add_precision_flags,
+    add_processor_flags,
+    responder_of,
+)
 from llava.generation.questions import read_questions
 from llava.generation.request import Decoding
-from llava.supported import validate_supported_model
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder that image paths are relative to; symbolic links may lead into further ones, given the same way",
     )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder for answers.jsonl")
-    parser.add_argument("--conv-mode", default="vicuna_v1", help="prompt template (default: %(default)s)")
+    parser.add_argument(
+        "--conv-mode", action=Given, default="vicuna_v1",
+        help="prompt template of LLaVA-1.5; other models have their own (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--num-beams", type=int, default=1, help="beams (default: %(default)s)")
@@ -45,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard", type=Shard.parse, metavar="I/N", help="this process's part, as 0/4 (default: the launcher's rank)"
     )
+    add_precision_flags(parser)
+    add_processor_flags(parser)
     add_backend_flags(parser)
     return parser
 
@@ -55,12 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p, args.samples, args.seed)
     shard = args.shard or Shard.from_launcher()
     try:
-        if args.backend == "local":
-            validate_supported_model(args.model_path, "--model-path")
-            validate_supported_model(args.model_base, "--model-base")
-        requests = read_questions(args.question_file)
+        responder = responder_of(args)
         manifest = run_answers(
-            responder_of(args), requests, args.image_folder, args.out, decoding,
+            responder, read_questions(args.question_file), args.image_folder, args.out, decoding,
             batch_size=args.batch_size, shard=shard, overwrite=args.overwrite,
         )  # fmt: skip
     except Exception as error:

@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from dama.console import log, report_error, write_atomic
 from llava.generation.answers import generate_answers
-from llava.generation.flags import AddFolder
-from llava.generation.local import Answerer
+from llava.generation.flags import AddFolder, Given, add_precision_flags, add_processor_flags, answerer_of
 from llava.generation.questions import prompt_of_row, read_question_rows
 from llava.generation.request import Decoding, Request
 from llava.mm_utils import get_model_name_from_path
@@ -46,7 +45,7 @@ def eval_model(args: Any) -> None:
     rows = get_chunk(read_question_rows(args.question_file), args.num_chunks, args.chunk_idx)
     # Question ids may repeat (MME asks twice about each image), so a question goes by its place in the chunk.
     requests = [Request(str(i), prompt_of_row(row), row.get("image")) for i, row in enumerate(rows)]
-    answerer = Answerer(args.model_path, args.model_base, conv_mode=args.conv_mode, device=args.device)
+    answerer = answerer_of(args)
     decoding = Decoding(args.max_new_tokens, args.num_beams, args.temperature, args.top_p, seed=args.seed)
     records = generate_answers(
         answerer, requests, args.image_folder, f"{args.answers_file}.parts", decoding,
@@ -83,7 +82,10 @@ def build_parser(prog: str, max_new_tokens: int, description: str | None) -> arg
     )  # fmt: skip
     parser.add_argument("--question-file", required=True, help="JSONL with question_id, image (optional), text")
     parser.add_argument("--answers-file", default="answer.jsonl", help="JSONL to write (default: %(default)s)")
-    parser.add_argument("--conv-mode", default="llava_v1", help="prompt template (default: %(default)s)")
+    parser.add_argument(
+        "--conv-mode", action=Given, default="llava_v1",
+        help="prompt template of LLaVA-1.5; other models have their own (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--num-chunks", type=int, default=1, help="parts of the questions (default: %(default)s)")
     parser.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0 (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
@@ -97,6 +99,8 @@ def build_parser(prog: str, max_new_tokens: int, description: str | None) -> arg
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--device", help="cuda or cpu (default: what is there)")
     parser.add_argument("--overwrite", action="store_true", help="start anew")
+    add_precision_flags(parser)
+    add_processor_flags(parser)
     return parser
 
 

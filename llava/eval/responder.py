@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dama.synth.respond import DrivenResponder, Sampling
+from llava.generation.hub import HubAnswerer
 from llava.generation.local import Answerer
 from llava.generation.request import Decoding, Request
+from llava.supported import answers_by_hub
 
 
 def open_checkpoint(checkpoint: str, device: str) -> DrivenResponder:
@@ -19,4 +21,5 @@ def open_checkpoint(checkpoint: str, device: str) -> DrivenResponder:
             seed=seed,
         )
 
-    return DrivenResponder(lambda: Answerer(checkpoint, device=device), Request, decoding)
+    kind = HubAnswerer if answers_by_hub(checkpoint) else Answerer
+    return DrivenResponder(lambda: kind(checkpoint, device=device), Request, decoding)

@@ -23,7 +23,9 @@ from llava.generation.served import ServedAnswerer
 STAGE = "answers"
 FLAGS = {
     "requests": "--question-file (content)", "pictures": "--image-folder (content)", "model": "--model-path",
-    "weights": "--model-path (content)", "base": "--model-base", "template": "--conv-mode", "precision": "precision",
+    "weights": "--model-path (content)", "base": "--model-base", "template": "--conv-mode", "tokenizer": "tokenizer",
+    "chat_template": "--system_prompt, or the chat template", "precision": "precision",
+    "image_processor": "--min_pixels, --max_pixels or --processor_option, or the image processor",
     "batch_size": "--batch-size", "decoding.max_new_tokens": "--max-new-tokens", "decoding.num_beams": "--num-beams",
     "decoding.temperature": "--temperature", "decoding.top_p": "--top-p", "decoding.samples": "--samples",
     "decoding.seed": "--seed",
@@ -53,7 +55,7 @@ def run_answers(
     sizes = [len(chunk) * decoding.samples for chunk in _chunks(requests, batch_size)]
     with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, flags=FLAGS) as stage:
         # Only now, because the length of a prompt takes the model's tokenizer.
-        chunks = list(_chunks(by_length(responder, requests), batch_size)) if stage.to_do else []
+        chunks = list(_chunks(by_length(responder, requests, image_folder), batch_size)) if stage.to_do else []
         total, done = (records // decoding.samples for records in (stage.total, stage.records_done))
         silent = stage.complete or shard.index > 0
         with tqdm(total=total, initial=done, desc=STAGE, unit="answer", disable=silent) as bar:
@@ -88,9 +90,9 @@ def fingerprint_of(
     }
 
 
-def by_length(responder: Responder, requests: Sequence[Request]) -> list[Request]:
+def by_length(responder: Responder, requests: Sequence[Request], image_folder: ImageFolder) -> list[Request]:
     """Shortest prompt first; the id settles ties, so that the order is always the same."""
-    lengths = {request.id: responder.length(request) for request in requests}
+    lengths = {request.id: responder.length(request, image_folder) for request in requests}
     return sorted(requests, key=lambda request: (lengths[request.id], request.id))
 
 

@@ -28,6 +28,7 @@ class Answerer:
     Args:
         model_path: checkpoint folder or hub name. model_base: the base of a LoRA folder.
         conv_mode: prompt template. dtype: of all weights; bfloat16 on a GPU and float32 on a CPU when None.
+        bits: 16, or 8 or 4 by bitsandbytes.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Answerer:
         conv_mode: str = "vicuna_v1",
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        bits: int = 16,
     ) -> None:
         self.device = device or default_device()
-        self.dtype = dtype or (torch.bfloat16 if self.device.startswith("cuda") else torch.float32)
+        self.dtype, self.bits = dtype or default_dtype(self.device), bits
         self.name, self.model_path, self.model_base = Path(model_path).name, model_path, model_base
         self.template = get_template(conv_mode)
 
@@ -54,8 +56,9 @@ class Answerer:
     @cached_property
     def _loaded(self) -> tuple[Any, Any, Any]:
         tokenizer, model, image_processor, _ = load_pretrained_model(
-            self.model_path, self.model_base, self.name, device=self.device, dtype=self.dtype
-        )
+            self.model_path, self.model_base, self.name, self.bits == 8, self.bits == 4, device=self.device,
+            dtype=self.dtype,
+        )  # fmt: skip
         return tokenizer, model, image_processor
 
     @property
@@ -85,11 +88,11 @@ class Answerer:
             "weights": digest_of_checkpoint(self.model_path),
             **({"base": self.model_base} if self.model_base else {}),
             "template": self.template.version,
-            "precision": str(self.dtype).removeprefix("torch."),
+            "precision": str(self.dtype).removeprefix("torch.") + ("" if self.bits == 16 else f", {self.bits} bits"),
         }
 
-    def length(self, request: Request) -> int:
-        """Tokens of the prompt."""
+    def length(self, request: Request, image_folder: ImageFolder) -> int:
+        """Tokens of the prompt; all images have the same number of them."""
         return len(self.token_ids(request))
 
     def token_ids(self, request: Request) -> Tensor:
@@ -143,6 +146,11 @@ class Answerer:
         if images[0].dim() == 3:
             return {"images": torch.stack(images).to(self.device, self.dtype)}
         return {"images": [crops.to(self.device, self.dtype) for crops in images], "image_sizes": list(sizes)}
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def default_device() -> str:

@@ -55,8 +55,8 @@ class Responder(Protocol):
     def identity(self) -> dict[str, Any]:
         """What the answers depend on besides requests and decoding, for the fingerprint."""
 
-    def length(self, request: Request) -> int:
-        """By which prompts are put together in batches."""
+    def length(self, request: Request, image_folder: ImageFolder) -> int:
+        """By which prompts are put together in batches. Raises ValueError for a prompt that is too long."""
 
     def answer(self, requests: Sequence[Request], image_folder: ImageFolder, decoding: Decoding) -> list[list[str]]:
         """`decoding.samples` answers to each request, stripped of white space at both ends."""

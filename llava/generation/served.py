@@ -43,7 +43,7 @@ class ServedAnswerer:
         served = {"model": self.name, "weights": "served", "template": "the server's", "precision": "the server's"}
         return served | ({"omitted": list(self.omit)} if self.omit else {})
 
-    def length(self, request: Request) -> int:
+    def length(self, request: Request, image_folder: ImageFolder) -> int:
         """Characters of the prompt."""
         return len(request.prompt)
 

@@ -15,9 +15,12 @@ from typing import Any
 from PIL import Image
 
 from dama.console import log, printable, report_error
+from llava.generation.flags import Given, add_processor_flags
 from llava.generation.request import Decoding
 from llava.serve import images
 from llava.serve.chat import DEFAULT_CONV_MODE
+from llava.serve.checkpoints import open_model
+from llava.serve.hub_model import HubModel
 from llava.serve.local_model import LocalModel
 
 
@@ -31,10 +34,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         decoding = Decoding(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
         image = load_image(args.image_file)
-        model = LocalModel(
-            args.model_path, args.model_base, conv_mode=args.conv_mode or DEFAULT_CONV_MODE, device=args.device,
-            load_8bit=args.load_8bit, load_4bit=args.load_4bit,
-        )  # fmt: skip
+        model = open_model(args, args.model_path, args.model_base)
     except Exception as error:
         report_error(error, "cli")
         return 2
@@ -43,9 +43,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def converse(model: LocalModel, image: Image.Image, decoding: Decoding, debug: bool = False) -> None:
+def converse(model: LocalModel | HubModel, image: Image.Image, decoding: Decoding, debug: bool = False) -> None:
     """Read questions and stream answers until the input ends."""
-    user, assistant = (role.split("\n")[0] for role in model.template.roles)
+    user, assistant = model.roles
     history: list[tuple[str, str]] = []
     while question := read_line(f"{user}: "):
         write(f"{assistant}: ")
@@ -109,13 +109,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-base", help="base of a LoRA folder")
     parser.add_argument("--image-file", required=True, help="an image, or the URL of one")
     parser.add_argument("--device", help="cuda or cpu (default: what is there)")
-    parser.add_argument("--conv-mode", help=f"prompt template (default: {DEFAULT_CONV_MODE})")
+    parser.add_argument(
+        "--conv-mode", action=Given,
+        help=f"prompt template of LLaVA-1.5; other models have their own (default: {DEFAULT_CONV_MODE})",
+    )  # fmt: skip
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-p", type=float, help="nucleus, with a temperature")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--load-8bit", action="store_true", help="weights in 8 bits (bitsandbytes, GPU)")
     parser.add_argument("--load-4bit", action="store_true", help="weights in 4 bits (bitsandbytes, GPU)")
     parser.add_argument("--debug", action="store_true", help="show every prompt as the model reads it")
+    add_processor_flags(parser)
     return parser
 
 

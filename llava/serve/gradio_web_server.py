@@ -27,11 +27,12 @@ from dama.console import log, report_error
 from dama.images import FORMATS
 from dama.redact import redacted
 from llava.conversation import shrink
+from llava.generation.flags import Given, add_processor_flags
 from llava.generation.request import Decoding
 from llava.serve.chat import DEFAULT_CONV_MODE, ChatModel, History, replies_together
+from llava.serve.checkpoints import open_model
 from llava.serve.guard import Guard, is_loopback
 from llava.serve.images import MAX_BYTES, SUFFIXES, read_image
-from llava.serve.local_model import LocalModel
 from llava.serve.mentions import ObjectVocabulary, read_vocabulary
 from llava.serve.server_model import ServerModel
 
@@ -494,7 +495,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--openai-base-url", nargs="+", metavar="URL", help="server of the models; a second URL for --compare's"
     )
     parser.add_argument("--vocabulary", help='objects to mark: lines "name, synonym, synonym ..."')
-    parser.add_argument("--conv-mode", default=DEFAULT_CONV_MODE, help="prompt template (default: %(default)s)")
+    parser.add_argument(
+        "--conv-mode", action=Given, default=DEFAULT_CONV_MODE,
+        help="prompt template of LLaVA-1.5; other models have their own (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--device", help="cuda or cpu (default: what is there)")
     parser.add_argument("--load-8bit", action="store_true", help="weights in 8 bits (bitsandbytes, GPU)")
     parser.add_argument("--load-4bit", action="store_true", help="weights in 4 bits (bitsandbytes, GPU)")
@@ -507,6 +511,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--concurrency-count", type=int, default=4, help="users answered at the same time (default: %(default)s)"
     )
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
+    add_processor_flags(parser)
     return parser
 
 
@@ -518,9 +523,7 @@ def build_models(args: argparse.Namespace) -> list[ChatModel]:
     if args.openai_base_url:
         urls = args.openai_base_url
         return [ServerModel(urls[min(i, len(urls) - 1)], name) for i, (name, _) in enumerate(wanted)]
-    options = {"conv_mode": args.conv_mode, "device": args.device}
-    bits = {"load_8bit": args.load_8bit, "load_4bit": args.load_4bit}
-    return [LocalModel(path, base, **options, **bits) for path, base in wanted]
+    return [open_model(args, path, base) for path, base in wanted]
 
 
 def main(argv: list[str] | None = None) -> int:

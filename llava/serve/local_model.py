@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import SeparatorStyle, get_template, image_placeholder
@@ -19,6 +17,7 @@ from llava.generation.request import Decoding
 from llava.mm_utils import KeywordsStoppingCriteria, encode_prompt, literal, process_images
 from llava.model.builder import load_pretrained_model
 from llava.serve.chat import DEFAULT_CONV_MODE, History
+from llava.serve.streaming import stream_texts
 
 
 class LocalModel:
@@ -45,6 +44,12 @@ class LocalModel:
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
             model_path, model_base, self.name, load_8bit, load_4bit, device=self.device, dtype=self.dtype
         )
+
+    @property
+    def roles(self) -> tuple[str, str]:
+        """What the template calls the user and the model."""
+        user, assistant = (role.split("\n")[0] for role in self.template.roles)
+        return user, assistant
 
     def reply(
         self, history: History, question: str, image: Image.Image | None, decoding: Decoding, stop: Event
@@ -87,49 +92,16 @@ class LocalModel:
             ValueError: the prompt leaves no room for an answer, or has not one image token for each image.
         """
         inputs = self._inputs(prompt, images, decoding)
-        tokens: queue.Queue[int | BaseException | None] = queue.Queue()
-        abandoned = Event()
-        criteria = StoppingCriteriaList([_Stopped(stop, abandoned)])
         end = self._end()
-        if end != self.tokenizer.eos_token:
-            criteria.append(KeywordsStoppingCriteria([end], self.tokenizer, torch.zeros(1, 0)))
-        streamer = None if decoding.num_beams > 1 else _TokenQueue(tokens)
-        options = inputs | {"stopping_criteria": criteria, "streamer": streamer}
-        worker = Thread(target=self._generate, args=(options, tokens), daemon=True)
-        worker.start()
-        try:
-            yield from self._texts(tokens, end)
-        finally:
-            abandoned.set()
-            worker.join()
-
-    def _generate(self, options: dict[str, Any], tokens: queue.Queue[int | BaseException | None]) -> None:
-        """In a thread of its own: tokens into the queue, then None or what went wrong."""
-        try:
-            new = self.model.generate(**options)
-            if options["streamer"] is None:
-                for token in new[0].tolist():
-                    tokens.put(token)
-            tokens.put(None)
-        except BaseException as error:  # noqa: B036 - raised again by the reader
-            tokens.put(error)
-
-    def _texts(self, tokens: queue.Queue[int | BaseException | None], end: str) -> Iterator[str]:
-        ids: list[int] = []
-        shown = ""
-        while (item := tokens.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            ids.append(item)
-            if not tokens.empty():
-                continue  # the reader is slower than the model: decode what has come since at once
-            text = self._decode(ids, end)
-            # A character of several tokens shows as U+FFFD until its last one is there.
-            if text != shown and not text.endswith("\ufffd"):
-                shown = text
-                yield shown
-        if (text := self._decode(ids, end)) != shown:
-            yield text
+        marked = [KeywordsStoppingCriteria([end], self.tokenizer, torch.zeros(1, 0))]
+        yield from stream_texts(
+            self.model.generate,
+            inputs,
+            lambda ids: self._decode(ids, end),
+            stop,
+            at_end=decoding.num_beams > 1,
+            criteria=marked if end != self.tokenizer.eos_token else [],
+        )
 
     def _decode(self, ids: list[int], end: str) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).split(end)[0].strip()
@@ -175,28 +147,3 @@ class LocalModel:
         """Tokens of prompt, image and answer together."""
         config = self.model.config
         return min(config.max_position_embeddings, getattr(config, "tokenizer_model_max_length", None) or 1 << 30)
-
-
-class _TokenQueue:
-    """A streamer of transformers: puts each new token of the one row into a queue."""
-
-    def __init__(self, tokens: queue.Queue[int | BaseException | None]) -> None:
-        self.tokens = tokens
-
-    def put(self, value: Tensor) -> None:
-        for token in value.flatten().tolist():  # the prompt comes first: empty, for it is given as embeddings
-            self.tokens.put(token)
-
-    def end(self) -> None:
-        pass
-
-
-class _Stopped(StoppingCriteria):
-    """Stops generation at the next token once one of the events is set."""
-
-    def __init__(self, *events: Event) -> None:
-        self.events = events
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        stopped = any(event.is_set() for event in self.events)
-        return torch.full((input_ids.shape[0],), stopped, device=input_ids.device, dtype=torch.bool)

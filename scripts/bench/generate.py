@@ -78,7 +78,7 @@ def compare(answerer: Answerer, requests: Sequence[Request], images: Path, decod
             shape: str) -> Comparison:  # fmt: skip
     """`args.rounds` rounds of both in turn, after one that is not counted."""
     device = torch.device(answerer.device)
-    ordered = by_length(answerer, requests)
+    ordered = by_length(answerer, requests, images)
     batches = [ordered[i : i + args.batch] for i in range(0, len(ordered), args.batch)]
     answers: dict[int, list[Tensor]] = {}
 

@@ -9,6 +9,7 @@ import pytest
 
 from eval import benchmarks
 from tests.eval import tiny_bench
+from tests.models.saved import save
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,3 +53,14 @@ def test_pope_on_the_miniature_world(checkout):
     done = run(checkout, "eval_pope.sh", model, *flags, DAMA_BENCH_DATA=str(checkout / "data"), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (checkout / "runs/eval/llava/pope/results.json").exists() and "pope-llava" in done.stdout
+
+
+def test_pope_of_another_model_on_the_miniature_world(checkout):
+    save("internvl", checkout / "internvl")
+    tiny_bench.pope(checkout / "data")
+    tiny_bench.record(checkout / "data")
+    flags = ["--device", "cpu", "--max-new-tokens", "4"]
+    data = str(checkout / "data")
+    done = run(checkout, "eval_pope.sh", str(checkout / "internvl"), *flags, DAMA_BENCH_DATA=data, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (checkout / "runs/eval/internvl/pope/results.json").exists() and "pope-llava" in done.stdout

@@ -20,6 +20,7 @@ from eval.core.answering import AnsweringError, spawn
 from eval.evaluate import main
 from eval.page_items import unpacked
 from tests.eval import tiny_bench
+from tests.models.saved import save, save_adapter
 from tests.openai_server import VERSION, Scripted, ScriptedServer, failure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -374,6 +375,58 @@ def test_a_process_that_fails_is_named():
     ):
         spawn(3, [sys.executable, "-c", program])
     spawn(1, [sys.executable, "-c", program])
+
+
+# ------------------------------------------------------------------------------------- models other than LLaVA-1.5
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A tiny Qwen2.5-VL and an adapter over it, each in a folder of its own name."""
+    folder = tmp_path_factory.mktemp("models")
+    save("qwen2_5_vl", folder / "qwen")
+    save_adapter("qwen2_5_vl", folder / "qwen", folder / "aligned")
+    return folder
+
+
+OTHER = ["--max-new-tokens", "12", "--device", "cpu"]  # flags of any model
+
+
+def test_another_model_and_its_adapter_side_by_side(command, qwen, tmp_path, capsys):
+    base, aligned = str(qwen / "qwen"), str(qwen / "aligned")
+    assert command("pope", "--compare", base, checkpoint=aligned, settings=OTHER) == 0
+    contents = [results(tmp_path / f"out/{name}/pope") for name in ("aligned", "qwen")]
+    assert all(len(content["items"]) == 12 for content in contents)
+    protocols = {content["provenance"]["protocol"] for content in contents}
+    assert len(protocols) == 1 and protocols.pop().startswith("pope-llava")
+    assert contents[0]["provenance"]["fingerprint"] != contents[1]["provenance"]["fingerprint"]
+    assert contents[0]["provenance"]["decoding"]["template"] == "the model's own"
+    capsys.readouterr()
+    assert command("pope", "--compare", base, checkpoint=aligned, settings=OTHER) == 0
+    assert capsys.readouterr().out.count("answers: complete in") == 2
+
+
+def test_another_model_in_several_processes_with_its_flags(command, qwen, tmp_path, capsys):
+    flags = ["--system_prompt", "Be brief.", "--max_pixels", "256", "--processor_option", "do_normalize=false"]
+    settings = [*OTHER, *flags, "--dtype", "float32"]
+    assert (
+        command("objhal", "--processes", "2", "--batch-size", "2", checkpoint=str(qwen / "qwen"), settings=settings)
+        == 0
+    )
+    provenance = results(tmp_path / "out/qwen/objhal")["provenance"]
+    assert provenance["protocol"].endswith(", system prompt, max_pixels 256, do_normalize=false, max_new_tokens 12")
+    several = (tmp_path / "out/qwen/objhal/answers/answers.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    assert command("objhal", "--batch-size", "2", checkpoint=str(qwen / "qwen"), settings=settings) == 0
+    assert (tmp_path / "out/qwen/objhal/answers/answers.jsonl").read_bytes() == several
+
+
+def test_a_template_given_for_another_model_is_refused_before_anything_starts(command, qwen, tmp_path, capsys):
+    assert command("pope", checkpoint=str(qwen / "qwen"), settings=[*OTHER, "--conv-mode", "vicuna_v1"]) == 2
+    assert "--conv-mode vicuna_v1: expected with LLaVA-1.5 only, got" in capsys.readouterr().err
+    assert command("pope", "--compare", str(qwen / "qwen")) == 2
+    assert "--conv-mode v1: expected with LLaVA-1.5 only, got" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- refused

@@ -1,4 +1,4 @@
-"""Models that are not supported are refused by their config.json, before anything large is imported or read."""
+"""Models that a command does not run are refused by their config.json, before anything large is imported or read."""
 
 import json
 import subprocess
@@ -11,12 +11,14 @@ from llava.eval import run_llava
 from llava.eval.generate import main as generate
 from llava.model import export
 from llava.model.builder import load_pretrained_model
-from llava.serve import gradio_web_server
+from llava.serve import cli, gradio_web_server
 from llava.supported import SUPPORTED, validate_supported_model
 from llava.train import train_mem
 from tests.conftest import GOLDEN
 
 EXPECTED = r"expected a LLaVA-1.5 model .*llava-hf's .*got model_type qwen2_5_vl"
+# Commands that run any model of images and text; what is no such model they refuse in other words.
+ANY_VLM = ("align", "reference", "generate", "page", "cli")
 
 
 def checkpoint(folder, model_type="qwen2_5_vl", name="config.json", **fields):
@@ -40,20 +42,42 @@ def commands(other, out):
         "export": lambda: export.main(["--to", "hf", other, out]),
         "chat": lambda: run_llava.main(["--model-path", other, "--image-file", "images/wide.png", "--query", "?"]),
         "page": lambda: gradio_web_server.main(["--model-path", other]),
+        "cli": lambda: cli.main(
+            cli.build_parser().parse_args(["--model-path", other, "--image-file", "images/wide.png"])
+        ),
     }
 
 
-@pytest.mark.parametrize("command", commands("", ""))
-def test_every_command_refuses(in_golden, tmp_path, capsys, command):
-    other = checkpoint(tmp_path / "other")
+def refused(capsys, tmp_path, command, other):
+    """What a command says on standard error when it refuses a checkpoint."""
     try:
         status = commands(other, str(tmp_path / "out"))[command]()
     except SystemExit as end:
         status = end.code
     assert status and not (tmp_path / "out").exists()
     said = capsys.readouterr().err
-    assert "Traceback" not in said and said.count("expected a LLaVA-1.5 model") == 1
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("command", sorted(commands("", "").keys() - set(ANY_VLM)))
+def test_every_command_of_llava_alone_refuses(in_golden, tmp_path, capsys, command):
+    said = refused(capsys, tmp_path, command, checkpoint(tmp_path / "other"))
+    assert said.count("expected a LLaVA-1.5 model") == 1
     assert "got model_type qwen2_5_vl" in said and "liuhaotian/llava-v1.5-7b" in said
+
+
+@pytest.mark.parametrize("command", ANY_VLM)
+def test_what_is_no_model_of_images_and_text_is_refused_everywhere(in_golden, tmp_path, capsys, command):
+    said = refused(capsys, tmp_path, command, checkpoint(tmp_path / "other", "bert"))
+    assert said.count("expected LLaVA-1.5, or a model of images and text that transformers loads") == 1
+    assert "got model_type bert" in said
+
+
+@pytest.mark.parametrize("command", ["page", "cli"])
+def test_a_checkpoint_without_its_files_is_named(in_golden, tmp_path, capsys, command):
+    said = refused(capsys, tmp_path, command, checkpoint(tmp_path / "other"))
+    assert "other': expected a folder or the name of a model on the hub, with weights" in said
 
 
 def test_training_refuses_before_torch_is_imported(in_golden, tmp_path):

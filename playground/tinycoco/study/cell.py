@@ -174,7 +174,7 @@ def captions(answerer: Any, scenes: Scenes) -> dict[str, Any]:
     from llava.generation.answers import by_length
     from llava.generation.request import Decoding
 
-    requests = by_length(answerer, scenes.requests)
+    requests = by_length(answerer, scenes.requests, scenes.folder / "images")
     texts: dict[str, str] = {}
     for start in range(0, len(requests), CAPTION_BATCH):
         batch = requests[start : start + CAPTION_BATCH]
