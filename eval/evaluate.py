@@ -42,6 +42,7 @@ from eval.evaluate_flags import (
     validate_checkpoints,
 )
 from eval.page import PAGE, write_page
+from eval.results import read_all
 from eval.summary import summarize
 from eval.task import Task
 from llava.conversation import get_template
@@ -74,10 +75,11 @@ def evaluate(task: Task, data: Any, responder: Responder, run: Path, args: argpa
 def prepare(task: Task) -> Any:
     """Fetch the benchmark's files and images, and load it. A folder given by DAMA_BENCH_DATA is only read."""
     offline = bool(os.environ.get("DAMA_BENCH_DATA"))
-    folder = fetch([task.name], chosen=None if task.limit is None else (), offline=offline, judge=task.judged)
+    partly = task.limit is not None or task.image_ids is not None
+    folder = fetch([task.name], chosen=() if partly else None, offline=offline, judge=task.judged)
     data = task.load(folder)
-    if task.limit is not None:
-        chosen = {question.image for question in data.questions}
+    if partly:
+        chosen = {question.image for question in data.questions if question.image}
         fetch([task.name], chosen=chosen, offline=offline, judge=task.judged)
     return data
 
@@ -127,8 +129,7 @@ def score(
     out, arguments = task.results_folder(run), [data, answers]
     if task.judged:
         arguments.append(verdicts(task, data, answers, out, args))
-    quirks = {"official_quirks": args.official_quirks} if task.mode.quirks else {}
-    result = task.benchmark.score(*arguments, **quirks)
+    result = task.benchmark.score(*arguments, **scoring(task, args))
     result = replace(result, protocol=labeled(task, result.protocol, data, args))
     settings = {part: _decoding_of(manifest) for part, manifest in manifests.items()}
     fingerprint = next(iter(manifests.values()))["fingerprint"]
@@ -143,6 +144,17 @@ def score(
     )
     write_results(out / "results.json", result.metrics, provenance, [*result.items, *data.missing_records(answers)])
     return Outcome(result, out / "results.json")
+
+
+def scoring(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of the benchmark's `score` that the flags ask for."""
+    chosen: dict[str, Any] = {"official_quirks": args.official_quirks} if task.mode.quirks else {}
+    if task.benchmark.takes_text_only and args.text_only is not None:
+        (alone,) = read_all([args.text_only])
+        if alone.benchmark.name != task.name:
+            raise EvaluateError(f"--text_only {args.text_only}: expected results of {task.name}, got {alone.title}")
+        chosen["text_only"] = alone.items
+    return chosen
 
 
 def _decoding_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
