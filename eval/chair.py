@@ -49,6 +49,7 @@ PROMPT = "Please describe this image in detail."
 DECODING: dict[str, Any] = {"num_beams": 1, "temperature": 0.0}
 LENGTHS = (512, 128, 64)  # new tokens, as papers have them
 
+_ID = re.compile(r"(?:.*[_/-])?0*(\d+?)(?:\.\w+)?")  # a COCO id, or the name of its image
 _FOLDER = "chair_coco"
 _TRUTH, _TRUTH_OF_ALL = f"{_FOLDER}/gt_objects_val2014.json", f"{_FOLDER}/coco2014_gt_objects_chair.json.gz"
 
@@ -102,11 +103,20 @@ def read_ids(path: str | Path) -> list[int]:
     listed = json.loads(text) if text.startswith("[") else text.splitlines()
     if text.startswith("{"):
         listed = list(dict.fromkeys(json.loads(line)["image"] for line in listed))
-    found = [re.fullmatch(r"(?:.*[_/-])?0*(\d+?)(?:\.\w+)?", str(entry).strip()) for entry in listed]
+    found = [_ID.fullmatch(str(entry).strip()) for entry in listed]
     errors = [f"entry {number}: expected a COCO id or the name of an image, got {str(entry)[:60]!r}"
               for number, (entry, match) in enumerate(zip(listed, found), 1) if match is None]  # fmt: skip
     _raise_errors(path, errors if listed else ["expected image ids, got none"])
     return [int(match[1]) for match in found if match is not None]
+
+
+def id_of(row: Mapping[str, Any], data: Chair | None = None) -> str | None:
+    """Return the id of a caption by its image, None without one."""
+    del data
+    found = [
+        _ID.fullmatch(str(row[name])) for name in ("image_id", "question_id", "image") if row.get(name) is not None
+    ]
+    return next((str(int(match[1])) for match in found if match is not None), None)
 
 
 def _raise_errors(path: Path, errors: Sequence[str]) -> None:
@@ -245,5 +255,6 @@ BENCHMARK = Benchmark(
     ),
     table=format_table,
     published_file=Path(__file__).with_name("chair_published.json"),
+    id_of=id_of,
     takes_image_ids=True,
 )

@@ -126,10 +126,8 @@ def score(
     task: Task, data: Any, answers: list[Answer], manifests: Mapping[str, Any], run: Path, args: argparse.Namespace
 ) -> Outcome:
     """Judge where a judge decides, score, and write results.json."""
-    out, arguments = task.results_folder(run), [data, answers]
-    if task.judged:
-        arguments.append(verdicts(task, data, answers, out, args))
-    result = task.benchmark.score(*arguments, **scoring(task, args))
+    out = task.results_folder(run)
+    result = scored_with(task, data, answers, out, args)
     result = replace(result, protocol=labeled(task, result.protocol, data, args))
     settings = {part: _decoding_of(manifest) for part, manifest in manifests.items()}
     fingerprint = next(iter(manifests.values()))["fingerprint"]
@@ -144,6 +142,12 @@ def score(
     )
     write_results(out / "results.json", result.metrics, provenance, [*result.items, *data.missing_records(answers)])
     return Outcome(result, out / "results.json")
+
+
+def scored_with(task: Task, data: Any, answers: list[Answer], out: Path, args: argparse.Namespace) -> Score:
+    """Judge where a judge decides, with its files in `out`, and score."""
+    judged = [verdicts(task, data, answers, out, args)] if task.judged else []
+    return task.benchmark.score(data, answers, *judged, **scoring(task, args))
 
 
 def scoring(task: Task, args: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +198,9 @@ def labeled(task: Task, protocol: str, data: Any, args: argparse.Namespace) -> s
     return ", ".join([protocol, *dict.fromkeys(changes)])
 
 
-def report(task: Task, data: Any, outcomes: Mapping[str, Outcome], published: bool = False) -> None:
+def report(
+    task: Task, data: Any, outcomes: Mapping[str, Outcome], published: bool = False, *, page: bool = True
+) -> None:
     """Print the benchmark's own table and the differences, and write them and a page beside the first's results."""
     names, paths = list(outcomes), [outcome.path for outcome in outcomes.values()]
     folder = paths[0].parent
@@ -203,7 +209,11 @@ def report(task: Task, data: Any, outcomes: Mapping[str, Outcome], published: bo
         lines.append(compare(paths[::-1], names[::-1]).report(published))
     log("\n\n".join(lines))
     write_atomic(folder / "table.txt", "\n\n".join(lines) + "\n")
-    write_page(paths[-1], folder / PAGE, image_folders(data), paths[0] if len(paths) > 1 else None, names=names[::-1])
+    if page:
+        other = paths[0] if len(paths) > 1 else None
+        write_page(paths[-1], folder / PAGE, image_folders(data), other, names=names[::-1])
+    else:
+        log(f"no page: none of the images is in {image_folders(data)[-1]}")
     log(f"results: {', '.join(map(str, paths))}")
 
 

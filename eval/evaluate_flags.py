@@ -153,16 +153,10 @@ def _task(benchmark: Benchmark, args: argparse.Namespace) -> Task:
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the machine. Raises EvaluateError that names every error of the flags."""
     errors = [f"--{n.replace('_', '-')} {v}: expected 1 or more" for n, v in _counts(args).items() if v < 1]
-    if args.blind and args.mode not in (None, BLIND):
-        errors.append(f"--blind: expected no other mode, got --mode {args.mode}")
-    args.mode = BLIND if args.blind else args.mode
     if Shard.from_launcher().count > 1:
         errors.append("started by a launcher: expected one process, which starts the others itself (--processes)")
+    errors += mode_errors(args)
     tasks = tasks_of(args)
-    known = [mode.name for task in tasks for mode in task.benchmark.modes if mode.name]
-    if args.mode is not None and args.mode not in known:
-        errors.append(f"--mode {args.mode}: expected {' or '.join(known) or 'none'} for {args.benchmark}")
-    errors += _question_errors(tasks, args)
     for task in tasks:
         errors += _task_errors(task, args)
     errors += [f"checkpoint {path!r}: {error}" for path in checkpoints(args) if (error := _name_error(path))]
@@ -183,6 +177,19 @@ def _processes(args: argparse.Namespace) -> int:
 
     on_gpu = args.backend == "local" and args.device in (None, "cuda")
     return max(1, torch.cuda.device_count()) if on_gpu else 1
+
+
+def mode_errors(args: argparse.Namespace) -> list[str]:
+    """Set the mode that --blind names, and return the errors of the mode and of the flags on questions."""
+    errors = []
+    if args.blind and args.mode not in (None, BLIND):
+        errors.append(f"--blind: expected no other mode, got --mode {args.mode}")
+    args.mode = BLIND if args.blind else args.mode
+    tasks = tasks_of(args)
+    known = [mode.name for task in tasks for mode in task.benchmark.modes if mode.name]
+    if args.mode is not None and args.mode not in known:
+        errors.append(f"--mode {args.mode}: expected {' or '.join(known) or 'none'} for {args.benchmark}")
+    return errors + _question_errors(tasks, args)
 
 
 def _question_errors(tasks: Sequence[Task], args: argparse.Namespace) -> list[str]:

@@ -86,6 +86,12 @@ def _id_of(row: Mapping[str, Any]) -> str:
     return "_".join(str(row[name]) for name in _KEY)
 
 
+def id_of(row: Mapping[str, Any], data: Any = None) -> str | None:
+    """Return the id of a row that has the official file's fields, None for another."""
+    del data
+    return _id_of(row) if all(name in row for name in _KEY) else None
+
+
 def _row_errors(number: int, row: Mapping[str, Any]) -> list[str]:
     allowed = {"category": ("VD", "VS"), "visual_input": tuple(_INPUTS), "gt_answer": tuple(_TRUTHS)}
     errors = [
@@ -417,4 +423,5 @@ BENCHMARK = Benchmark(
     stratum=lambda question: " ".join(question.kinds),
     table=format_table,
     published_file=Path(__file__).with_name("hallusionbench_published.json"),
+    id_of=id_of,
 )

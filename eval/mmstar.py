@@ -95,6 +95,14 @@ def from_rows(rows: Sequence[Mapping[str, Any]], path: Path, mode: str = "image"
     return MMStar((*shown, *hidden), "", images, mode=mode)
 
 
+def id_of(row: Mapping[str, Any], data: MMStar | None = None) -> str | None:
+    """Return the id of a row by its index (in lmms-eval's samples: question_id), None without one."""
+    index = row.get("index", row.get("question_id"))
+    if not str(index).removesuffix(".0").isdigit():
+        return None
+    return str(index).removesuffix(".0") + _BLIND * (data is not None and data.mode == "text_only")
+
+
 def _row_errors(number: int, row: Mapping[str, Any]) -> list[str]:
     if errors := field_errors(f"record {number}", row, _FIELDS):
         return errors
@@ -330,5 +338,6 @@ BENCHMARK = Benchmark(
     table=format_table,
     published_file=Path(__file__).with_name("mmstar_published.json"),
     from_rows=from_rows,
+    id_of=id_of,
     takes_text_only=True,
 )

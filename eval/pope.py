@@ -11,7 +11,7 @@ id and not by order, and an answer that is neither yes nor no is unparsed and ri
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ def load(folder: str | Path, mode: str = "llava") -> Pope:
     raise_errors(source, [f"{file.name}: missing" for file in files.values() if not file.is_file()])
     questions = [question for split, file in files.items() for question in _read_split(split, file)]
     return Pope(tuple(questions), "", Path(folder) / COCO_FOLDER, mode=mode)
+
+
+def id_of(row: Mapping[str, Any], data: Any = None) -> str | None:
+    """Return the id of a row that has its split as `category`, or its place in lmms-eval's order of the splits."""
+    del data
+    number, split = str(row.get("question_id")), row.get("category")
+    if split is None and isinstance(row.get("doc_id"), int):
+        split = ("adversarial", "popular", "random")[min(row["doc_id"] // 3000, 2)]
+    return str(OFFSETS[split] + int(number)) if split in SPLITS and number.isdigit() else None
 
 
 def _read_split(split: str, file: Path) -> list[Question]:
@@ -178,5 +187,6 @@ BENCHMARK = Benchmark(
     modes=(Mode("llava", "8,910 questions"), Mode("official", "9,000 questions", answers="answers_official")),
     stratum=lambda question: question.kinds[0],
     table=format_table,
+    id_of=id_of,
     published_file=Path(__file__).with_name("pope_published.json"),
 )

@@ -17,13 +17,13 @@ from llava.generation.request import Decoding, Request
 class Task:
     """A benchmark, the way it is run, and the number of questions of each stratum (None: all).
 
-    image_ids: file of the images that are asked about; None for the benchmark's own.
+    image_ids: file or list of the images that are asked about; None for the benchmark's own.
     """
 
     benchmark: Benchmark
     mode: Mode
     limit: int | None
-    image_ids: Path | None = None
+    image_ids: Path | tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:

@@ -103,6 +103,7 @@ class Benchmark:
     published_file: Path | None = None
     aliases: tuple[str, ...] = ()
     from_rows: Callable[..., BenchmarkData] | None = None
+    id_of: Callable[[Mapping[str, Any], Any], str | None] | None = None
     takes_image_ids: bool = False
     takes_text_only: bool = False
 
