@@ -11,6 +11,7 @@ mean of its samples' scores gets intervals; of any other, such as MME's sums ove
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,15 +99,15 @@ def sample_score(sample: Mapping[str, Any], metric: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def parts_of(samples: Sequence[Mapping[str, Any]], values: Mapping[str, float]) -> dict[str, float]:
+def parts_of(samples: Sequence[Mapping[str, Any]], values: Mapping[str, float | None]) -> dict[str, float]:
     """Return metric -> factor for those that are the mean of their samples' scores, times 1 or 100."""
-    factors = {}
+    factors: dict[str, float] = {}
     for metric, value in values.items():
         scores = [score for sample in samples if (score := sample_score(sample, metric)) is not None]
-        mean = sum(scores) / len(scores) if scores else None
-        factor = next((f for f in (1.0, 100.0) if mean is not None and abs(f * mean - value) <= TOLERANCE), None)
-        if factor is not None:
-            factors[metric] = factor
+        if scores and value is not None:
+            mean = sum(scores) / len(scores)
+            fitting = [factor for factor in (1.0, 100.0) if abs(factor * mean - value) <= TOLERANCE]
+            factors |= {metric: fitting[0]} if fitting else {}
     return factors
 
 
@@ -145,7 +146,7 @@ def import_task(path: Path, content: Mapping[str, Any], task: str, model: str, o
     found, samples = metrics_of(content, task), read_samples(path, task)
     if not found:
         raise ValueError(f"{path}: expected a metric of {task}, got none that is a number\nRemedy: {_REMEDY}")
-    values = {name: value for name, (_, value) in found.items()}
+    values = {name: value if math.isfinite(value) else None for name, (_, value) in found.items()}
     factors = parts_of(samples, values)
     items = [item_of(sample, factors, list(values)) for sample in samples]
     sums = ratios(items, factors)

@@ -24,7 +24,7 @@ EOF
     # What `python -m lmms_eval` imports for these tasks; all that it declares would be 3 GB, with other pins.
     .venv-lmms/bin/pip install --quiet --no-deps "lmms-eval==$VERSION"
     .venv-lmms/bin/pip install --quiet aiohttp decord loguru evaluate jsonlines pytablewriter sacrebleu tenacity \
-        python-dotenv tqdm-multiprocess sqlitedict
+        python-dotenv tqdm-multiprocess sqlitedict chardet
 fi
 
 .venv/bin/python -m playground.tinycoco benchmarks --out "$OUT/bench" --scenes 12

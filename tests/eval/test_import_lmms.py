@@ -85,7 +85,14 @@ def test_two_tasks_are_not_comparable(imported, capsys):
 def test_percent_and_fractions_and_filters():
     samples = [{"acc": 1}, {"acc": 0}, {"acc": True}, {"acc": {"score": 0.0}}]
     assert parts_of(samples, {"acc": 50.0, "acc,strict": 0.5, "other": 0.5}) == {"acc": 100.0, "acc,strict": 1.0}
-    assert parts_of(samples, {"acc": 0.51}) == {}
+    assert parts_of(samples, {"acc": 0.51, "acc,strict": None}) == {}
+
+
+def test_an_undefined_metric_is_null(tmp_path):
+    folder = write(tmp_path / "r", "m", 1, float("nan"))
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    (found,) = read_all([tmp_path / "out/m/mme/results.json"])
+    assert found.metrics == {"mme_perception_score": None}
 
 
 class TestErrors:

@@ -10,7 +10,7 @@ import pytest
 
 from eval import benchmarks
 from eval.core.types import Answer
-from eval.lmms_tasks import utils
+from eval.lmms_tasks import scoring, utils
 from eval.lmms_tasks.data import TASKS, main
 from eval.task import Task
 from playground.tinycoco.benchmarks import write_benchmarks
@@ -24,11 +24,11 @@ FOLDER = Path(utils.__file__).parent
 def world(tmp_path, monkeypatch):
     write_benchmarks(tmp_path, 6, "test")
     monkeypatch.setenv("DAMA_BENCH_DATA", str(tmp_path))
-    utils.loaded.cache_clear()
-    utils._score.cache_clear()
+    scoring.loaded.cache_clear()
+    scoring._score.cache_clear()
     yield tmp_path
-    utils.loaded.cache_clear()
-    utils._score.cache_clear()
+    scoring.loaded.cache_clear()
+    scoring._score.cache_clear()
 
 
 def of_file(task):
