@@ -15,7 +15,6 @@ FOLDER/amber/similar_words.json, and without it only equal words are equal, whic
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,8 @@ from eval.core.official import field_errors, raise_errors, read_json, read_recor
 from eval.core.scores import QUIRKS, Score, Table, TableColumn, score_items
 from eval.core.sources import GITHUB_RAW, File, ImageSource, archive_with, files_of
 from eval.core.types import Answer, BenchmarkData, Parts, Question, Record, record_of
-from llava.eval.eval_pope import Reply, count, is_undecided
+from eval.yes_no import read_leading as read_answer
+from llava.eval.eval_pope import Reply, count
 
 PartName = Literal["generative", "discriminative"]
 
@@ -380,14 +380,6 @@ def _described(question: Question, answer: Answer, amber: Amber, find: Callable[
         part="generative",
         nouns=[{"noun": n, "start": start, "end": end, "correct": not wrong} for (n, start, end), wrong in found],
     )
-
-
-def read_answer(text: str) -> Reply | None:
-    """Return the yes or no that the answer begins with, in any case; None for other answers, also for "No idea"."""
-    found = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
-    if found is None or is_undecided(text.strip().split(".")[0].lower()):
-        return None
-    return "yes" if found[1].lower() == "yes" else "no"
 
 
 def official_reading(text: str) -> Reply | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from eval import amber, llavabench, mmhal, mmvet, objhal, pope
+from eval import amber, chair, hallusionbench, llavabench, mmhal, mmstar, mmvet, objhal, pope
 from eval.core.benchmark import Benchmark
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     objhal.BENCHMARK,
     amber.BENCHMARK,
+    chair.BENCHMARK,
     mmhal.BENCHMARK,
+    hallusionbench.BENCHMARK,
     llavabench.BENCHMARK,
     mmvet.BENCHMARK,
+    mmstar.BENCHMARK,
     pope.BENCHMARK,
 )
 

@@ -46,10 +46,19 @@ def rows_of(runs: Sequence[Results]) -> list[Row]:
     """Compute every metric that is made of the items' parts, derived ones too. The runs have the same items.
 
     An image is resampled with all its items, and with the images that share a group with it; an item without image is
-    resampled by itself.
+    resampled by itself. Of imported results all metrics are rows, those that their items do not give as stated.
     """
-    ids, known = list(runs[0].items), runs[0].benchmark.metrics
     names = list(dict.fromkeys(metric for run in runs for row in run.items.values() for metric in row["parts"]))
+    rows = _resampled_rows(runs, names) if names else {}
+    if runs[0].described is not None:
+        metrics = runs[0].benchmark.metrics
+        return [rows.get(metric.name) or _row_without_interval(runs, metric.name) for metric in metrics]
+    return list(rows.values())
+
+
+def _resampled_rows(runs: Sequence[Results], names: Sequence[str]) -> dict[str, Row]:
+    """Compute the rows of the metrics `names`, which are made of parts, and of those derived from them."""
+    ids, known = list(runs[0].items), runs[0].benchmark.metrics
     columns = [
         [run.items[id_]["parts"].get(name, (0.0, 0.0))[side] for id_ in ids]
         for run in runs
@@ -60,8 +69,8 @@ def rows_of(runs: Sequence[Results]) -> list[Row]:
     shape = len(runs), len(names), 2
     values = [from_sums(known, names, run) for run in totals.reshape(shape)]
     samples = [from_sums(known, names, run) for run in sums.reshape(*shape, -1)]
-    return [
-        Row(
+    return {
+        metric.name: Row(
             metric.name,
             tuple(interval(value[metric.name], sample[metric.name]) for value, sample in zip(values, samples)),
             tuple(
@@ -71,14 +80,21 @@ def rows_of(runs: Sequence[Results]) -> list[Row]:
         )
         for metric in known
         if metric.name in values[0]
-    ]
+    }
+
+
+def _row_without_interval(runs: Sequence[Results], metric: str) -> Row:
+    """Return the values that the files state, and their differences."""
+    values = [run.metrics.get(metric) for run in runs]
+    differences = [None if None in (value, values[0]) else value - values[0] for value in values[1:]]  # type: ignore[operator]
+    return Row(metric, *(tuple(Interval(each, None, None) for each in of) for of in (values, differences)))
 
 
 def verdict(benchmark: Benchmark, metric: str, difference: Interval, name: str) -> str:
     """Say what the interval allows to conclude about the run called `name` against the first."""
     better = benchmark.metric(metric).better
     if difference.low is None or difference.high is None:
-        return "undefined"
+        return "undefined" if difference.value is None else "no interval"
     if difference.low <= 0 <= difference.high:
         return "no clear difference"
     up = difference.low > 0

@@ -68,14 +68,18 @@ def fetch(
 
 
 def unpublished(names: Sequence[str], folder: Path) -> dict[str, str]:
-    """Return path -> digest of the files that downloads.json accepts although they are not the published ones."""
+    """Return path -> digest of the files that downloads.json accepts although they are not the published ones.
+
+    A file without a published digest is another one where the record names its edition.
+    """
     files = [file for name in names for file in benchmarks.named(name).files]
     present = [file for file in files if file.sha256 and (folder / file.path).is_file()]
     found = {file: digest(folder / file.path) for file in present}
     other = {file.path: sha256 for file, sha256 in found.items() if sha256 != file.sha256}
     recorded = read_record(folder / RECORD)
-    replaced = [file.instead for file in files if file.instead in recorded and (folder / file.instead).is_file()]
-    return other | {path: digest(folder / path) for path in replaced}
+    replaced = [file.instead for file in files if file.instead in recorded]
+    replaced += [file.path for file in files if file.sha256 is None and recorded.get(file.path, {}).get("edition")]
+    return other | {path: digest(folder / path) for path in replaced if (folder / path).is_file()}
 
 
 @dataclass
@@ -158,6 +162,8 @@ class _Run:
             self.errors.append(f"{images.folder}/: its images, whose names are in the files above; {images.source}")
             return
         folder = self.folder / images.folder
+        if chosen is not None and images.url_of is not None:
+            urls = {name: images.url_of(name) for name in chosen} | urls
         urls = {name: url for name, url in urls.items() if chosen is None or name in chosen}
         urls = {name: url for name, url in urls.items() if not resolve_image(folder, name).is_file()}
         if urls and images.package is not None and self._has_package(images.package, not all(urls.values())):

@@ -42,6 +42,7 @@ from eval.evaluate_flags import (
     validate_checkpoints,
 )
 from eval.page import PAGE, write_page
+from eval.results import read_all
 from eval.summary import summarize
 from eval.task import Task
 from llava.conversation import get_template
@@ -75,10 +76,11 @@ def evaluate(task: Task, data: Any, responder: Responder, run: Path, args: argpa
 def prepare(task: Task) -> Any:
     """Fetch the benchmark's files and images, and load it. A folder given by DAMA_BENCH_DATA is only read."""
     offline = bool(os.environ.get("DAMA_BENCH_DATA"))
-    folder = fetch([task.name], chosen=None if task.limit is None else (), offline=offline, judge=task.judged)
+    partly = task.limit is not None or task.image_ids is not None
+    folder = fetch([task.name], chosen=() if partly else None, offline=offline, judge=task.judged)
     data = task.load(folder)
-    if task.limit is not None:
-        chosen = {question.image for question in data.questions}
+    if partly:
+        chosen = {question.image for question in data.questions if question.image}
         fetch([task.name], chosen=chosen, offline=offline, judge=task.judged)
     return data
 
@@ -125,11 +127,8 @@ def score(
     task: Task, data: Any, answers: list[Answer], manifests: Mapping[str, Any], run: Path, args: argparse.Namespace
 ) -> Outcome:
     """Judge where a judge decides, score, and write results.json."""
-    out, arguments = task.results_folder(run), [data, answers]
-    if task.judged:
-        arguments.append(verdicts(task, data, answers, out, args))
-    quirks = {"official_quirks": args.official_quirks} if task.mode.quirks else {}
-    result = task.benchmark.score(*arguments, **quirks)
+    out = task.results_folder(run)
+    result = scored_with(task, data, answers, out, args)
     result = replace(result, protocol=labeled(task, result.protocol, data, args))
     settings = {part: _decoding_of(manifest) for part, manifest in manifests.items()}
     fingerprint = next(iter(manifests.values()))["fingerprint"]
@@ -144,6 +143,23 @@ def score(
     )
     write_results(out / "results.json", result.metrics, provenance, [*result.items, *data.missing_records(answers)])
     return Outcome(result, out / "results.json")
+
+
+def scored_with(task: Task, data: Any, answers: list[Answer], out: Path, args: argparse.Namespace) -> Score:
+    """Judge where a judge decides, with its files in `out`, and score."""
+    judged = [verdicts(task, data, answers, out, args)] if task.judged else []
+    return task.benchmark.score(data, answers, *judged, **scoring(task, args))
+
+
+def scoring(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments of the benchmark's `score` that the flags ask for."""
+    chosen: dict[str, Any] = {"official_quirks": args.official_quirks} if task.mode.quirks else {}
+    if task.benchmark.takes_text_only and args.text_only is not None:
+        (alone,) = read_all([args.text_only])
+        if alone.benchmark.name != task.name:
+            raise EvaluateError(f"--text_only {args.text_only}: expected results of {task.name}, got {alone.title}")
+        chosen["text_only"] = alone.items
+    return chosen
 
 
 def _decoding_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +200,9 @@ def labeled(task: Task, protocol: str, data: Any, args: argparse.Namespace) -> s
     return ", ".join([protocol, *dict.fromkeys(changes)])
 
 
-def report(task: Task, data: Any, outcomes: Mapping[str, Outcome], published: bool = False) -> None:
+def report(
+    task: Task, data: Any, outcomes: Mapping[str, Outcome], published: bool = False, *, page: bool = True
+) -> None:
     """Print the benchmark's own table and the differences, and write them and a page beside the first's results."""
     names, paths = list(outcomes), [outcome.path for outcome in outcomes.values()]
     folder = paths[0].parent
@@ -193,7 +211,11 @@ def report(task: Task, data: Any, outcomes: Mapping[str, Outcome], published: bo
         lines.append(compare(paths[::-1], names[::-1]).report(published))
     log("\n\n".join(lines))
     write_atomic(folder / "table.txt", "\n\n".join(lines) + "\n")
-    write_page(paths[-1], folder / PAGE, image_folders(data), paths[0] if len(paths) > 1 else None, names=names[::-1])
+    if page:
+        other = paths[0] if len(paths) > 1 else None
+        write_page(paths[-1], folder / PAGE, image_folders(data), other, names=names[::-1])
+    else:
+        log(f"no page: none of the images is in {image_folders(data)[-1]}")
     log(f"results: {', '.join(map(str, paths))}")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dama.errors import error_list
 from dama.stage import Shard
 from eval import benchmarks
+from eval.core.benchmark import Benchmark
 from eval.task import Task
 from llava.generation.flags import (
     Given,
@@ -20,6 +22,7 @@ from llava.generation.request import Responder
 from llava.mm_utils import get_model_name_from_path
 
 TEMPLATE = "vicuna_v1"
+BLIND = "blind"  # the mode that also asks without images
 _LONGEST_NAME = 255  # bytes of a file's name on most systems
 
 
@@ -41,6 +44,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--published", action="store_true", help="with --compare: show published results below these")
     parser.add_argument("--out", default="runs/eval", metavar="DIR", help="output folder (default: %(default)s)")
     parser.add_argument("--mode", help=f"{_modes()}. Default: the first")
+    add_question_flags(parser)
     parser.add_argument(
         "--limit",
         type=int,
@@ -54,6 +58,26 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add_backend_flags(parser)
     add_judge_flags(parser)
     return parser
+
+
+def add_question_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that some benchmarks have for what is asked and compared."""
+    blind = _names_with(lambda benchmark: any(mode.name == BLIND for mode in benchmark.modes))
+    parser.add_argument("--blind", action="store_true", help=f"the same as --mode {BLIND}, for {blind}")
+    parser.add_argument(
+        "--text_only", "--text-only", type=Path, metavar="RESULTS",
+        help="results.json of the language model alone (--mode text_only), with which leakage is computed, for "
+        + _names_with(lambda benchmark: benchmark.takes_text_only),
+    )  # fmt: skip
+    parser.add_argument(
+        "--image_ids", "--image-ids", type=Path, metavar="FILE",
+        help="COCO ids of the images that are asked about, one per line, for "
+        + _names_with(lambda benchmark: benchmark.takes_image_ids),
+    )  # fmt: skip
+
+
+def _names_with(having: Callable[[Benchmark], bool]) -> str:
+    return ", ".join(benchmark.name for benchmark in benchmarks.BENCHMARKS if having(benchmark))
 
 
 def _modes() -> str:
@@ -127,7 +151,12 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     """Return the tasks that the flags ask for."""
     names = benchmarks.names() if args.benchmark == "all" else [args.benchmark]
     chosen = [benchmarks.named(name) for name in names]
-    return [Task(benchmark, benchmark.mode_named(args.mode), args.limit) for benchmark in chosen]
+    return [_task(benchmark, args) for benchmark in chosen]
+
+
+def _task(benchmark: Benchmark, args: argparse.Namespace) -> Task:
+    image_ids = args.image_ids if benchmark.takes_image_ids else None
+    return Task(benchmark, benchmark.mode_named(args.mode), args.limit, image_ids)
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -135,10 +164,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     errors = [f"--{n.replace('_', '-')} {v}: expected 1 or more" for n, v in _counts(args).items() if v < 1]
     if Shard.from_launcher().count > 1:
         errors.append("started by a launcher: expected one process, which starts the others itself (--processes)")
+    errors += mode_errors(args)
     tasks = tasks_of(args)
-    known = [mode.name for task in tasks for mode in task.benchmark.modes if mode.name]
-    if args.mode is not None and args.mode not in known:
-        errors.append(f"--mode {args.mode}: expected {' or '.join(known) or 'none'} for {args.benchmark}")
     for task in tasks:
         errors += _task_errors(task, args)
     errors += [f"checkpoint {path!r}: {error}" for path in checkpoints(args) if (error := _name_error(path))]
@@ -161,6 +188,33 @@ def _processes(args: argparse.Namespace) -> int:
     return max(1, torch.cuda.device_count()) if on_gpu else 1
 
 
+def mode_errors(args: argparse.Namespace) -> list[str]:
+    """Set the mode that --blind names, and return the errors of the mode and of the flags on questions."""
+    errors = []
+    if args.blind and args.mode not in (None, BLIND):
+        errors.append(f"--blind: expected no other mode, got --mode {args.mode}")
+    args.mode = BLIND if args.blind else args.mode
+    tasks = tasks_of(args)
+    known = [mode.name for task in tasks for mode in task.benchmark.modes if mode.name]
+    if args.mode is not None and args.mode not in known:
+        errors.append(f"--mode {args.mode}: expected {' or '.join(known) or 'none'} for {args.benchmark}")
+    return errors + _question_errors(tasks, args)
+
+
+def _question_errors(tasks: Sequence[Task], args: argparse.Namespace) -> list[str]:
+    """Name flags that no benchmark of these takes, and files that are missing."""
+    taking = {
+        "--text_only": (args.text_only, any(task.benchmark.takes_text_only for task in tasks)),
+        "--image_ids": (args.image_ids, any(task.benchmark.takes_image_ids for task in tasks)),
+    }
+    given = {flag: (path, taken) for flag, (path, taken) in taking.items() if path is not None}
+    errors = [f"{flag}: {args.benchmark} does not take it" for flag, (_, taken) in given.items() if not taken]
+    errors += [f"{flag} {path}: expected a file, got none" for flag, (path, _) in given.items() if not path.is_file()]
+    if args.text_only is not None and args.mode != BLIND:
+        errors.append("--text_only: leakage compares with the answers without images; add --blind")
+    return errors
+
+
 def _task_errors(task: Task, args: argparse.Namespace) -> list[str]:
     errors = []
     if task.judged and args.benchmark != "all" and not args.judge_base_url and not args.answers_only:
@@ -172,7 +226,7 @@ def _task_errors(task: Task, args: argparse.Namespace) -> list[str]:
     if args.official_quirks and not task.mode.quirks and args.benchmark != "all":
         having = " or ".join(mode.name for mode in task.benchmark.modes if mode.quirks)
         errors.append(f"--official-quirks: {task.mode.name} have none; they are those of --mode {having}")
-    beams = args.num_beams or max(part.decoding.get("num_beams", 1) for part in task.benchmark.parts)
+    beams = args.num_beams or max(task.decoding(part).num_beams for part in task.benchmark.parts)
     if args.backend == "openai" and beams > 1:
         errors.append(f"{task.name}: a server decodes without beams, published are {beams}; add --num-beams 1")
     return errors

@@ -233,7 +233,7 @@ BENCHMARK = Benchmark(
     parts=(Part(DECODING),),
     score=score,
     metrics=METRICS,
-    columns=(SummaryColumn("relative", "LLaVA-Bench"),),
+    columns=(SummaryColumn("relative", "LLaVA-Bench", kind="ability"),),
     modes=(Mode(judged=True),),
     judge=JUDGE,
     table=format_table,

@@ -261,7 +261,7 @@ BENCHMARK = Benchmark(
     parts=(Part(DECODING),),
     score=score,
     metrics=METRICS,
-    columns=(SummaryColumn("total", "MM-Vet"),),
+    columns=(SummaryColumn("total", "MM-Vet", kind="ability"),),
     modes=(Mode(judged=True),),
     judge=JUDGE,
     table=format_table,

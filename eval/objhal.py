@@ -32,7 +32,7 @@ from eval.core.judge import JudgeRun, after_thoughts, ask_judge
 from eval.core.judged import Judge
 from eval.core.metrics import Metric
 from eval.core.nouns import FALLBACK, Tagger, rule_tagger, spacy_tagger
-from eval.core.objects import Mention, ObjectVocabulary
+from eval.core.objects import Mention, ObjectVocabulary, ground_truth_from_coco
 from eval.core.official import REMEDY, official_prompt, raise_errors, read_json, read_records
 from eval.core.scores import QUIRKS, Score, Table, TableColumn, score_items
 from eval.core.sources import (
@@ -116,24 +116,6 @@ def _read_truth(path: Path, images: Iterable[int], vocabulary: ObjectVocabulary)
 def _question(row: Mapping[str, Any], truth: frozenset[str]) -> Question:
     listed = ", ".join(sorted(truth))
     return Question(str(row["org_idx"]), COCO_NAME.format(row["image_id"]), row["question"], listed)
-
-
-def ground_truth_from_coco(
-    instances: Mapping[str, Any], captions: Mapping[str, Any], images: Iterable[int], vocabulary: ObjectVocabulary
-) -> dict[int, list[str]]:
-    """Return COCO id -> sorted nodes: the categories of its instances, and what its reference captions name.
-
-    instances, captions: the contents of COCO's instances_*.json and captions_*.json.
-    """
-    found: dict[int, set[str]] = {image: set() for image in images}
-    categories = {row["id"]: vocabulary.node_of[row["name"]] for row in instances["categories"]}
-    for row in instances["annotations"]:
-        if row["image_id"] in found:
-            found[row["image_id"]].add(categories[row["category_id"]])
-    for row in captions["annotations"]:
-        if row["image_id"] in found:
-            found[row["image_id"]] |= {mention.node for mention in vocabulary.mentions(row["caption"])}
-    return {image: sorted(nodes) for image, nodes in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- judge

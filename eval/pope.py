@@ -11,7 +11,7 @@ id and not by order, and an answer that is neither yes nor no is unparsed and ri
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ def load(folder: str | Path, mode: str = "llava") -> Pope:
     raise_errors(source, [f"{file.name}: missing" for file in files.values() if not file.is_file()])
     questions = [question for split, file in files.items() for question in _read_split(split, file)]
     return Pope(tuple(questions), "", Path(folder) / COCO_FOLDER, mode=mode)
+
+
+def id_of(row: Mapping[str, Any], data: Any = None) -> str | None:
+    """Return the id of a row that has its split as `category`, or its place in lmms-eval's order of the splits."""
+    del data
+    number, split = str(row.get("question_id")), row.get("category")
+    if split is None and isinstance(row.get("doc_id"), int):
+        split = ("adversarial", "popular", "random")[min(row["doc_id"] // 3000, 2)]
+    return str(OFFSETS[split] + int(number)) if split in SPLITS and number.isdigit() else None
 
 
 def _read_split(split: str, file: Path) -> list[Question]:
@@ -132,9 +141,21 @@ _OFFICIAL = f"{_REPOSITORY}/3df3ba1b110ecce25696989577fad583b67d4239/output/coco
 _OF_LLAVA = f"{_REPOSITORY}/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
 
 
+_FILES = files_of(
+    "pope",
+    _OFFICIAL,
+    {
+        "coco_pope_random.json": (368166, "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994"),
+        "coco_pope_popular.json": (370190, "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753"),
+        "coco_pope_adversarial.json": (370401, "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8"),
+    },
+)
+IMAGES_FILE = _FILES[0]  # names the 500 images
+
+
 def _image_urls(data: Path) -> dict[str, str]:
     # The file is called .json and has one question per line; all splits and modes are about the same 500 images.
-    lines = (data / "pope/coco_pope_random.json").read_text(encoding="utf-8").splitlines()
+    lines = (data / IMAGES_FILE.path).read_text(encoding="utf-8").splitlines()
     return coco_urls(json.loads(line)["image"] for line in lines)
 
 
@@ -143,18 +164,7 @@ BENCHMARK = Benchmark(
     title="POPE",
     wrong="is not the labeled yes or no",
     files=(
-        *files_of(
-            "pope",
-            _OFFICIAL,
-            {
-                "coco_pope_random.json": (368166, "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994"),
-                "coco_pope_popular.json": (370190, "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753"),
-                "coco_pope_adversarial.json": (
-                    370401,
-                    "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8",
-                ),
-            },
-        ),
+        *_FILES,
         *files_of(
             "pope/llava_variant",
             _OF_LLAVA,
@@ -177,5 +187,6 @@ BENCHMARK = Benchmark(
     modes=(Mode("llava", "8,910 questions"), Mode("official", "9,000 questions", answers="answers_official")),
     stratum=lambda question: question.kinds[0],
     table=format_table,
+    id_of=id_of,
     published_file=Path(__file__).with_name("pope_published.json"),
 )

@@ -19,22 +19,27 @@ from eval.core.official import Fields, field_errors
 from eval.core.scores import QUIRKS, some_of
 from eval.core.store import not_finite
 from eval.core.types import Record
+from eval.imported import described_benchmark, description_errors
 
 
 @dataclass(frozen=True)
 class Results:
-    """A results.json under the name that tables and pages give it. items: id -> record."""
+    """A results.json under the name that tables and pages give it.
+
+    items: id -> record. described: the file's own description of its benchmark, None for one of this repository's.
+    """
 
     path: Path
     name: str
     provenance: Mapping[str, Any]
     metrics: Mapping[str, float | None]
     items: Mapping[str, Record]
+    described: Mapping[str, Any] | None = None
 
     @cached_property
     def benchmark(self) -> Benchmark:
         """The benchmark's description."""
-        return benchmarks.named(self.provenance["benchmark"])
+        return benchmark_of(self.provenance["benchmark"], self.described)
 
     @property
     def title(self) -> str:
@@ -51,6 +56,11 @@ class Results:
     def judge(self) -> Mapping[str, Any] | None:
         """The judge's entry, None for rules."""
         return self.provenance["judge"]
+
+
+def benchmark_of(name: str, described: Mapping[str, Any] | None) -> Benchmark:
+    """Return the benchmark of a results.json. Raises ValueError for an unknown one that is not described."""
+    return benchmarks.named(name) if described is None else described_benchmark(described)
 
 
 _RESULTS: Fields = {"provenance": (dict,), "metrics": (dict,), "items": (list,)}
@@ -95,7 +105,7 @@ def read_all(paths: Sequence[str | Path], names: Sequence[str] | None = None) ->
 
 def _named(path: Path, name: str, content: Mapping[str, Any]) -> Results:
     items = {row["id"]: row for row in content["items"]}
-    return Results(path, name, content["provenance"], content["metrics"], items)
+    return Results(path, name, content["provenance"], content["metrics"], items, content.get("benchmark"))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -151,8 +161,11 @@ def _are_two(pair: Any, kind: type | tuple[type, ...]) -> bool:
 
 def _metric_errors(content: Mapping[str, Any]) -> list[str]:
     """Name an unknown benchmark, or its unknown metrics."""
+    name, described = content["provenance"]["benchmark"], content.get("benchmark")
+    if described is not None and (errors := description_errors(described, name)):
+        return errors
     try:
-        return unknown_metrics(content, benchmarks.named(content["provenance"]["benchmark"]))
+        return unknown_metrics(content, benchmark_of(name, described))
     except ValueError as error:
         return [str(error)]
 

@@ -23,6 +23,8 @@ from eval.core.scores import aligned, cell
 from eval.results import unknown_metrics
 
 OTHER = "*"  # marks metrics of another protocol or judge than the column's first
+MARKS = {"hallucination": "H", "ability": "A"}
+LEGEND = "H hallucination, A general ability; + higher is better, - lower is better"
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,18 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """Title with + or - for the better direction."""
-        return f"{self.shown.title} {'-' if self.lower else '+'}"
+        """Mark of what it measures, title, and + or - for the better direction."""
+        return f"{MARKS[self.shown.kind]} {self.shown.title} {'-' if self.lower else '+'}"
 
 
 def columns() -> list[Column]:
-    """Return the columns of all benchmarks, in the order of the tuple."""
-    return [
+    """Return the columns of all benchmarks, hallucination before ability, else in the order of the tuple."""
+    found = [
         Column(benchmark.name, shown, benchmark.metric(shown.metric).better == "lower")
         for benchmark in benchmarks.BENCHMARKS
         for shown in benchmark.columns
     ]
+    return sorted(found, key=lambda column: list(MARKS).index(column.shown.kind))
 
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -74,7 +77,30 @@ def format_table(models: Mapping[str, Results]) -> str:
     lines = [["", "", *(column.heading for column in shown)]]
     for name, results in models.items():
         lines.append([name, "", *(_cell(models, results, column) for column in shown)])
-    return "\n".join([aligned(lines), "+ higher is better, - lower is better", *_protocols(models)])
+    return "\n".join([aligned(lines), LEGEND, *_ability(models), *_protocols(models)])
+
+
+def _ability(models: Mapping[str, Results]) -> list[str]:
+    """Return a line for each model but the last: how its abilities differ from the last one's, where comparable."""
+    *others, base = models
+    lines = []
+    for name in others:
+        changes = [
+            f"{column.shown.title} {change:+.{column.shown.decimals}f}{' (lower)' * (change < 0)}"
+            for column in columns()
+            if column.shown.kind == "ability" and (change := _change(column, models[name], models[base])) is not None
+        ]
+        lines += [f"ability, {name} minus {base}: {', '.join(changes)}"] if changes else []
+    return lines
+
+
+def _change(column: Column, ours: Results, theirs: Results) -> float | None:
+    """Return the difference of a metric; None where one is undefined, or was made in another way."""
+    results = [results[column.benchmark] for results in (ours, theirs) if column.benchmark in results]
+    values = [result["metrics"].get(column.metric) for result in results]
+    if len(results) < 2 or None in values or _protocol(results[0]) != _protocol(results[1]):
+        return None
+    return float(values[0]) - float(values[1])
 
 
 def _cell(models: Mapping[str, Results], results: Results, column: Column) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.core.benchmark import Benchmark, Mode
+from eval.core.benchmark import Benchmark, Mode, Part
 from eval.core.judge import VERDICTS
 from eval.core.types import Question
 from llava.generation.request import Decoding, Request
@@ -15,11 +15,15 @@ from llava.generation.request import Decoding, Request
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark, the way it is run, and the number of questions of each stratum (None: all)."""
+    """A benchmark, the way it is run, and the number of questions of each stratum (None: all).
+
+    image_ids: file or list of the images that are asked about; None for the benchmark's own.
+    """
 
     benchmark: Benchmark
     mode: Mode
     limit: int | None
+    image_ids: Path | tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -33,7 +37,8 @@ class Task:
 
     def load(self, folder: Path) -> Any:
         """Load the benchmark, or its first questions. Raises ValueError that names file and fields."""
-        data = self.benchmark.load(folder, self.mode.name)
+        chosen = {} if self.image_ids is None else {"image_ids": self.image_ids}
+        data = self.benchmark.load(folder, self.mode.name, **chosen)
         return data if self.limit is None else replace(data, questions=self._first(data.questions))
 
     def _first(self, questions: Iterable[Question]) -> tuple[Question, ...]:
@@ -43,11 +48,16 @@ class Task:
         return tuple(question for stratum in strata.values() for question in stratum[: self.limit])
 
     def parts(self, data: Any) -> dict[str, tuple[list[Request], Decoding]]:
-        """Return folder of the answers -> generation requests and published decoding."""
-        return {
-            part.name or self.mode.answers: (self.benchmark.requests(data, part), Decoding(**part.decoding))
+        """Return folder of the answers -> generation requests and published decoding; parts without questions: none."""
+        found = {
+            part.name or self.mode.answers: (self.benchmark.requests(data, part), self.decoding(part))
             for part in self.benchmark.parts
         }
+        return {name: (requests, decoding) for name, (requests, decoding) in found.items() if requests}
+
+    def decoding(self, part: Part) -> Decoding:
+        """Return the published decoding of a part in this mode."""
+        return Decoding(**{**part.decoding, **self.mode.decoding})
 
     def answers_folder(self, run: Path) -> Path:
         """Return the folder of the answers in a model's folder; runs with a limit use a separate one."""

@@ -34,6 +34,7 @@ MODULES: dict[str, list[str]] = {
     "llava.model.make_delta": [],
     "llava.model.export": [],
     "eval.evaluate": [GENERATION, "eval/evaluate_flags.py", "eval/benchmarks.py"],
+    "eval.score_answers": ["eval/evaluate_flags.py", "eval/benchmarks.py"],
 }
 TRAINING = "llava.train"  # train_mem.py, train.py and train_dpo.py, which have the same flags
 TRAINING_SOURCES = [

@@ -118,7 +118,7 @@ class HubFamily:
     def size(self) -> ModelSize:
         """The matrices of the decoder, the output layer and the tower; images are counted as tokens only."""
         config = self.model.config.get_text_config(decoder=True)
-        decoder = getattr(self.model.base_model, "language_model", self.model.base_model)
+        decoder = self.model.get_decoder()
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         return ModelSize(

@@ -89,8 +89,8 @@ def parsed(options: Sequence[str]) -> dict[str, Any]:
 
 
 def decoder_of(model: Any) -> torch.nn.Module:
-    """The language model inside a vision-language model."""
-    return getattr(model.base_model, "language_model", model.base_model)
+    """The language model inside a vision-language model, as transformers finds it."""
+    return model.get_decoder()
 
 
 def vision_of(model: Any) -> torch.nn.Module | None:

@@ -59,7 +59,7 @@ def way_of(model: Any, *, shared_prefix: bool = True) -> Decided:
 def obstacles(model: Any) -> Iterator[str]:
     """Why a prefix cannot be shared."""
     config = model.config.get_text_config(decoder=True)
-    decoder = getattr(model.base_model, "language_model", model.base_model)
+    decoder = model.get_decoder()
     for field in CROSS_ATTENTION_FIELDS:
         if getattr(config, field, None) or getattr(model.config, field, None):
             yield f"config has {field}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from eval.core.judged import Judge
 from eval.core.metrics import Metric
@@ -24,7 +24,8 @@ class Mode:
     """A way to run the benchmark. The first of a benchmark is the default.
 
     help: for the command line. answers: folder of the answers; modes that share it share the answers. judged: whether a
-    judge decides. quirks: whether the original scorer's handling can be asked for.
+    judge decides. quirks: whether the original scorer's handling can be asked for. decoding: what differs from the
+    parts' decoding.
     """
 
     name: str = ""
@@ -32,6 +33,11 @@ class Mode:
     answers: str = "answers"
     judged: bool = False
     quirks: bool = True
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        """Hash by name, which is unique in a benchmark."""
+        return hash(self.name)
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,15 @@ class Part:
 class SummaryColumn:
     """A metric in the table and the chart of all benchmarks.
 
-    rim: the value at the rim of the chart, or at its center if lower is better; None leaves it out of the chart.
+    rim: the value at the rim of the chart, or at its center if lower is better; None leaves it out of the chart. kind:
+    whether it measures hallucination, or general ability, which alignment should not lower.
     """
 
     metric: str
     title: str
     rim: float | None = 100
     decimals: int = 1
+    kind: Literal["hallucination", "ability"] = "hallucination"
 
 
 def _requests_of(data: BenchmarkData, part: Part) -> list[Request]:
@@ -94,6 +102,10 @@ class Benchmark:
     table: Callable[[Mapping[str, Score]], str] | None = None
     published_file: Path | None = None
     aliases: tuple[str, ...] = ()
+    from_rows: Callable[..., BenchmarkData] | None = None
+    id_of: Callable[[Mapping[str, Any], Any], str | None] | None = None
+    takes_image_ids: bool = False
+    takes_text_only: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for a description that contradicts itself, naming every error."""

@@ -32,12 +32,13 @@ class Metric:
 class Grouping:
     """Items that are scored together, such as the two questions about one image.
 
-    key: question -> name of its group. parts: the records of one group, in the order of the questions -> metric ->
-    [numerator, denominator]. A group of which an answer is missing is counted and excluded.
+    key: question -> name of its group, None for a question that is in no group. parts: the records of one group, in the
+    order of the questions -> metric -> [numerator, denominator]. A group of which an answer is missing is counted and
+    excluded.
     """
 
     name: str
-    key: Callable[[Question], str]
+    key: Callable[[Question], str | None]
     parts: Callable[[Sequence[Record]], Parts]
 
 
@@ -90,7 +91,8 @@ def with_groups(
     for grouping in groupings:
         members: dict[str, list[str]] = {}
         for question in questions:
-            members.setdefault(grouping.key(question), []).append(question.id)
+            if (name := grouping.key(question)) is not None:
+                members.setdefault(name, []).append(question.id)
         incomplete = 0
         for name, ids in members.items():
             group = [found[id_] for id_ in ids if id_ in found]

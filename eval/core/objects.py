@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from eval.core.nouns import WORD, Word, singularize
 
@@ -130,3 +131,21 @@ class ObjectVocabulary:
             if tuple(words[i : i + length]) in self.phrases and all(joined[i + 1 : i + length]):
                 return length
         return 1
+
+
+def ground_truth_from_coco(
+    instances: Mapping[str, Any], captions: Mapping[str, Any], images: Iterable[int], vocabulary: ObjectVocabulary
+) -> dict[int, list[str]]:
+    """Return COCO id -> sorted nodes: the categories of its instances, and what its reference captions name.
+
+    instances, captions: the contents of COCO's instances_*.json and captions_*.json.
+    """
+    found: dict[int, set[str]] = {image: set() for image in images}
+    categories = {row["id"]: vocabulary.node_of[row["name"]] for row in instances["categories"]}
+    for row in instances["annotations"]:
+        if row["image_id"] in found:
+            found[row["image_id"]].add(categories[row["category_id"]])
+    for row in captions["annotations"]:
+        if row["image_id"] in found:
+            found[row["image_id"]] |= {mention.node for mention in vocabulary.mentions(row["caption"])}
+    return {image: sorted(nodes) for image, nodes in found.items()}

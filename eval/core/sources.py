@@ -47,7 +47,7 @@ class ImageSource:
     """A benchmark's images: their folder, and a function from the data folder to name -> URL ("" for no URL).
 
     source: where each comes from, in words. package: a file that contains them, which `take` unpacks: (package, names)
-    -> (name, content).
+    -> (name, content). url_of: name -> URL of an image beyond these that may be asked for.
     """
 
     folder: str
@@ -55,6 +55,7 @@ class ImageSource:
     source: str
     package: File | None = None
     take: Callable[[Path, Collection[str]], Iterator[tuple[str, bytes]]] = members
+    url_of: Callable[[str], str] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- content

@@ -96,13 +96,19 @@ def not_finite(value: Any, place: str = "") -> Iterator[str]:
 
 
 def write_results(
-    path: str | Path, metrics: Mapping[str, Any], provenance: Provenance, items: Iterable[Mapping[str, Any]] = ()
+    path: str | Path,
+    metrics: Mapping[str, Any],
+    provenance: Provenance,
+    items: Iterable[Mapping[str, Any]] = (),
+    described: Mapping[str, Any] | None = None,
 ) -> None:
     """Write results.json: provenance, metrics, a record per answer. Undefined is null.
 
+    described: the benchmark's description (eval.imported), where it is none of this repository's.
     Raises ValueError, naming their places, for numbers that JSON does not have: NaN and infinities.
     """
-    content = {"provenance": asdict(provenance), "metrics": dict(metrics), "items": list(items)}
+    content: dict[str, Any] = {} if described is None else {"benchmark": dict(described)}
+    content |= {"provenance": asdict(provenance), "metrics": dict(metrics), "items": list(items)}
     if places := list(not_finite(content)):
         remedy = "the old file, if any, is as it was; report this, since an undefined metric must be null"
         raise ValueError(error_list(f"{path}: not JSON compliant", places, remedy))

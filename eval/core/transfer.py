@@ -13,6 +13,7 @@ import socket
 import stat
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -230,23 +231,31 @@ def _forget(part: Path) -> None:
 
 
 def members(archive: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the files of a zip archive with these last names, wherever in it they are.
+    """(name, content) of the files of a zip archive whose paths end with these names, in whatever folder they are.
 
-    Raises TransferError, before anything is read, where the archive is damaged, or has a path that leaves a folder, a
-    link, or two files of one of the names.
+    A name may have folders of its own, as in "VD/map/0_0.png". Raises TransferError, before anything is read, where the
+    archive is damaged, or has a path that leaves a folder, a link, or two files of one of the names.
     """
+    wanted_names = frozenset(names)
     try:
         with zipfile.ZipFile(archive) as file:
             infos = [info for info in file.infolist() if not info.is_dir()]
-            wanted = [info for info in infos if PurePosixPath(info.filename).name in names]
+            wanted = [(name, info) for info in infos if (name := _name_in(info.filename, wanted_names)) is not None]
             _refuse_members(infos, wanted)
-            for info in wanted:
-                yield PurePosixPath(info.filename).name, file.read(info)
+            for name, info in wanted:
+                yield name, file.read(info)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise TransferError(f"{archive.name} is no zip archive that can be read ({error})") from error
 
 
-def _refuse_members(infos: Collection[zipfile.ZipInfo], wanted: Collection[zipfile.ZipInfo]) -> None:
+def _name_in(path: str, names: Collection[str]) -> str | None:
+    """Return the name that the path ends with, the longest of several."""
+    parts = PurePosixPath(path).parts
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if end in names), None)
+
+
+def _refuse_members(infos: Collection[zipfile.ZipInfo], wanted: Sequence[tuple[str, zipfile.ZipInfo]]) -> None:
     for info in infos:
         path = PurePosixPath(info.filename)
         windows = PureWindowsPath(info.filename)
@@ -254,10 +263,10 @@ def _refuse_members(infos: Collection[zipfile.ZipInfo], wanted: Collection[zipfi
             raise TransferError(f"its member {info.filename!r} leaves the folder; nothing was taken out")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise TransferError(f"its member {info.filename!r} is a link; nothing was taken out")
-    last = [PurePosixPath(info.filename).name for info in wanted]
-    twice = sorted({name for name in last if last.count(name) > 1})
+    times = Counter(name for name, _ in wanted)
+    twice = sorted(name for name, count in times.items() if count > 1)
     if twice:
         raise TransferError(f"it has two files named {twice[0]!r}; nothing was taken out")
-    large = [info.filename for info in wanted if info.file_size > LARGEST_MEMBER]
+    large = [info.filename for _, info in wanted if info.file_size > LARGEST_MEMBER]
     if large:
         raise TransferError(f"its member {large[0]!r} has more than {LARGEST_MEMBER} bytes; nothing was taken out")

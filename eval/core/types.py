@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dama.errors import error_list
@@ -39,8 +39,8 @@ class Answer:
 class Question:
     """What the model is asked, and what the judge is given.
 
-    image: a file in the benchmark's image folder. truth: the reference answer. kinds: the classes with metrics of
-    their own. context: a description of the image for a judge that does not see it.
+    image: a file in the benchmark's image folder, "" for a question without image. truth: the reference answer. kinds:
+    the classes with metrics of their own. context: a description of the image for a judge that does not see it.
     """
 
     id: str
@@ -52,8 +52,8 @@ class Question:
 
     @property
     def image_id(self) -> str:
-        """File name of the image without its suffix."""
-        return Path(self.image).stem
+        """The image's path in the image folder without its suffix, "" without an image."""
+        return str(PurePosixPath(self.image).with_suffix("")) if self.image else ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class BenchmarkData:
         """Return one generation request for each question that is included, with the question's own prompt."""
         from llava.generation.request import Request
 
-        return [Request(q.id, q.prompt, q.image, q.image_id) for q in self.questions if includes(q)]
+        return [Request(q.id, q.prompt, q.image or None, q.image_id) for q in self.questions if includes(q)]
 
     def missing_records(self, answers: Iterable[Answer]) -> list[Record]:
         """Return records of the questions that the model gave no answer to: in no metric, but shown on the page."""

@@ -1,11 +1,13 @@
-"""TinyCOCO editions of Object HalBench, AMBER, POPE and MMHal-Bench: made from the scenes, in the official formats.
+"""TinyCOCO editions of Object HalBench, AMBER, POPE, MMHal-Bench, HallusionBench, MMStar and CHAIR.
+
+They are made from the scenes, in the official formats:
 
     python -m playground.tinycoco benchmarks --out runs/bench
     DAMA_BENCH_DATA=runs/bench bash scripts/eval_objhal.sh playground/tinycoco/weights/llava
 
-and eval_amber.sh, eval_pope.sh likewise; eval_mmhal.sh needs a judge as well (playground/tinycoco/judge.py). The files'
-digests are recorded as downloads' are, so that the commands accept them and label every figure with the digest of the
-data; such figures compare among themselves only.
+and eval_amber.sh, eval_pope.sh, eval_hallusionbench.sh, eval_mmstar.sh, eval_chair.sh likewise; eval_mmhal.sh needs a
+judge as well (playground/tinycoco/judge.py). The files' digests are recorded as downloads' are, so that the commands
+accept them and label every figure with the digest of the data; such figures compare among themselves only.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ from eval import benchmarks
 from eval.core.record import RECORD
 from eval.core.transfer import digest
 from playground.tinycoco.captions import PLURALS, QUESTIONS, article
+from playground.tinycoco.hallusionbench import write_hallusionbench
 from playground.tinycoco.mmhal import CLEARLY_BESIDE, NUMBERS, write_mmhal
+from playground.tinycoco.mmstar import write_mmstar
 from playground.tinycoco.scenes import Scene, SceneObject, draw, sample_scene
 from playground.tinycoco.vocabulary import CATEGORIES, PALETTES, SYNONYMS, companion_of
 
 DESCRIBE = "Describe this image."
+EDITIONS = ("objhal", "amber", "pope", "mmhal", "hallusionbench", "mmstar", "chair")
 POSITIVES = 3  # questions with the answer yes about one scene, at most; and as many with the answer no
 
 Asked = tuple[str, str, str]
@@ -50,15 +55,18 @@ def write_benchmarks(folder: Path, scenes: int, split: str) -> None:
     for home in (folder / "pope", folder / "pope/llava_variant"):
         write_pope(home, chosen)
     write_mmhal(folder, chosen)
+    write_hallusionbench(folder, chosen)
+    write_mmstar(folder, chosen)
+    write_chair(folder / "chair_coco", chosen)
     write_record(folder)
 
 
 def write_record(folder: Path) -> None:
     """downloads.json, which says what the files are that are not the published ones."""
-    files = [file for name in ("objhal", "amber", "pope", "mmhal") for file in benchmarks.named(name).files]
+    files = [file for name in EDITIONS for file in benchmarks.named(name).files]
     paths = {name: folder / name for file in files for name in (file.path, file.instead) if name}
     entries = {
-        name: {"sha256": digest(path), "bytes": path.stat().st_size, "source": "TinyCOCO"}
+        name: {"sha256": digest(path), "bytes": path.stat().st_size, "source": "TinyCOCO", "edition": "TinyCOCO"}
         for name, path in paths.items()
         if path.is_file()
     }
@@ -77,6 +85,16 @@ def write_objhal(folder: Path, scenes: Sequence[Scene]) -> None:
     write_atomic(folder / "obj_halbench_300_questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_json(folder / "gt_objects_300.json", {str(i): list(scene.categories) for i, scene in enumerate(scenes)})
     write_atomic(folder / "synonyms_refine.txt", "".join(", ".join(forms) + "\n" for forms in SYNONYMS.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------- CHAIR
+
+
+def write_chair(folder: Path, scenes: Sequence[Scene]) -> None:
+    """Write what is drawn in each image, the synonyms, and the ids of the images."""
+    truth = {str(i): sorted(scene.categories) for i, scene in enumerate(scenes)}
+    write_json(folder / "gt_objects_val2014.json", truth)
+    write_atomic(folder / "synonyms.txt", "".join(", ".join(forms) + "\n" for forms in SYNONYMS.values()))
 
 
 # ----------------------------------------------------------------------------------------------------------- POPE

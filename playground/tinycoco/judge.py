@@ -1,4 +1,4 @@
-"""An OpenAI-compatible judge on loopback that rates TinyCOCO's MMHal-Bench by rules.
+"""An OpenAI-compatible judge on loopback that rates TinyCOCO's MMHal-Bench and HallusionBench by rules.
 
     python -m playground.tinycoco benchmarks --out runs/bench
     python -m playground.tinycoco judge --port 8765 &
@@ -6,7 +6,7 @@
         --judge-base-url http://127.0.0.1:8765/v1 --judge-model rules
 
 It serves one model, "rules", which is no language model: the rating follows from what is drawn in the scene and what
-the answer says (playground.tinycoco.mmhal). Any other model or prompt is refused.
+the answer says (playground.tinycoco.mmhal, playground.tinycoco.hallusionbench). Any other model or prompt is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from dama.console import log
+from playground.tinycoco.hallusionbench import judge_prompt
 from playground.tinycoco.mmhal import rate_prompt
 
 HOST = "127.0.0.1"
@@ -76,7 +77,7 @@ def completion(body: Any) -> dict[str, Any]:
         raise RequestError(400, "request: expected n 1 and stream false, got other settings")
     prompt = _prompt(body.get("messages"))
     try:
-        text = rate_prompt(prompt).text()
+        text = judge_prompt(prompt) or rate_prompt(prompt).text()
     except ValueError as error:
         raise RequestError(400, str(error)) from error
     tokens = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split())}  # words stand for tokens

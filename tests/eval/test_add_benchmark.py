@@ -122,7 +122,7 @@ def test_from_a_checkpoint_to_the_page(data: Path, tmp_path: Path, capsys: pytes
 
     assert summary.main([str(out / "llava"), str(out / "oracle"), "--out", str(out)]) == 0
     heading, *lines = (out / "summary.txt").read_text().splitlines()
-    assert heading.endswith("Toy +  Toy silent -")
+    assert heading.endswith("A Toy +  A Toy silent -")
     assert next(line for line in lines if "oracle" in line).split()[-2:] == ["200.0", "0.0"]
 
 

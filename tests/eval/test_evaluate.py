@@ -311,12 +311,13 @@ def test_two_checkpoints(command, tmp_path, capsys):
 def test_all_draws_a_table_and_a_chart_and_says_what_it_left_out(command, tmp_path, capsys, official_prompts):
     assert command("all") == 2
     said = capsys.readouterr()
-    assert "left out, because their data could not be had (see above): llavabench, mmvet" in said.err
+    missing = "chair, hallusionbench, llavabench, mmvet, mmstar"
+    assert f"left out, because their data could not be had (see above): {missing}" in said.err
     assert "LEFT OUT: benchmark data in" in said.out and "mmvet/mm-vet.json: made from mmvet/mm-vet.zip" in said.out
     assert "mmhal: 2 answers in" in said.out and "not scored, no --judge-base-url" in said.out
     table = (tmp_path / "out/summary.txt").read_text()
     row = next(line for line in table.splitlines() if line.startswith("llava "))
-    assert row.split()[-6:-1] == ["0.0", "n/a", "n/a", "n/a", "n/a"]
+    assert row.split()[-13:-4] == ["0.0", *["n/a"] * 8] and row.split()[-3:] == ["n/a"] * 3
     with Image.open(io.BytesIO((tmp_path / "out/radar.png").read_bytes())) as chart:
         assert chart.size[0] > 600
 

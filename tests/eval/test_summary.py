@@ -25,13 +25,31 @@ def test_figures_of_another_protocol_or_judge_are_marked():
               "mmhal": result("mmhal", judge("v2"), score=2.76, hallucination_rate=41.0)},
     }  # fmt: skip
     lines = format_table(models).splitlines()
-    assert lines[1].split() == ["A", "53.6", "25.2", *["n/a"] * 5, "2.11", "54.0", *["n/a"] * 3]
-    assert lines[2].split() == ["B", "10.3", "n/a", *["n/a"] * 5, "2.76*", "41.0*", *["n/a"] * 3]
+    cells = [dict(zip((column.metric for column in columns()), line.split()[1:])) for line in lines[1:3]]
+    given = [{name: of[name] for name in ("response_level", "mention_level", "score", "hallucination_rate")}
+             for of in cells]  # fmt: skip
+    assert [list(of.values()) for of in given] == [["53.6", "25.2", "2.11", "54.0"], ["10.3", "n/a", "2.76*", "41.0*"]]
+    assert all(set(of.values()) - set(own.values()) == {"n/a"} for of, own in zip(cells, given) if own is given[0])
     assert lines[4:] == [
         "objhal: objhal-rules",
         "mmhal: mmhal, judge gpt (v1)",
         "* mmhal, not comparable: B: mmhal, judge gpt (v2)",
     ]
+
+
+def test_each_metric_is_marked_and_changes_of_ability_are_listed():
+    """MMStar falls by 1.9; MM-Vet's judges differ, so nothing is said; hallucination is in the table alone."""
+    models = {
+        "aligned": {"mmstar": result("mmstar", total=30.0), "mmvet": result("mm-vet", judge("v1"), total=29.0),
+                    "pope": result("pope-llava", mean_f1=86.0), "llavabench": result("l", judge("v1"), relative=65.0)},
+        "base": {"mmstar": result("mmstar", total=31.9), "mmvet": result("mm-vet", judge("v2"), total=31.0),
+                 "pope": result("pope-llava", mean_f1=85.0), "llavabench": result("l", judge("v1"), relative=64.0)},
+    }  # fmt: skip
+    lines = format_table(models).splitlines()
+    assert [mark for mark in ("H POPE F1 +", "H CHAIRs -", "A MM-Vet +", "A MMStar +") if mark in lines[0]] != []
+    assert lines[0].index("H POPE F1 +") < lines[0].index("A LLaVA-Bench +") < lines[0].index("A MMStar +")
+    assert lines[3].startswith("H hallucination, A general ability")
+    assert lines[4] == "ability, aligned minus base: LLaVA-Bench +1.0, MMStar -1.9 (lower)"
 
 
 def test_farther_out_is_better():

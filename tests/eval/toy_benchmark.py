@@ -62,5 +62,8 @@ BENCHMARK = Benchmark(
     parts=(Part({"max_new_tokens": 4, "num_beams": 1, "temperature": 0.0}),),
     score=score,
     metrics=METRICS,
-    columns=(SummaryColumn("toy_score", "Toy", rim=200), SummaryColumn("silent", "Toy silent")),
+    columns=(
+        SummaryColumn("toy_score", "Toy", 200, kind="ability"),
+        SummaryColumn("silent", "Toy silent", kind="ability"),
+    ),
 )
