@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dama.fingerprint import digest_of_checkpoint
+from dama.models.files import files_of, listed, validate_complete
 from dama.models.setup import HEAD, load_processor
-from dama.remote_code import remote_code_refused
 from dama.train.setup import quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 ADAPTER_PARTS = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*"]  # of a hub repository
-REMEDY = "give a model that transformers itself runs"
-NAMED = 5  # names that an error lists
 
 
 @dataclass(frozen=True)
@@ -108,23 +104,6 @@ class HubCheckpoint:
         return model.eval()
 
 
-@contextmanager
-def files_of(source: str) -> Iterator[None]:
-    """Load a checkpoint's parts inside, none of its code.
-
-    Raises:
-        FileNotFoundError: files are missing or out of reach. RemoteCodeError: it needs code that comes with it.
-    """
-    try:
-        with remote_code_refused(f"checkpoint '{source}'", REMEDY):
-            yield
-    except OSError as error:
-        raise FileNotFoundError(
-            f"checkpoint '{source}': expected a folder or the name of a model on the hub, with weights, config.json "
-            f"and the files of its processor; transformers says: {str(error).splitlines()[0]}"
-        ) from error
-
-
 def adapter_folder(source: str) -> Path | None:
     """The folder of a PEFT adapter, fetched where it is a hub's; None for a full model."""
     if Path(source).is_dir():
@@ -136,17 +115,6 @@ def adapter_folder(source: str) -> Path | None:
     except (OSError, ValueError):  # none there, or out of reach: the loading of a full model names the reason
         return None
     return Path(snapshot_download(source, allow_patterns=ADAPTER_PARTS))
-
-
-def validate_complete(source: str, found: Any) -> None:
-    """Raise ValueError where weights were missing or of another shape, which transformers fills with random ones."""
-    missing = sorted(found["missing_keys"])
-    others = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
-    if missing or others:
-        raise ValueError(
-            f"checkpoint '{source}': expected all weights that its config.json describes; missing: "
-            f"{listed(missing)}; of another shape: {listed(others)}. Was the download or the training interrupted?"
-        )
 
 
 def with_adapter(model: Any, folder: Path, *, merge: bool) -> Any:
@@ -164,9 +132,3 @@ def with_adapter(model: Any, folder: Path, *, merge: bool) -> Any:
             "on as --model-base"
         )
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
-
-
-def listed(names: Sequence[str]) -> str:
-    """Some of the names, and how many more there are."""
-    shown = ", ".join(names[:NAMED])
-    return f"{shown} and {len(names) - NAMED} more" if len(names) > NAMED else shown or "none"

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from dama.console import log
 from dama.models.family import HubFamily
+from dama.models.files import files_of, validate_complete
 from dama.train.setup import join_ranks, loading_options, precision_of_weights
 
 HEAD = "lm_head"
@@ -24,17 +25,20 @@ def setup_family(arguments: Any, *, dtype: torch.dtype | None = None) -> HubFami
         dtype: of the weights, in place of what training would choose.
 
     Raises:
-        ValueError: flags that do not fit the model, or a processor without chat template.
+        ValueError: flags that do not fit the model, a processor without chat template, or missing weights.
     """
     model_args, data_args, args = arguments
     name = str(model_args.model_name_or_path)
     join_ranks(args)
     set_seed(args.seed)  # new adapters start alike in every run
-    processor = load_processor(name, model_args, args.cache_dir)
     options = loading_options(args, [HEAD])
-    model = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=dtype or precision_of_weights(args), cache_dir=args.cache_dir, **options
-    )
+    with files_of(name):
+        processor = load_processor(name, model_args, args.cache_dir)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype or precision_of_weights(args), cache_dir=args.cache_dir, trust_remote_code=False,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    validate_complete(name, found)
     model.config.use_cache = False
     if args.lora_enable:
         model = with_lora(model, args)
@@ -57,7 +61,7 @@ def load_processor(name: str, model_args: Any, cache_dir: str | None = None) -> 
     """The checkpoint's processor with the flags' options. Raises ValueError where an option is no NAME=VALUE."""
     options: dict[str, Any] = {"min_pixels": model_args.min_pixels, "max_pixels": model_args.max_pixels}
     options = {key: value for key, value in options.items() if value is not None} | parsed(model_args.processor_option)
-    processor = AutoProcessor.from_pretrained(name, cache_dir=cache_dir, **options)
+    processor = AutoProcessor.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False, **options)
     if getattr(processor, "image_token", None) is None or not hasattr(processor, "image_processor"):
         raise ValueError(
             f"processor of '{name}': expected one of images and text, with an image_token, got "
