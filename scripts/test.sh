@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# All checks: ruff, mypy, import-linter, pytest. Arguments go to pytest: `-n auto --dist loadfile` among them runs on all
-# cores. With --fast only the tests marked fast, on all cores, within about a minute. Checks against the official
-# benchmark files run when DAMA_BENCH_DATA names their folder.
+# All checks: ruff, mypy, import-linter, pytest on all cores. Arguments go to pytest (`-n 0` runs in one process). With
+# --fast only the tests marked fast, within about a minute. Checks against the official benchmark files run when
+# DAMA_BENCH_DATA names their folder.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-pytest=(pytest)
+pytest=(pytest --numprocesses auto --dist loadfile --no-loadscope-reorder)
 
 install_chromium() { # the pages are tested in a real browser
     if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then return; fi
@@ -25,7 +25,7 @@ get_accelerator().create_op_builder("ShareMemCommBuilder").load()' >/dev/null
 
 if [ "${1:-}" = --fast ]; then
     shift
-    pytest+=(-m fast --numprocesses auto --dist loadfile --no-loadscope-reorder)
+    pytest+=(-m fast)
 else
     install_chromium
     compile_collectives

@@ -133,6 +133,10 @@ class BaseTrainer(Trainer):
             logs = logs | {"train_loss": total / max(1, self.state.global_step)}
         super().log(logs, start_time)
 
+    def save_final(self, folder: str) -> None:
+        """Save the finished model, once, by one process."""
+        self.save_model(folder)
+
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

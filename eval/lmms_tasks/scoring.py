@@ -38,9 +38,9 @@ def loaded(name: str) -> Any:
 
 def doc_to_visual(name: str, doc: Document) -> list[Any]:
     """Open the document's image."""
-    from PIL import Image
+    from dama.images import load_image, resolve_image
 
-    return [Image.open(loaded(name).image_folder / doc["image"]).convert("RGB")]
+    return [load_image(resolve_image(str(loaded(name).image_folder), doc["image"]))]
 
 
 def doc_to_text(doc: Document, lmms_eval_specific_kwargs: Any = None) -> str:

@@ -21,6 +21,7 @@ from llava.train.checkpoints import (
     matching,
     maybe_zero_3,
     names_beside_adapter,
+    safe_save_model_for_hf_trainer,
     without_frozen_tower,
     write_model_card,
 )
@@ -193,6 +194,10 @@ class LLaVATrainer(BaseTrainer):
         keep_tower_inside(self.model, folder)
         if self.provenance is not None:
             write_model_card(folder, self.provenance)
+
+    def save_final(self, folder: str) -> None:
+        """Save the finished model as LLaVA's layout wants it."""
+        safe_save_model_for_hf_trainer(self, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Everything that trained: transformers knows full weights and adapters, not what trains beside them."""

@@ -133,7 +133,7 @@ def train_and_save(trainer: Any, checkpoint: Path | None) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
     trainer.model.config.use_cache = True
-    safe_save_model_for_hf_trainer(trainer, str(folder))
+    trainer.save_final(str(folder))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The released code's names can still be imported from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dama.console import end_on_interrupt, log
@@ -52,13 +52,32 @@ def train(attn_implementation: str | None = None, *, argv: Sequence[str] | None 
 def run(
     arguments: Arguments, attn_implementation: str | None = None, *, call: Call | None = None
 ) -> LLaVA15DPOTrainer | None:
-    """Trains and saves; None when --output_dir holds the finished model of the same inputs already.
+    """Train LLaVA-1.5 and save it; None when --output_dir holds the finished model of the same inputs already.
 
     Args:
         call: gets its receipt when the model is finished.
     """
-    _, data_args, args = arguments
+
+    def load() -> LlavaFamily:
+        model, tokenizer, _ = setup_model(arguments, attn_implementation)
+        return LlavaFamily.of(arguments, model, tokenizer)
+
+    def trainer_of(family: LlavaFamily, **options: Any) -> LLaVA15DPOTrainer:
+        return LLaVA15DPOTrainer(family.module, family.tokenizer, arguments[2], family=family, **options)
+
     validate_base(arguments)
+    return run_family(arguments, load, trainer_of, call)
+
+
+def run_family(
+    arguments: Arguments, load: Callable[[], Any], trainer_of: Callable[..., Any], call: Call | None = None
+) -> Any:
+    """Train a model family and save it; return the trainer, or None where the finished model is there already.
+
+    Args:
+        load: the family. trainer_of: its trainer, of the family and the options of PreferenceTrainer.
+    """
+    _, data_args, args = arguments
     checkpoint = resume_point(args)
     # What can be wrong with the data is found before the model is loaded.
     checked = checked_pairs_of(data_args)
@@ -66,8 +85,7 @@ def run(
     ImageChoice.of(pairs, args.views(), args)
     preflight(arguments, pairs)
     hardness = hardness_of_pairs(pairs, data_args.hardness, fingerprint, needs_clip(args))
-    model, tokenizer, _ = setup_model(arguments, attn_implementation)
-    family = LlavaFamily.of(arguments, model, tokenizer)
+    family = load()
     reference = reference_of_pairs(pairs, data_args, args, fingerprint, family)
     data = join_pairs(pairs, hardness, reference, family, data_args, args)
     skipped = skipped + data.skipped
@@ -77,13 +95,10 @@ def run(
         remember_training(call, arguments, checked.table, family.files)
         return None
     announce(arguments, data, len(skipped))
-    trainer = LLaVA15DPOTrainer(
-        model,
-        tokenizer,
-        args,
+    trainer = trainer_of(
+        family,
         train_dataset=data.train,
         eval_dataset=data.held_out,
-        family=family,
         delta_bar=data.delta_bar,
         reference_is_base=data_args.reference == BASE_AS_REFERENCE,
         provenance=provenance,

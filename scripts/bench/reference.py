@@ -34,6 +34,7 @@ from measure import (
 from tqdm import tqdm
 
 from dama.console import end_on_interrupt, log, write_json
+from dama.losses import Loss
 from dama.train.reference import plan_batches
 from dama.train.throughput import PairLength, forward_flops
 from llava.estimate.one_batch import first_loss
@@ -94,7 +95,9 @@ def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_
     Of a training step the same with gradients: micro-batches forward and backward, without optimizer.
     """
     collate = PairCollator(model.get_vision_tower().tokens_per_image, shared_prefix)
-    settings = SimpleNamespace(device=model.device, logp_chunk=1024, dpo_beta=0.1)
+    settings = SimpleNamespace(
+        device=model.device, logp_chunk=1024, dpo_beta=0.1, preference_loss=lambda: Loss.parse(["dpo"])
+    )
     batches = plan_batches(random_pairs(replace(shape, pair=case.length), case.pairs), args.batch_size)
     pictures = random_pictures(shape, args.batch_size)
 

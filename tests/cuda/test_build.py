@@ -77,7 +77,7 @@ def test_a_missing_tool_is_named(cache, tmp_path, monkeypatch, tool, package):
 @needs_cuda_build
 @pytest.mark.parametrize(
     "package, message",
-    [("torch", "expected torch with CUDA, no lib/libtorch_cuda.so"), ("triton", "expected CUDA's headers, no crt in ")],
+    [("torch", "expected torch with CUDA, no lib/libtorch_cuda.so"), ("triton", "expected CUDA's headers, none in ")],
 )
 def test_a_missing_part_of_a_package_is_named(tmp_path, monkeypatch, package, message):
     """Folders that hold the package without its CUDA part stand for the packages of a CPU build."""

@@ -235,7 +235,7 @@ def test_an_unknown_projector(checkpoint):
 
 
 def test_without_bitsandbytes(checkpoint, monkeypatch):
-    monkeypatch.setattr("llava.model.builder.find_spec", lambda name: None)
+    monkeypatch.setattr("dama.train.setup.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="loading in 4 bits: expected the package bitsandbytes"):
         load(checkpoint, load_4bit=True)
 

@@ -20,6 +20,7 @@ _DEMONSTRATION = "Images, tables and pages of LLaVA's own demonstration."
 _OLD_SCRIPTS = "Commands of LLaVA before v1.5; those of v1.5 are in scripts/v1_5/."
 _RESAMPLER = "A field without effect that v1.5's checkpoints carry; it is kept when such a checkpoint is saved."
 _MODULE_STATE = "State of the module at run time; here it is asked for where it is needed."
+_OWN_TEMPLATE = "Other models have chat templates of their own, so that a template that is given with them is refused."
 
 LEFT_OUT: Mapping[str, str] = {
     **dict.fromkeys(
@@ -147,6 +148,8 @@ CHANGED: Mapping[str, str] = {
     "llava/serve/gradio_web_server.py:--concurrency-count": _ONE_PROCESS,
     "scripts/extract_mm_projector.py:--output": _NAME_THE_FILE,
     "llava/eval/model_vqa*.py:--image-folder": _SEVERAL_FOLDERS,
+    "llava/eval/model_vqa*.py:--conv-mode": _OWN_TEMPLATE,
+    "llava/serve/cli.py:--conv-mode": _OWN_TEMPLATE,
     "llava/train/train.py:TrainingArguments.optim": _FUSED,
     "llava/train/train.py:ModelArguments.version": _V1_5,
     "llava/train/train.py:ModelArguments.mm_use_im_patch_token": _V1_5,
