@@ -83,7 +83,6 @@ setup(
         "bench": ["trl==1.16.0", "datasets>=4"],  # scripts/bench/dpo_step.py compares with it
         "serve": ["gradio>=6.31,<7"],
         "flash": ["flash-attn>=2.6"],
-        "eval.lmms_tasks": ["*.yaml"],
         "eval": ["nltk>=3.9", "spacy>=3.8"],  # the official taggers; their data are downloads of their own
         "quant": ["bitsandbytes>=0.45"],
         "synth": ["diffusers>=0.42"],
