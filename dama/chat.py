@@ -470,7 +470,7 @@ def _append(path: Path, line: str) -> None:
         file.write((("\n" if torn else "") + line + "\n").encode("utf-8"))
 
 
-def picture(data: bytes, kind: str = "jpeg") -> dict[str, Any]:
+def image_part(data: bytes, kind: str = "jpeg") -> dict[str, Any]:
     """The part of a turn that shows an image, given as the bytes of its file."""
     import base64
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, picture
+from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, image_part
 from dama.console import digest_of, log, write_atomic
 from dama.hardness.split import sentence_spans
 from dama.images import resolve_image
@@ -103,7 +103,7 @@ class JudgeMarker:
         slots = {"{question}": item.question, "{sentences}": numbered}
         text = re.sub("|".join(map(re.escape, slots)), lambda slot: slots[slot[0]], MARK_PROMPT)
         kind = "png" if item.image.suffix == ".png" else "jpeg"
-        return {"role": "user", "content": [picture(item.image.read_bytes(), kind), {"type": "text", "text": text}]}
+        return {"role": "user", "content": [image_part(item.image.read_bytes(), kind), {"type": "text", "text": text}]}
 
 
 def read_mark(text: str, sentences: int) -> Mark | None:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, picture
+from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, image_part
 from dama.completion import well_formed
 from dama.console import digest_of, log
 from dama.images import load_image, resolve_image
@@ -179,7 +179,7 @@ class ServedResponder:
     @staticmethod
     def _turn(question: Question, image_folder: Path) -> Record:
         path = resolve_image(image_folder, question.image)
-        shown = picture(path.read_bytes(), "png" if path.suffix == ".png" else "jpeg")
+        shown = image_part(path.read_bytes(), "png" if path.suffix == ".png" else "jpeg")
         return {"role": "user", "content": [shown, {"type": "text", "text": question.text}]}
 
     def release(self) -> None:

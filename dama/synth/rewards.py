@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, picture
+from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, image_part
 from dama.completion import well_formed
 from dama.console import digest_of
 from dama.hardness import split
@@ -262,7 +262,7 @@ class JudgeReward:
         if not self.sees_image:
             return {"role": "user", "content": text}
         kind = "png" if item.image.suffix == ".png" else "jpeg"
-        return {"role": "user", "content": [picture(item.image.read_bytes(), kind), {"type": "text", "text": text}]}
+        return {"role": "user", "content": [image_part(item.image.read_bytes(), kind), {"type": "text", "text": text}]}
 
 
 def read_grade(text: str) -> float | None:

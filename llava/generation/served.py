@@ -100,12 +100,12 @@ class ServedAnswerer:
 
     @staticmethod
     def _chat_request(request: Request, image_folder: ImageFolder, sample: int) -> ChatRequest:
-        from dama.chat import ChatRequest, picture
+        from dama.chat import ChatRequest, image_part
 
         content: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
         if request.image is not None:
             path = resolve_image(image_folder, request.image)
             with open_image(path) as image:
                 kind = str(image.format).lower()
-            content.insert(0, picture(path.read_bytes(), "jpeg" if kind == "mpo" else kind))
+            content.insert(0, image_part(path.read_bytes(), "jpeg" if kind == "mpo" else kind))
         return ChatRequest(f"{request.id}#{sample}", ({"role": "user", "content": content},), sample)

@@ -104,9 +104,9 @@ def context_of(prompt: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- truth
 
 
-def scenes_of(pictures: Path) -> dict[str, Scene]:
+def scenes_of(images: Path) -> dict[str, Scene]:
     """Prompt's id -> what its image really shows."""
-    _, records = read_step(pictures, RANK_IMAGES)
+    _, records = read_step(images, RANK_IMAGES)
     shown = {}
     for record in records:
         if record["image"] is not None:
@@ -117,9 +117,9 @@ def scenes_of(pictures: Path) -> dict[str, Scene]:
     return shown
 
 
-def write_true_pairs(pictures: Path, answered: Path, path: Path) -> None:
+def write_true_pairs(images: Path, answered: Path, path: Path) -> None:
     """Pairs of the same answers ranked by what is drawn: fewest inventions over most, of similar length."""
-    shown = scenes_of(pictures)
+    shown = scenes_of(images)
     _, records = read_step(answered, RANK_RESPONSES)
     rows = []
     for record in records:
@@ -138,13 +138,13 @@ class TruthMarker:
     """Marks the first sentence that names something the scene lacks; the correction is a true sentence of the scene.
 
     Args:
-        pictures: run that drew the pictures.
+        images: run that drew the images.
     """
 
     name = "truth"
 
-    def __init__(self, pictures: Path) -> None:
-        self.shown = scenes_of(pictures)
+    def __init__(self, images: Path) -> None:
+        self.shown = scenes_of(images)
 
     def identity(self) -> Record:
         return {"kind": "rules", "painter": digest_of_file(run.PAINTER), "version": VERSION}

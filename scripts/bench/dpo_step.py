@@ -38,8 +38,8 @@ from measure import (
     Spread,
     Timed,
     matmul_rate,
+    random_images,
     random_pairs,
-    random_pictures,
     reject_flags,
     time_of,
     write_checkpoint,
@@ -142,7 +142,7 @@ def batch_of(settings: Settings, shared_prefix: bool) -> dict[str, Tensor]:
     dataset: Any = None  # images are not read from files here
     collate = DataCollatorForDPODataset(tokenizer, dataset, shared_prefix, settings.shape.patches)
     batch = collate.rows(random_pairs(settings.shape, settings.pairs))
-    batch["images"] = random_pictures(settings.shape, settings.pairs).to(settings.dtype)
+    batch["images"] = random_images(settings.shape, settings.pairs).to(settings.dtype)
     return {name: value.to(settings.device) for name, value in batch.items()}
 
 

@@ -163,7 +163,7 @@ def random_pairs(shape: Shape, count: int, views: Sequence[View] = PAIR_VIEWS) -
     return [pair(number) for number in range(count)]
 
 
-def random_pictures(shape: Shape, count: int) -> Tensor:
+def random_images(shape: Shape, count: int) -> Tensor:
     """[count, 3, H, W] pixels as the image processor gives them."""
     return torch.randn(count, 3, shape.image, shape.image, generator=torch.Generator().manual_seed(2))
 
@@ -172,7 +172,7 @@ def write_pictures(folder: Path, shape: Shape, count: int) -> None:
     """The files that random pairs name: noise, of the size that the tower wants."""
     from PIL import Image
 
-    for number, picture in enumerate(random_pictures(shape, count)):
+    for number, picture in enumerate(random_images(shape, count)):
         pixels = (255 * picture.sigmoid()).byte().permute(1, 2, 0)
         Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
 

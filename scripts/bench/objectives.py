@@ -29,8 +29,8 @@ from measure import (
     PeakMemory,
     Shape,
     Spread,
+    random_images,
     random_pairs,
-    random_pictures,
     reject_flags,
     time_of,
     write_checkpoint,
@@ -113,11 +113,11 @@ def step_of(settings: Settings, pattern: str, packed: bool) -> tuple[Any, Step]:
     model, views = llava(settings, SHARED_PREFIX), PATTERNS[pattern]
     items = pairs_of(settings.shape, views, settings.pairs)
     plan = PairCollator(settings.shape.patches, packed, views)(items)["plan"].to(settings.device)
-    pictures = random_pictures(settings.shape, len(shown_images(items))).to(settings.device, settings.dtype)
+    images = random_images(settings.shape, len(shown_images(items))).to(settings.device, settings.dtype)
     loss, beta = Loss.parse([LOSS_OF[pattern]]), torch.full((settings.pairs,), 0.1, device=settings.device)
 
     def step() -> torch.Tensor:
-        sums = model(plan=plan, images=pictures, logp_chunk=1024)
+        sums = model(plan=plan, images=images, logp_chunk=1024)
         policy, tokens = sums.logps.view(len(views), -1), sums.tokens.view(len(views), -1)
         (loss(ViewLogps(views, policy, policy.detach(), tokens), beta).mean() + 0 * policy.sum()).backward()
         return sums.logps.detach()

@@ -25,8 +25,8 @@ from measure import (
     Shape,
     Spread,
     matmul_rate,
+    random_images,
     random_pairs,
-    random_pictures,
     reject_flags,
     time_of,
     write_checkpoint,
@@ -99,7 +99,7 @@ def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_
         device=model.device, logp_chunk=1024, dpo_beta=0.1, preference_loss=lambda: Loss.parse(["dpo"])
     )
     batches = plan_batches(random_pairs(replace(shape, pair=case.length), case.pairs), args.batch_size)
-    pictures = random_pictures(shape, args.batch_size)
+    pictures = random_images(shape, args.batch_size)
 
     def run() -> None:
         for items in batches:

@@ -82,7 +82,7 @@ class PairSource:
 
     def take(self, start: int, count: int) -> dict[str, Any]:
         """Pairs start to start + count as the model's arguments, on the GPU."""
-        from measure import random_pairs, random_pictures
+        from measure import random_images, random_pairs
 
         from llava.model.splice import ForwardPlan
 
@@ -92,7 +92,7 @@ class PairSource:
         labels = [torch.cat([i.chosen.labels, i.rejected.labels[-shape.pair.rejected :]]) for i in items]
         tails = [(shape.pair.chosen, shape.pair.rejected)] * count
         plan = ForwardPlan.of_groups(ids, labels, [[i] for i in range(count)], [shape.patches] * count, tails)
-        pictures = random_pictures(shape, PAIRS)[start : start + count]
+        pictures = random_images(shape, PAIRS)[start : start + count]
         return {"plan": plan.to(torch.device("cuda", 0)), "images": pictures.to("cuda")}
 
 

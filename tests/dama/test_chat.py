@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dama.chat import ChatClient, ChatError, ChatRequest, ChatSettings, picture
+from dama.chat import ChatClient, ChatError, ChatRequest, ChatSettings, image_part
 from tests.openai_server import (
     VERSION,
     Call,
@@ -275,7 +275,7 @@ def test_all_faults_of_the_settings_at_once():
 
 def test_a_picture_travels_as_a_data_url():
     server = ScriptedServer(echo)
-    turn = {"role": "user", "content": [picture(b"\xff\xd8"), {"type": "text", "text": "What is it?"}]}
+    turn = {"role": "user", "content": [image_part(b"\xff\xd8"), {"type": "text", "text": "What is it?"}]}
     with server as base_url:
         reply = client_of(base_url).ask([ChatRequest("x", (turn,))])["x"]
     assert reply.text == "echo What is it?"

@@ -78,8 +78,8 @@ def test_training_killed_at_a_save(training, monkeypatch, capsys):
     capsys.readouterr()
     run_here(job.command, folder / "killed", monkeypatch)
     assert f"continuing from {OUT}/{whole.name}\n" in capsys.readouterr().out
-    files, faults = compare(folder / "undisturbed" / OUT, folder / "killed" / OUT)
-    assert files > 20 and not faults
+    files, errors = compare(folder / "undisturbed" / OUT, folder / "killed" / OUT)
+    assert files > 20 and not errors
 
 
 @pytest.mark.distributed
@@ -100,8 +100,8 @@ def test_two_ranks_killed_in_a_step(training, tmp_path):
     finally:
         remove_shared_memory(port)
     assert f"continuing from {OUT}/checkpoint-2\n" in log
-    files, faults = compare(undisturbed / OUT, killed / OUT)
-    assert files > 20 and not faults
+    files, errors = compare(undisturbed / OUT, killed / OUT)
+    assert files > 20 and not errors
 
 
 STATE = ["--loss", "mpo", "--token_weights", "segments:5"]  # a running mean over all steps so far
@@ -123,8 +123,8 @@ def test_an_objective_with_state_killed_in_a_step(training, tmp_path, monkeypatc
     assert f"continuing from {OUT}/checkpoint-2\n" in capsys.readouterr().out
     state = json.loads((killed / OUT / "checkpoint-6" / "dama_state.json").read_text())
     assert state["loss"]["count"] > 6 * 8 and state["loss"]["mean"] != 0
-    files, faults = compare(undisturbed / OUT, killed / OUT)
-    assert files > 20 and not faults
+    files, errors = compare(undisturbed / OUT, killed / OUT)
+    assert files > 20 and not errors
 
 
 @pytest.mark.kill
@@ -142,8 +142,8 @@ def test_stage_killed_twice(name, more, expected, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     run_here(job.command, killed, monkeypatch)
     assert "continues at record" in capsys.readouterr().out
-    files, faults = compare(undisturbed / OUT, killed / OUT)
-    assert files == expected and not faults
+    files, errors = compare(undisturbed / OUT, killed / OUT)
+    assert files == expected and not errors
 
 
 @pytest.mark.kill
@@ -157,8 +157,8 @@ def test_a_kill_in_the_final_save_costs_no_step_too_many(training, tmp_path, mon
     weights = again / OUT / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     run_here(job.command, again, monkeypatch)
-    _, faults = compare(folder / "undisturbed" / OUT, again / OUT)
-    assert not faults
+    _, errors = compare(folder / "undisturbed" / OUT, again / OUT)
+    assert not errors
 
 
 # --- What a whole checkpoint is --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tests.models.tiny_hub import build
 SIZES = [(40, 30), (30, 44), (56, 56), (112, 40)]
 
 
-def pictures() -> list[Image.Image]:
+def sample_images() -> list[Image.Image]:
     """Noise of four sizes, each in its own colors."""
     found = []
     for number, size in enumerate(SIZES):

@@ -67,9 +67,9 @@ def llava() -> tuple[Any, Any]:
         text_config=hf.LlamaConfig(vocab_size=len(tok), **TEXT), image_token_index=tok.image_token_id,
         vision_feature_layer=-1,
     )  # fmt: skip
-    pictures = hf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    images = hf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = hf.LlavaProcessor(
-        pictures, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        images, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=template("<image>"),
     )  # fmt: skip
     return hf.LlavaForConditionalGeneration(config), processor
@@ -83,11 +83,11 @@ def llava_next() -> tuple[Any, Any]:
         text_config=hf.LlamaConfig(vocab_size=len(tok), **TEXT), image_token_index=tok.image_token_id,
         image_grid_pinpoints=grid, vision_feature_layer=-1,
     )  # fmt: skip
-    pictures = hf.LlavaNextImageProcessor(
+    images = hf.LlavaNextImageProcessor(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grid
     )
     processor = hf.LlavaNextProcessor(
-        pictures, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        images, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=template("<image>"),
     )  # fmt: skip
     return hf.LlavaNextForConditionalGeneration(config), processor
@@ -101,9 +101,9 @@ def llava_onevision() -> tuple[Any, Any]:
         text_config=hf.Qwen2Config(vocab_size=len(tok), **TEXT), image_token_index=tok.image_token_id,
         video_token_index=ids(tok, "video_token")["video_token_id"], image_grid_pinpoints=grid, vision_feature_layer=-1,
     )  # fmt: skip
-    pictures = hf.LlavaOnevisionImageProcessor(size={"height": 28, "width": 28}, image_grid_pinpoints=grid)
+    images = hf.LlavaOnevisionImageProcessor(size={"height": 28, "width": 28}, image_grid_pinpoints=grid)
     processor = hf.LlavaOnevisionProcessor(
-        pictures, tok, LlavaOnevisionVideoProcessor(size={"height": 28, "width": 28}), num_image_tokens=4,
+        images, tok, LlavaOnevisionVideoProcessor(size={"height": 28, "width": 28}), num_image_tokens=4,
         vision_feature_select_strategy="full", chat_template=template("<image>"),
     )  # fmt: skip
     return hf.LlavaOnevisionForConditionalGeneration(config), processor
@@ -155,11 +155,11 @@ def qwen3_vl() -> tuple[Any, Any]:
         vision_start_token_id=ids(tok, "vision_bos_token")["vision_bos_token_id"],
         vision_end_token_id=ids(tok, "vision_eos_token")["vision_eos_token_id"],
     )  # fmt: skip
-    pictures = hf.Qwen2VLImageProcessor(
+    images = hf.Qwen2VLImageProcessor(
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
     )
     processor = hf.Qwen3VLProcessor(
-        pictures, tok, Qwen3VLVideoProcessor(patch_size=4), chat_template=template("<vs><image><ve>")
+        images, tok, Qwen3VLVideoProcessor(patch_size=4), chat_template=template("<vs><image><ve>")
     )
     return hf.Qwen3VLForConditionalGeneration(config), processor
 
@@ -178,11 +178,11 @@ def qwen3_5() -> tuple[Any, Any]:
         vision_start_token_id=ids(tok, "vision_bos_token")["vision_bos_token_id"],
         vision_end_token_id=ids(tok, "vision_eos_token")["vision_eos_token_id"],
     )  # fmt: skip
-    pictures = hf.Qwen2VLImageProcessor(
+    images = hf.Qwen2VLImageProcessor(
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
     )
     processor = hf.Qwen3VLProcessor(
-        pictures, tok, Qwen3VLVideoProcessor(patch_size=4), chat_template=template("<vs><image><ve>")
+        images, tok, Qwen3VLVideoProcessor(patch_size=4), chat_template=template("<vs><image><ve>")
     )
     return hf.Qwen3_5ForConditionalGeneration(config), processor
 
@@ -195,9 +195,9 @@ def internvl() -> tuple[Any, Any]:
         text_config=hf.Qwen2Config(vocab_size=len(tok), **TEXT), downsample_ratio=0.5,
         image_token_id=tok.convert_tokens_to_ids(EXTRA["context_image_token"]),
     )  # fmt: skip
-    pictures = hf.GotOcr2ImageProcessor(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=3)
+    images = hf.GotOcr2ImageProcessor(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=3)
     processor = hf.InternVLProcessor(
-        pictures, tok, InternVLVideoProcessor(size={"height": 28, "width": 28}), image_seq_length=4,
+        images, tok, InternVLVideoProcessor(size={"height": 28, "width": 28}), image_seq_length=4,
         chat_template=template("<ctx>"),
     )  # fmt: skip
     return hf.InternVLForConditionalGeneration(config), processor
@@ -205,8 +205,8 @@ def internvl() -> tuple[Any, Any]:
 
 def idefics3() -> tuple[Any, Any]:
     tok = tokenizer()
-    pictures = hf.Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
-    processor = hf.Idefics3Processor(pictures, tok, image_seq_len=4, chat_template=template("<image>"))
+    images = hf.Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    processor = hf.Idefics3Processor(images, tok, image_seq_len=4, chat_template=template("<image>"))
     config = hf.Idefics3Config(  # the processor has added tokens
         vision_config=dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                            image_size=28, patch_size=7),
@@ -243,9 +243,9 @@ def mistral3() -> tuple[Any, Any]:
         text_config=hf.MistralConfig(vocab_size=len(tok), head_dim=8, sliding_window=None, **TEXT),
         image_token_index=tok.image_token_id, spatial_merge_size=2, vision_feature_layer=-1,
     )  # fmt: skip
-    pictures = hf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14})
+    images = hf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14})
     processor = hf.PixtralProcessor(
-        pictures, tok, patch_size=7, spatial_merge_size=2, image_token="<image>", image_break_token="<brk>",
+        images, tok, patch_size=7, spatial_merge_size=2, image_token="<image>", image_break_token="<brk>",
         image_end_token="<end>", chat_template=template("<image>"),
     )  # fmt: skip
     return hf.Mistral3ForConditionalGeneration(config), processor
