@@ -150,6 +150,12 @@ def validate_size(image: Image.Image, name: str = "image") -> None:
         raise ImageError(f"{name} has {image.width} x {image.height} pixels, {limit}{bomb}; make it smaller or crop it")
 
 
+def size_of_image(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels, from the file's header."""
+    with open_image(path) as image:
+        return image.size
+
+
 def load_image(path: str | Path) -> Image.Image:
     """The image as RGB. EXIF rotation is not applied and transparency is dropped: LLaVA's models saw images so.
 

@@ -91,6 +91,16 @@ def adapter_weights(source: str) -> list[str]:
         return []
 
 
+def validate_trained_model(source: str | None, flag: str) -> None:
+    """Raise ValueError where preference training knows no way to read a checkpoint.
+
+    Args:
+        source: folder or hub name. flag: what to call it in the error.
+    """
+    if not is_hub_model(source, flag):
+        validate_supported_model(source, flag)
+
+
 def model_type_of(source: str | None) -> str | None:
     """model_type of a checkpoint's config.json, or of the base of an adapter; None where there is none at hand."""
     return config_of(source).get("model_type") if source else None

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from dama.console import digest_of, log
 from dama.models.chat import ChatTemplate, Turn
-from dama.models.family import TYPE_IDS, as_dtype, image_token_id
+from dama.models.family import as_dtype, image_token_id, type_ids_of
 from dama.models.images import ProcessorImages, join_images
 from dama.special_tokens import escaped, placeholders
 
@@ -43,11 +43,8 @@ class Prompter:
 
     def fingerprint(self) -> dict[str, str]:
         """Whatever the ids and pixels of a prompt depend on: tokenizer, template, image preparation."""
-        return {
-            "tokenizer": digest_of([len(self.tokenizer), self.tokenizer("Is it a cat? It's 3.5 cats!\n").input_ids]),
-            "chat_template": digest_of([self.processor.chat_template, self.chat.system]),
-            "image_processor": digest_of([self.processor.image_processor.to_dict(), self.images.text((64, 48))]),
-        }
+        images = digest_of([self.processor.image_processor.to_dict(), self.images.text((64, 48))])
+        return self.chat.fingerprint() | {"image_processor": images}
 
     def literal(self, text: str) -> str:
         """A user's text for a template: the spelling of a special token in it stays text."""
@@ -83,7 +80,7 @@ class ChatGenerator:
     def __init__(self, model: Any, prompter: Prompter) -> None:
         self.model, self.prompter = model, prompter
         self.config = generation_config(model, prompter)
-        self.type_ids = [name for name in TYPE_IDS if name in inspect.signature(model.base_model.forward).parameters]
+        self.type_ids = type_ids_of(model)
 
     def inputs(
         self, rows: Sequence[Sequence[int]], images: Sequence[Mapping[str, Tensor]], copies: int = 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from dama.console import digest_of
 from dama.texts import IMAGE_TOKEN
 
 PROBE = "Yes, indeed."  # an answer that no template changes
@@ -98,6 +99,14 @@ class ChatTemplate:
         """The first special token's spelling in a text, which would be read as that token."""
         found = self._special.search(text)
         return found[0] if found else None
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of what token ids depend on: the tokenizer, the template and the system turn."""
+        probe = self.tokenizer("Is it a cat? It's 3.5 cats!\n").input_ids
+        return {
+            "tokenizer": digest_of([len(self.tokenizer), probe]),
+            "chat_template": digest_of([self.processor.chat_template, self.system]),
+        }
 
     def prompts(self, turns: Sequence[Turn]) -> list[str]:
         """What the model answers to, one image placeholder an image."""

@@ -33,8 +33,6 @@ class PairEncoder:
         size_of: Callable[[ImageRef], tuple[int, int]],
     ) -> None:
         self.chat, self.images, self.views, self.size_of = chat, images, tuple(views), size_of
-        self.placeholder = images.processor.image_token
-        self._written: dict[tuple[int, int], str] = {}
 
     def encode(self, pairs: Sequence[PreferencePair], images: Sequence[Sequence[ImageRef]]) -> list[TableRows]:
         """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded."""
@@ -59,7 +57,7 @@ class PairEncoder:
         shown = [image for of_views in images for image in of_views]
         turns = [Turn(pair.question, str(getattr(pair, view.answer))) for pair in pairs for view in self.views]
         texts = [
-            (self._written_out(prompt, [image]), answer)
+            (self.images.written_out(prompt, [self.size_of(image)]), answer)
             for (prompt, answer), image in zip(self.chat.rows(turns), shown, strict=True)
         ]
         prompts = self.chat.token_ids([prompt for prompt, _ in texts])
@@ -72,22 +70,6 @@ class PairEncoder:
                     "tokenizer joins the prompt's end with the answer's beginning"
                 )
             yield len(prompt), whole
-
-    def _written_out(self, prompt: str, images: Sequence[ImageRef]) -> str:
-        """The prompt with each image's placeholder replaced by all of its tokens."""
-        pieces = prompt.split(self.placeholder)
-        if len(pieces) != len(images) + 1:
-            raise ValueError(
-                f"chat template: expected {len(images)} image(s) written as {self.placeholder!r}, got {len(pieces) - 1}"
-            )
-        written = [piece for pair in zip(map(self._of_image, images), pieces[1:]) for piece in pair]
-        return "".join([pieces[0], *written])
-
-    def _of_image(self, image: ImageRef) -> str:
-        size = self.size_of(image)
-        if size not in self._written:
-            self._written[size] = self.images.text(size)
-        return self._written[size]
 
     def _validate(self, pair: PreferencePair) -> None:
         """Raise ValueError where a text spells a special token, which would be read as one."""

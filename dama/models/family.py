@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dama.console import digest_of
 from dama.fingerprint import digest_of_checkpoint
-from dama.images import ImageFolder, open_image, resolve_image
+from dama.images import ImageFolder, resolve_image, size_of_image
 from dama.logps import AnswerLogps, AnswerTokenLogps, chunk_for, float32_head, indexed_logps, indexed_token_logps
 from dama.models.attention import PACKED, rows_hold
 from dama.models.batch import PairBatch, PairCollator
@@ -116,7 +116,7 @@ class HubFamily:
         return model(pairs=batch["pairs"], images=images, chunk=chunk, per_token=per_token)
 
     def size(self) -> ModelSize:
-        """The matrices of the decoder, the output layer and the tower; images are counted as tokens only."""
+        """The matrices of the decoder and the output layer; the vision encoder's work is not counted."""
         config = self.model.config.get_text_config(decoder=True)
         decoder = self.model.get_decoder()
         heads = config.num_attention_heads
@@ -132,11 +132,9 @@ class HubFamily:
 
     def fingerprint(self) -> dict[str, Any]:
         """Whatever a log-prob depends on besides the pairs: weights, tokenizer, template, image preparation."""
-        tokenizer = self.processor.tokenizer
         return {
             "model": digest_of_checkpoint(self.name),
-            "tokenizer": digest_of([len(tokenizer), tokenizer("Is it a cat? It's 3.5 cats!\n").input_ids]),
-            "chat_template": digest_of([self.processor.chat_template, self.chat.system]),
+            **self.chat.fingerprint(),
             "image_processor": digest_of(self.processor.image_processor.to_dict()),
         }
 
@@ -151,8 +149,7 @@ class ImageSizes:
     def __call__(self, image: ImageRef) -> tuple[int, int]:
         """Of an image as a view shows it; no corruption changes it."""
         if image.path not in self.known:
-            with open_image(resolve_image(self.folder, image.path)) as opened:
-                self.known[image.path] = opened.size
+            self.known[image.path] = size_of_image(resolve_image(self.folder, image.path))
         return self.known[image.path]
 
 
@@ -171,12 +168,12 @@ def install(model: Any, way: Way, *, float32_logits: bool = True) -> None:
     Calls without it stay what they were. It has to be the model's own call, for what wraps a model (DeepSpeed, PEFT,
     DistributedDataParallel, autocast) acts there.
     """
-    stock = model.forward
+    stock, type_ids = model.forward, type_ids_of(model)
 
     def forward(*args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
         if pairs is None:
             return stock(*args, **kwargs)
-        return logps_of_pairs(model, pairs, float32_logits=float32_logits, **kwargs)
+        return logps_of_pairs(model, pairs, type_ids=type_ids, float32_logits=float32_logits, **kwargs)
 
     forward.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]  # generation reads it
     model.forward = forward
@@ -196,6 +193,7 @@ def logps_of_pairs(
     images: Sequence[ImageInputs],
     chunk: int,
     *,
+    type_ids: Sequence[str],
     per_token: bool = False,
     float32_logits: bool = True,
 ) -> AnswerLogps | AnswerTokenLogps:
@@ -203,15 +201,14 @@ def logps_of_pairs(
 
     Args:
         images: of the batch's `shown_images`. chunk: answer tokens whose logits exist at one time.
-        per_token: whether those of single tokens are returned, too.
+        type_ids: of `type_ids_of`. per_token: whether those of single tokens are returned, too.
         float32_logits: on GPUs in half precision, whether logits are float32.
     """
     inner = model.base_model
     shown = [images[number] for number in pairs.shown]
     inputs = {name: as_dtype(value, model.dtype) for name, value in join_images(shown).items()}
     kinds = pairs.input_ids == image_token_id(model.config)
-    accepted = inspect.signature(inner.forward).parameters
-    inputs |= {name: kinds.long() for name in TYPE_IDS if name in accepted}
+    inputs |= {name: kinds.long() for name in type_ids}
     options: dict[str, Any] = {"pack": pairs.pack} if pairs.pack is not None else {}
     if pairs.position_ids is not None:
         options["position_ids"] = positions(inner, pairs, [image.host for image in shown])
@@ -222,6 +219,12 @@ def logps_of_pairs(
     chunk = chunk_for(head, chunk, pairs.answers.targets)
     compute = indexed_token_logps if per_token else indexed_logps
     return compute(found.last_hidden_state, pairs.answers, float32_head(head) if float32_logits else head, chunk)
+
+
+def type_ids_of(model: Any) -> list[str]:
+    """The keywords by which a model wants image tokens marked."""
+    accepted = inspect.signature(model.base_model.forward).parameters
+    return [name for name in TYPE_IDS if name in accepted]
 
 
 def as_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,10 +125,9 @@ def run(args: argparse.Namespace) -> None:
     from dama.token_weights import NONE
     from dama.train.arguments import default_corruption, view_errors
     from dama.train.data import ImageChoice
-    from llava.supported import is_hub_model, validate_supported_model
+    from llava.supported import validate_trained_model
 
-    if not is_hub_model(args.model_name_or_path, "--model_name_or_path"):
-        validate_supported_model(args.model_name_or_path, "--model_name_or_path")
+    validate_trained_model(args.model_name_or_path, "--model_name_or_path")
     errors = device_errors(args.device)
     if args.batch_size < 1:
         errors.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
@@ -136,9 +135,8 @@ def run(args: argparse.Namespace) -> None:
     errors += view_errors(args.loss, args.corruption, args.token_weights)
     shard = pick_shard(args.shard, errors)
     checked = load_pairs(args, errors)
-    ImageChoice.of(
-        checked.pairs, Loss.parse(args.loss).views, args
-    )  # what the pairs lack is known before the model is loaded
+    # What the pairs lack is known before the model is loaded.
+    ImageChoice.of(checked.pairs, Loss.parse(args.loss).views, args)
     from dama.train.reference import run_reference
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
     from llava.train.reference import reference_family

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dama.images import ImageFolder, load_image, open_image, resolve_image
+from dama.images import ImageFolder, load_image, resolve_image, size_of_image
 from dama.models.answering import ChatGenerator, Prompter
 from dama.models.chat import Turn
 from dama.models.images import ImageInputs
@@ -99,8 +99,7 @@ class HubAnswerer:
     def _size(self, path: Path) -> tuple[int, int]:
         """Width and height of an image file; its header is read once."""
         if path not in self._sizes:
-            with open_image(path) as image:
-                self._sizes[path] = image.size
+            self._sizes[path] = size_of_image(path)
         return self._sizes[path]
 
     def pixels(self, request: Request, image_folder: ImageFolder) -> ImageInputs:

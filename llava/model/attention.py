@@ -7,34 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dama.shared_prefix import PackLayout, shared_prefix_attention
+from dama.models.attention import packed_attention
 
 SHARED_PREFIX = "sdpa_shared_prefix"
 
 
 @torch.compiler.disable  # a layout is another in every batch; compiled layers break here
 def attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    pack: PackLayout | None = None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """[B, heads, T, d] to [B, T, heads, d]; with `pack` the row holds pairs, see dama.shared_prefix."""
-    if pack is None:
-        if attention_mask is not None and attention_mask.numel() == 1:
-            attention_mask = None  # no_mask's: causal, and nothing else
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # Under autocast the rotary embedding leaves queries and keys in fp32.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    return shared_prefix_attention(query, key, value, pack, scaling).transpose(1, 2).contiguous(), None
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """[B, heads, T, d] to [B, T, heads, d]; with `pack` the row holds pairs, see dama.models.attention."""
+    if attention_mask is not None and attention_mask.numel() == 1:
+        attention_mask = None  # no_mask's: causal, and nothing else
+    return packed_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 def no_mask(device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dama.console import end_on_interrupt, report_error
 from dama.finished import NOT_PATHS, Call
 from dama.train.checkpoints import log_finished
-from llava.supported import is_hub_model, validate_supported_model
+from llava.supported import is_hub_model, validate_supported_model, validate_trained_model
 from llava.train.flag_names import check_flags_early
 
 
@@ -30,8 +30,7 @@ def run(argv: Sequence[str]) -> None:
     refuse_missing_gpus(argv)
     check_flags_early(argv)
     model, is_preference = value_of(argv, "model_name_or_path"), value_of(argv, "task") == "DPO"
-    if not (is_preference and is_hub_model(model, "--model_name_or_path")):
-        validate_supported_model(model, "--model_name_or_path")
+    (validate_trained_model if is_preference else validate_supported_model)(model, "--model_name_or_path")
     call = training_call(argv)
     if call is not None and call.is_finished():
         log_finished(str(value_of(argv, "output_dir")))

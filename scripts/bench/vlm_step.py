@@ -97,13 +97,12 @@ class QwenSettings(Settings):
     def build(self, way: str) -> tuple[Any, Step]:
         """A model and its step."""
         model = model_in(self)
-        if way == "rows":
-            return model, rows_step(self, model)
-        if way == "ours":
-            return model, ours_step(self, model)
+        if way in OWN_WAYS:
+            return model, step_of(self, model, OWN_WAYS[way])
         return trl_step_on(self, model, qwen_processor(tokenizer()), trl_batch(self), way == "trl given", None)
 
 
+OWN_WAYS = {"rows": Way.ROWS, "ours": Way.KERNEL}
 WAYS = ("rows", "trl", "trl given", "ours")
 
 
@@ -207,14 +206,6 @@ def step_of(settings: QwenSettings, model: Any, way: Way) -> Step:
     images = [image.to(settings.device) for image in random_images(settings.shape, settings.pairs)]
     install(model, way)
     return lambda: backward(model(pairs=batch, images=images, chunk=1024).logps, items)
-
-
-def ours_step(settings: QwenSettings, model: Any) -> Step:
-    return step_of(settings, model, Way.KERNEL)
-
-
-def rows_step(settings: QwenSettings, model: Any) -> Step:
-    return step_of(settings, model, Way.ROWS)
 
 
 def trl_batch(settings: QwenSettings) -> dict[str, Tensor]:

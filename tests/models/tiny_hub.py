@@ -155,13 +155,15 @@ def qwen3_vl() -> tuple[Any, Any]:
         vision_start_token_id=ids(tok, "vision_bos_token")["vision_bos_token_id"],
         vision_end_token_id=ids(tok, "vision_eos_token")["vision_eos_token_id"],
     )  # fmt: skip
+    return hf.Qwen3VLForConditionalGeneration(config), qwen3_processor(tok)
+
+
+def qwen3_processor(tok: Any) -> Any:
     images = hf.Qwen2VLImageProcessor(
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
     )
-    processor = hf.Qwen3VLProcessor(
-        images, tok, Qwen3VLVideoProcessor(patch_size=4), chat_template=template("<vs><image><ve>")
-    )
-    return hf.Qwen3VLForConditionalGeneration(config), processor
+    videos = Qwen3VLVideoProcessor(patch_size=4)
+    return hf.Qwen3VLProcessor(images, tok, videos, chat_template=template("<vs><image><ve>"))
 
 
 def qwen3_5() -> tuple[Any, Any]:
@@ -178,13 +180,7 @@ def qwen3_5() -> tuple[Any, Any]:
         vision_start_token_id=ids(tok, "vision_bos_token")["vision_bos_token_id"],
         vision_end_token_id=ids(tok, "vision_eos_token")["vision_eos_token_id"],
     )  # fmt: skip
-    images = hf.Qwen2VLImageProcessor(
-        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
-    )
-    processor = hf.Qwen3VLProcessor(
-        images, tok, Qwen3VLVideoProcessor(patch_size=4), chat_template=template("<vs><image><ve>")
-    )
-    return hf.Qwen3_5ForConditionalGeneration(config), processor
+    return hf.Qwen3_5ForConditionalGeneration(config), qwen3_processor(tok)
 
 
 def internvl() -> tuple[Any, Any]:
