@@ -20,7 +20,7 @@ from dama.cache import cache_folder, cache_name, code_digest, mark_used, save
 from dama.console import digest_of_file, write_atomic
 from dama.image_table import SETTLED_NS, ImageTable, table_of_images
 from dama.images import ImageFolder, plain_folder
-from dama.stage import MANIFEST, Record, log_complete
+from dama.stage import MANIFEST, Record, files_of_stage, log_complete
 
 MAX_FILES = 10_000  # that the flags name; with more of them no receipt is written
 # Flags whose values are names, whatever folder has the same one.
@@ -120,10 +120,14 @@ class StageCall:
         log_complete(self.stage, Path(self.args.out), manifest)
         return manifest
 
-    def remember(self, table: ImageTable, more: Iterable[str | Path] = ()) -> None:
-        """Write the receipt of the complete stage; see `Call.remember`."""
-        out = Path(self.args.out)
-        self.call.remember([out / MANIFEST, out / f"{self.stage}.jsonl"], table, self.args.image_folder, more)
+    def remember(self, table: ImageTable, more: Iterable[str | Path] = (), additions: Iterable[Path] = ()) -> None:
+        """Write the receipt of the complete stage; see `Call.remember`.
+
+        Args:
+            additions: folders of complete stages that belong to this one.
+        """
+        outputs = [path for folder in (Path(self.args.out), *additions) for path in files_of_stage(folder, self.stage)]
+        self.call.remember(outputs, table, self.args.image_folder, more)
 
 
 def _is_text(value: Any) -> bool:

@@ -422,6 +422,12 @@ def _skip_complete(stage: Stage) -> bool:
     return True
 
 
+def files_of_stage(folder: Path, name: str) -> list[Path]:
+    """All files of a complete stage: its manifest, its records, and what is attached to them."""
+    attached = json.loads((folder / MANIFEST).read_bytes()).get("attached", {})
+    return [folder / file for file in (MANIFEST, f"{name}.jsonl", *attached)]
+
+
 def log_complete(name: str, folder: Path, manifest: Record) -> None:
     """Log that a stage is left as it is."""
     seconds = manifest["time"]["seconds"]

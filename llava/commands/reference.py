@@ -138,6 +138,7 @@ def run(args: argparse.Namespace) -> None:
     # What the pairs lack is known before the model is loaded.
     ImageChoice.of(checked.pairs, Loss.parse(args.loss).views, args)
     from dama.train.reference import run_reference
+    from dama.train.reference_parts import complete_parts
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
     from llava.train.reference import reference_family
 
@@ -185,6 +186,6 @@ def run(args: argparse.Namespace) -> None:
         data=checked.fingerprint,
     )
     if manifest is not None:
-        call.remember(checked.table, family.files)
+        call.remember(checked.table, family.files, [part.folder for part in complete_parts(args.out)[1:]])
         with logging_on_every_rank():
             describe(manifest, args.out)

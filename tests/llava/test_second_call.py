@@ -76,6 +76,19 @@ def test_overwrite_starts_anew(world):
     assert last.endswith("[0]") and "complete in" not in output
 
 
+def test_an_added_view_that_was_removed_is_added_again(world):
+    """Neither the views in OUT/added nor the tokens beside the records can go without the stage noticing."""
+    line = ["reference", "--data", "dama/rlaifv_records.json", "--image_folder", "images", *MODEL, "--out", "views",
+            "--image_aspect_ratio", "square", "--workers", "0"]  # fmt: skip
+    mdpo = [*line, "--loss", "mdpo", "--corruption", "blank", "--per_token"]
+    assert call(world, line, mdpo)[0] == "True [0, 0]"
+    assert call(world, mdpo)[0] == "False [0]"
+    [part] = (world / "views/added").iterdir()
+    shutil.rmtree(part)
+    last, output, errors = call(world, mdpo)
+    assert last == "True [0]" and (part / "tokens.f32").is_file(), output + errors
+
+
 def test_flags_are_checked_first(world):
     """A wrong flag is an error, whatever is finished."""
     _, _, errors = call(world, [*LINES[3], "--learning_rate", "fast"])
