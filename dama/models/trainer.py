@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
+
+from dama.console import atomic_file
+from dama.models.family import HubFamily
 from dama.train.provenance import write_model_card
 from dama.train.trainer import PreferenceTrainer
+
+SENTENCEPIECE = "tokenizer.model"
 
 
 class HubTrainer(PreferenceTrainer):
     """PreferenceTrainer whose checkpoints have a model card and a processor."""
+
+    family: HubFamily
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """All weights by from_pretrained, which knows the names that a class gives them in files.
@@ -29,5 +37,17 @@ class HubTrainer(PreferenceTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         super()._save(str(folder), state_dict)
+        keep_vocabulary(self.family.name, folder)
         if self.provenance is not None:
             write_model_card(folder, self.provenance, model="vision-language model", library="transformers")
+
+
+def keep_vocabulary(base: str, folder: Path) -> None:
+    """Copy the base's sentencepiece file, which transformers leaves out beside tokenizer.json and others read."""
+    try:
+        found = cached_file(base, SENTENCEPIECE)
+    except OSError:  # the base has none, or is out of reach
+        return
+    content = Path(str(found)).read_bytes()
+    with atomic_file(folder / SENTENCEPIECE, len(content)) as file:
+        file.write(content)

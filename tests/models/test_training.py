@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from dama.models import setup
 from dama.models.trainer import HubTrainer
 from dama.train.provenance import PROVENANCE_FILE
+from llava.eval.generate import main as generate
 from llava.model.export import main as export
 from llava.train import train_dpo, train_hub
 from llava.train.arguments import parse_arguments
@@ -156,6 +157,18 @@ def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path, name, zero):
     for single, double in zip(training_log(tmp_path / "one"), training_log(tmp_path / "two"), strict=True):
         for key in ("loss", "grad_norm", "dama/R_bar", "dama/alpha_M", "dama/selected"):
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=5e-5), key
+
+
+def test_an_aligned_llava_hf_answers(in_golden, tmp_path):
+    """It keeps what LLaVA's own code, through which that layout answers, needs of the base."""
+    export(["--to", "hf", "llava-v1.5-tiny", str(tmp_path / "hf")])
+    words = words_of(tmp_path / "out", tmp_path / "hf", "--loss", "sft", "--strategy", "none", "--max_steps", "1")
+    assert train_mem(words) == 0
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "image": "wide.png", "text": "What is it?"}))
+    asked = ["--model-path", str(tmp_path / "out"), "--question-file", str(tmp_path / "q.jsonl"), "--image-folder",
+             "images", "--max-new-tokens", "4", "--out", str(tmp_path / "answers")]  # fmt: skip
+    assert generate(asked) == 0
+    assert len((tmp_path / "answers/answers.jsonl").read_text().splitlines()) == 1
 
 
 def test_train_mem_knows_the_model_by_its_config(in_golden, qwen, tmp_path, capsys):
