@@ -123,4 +123,9 @@ def _pair(fields: Sequence[Any]) -> PreferencePair:
     id_, image, question, chosen, rejected, kind, source, logps, scores = fields[:9]
     reference = None if logps is None else ReferenceLogps(*logps)
     clip_scores = None if scores is None else (tuple(scores[0]), tuple(scores[1]))
-    return PreferencePair(id_, image, question, chosen, rejected, kind, source, reference, clip_scores, *fields[9:])
+    second_image, second, context = (*fields[9:12], None, None, None)[:3]
+    more, turns = fields[12:] or ((), ())
+    return PreferencePair(
+        id_, image, question, chosen, rejected, kind, source, reference, clip_scores, second_image, second, context,
+        tuple(more), tuple((role, text) for role, text in turns),
+    )  # fmt: skip

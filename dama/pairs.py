@@ -16,8 +16,17 @@ from typing import Any, BinaryIO
 from dama.console import digest_of
 from dama.errors import error_list
 from dama.images import ImageFolder, find_image_errors, missing_folders, resolve_image
-from dama.styles import NamedRow, has_half_character, json_field, named_fields, text_of
-from dama.texts import IMAGE_TOKEN, visible_text, without_image_token
+from dama.styles import (
+    USER,
+    Conversation,
+    NamedRow,
+    checked_text,
+    has_half_character,
+    json_field,
+    named_fields,
+    text_of,
+)
+from dama.texts import IMAGE_TOKEN, visible_text, without_image_tokens
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TOO_DEEP = "its values are nested too deep"
@@ -41,7 +50,7 @@ class PreferencePair:
     """One row of D. Answers are kept exactly as in the file; the question comes without its image placeholder."""
 
     id: str
-    image: str  # relative to the image folder
+    image: str  # relative to the image folder; the first of several
     question: str
     chosen: str
     rejected: str
@@ -52,11 +61,28 @@ class PreferencePair:
     second_image: str | None = None  # relative to the image folder: what an objective compares the image with
     second: str | None = None  # the right answer for the second image
     context: str | None = None  # what the assistant has said before both answers: read, not trained on
+    more_images: tuple[str, ...] = ()  # shown after `image`, which is empty in a pair of texts alone
+    conversation: Conversation = ()  # what is before both answers, where that is not images and then a question
+
+    @property
+    def own_images(self) -> tuple[str, ...]:
+        """The images that its prompt shows, in their order; none in a pair of texts alone."""
+        return (self.image, *self.more_images) if self.image else ()
 
     @property
     def images(self) -> tuple[str, ...]:
-        """Its image, and its second one where it has one."""
-        return (self.image,) if self.second_image is None else (self.image, self.second_image)
+        """Its own images, and its second one where it has one."""
+        return self.own_images if self.second_image is None else (*self.own_images, self.second_image)
+
+    @property
+    def prompt(self) -> Conversation:
+        """All that is before both answers, an IMAGE_TOKEN where an image is shown."""
+        return self.conversation or ((USER, IMAGE_TOKEN * len(self.own_images) + self.question),)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it asks one question about one image, as the pairs of LLaVA-1.5's papers do."""
+        return bool(self.image) and not self.more_images and not self.conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +100,10 @@ def read_pairs(path: str | Path) -> list[PreferencePair]:
     """Read preference pairs from JSON or JSONL.
 
     The layout is RLAIF-V's, the released DAMA code's (the same with `logps` and `*_logits`), or any that `named_fields`
-    knows. Fields: idx or id (a digest of the content where absent), image_path or image, question, chosen, rejected,
-    context, origin_dataset, origin_split, kind; kind falls back to origin_split's "type". Whether it is a list or one
-    record a line is seen from the first character. Raises PairsError naming every torn line and every row with a bad
-    field.
+    knows. Fields: idx or id (a digest of the content where absent), image_path or image or images, question, chosen,
+    rejected, context, origin_dataset, origin_split, kind; kind falls back to origin_split's "type". Whether it is a
+    list or one record a line is seen from the first character. Raises PairsError naming every torn line and every row
+    with a bad field.
     """
     pairs, errors = parse_pairs(path)
     if errors:
@@ -161,11 +187,15 @@ def pair_from_row(row: Any) -> PreferencePair:
 
 def pair_of_fields(row: NamedRow) -> PreferencePair:
     """The pair of a row whose fields are named already. Raises ValueError naming the file's field that is bad."""
-    image, chosen, rejected = text_of(row, "image_path", "image"), text_of(row, "chosen"), text_of(row, "rejected")
-    question, context = without_image_token(text_of(row, "question")), _context(row)
+    images, context = image_paths(row), _context(row)
+    question, conversation = placed_images(row, len(images))
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+    first, *more = images or ("",)
+    content: list[Any] = [first, question, chosen, rejected, *([context] if context else [])]
+    content += [more, conversation] if more or conversation else []
     return PreferencePair(
-        id=id_of_row(row) or digest_of([image, question, chosen, rejected, *([context] if context else [])]),
-        image=image,
+        id=id_of_row(row) or digest_of(content),
+        image=first,
         question=question,
         chosen=chosen,
         rejected=rejected,
@@ -176,7 +206,42 @@ def pair_of_fields(row: NamedRow) -> PreferencePair:
         second_image=_second_image(row),
         second=text_of(row, "second") if row.get("second") is not None else None,
         context=context,
+        more_images=tuple(more),
+        conversation=conversation,
     )
+
+
+def image_paths(row: NamedRow) -> tuple[str, ...]:
+    """The paths of a row's images; none only where it says so with an empty list."""
+    if "images" not in row:
+        return (text_of(row, "image_path", "image"),)
+    name = row.name("images")
+    return tuple(checked_text(name, path["path"] if isinstance(path, dict) else path) for path in row["images"])
+
+
+def placed_images(row: NamedRow, images: int) -> tuple[str, Conversation]:
+    """(the last question without placeholders, the conversation where it is more than images and that question).
+
+    A prompt without placeholders shows its images first, as TRL reads it.
+
+    Raises:
+        ValueError: it has another number of placeholders than images.
+    """
+    turns = row["prompt"] if "prompt" in row else ((USER, text_of(row, "question")),)
+    placeholders = sum(text.count(IMAGE_TOKEN) for _, text in turns)
+    if [role for role, _ in turns] == [USER] and (images == 1 or placeholders in (0, images)):
+        question = without_image_tokens(turns[0][1], images) if placeholders else turns[0][1]
+        if IMAGE_TOKEN not in question or placeholders > images:  # of one too many text_errors tells
+            return question, ()
+    if placeholders not in (0, images):
+        raise ValueError(
+            f"field {row.name('question')}: expected as many {IMAGE_TOKEN} as images, {images}, or none, got "
+            f"{placeholders}"
+        )
+    if images and not placeholders:
+        first = next(number for number, (role, _) in enumerate(turns) if role == USER)
+        turns = (*turns[:first], (USER, IMAGE_TOKEN * images + turns[first][1]), *turns[first + 1 :])
+    return turns[-1][1].replace(IMAGE_TOKEN, "").strip(), tuple(turns)
 
 
 def _context(row: NamedRow) -> str | None:
@@ -254,7 +319,7 @@ def _clip_scores(row: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, .
 
 def distinct_images(pairs: Iterable[PreferencePair]) -> list[str]:
     """Relative paths of the pairs' own images in order of first use."""
-    return list(dict.fromkeys(pair.image for pair in pairs))
+    return list(dict.fromkeys(image for pair in pairs for image in pair.own_images))
 
 
 def all_images(pairs: Iterable[PreferencePair]) -> list[str]:
@@ -287,11 +352,15 @@ def pairs_fingerprint(pairs: Sequence[PreferencePair]) -> str:
 
 
 def fields_of(pair: PreferencePair) -> list[Any]:
-    """All fields as JSON values; of a pair without second image, second answer and context those that earlier versions
-    had."""
+    """All fields as JSON values, in the dataclass's order.
+
+    The last ones only as far as the pair has them, so that a pair keeps the fingerprint that earlier versions gave it.
+    """
     reference = pair.reference and (pair.reference.chosen, pair.reference.rejected)
     texts = [pair.id, pair.image, pair.question, pair.chosen, pair.rejected, pair.kind, pair.source]
     fields = [*texts, reference, pair.clip_scores]
+    if pair.more_images or pair.conversation:
+        return [*fields, pair.second_image, pair.second, pair.context, pair.more_images, pair.conversation]
     if pair.context is not None:
         return [*fields, pair.second_image, pair.second, pair.context]
     return fields if pair.second_image is None and pair.second is None else [*fields, pair.second_image, pair.second]

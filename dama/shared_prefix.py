@@ -53,7 +53,8 @@ class PackLayout:
     """Where the prefix and the answers of each group lie in the packed row of T positions.
 
     Attributes:
-        owners: the row of the log-probs that each answer belongs to, in the order in which the answers lie.
+        owners: the row of the log-probs that each answer belongs to, in the order in which the answers lie; any for an
+            answer without labels.
     """
 
     groups: tuple[PackedGroup, ...]
@@ -116,7 +117,7 @@ class PackLayout:
         """
         supervised = (labels != IGNORE_INDEX).nonzero().flatten()
         rows = self.rows()[supervised]
-        tokens = rows.bincount(minlength=len(self.owners))
+        tokens = rows.bincount(minlength=max(self.owners) + 1)
         return AnswerIndex(self.predictors()[supervised], labels[supervised], rows, tokens)
 
 

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dama.texts import without_image_token
+from dama.texts import IMAGE_TOKEN
 
-ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names of the two sides, and TRL's
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+ROLES = {"human": USER, "gpt": ASSISTANT}  # LLaVA's names of the two sides, and TRL's
 ANSWERS = ("chosen", "rejected")
 FIELDS = (
     *("question", "prompt", "query", "chosen", "rejected", "response", "rejected_response"),
@@ -18,6 +19,10 @@ FIELDS = (
     *("context", "answer", "first_error", "correction"),
 )
 """Every field that is read, in any layout."""
+
+
+Conversation = tuple[tuple[str, str], ...]
+"""(role, text) of every turn; IMAGE_TOKEN in a text is where an image is shown."""
 
 
 class NamedRow(dict[str, Any]):
@@ -86,7 +91,7 @@ def json_field(name: str, value: Any) -> Any:
 
 
 def named_fields(row: Mapping[str, Any]) -> NamedRow:
-    """The row under RLAIF-V's names, with plain texts and one image.
+    """The row under RLAIF-V's names, with plain texts, a path or several (`images`), and the turns of its `prompt`.
 
     Layouts are told apart by their fields:
         RLAIF-V        question, chosen, rejected
@@ -96,9 +101,10 @@ def named_fields(row: Mapping[str, Any]) -> NamedRow:
         LLaMA-Factory  conversations or messages with the question; chosen and rejected, a message each
         PDS-DPO        conversations and rejected_conversations
         first errors   answer, first_error (its first wrong sentence) and correction: a pair with a context (SENTINEL)
-    each with image, image_path or images, one image or a list of one.
+    each with image, image_path or images, one image or a list; an empty list says that the pair is of texts alone.
+    Messages become the field `prompt`, see Conversation; where all is one text, there is only the question.
 
-    Raises ValueError, naming the fields of the file, where this is not one question about one image with two answers.
+    Raises ValueError, naming the fields of the file, where this is not one conversation with two answers.
     """
     row = NamedRow(row, row.called, row.found) if isinstance(row, NamedRow) else NamedRow(row)
     if "chosen" not in row:
@@ -109,9 +115,10 @@ def named_fields(row: Mapping[str, Any]) -> NamedRow:
     for name in ("question", *ANSWERS):
         if name in row:
             row[name] = _parsed_messages(row[name])
-    if any(isinstance(row.get(name), list | dict) for name in ("question", *ANSWERS)):
+    row["history"] = _earlier_turns(row)
+    if row["history"] or any(isinstance(row.get(name), list | dict) for name in ("question", *ANSWERS)):
         _set_plain_texts(row)
-    _name_image(row)
+    _name_images(row)
     return row
 
 
@@ -124,8 +131,6 @@ def _name_answers(row: NamedRow) -> None:
         _rename(row, "rejected", "rejected_response" if "rejected_response" in row else "rejected_messages")
         _rename(row, "chosen", next((name for name in ("messages", "conversations") if name in row), "response"))
         _share_question(row)
-        if row.get("history"):
-            raise ValueError(f"field {row.name('history')}: expected no earlier turns, got {len(row['history'])}")
     elif "text" in row and "rejected" not in row:
         _name_inside_text(row)
 
@@ -197,24 +202,34 @@ def _parsed_messages(value: Any) -> Any:
     return parsed if messages and known else value
 
 
+def _earlier_turns(row: NamedRow) -> list[dict[str, Any]]:
+    """The messages of ms-swift's history: [question, answer] of every earlier turn."""
+    history = json_field(row.name("history"), row.get("history")) or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        got = str(history)[:60]
+        raise ValueError(f"field {row.name('history')}: expected a list of [question, answer], got {got}")
+    return [{"role": role, "content": text} for turn in history for role, text in zip((USER, ASSISTANT), turn)]
+
+
 def _set_plain_texts(row: NamedRow) -> None:
-    """question, chosen and rejected of a conversation that is told twice and ends in two ways."""
-    (question, chosen), (other, rejected) = (_one_turn(row, name) for name in ANSWERS)
-    if question != other:
+    """prompt, question, chosen and rejected of a conversation that is told twice and ends in two ways."""
+    (prompt, chosen), (other, rejected) = (_prompt_and_answer(row, name) for name in ANSWERS)
+    if prompt != other:
         names = " and ".join(row.name(name) for name in ANSWERS)
         raise ValueError(f"fields {names}: their conversations ask different questions")
     if "question" not in row:
         row.called["question"] = row.name("chosen")
-    row |= {"question": question, "chosen": chosen, "rejected": rejected}
+    row |= {"prompt": prompt, "question": prompt[-1][1], "chosen": chosen, "rejected": rejected}
 
 
-def _one_turn(row: NamedRow, answer: str) -> tuple[str, str]:
-    turns = [*_turns(row, "question", "user"), *_turns(row, answer, "assistant")]
+def _prompt_and_answer(row: NamedRow, answer: str) -> tuple[Conversation, str]:
+    turns = [*_turns(row, "history", USER), *_turns(row, "question", USER), *_turns(row, answer, ASSISTANT)]
     roles = [role for role, _ in turns]
-    if roles != ["user", "assistant"]:
-        expected = "expected one question and one answer (user, assistant)"
+    spoken = roles[1:] if roles[:1] == [SYSTEM] else roles
+    if not spoken or len(spoken) % 2 or spoken != [USER, ASSISTANT] * (len(spoken) // 2):
+        expected = "expected turns of user and assistant by turns, the last one the answer"
         raise ValueError(f"field {row.name(answer)}: {expected}, got {', '.join(roles) or 'nothing'}")
-    return without_image_token(turns[0][1].strip()).strip(), turns[1][1]
+    return tuple((role, text.strip()) for role, text in turns[:-1]), turns[-1][1]
 
 
 def _turns(row: NamedRow, field: str, role: str) -> list[tuple[str, str]]:
@@ -232,14 +247,22 @@ def _turns(row: NamedRow, field: str, role: str) -> list[tuple[str, str]]:
 
 
 def _message(name: str, message: dict[str, Any]) -> tuple[str, str]:
-    """Role and text of {role, content} or {from, value}; a content of parts gives the text of its text parts."""
+    """Role and text of {role, content} or {from, value}; of a content of parts its texts, and where its images are."""
     content = _content(message)
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        parts = (part for part in content if part.get("type", "text") in ("text", None))
-        content = "".join(checked_text(f"{name}.text", part.get("text")) for part in parts)
+        content = "".join(_part(name, part) for part in content)
     if not isinstance(content, str):
         raise ValueError(f"field {name}: a message without text ({str(message)[:60]})")
     return _role(message), checked_text(name, content)
+
+
+def _part(name: str, part: Mapping[str, Any]) -> str:
+    kind = part.get("type") or "text"
+    if kind in ("image", "image_url"):
+        return IMAGE_TOKEN
+    if kind != "text":
+        raise ValueError(f"field {name}: expected parts of type text or image, got {kind}")
+    return checked_text(f"{name}.text", part.get("text"))
 
 
 def _role(message: dict[str, Any]) -> str:
@@ -251,19 +274,31 @@ def _content(message: dict[str, Any]) -> Any:
     return next((message[key] for key in ("content", "value") if message.get(key) is not None), None)
 
 
-def _name_image(row: NamedRow) -> None:
-    """Set image from a list of one under any of its names, or from {path, bytes} without bytes."""
+def _name_images(row: NamedRow) -> None:
+    """Set image from one image under any of its names, `images` from several or from none.
+
+    An image is a path, bytes, or {path, bytes}, which becomes the path where it has no bytes.
+    """
     images = row.pop("images", None)
     if images is not None and "image" not in row and "image_path" not in row:
         row.put("image", images, called="images")
     for name in ("image", "image_path"):
         value = _parsed_list(row.get(name))
-        if isinstance(value, list):
-            if len(value) != 1:
-                raise ValueError(f"field {row.name(name)}: expected a list of one picture, got {len(value)}")
-            value = row[name] = value[0]
-        if isinstance(value, dict) and isinstance(value.get("path"), str) and value.get("bytes") is None:
-            row[name] = value["path"]
+        if not isinstance(value, list):
+            value = [value]
+        elif len(value) != 1:
+            row.put("images", [_path_alone(image) for image in value], called=row.name(name))
+        if name in row:
+            row[name] = _path_alone(value[0]) if value else None
+    if "images" in row:
+        for name in ("image", "image_path"):
+            row.pop(name, None)
+
+
+def _path_alone(image: Any) -> Any:
+    """The path of {path, bytes} without bytes; anything else as it is."""
+    alone = isinstance(image, dict) and isinstance(image.get("path"), str) and image.get("bytes") is None
+    return image["path"] if alone else image
 
 
 def _parsed_list(value: Any) -> Any:

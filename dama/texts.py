@@ -37,11 +37,16 @@ def visible_text(text: str) -> str:
     return _AROUND_LINE_END.sub("\n", _SPACES.sub(" ", text)).strip()
 
 
-def without_image_token(question: str) -> str:
-    """The question without one image placeholder at its start or end, and without the white space around that."""
+def without_image_tokens(question: str, images: int = 1) -> str:
+    """The question without the placeholders of its images at its start, or of a single one at its end.
+
+    The white space around them goes, too. Where they stand otherwise the question stays as it is.
+    """
     head, tail = question.lstrip(_EDGE), question.rstrip(_EDGE)
-    if head.startswith(IMAGE_TOKEN):
-        return head.removeprefix(IMAGE_TOKEN).lstrip(_EDGE)
-    if tail.endswith(IMAGE_TOKEN):
-        return tail.removesuffix(IMAGE_TOKEN).rstrip(_EDGE)
-    return question
+    if images < 2 and not head.startswith(IMAGE_TOKEN):
+        return tail.removesuffix(IMAGE_TOKEN).rstrip(_EDGE) if tail.endswith(IMAGE_TOKEN) else question
+    for _ in range(max(images, 1)):
+        if not head.startswith(IMAGE_TOKEN):
+            return question
+        head = head.removeprefix(IMAGE_TOKEN).lstrip(_EDGE)
+    return head

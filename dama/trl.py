@@ -99,7 +99,15 @@ def row_of_pair(pair: PreferencePair, image_folder: ImageFolder, processor: Any)
 
     Answers begin without the space behind `ASSISTANT:`, because LLaMA's tokenizer puts one in front of every text. A
     context ends the prompt, and its answers have no end token.
+
+    Raises:
+        ValueError: the pair is not one question about one image.
     """
+    if not pair.is_plain:
+        raise ValueError(
+            f"pair {pair.id}: expected one question about one image, got {len(pair.own_images)} image(s) and "
+            f"{len(pair.prompt)} turn(s); train it by python -m dama train"
+        )
     tokenizer = processor.tokenizer
     content = [{"type": "image"}, {"type": "text", "text": pair.question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -141,7 +141,10 @@ def run(args: argparse.Namespace) -> None:
     except ClipError as error:
         raise CommandError(str(error)) from error
     if scorer is not None:
-        counts = f"{len(pairs)} pairs on {len(distinct_images(pairs))} images"
+        shown = sum(bool(pair.image) for pair in pairs)
+        counts = f"{shown} pairs on {len(distinct_images(pairs))} images"
+        if shown < len(pairs):
+            log(f"hardness: {len(pairs) - shown} pairs of texts alone are not scored; training gives them delta_bar")
         part = f", shard {shard}" if shard.count > 1 else ""
         log(f"hardness: {counts}, {_clip_words(scorer.identity)}, {device}{part}")
     manifest = run_hardness(

@@ -42,7 +42,7 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Hardness:
-    """A finished stage: delta of each pair by id, their mean, and what they were computed from."""
+    """A finished stage: delta of each pair with an image by id, their mean, and what they were computed from."""
 
     delta: dict[str, float]
     delta_bar: float
@@ -104,12 +104,18 @@ def run_hardness(
     its part and returns None while others are missing. Each distinct image is encoded once; `batch_size` counts images
     and changes scores by rounding only. `data` has the digests of pairs and images where they are known.
     `skipped` is listed in the manifest. Pairs come out grouped by image, in the order of each image's first use.
+    Of a pair of several images each statement counts with the image that it fits best. A pair of texts alone is not
+    scored.
     """
     if scale not in SCALES or reduction not in REDUCTIONS:
         raise ValueError(f"expected scale in {SCALES} and reduction in {REDUCTIONS}, got {scale!r} and {reduction!r}")
     if scorer is None:
         _require_scores(pairs)
-    chunks = _chunks_by_image(pairs) if scorer else _chunks_of(pairs, PAIRS_PER_CHUNK)
+    chunks = _chunks_by_image(pair for pair in pairs if pair.image) if scorer else _chunks_of(pairs, PAIRS_PER_CHUNK)
+    if not chunks:
+        raise PairsError(
+            "hardness: expected pairs with an image, got none\nRemedy: train with --strategy none or model"
+        )
     data = data or {"pairs": pairs_fingerprint(pairs)}
     if scorer is not None and "images" not in data:
         data = {**data, "images": digest_of(image_digests(pairs, image_folder, max(1, workers)))}
@@ -355,22 +361,32 @@ def _queue_scores(
     text_row = {statement: row for row, statement in enumerate(texts.statements)}
     splits = [(texts.splits[pair.chosen], texts.splits[pair.rejected]) for pair in chunk]
     rows = [
-        (image_row[pair.image], text_row[statement])
+        (image_row[name], text_row[statement])
         for pair, both in zip(chunk, splits)
         for parts in both
         for statement in parts.statements
+        for name in pair.own_images
     ]
     of_image, of_text = torch.tensor(rows, device=images.device).T
     fetch = fetch_later(score(images[of_image], statements[of_text]))
 
     def records() -> list[Record]:
         scores = iter(fetch())
-        take = [[[round(next(scores), 8) for _ in parts.statements] for parts in both] for both in splits]
+        take = [
+            [[round(best(islice(scores, len(pair.own_images))), 8) for _ in parts.statements] for parts in both]
+            for pair, both in zip(chunk, splits)
+        ]
         for pair, both, of_pair in zip(chunk, splits, take):
             _require_finite(pair, both, of_pair)
         return [_record(pair, both, of_pair, reduction) for pair, both, of_pair in zip(chunk, splits, take)]
 
     return records
+
+
+def best(scores: Iterable[float]) -> float:
+    """The largest of a statement's scores with each image; NaN where one is."""
+    found = list(scores)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def _require_finite(pair: PreferencePair, splits: Sequence[split.Split], scores: Sequence[Sequence[float]]) -> None:
@@ -397,4 +413,5 @@ def _record(
         record[f"{side}_words"] = len(answer.split())
     fallbacks = {side: parts.fallback for side, parts in zip(SIDES, splits) if parts.fallback}
     record |= {"kind": pair.kind, "source": pair.source, "image": pair.image, "question": pair.question}
+    record |= {"images": list(pair.own_images)} if pair.more_images else {}
     return record | ({"fallbacks": fallbacks} if fallbacks else {})

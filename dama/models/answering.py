@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dama.console import digest_of, log
-from dama.models.chat import ChatTemplate, Turn
+from dama.models.chat import ChatTemplate
 from dama.models.family import as_dtype, image_token_id, type_ids_of
 from dama.models.images import ProcessorImages, join_images
 from dama.special_tokens import escaped, placeholders
+from dama.styles import ASSISTANT, USER
+from dama.texts import IMAGE_TOKEN
 
 # What a checkpoint's generation_config.json may say and stays: which tokens can be written at all.
 VOCABULARY_LIMITS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
@@ -27,6 +30,15 @@ SAID_ANEW = (
     "do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "cache_implementation",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question about images, which come first, and an answer to it."""
+
+    question: str
+    answer: str
+    images: int = 1
 
 
 class Prompter:
@@ -43,7 +55,7 @@ class Prompter:
 
     def fingerprint(self) -> dict[str, str]:
         """Whatever the ids and pixels of a prompt depend on: tokenizer, template, image preparation."""
-        images = digest_of([self.processor.image_processor.to_dict(), self.images.text((64, 48))])
+        images = digest_of([self.processor.image_processor.to_dict(), self.images.texts([(64, 48)])[0]])
         return self.chat.fingerprint() | {"image_processor": images}
 
     def literal(self, text: str) -> str:
@@ -52,9 +64,15 @@ class Prompter:
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """A conversation as the template writes it, the last turn without its answer, and a placeholder an image."""
-        return self.chat.conversation(
-            [Turn(self.literal(turn.question), self.literal(turn.answer), turn.images) for turn in turns]
-        )
+        said = [
+            message
+            for turn in turns
+            for message in (
+                (USER, IMAGE_TOKEN * turn.images + self.literal(turn.question)),
+                (ASSISTANT, self.literal(turn.answer)),
+            )
+        ]
+        return self.chat.prompts([tuple(said[:-1])])[0]
 
     def token_ids(self, prompts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
         """Ids of prompts, all tokens of their images included.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from dama.logps import IGNORE_INDEX, AnswerIndex
 from dama.models.attention import GroupRows
 from dama.models.way import Way
 from dama.shared_prefix import PackedGroup, PackLayout, rows_by_answer
-from dama.train.family import PackedRows, PreparedPair, shown_images
+from dama.train.family import ImageRef, PackedRows, PreparedPair, shown_images
 from dama.train.rows import EncodedRow
 from dama.transfer import to_device
 from dama.views import View
+
+BLANK = ImageRef(("",))
+"""What a row shows that stands in for images in a batch of texts alone."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class PairBatch:
         input_ids: [R, T]: one row of all groups, a row a group, or a row an answer, padded at the right.
         real: [R, T] bool, False for padding.
         answers: which hidden states predict which answer tokens.
-        shown: which of the batch's images the rows show, in their order.
+        shown: which of the batch's images each row shows; None where it is of texts alone.
+        blank: of a batch without images, the position in all rows of the token behind a blank one; see PairCollator.
         position_ids: [R, T]; None where the model counts for itself.
         pack: of the one row. rows: of a row a group.
         groups: of all rows, in order, and their ids on the CPU, from which a model may compute positions of its own.
@@ -36,7 +40,8 @@ class PairBatch:
     input_ids: Tensor
     real: Tensor
     answers: AnswerIndex
-    shown: tuple[int, ...]
+    shown: tuple[int | None, ...]
+    blank: int | None = None
     position_ids: Tensor | None = None
     pack: PackLayout | None = None
     rows: GroupRows | None = None
@@ -52,69 +57,105 @@ class PairBatch:
         return self.pack or self.rows
 
     @staticmethod
-    def packed(items: Sequence[PreparedPair], views: Sequence[View]) -> PairBatch:
-        """All groups one after the other in one row, without padding."""
-        packed, groups = groups_of(items, views)
+    def packed(packed: PackedRows, images: Sequence[ImageRef]) -> PairBatch:
+        """All groups one after the other in one row, without padding. `images` are those of the batch."""
+        groups = groups_of(packed)
         layout = PackLayout.of([group for group, _ in groups], packed.owners)
         ids, labels = (torch.cat(parts) for parts in ids_and_labels(packed.rows))
-        answers = layout.answers(labels)
-        real = torch.ones(1, len(ids), dtype=torch.bool)
         return PairBatch(
-            ids[None], real, answers, shown_by(packed, items), layout.position_ids(), pack=layout, groups=groups
+            ids[None],
+            torch.ones(1, len(ids), dtype=torch.bool),
+            layout.answers(labels),
+            numbered(packed.images, images),
+            blank=len(ids) - 1 if BLANK in packed.images else None,
+            position_ids=layout.position_ids(),
+            pack=layout,
+            groups=groups,
         )
 
     @staticmethod
-    def by_group(items: Sequence[PreparedPair], views: Sequence[View]) -> PairBatch:
+    def by_group(packed: PackedRows, images: Sequence[ImageRef]) -> PairBatch:
         """A row for each group, padded."""
-        packed, groups = groups_of(items, views)
+        groups = groups_of(packed)
+        lengths = [group for group, _ in groups]
         ids, labels = ids_and_labels(packed.rows)
-        real = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], True)
-        rows = GroupRows.of([group for group, _ in groups])
-        answers = index_of_groups([group for group, _ in groups], labels, packed.owners, real.shape[1])
-        padded = pad_sequence(list(ids), True)
-        return PairBatch(padded, real, answers, shown_by(packed, items), rows.alone, rows=rows, groups=groups)
+        rows, padded = GroupRows.of(lengths), pad_sequence(list(ids), True)
+        return PairBatch(
+            padded,
+            pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], True),
+            index_of_groups(lengths, labels, packed.owners, padded.shape[1]),
+            numbered(packed.images, images),
+            blank=last_of(padded, ids) if BLANK in packed.images else None,
+            position_ids=rows.alone,
+            rows=rows,
+            groups=groups,
+        )
 
     @staticmethod
-    def by_answer(items: Sequence[PreparedPair], views: Sequence[View]) -> PairBatch:
-        """A row for each answer, padded: those of all pairs of the first view, then of the second, and so on."""
-        images = shown_images(items)
-        rows = [item.rows[view] for view in range(len(views)) for item in items]
-        shown = [images.index(item.images[view]) for view in range(len(views)) for item in items]
+    def by_answer(rows: Sequence[EncodedRow], shown: Sequence[ImageRef], images: Sequence[ImageRef]) -> PairBatch:
+        """A row for each answer, padded."""
         ids, labels = ids_and_labels(rows)
-        real = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], True)
-        answers = AnswerIndex.of(pad_sequence(list(labels), True, IGNORE_INDEX))
-        return PairBatch(pad_sequence(list(ids), True), real, answers, tuple(shown))
+        padded, answers = pad_sequence(list(ids), True), AnswerIndex.of(pad_sequence(list(labels), True, IGNORE_INDEX))
+        has_blank = BLANK in shown
+        return PairBatch(
+            padded,
+            pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in ids], True),
+            replace(answers, tokens=answers.tokens[:-1]) if has_blank else answers,
+            numbered(shown, images),
+            blank=last_of(padded, ids) if has_blank else None,
+        )
 
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Collates pairs as a model reads them; see PairBatch."""
+    """Collates pairs as a model reads them; see PairBatch.
+
+    A batch of texts alone is given a blank image behind all rows, which none of them sees and whose log-probs nobody
+    asks for. So every rank calls the same modules in every batch, as ZeRO-3 and every reduction of gradients want.
+
+    Args:
+        blank: [T] ids of an image and a token behind it; None where no batch is of texts alone.
+    """
 
     way: Way
     views: tuple[View, ...]
+    blank: Tensor | None = None
 
     def __call__(self, items: Sequence[PreparedPair]) -> dict[str, PairBatch]:
         """{"pairs": PairBatch}."""
-        collate = {Way.KERNEL: PairBatch.packed, Way.MASK: PairBatch.by_group, Way.ROWS: PairBatch.by_answer}
-        return {"pairs": collate[self.way](items, self.views)}
+        images, added = shown_images(items), []
+        if not images and self.blank is not None:
+            images, added = [BLANK], [EncodedRow(self.blank, torch.full_like(self.blank, IGNORE_INDEX))]
+        if self.way is Way.ROWS:
+            rows = [item.rows[view] for view in range(len(self.views)) for item in items]
+            shown = [item.images[view] for view in range(len(self.views)) for item in items]
+            return {"pairs": PairBatch.by_answer([*rows, *added], [*shown, *(BLANK for _ in added)], images)}
+        packed = PackedRows.of(items, self.views)
+        for row in added:
+            packed = PackedRows(
+                (*packed.rows, row), (*packed.tails, (1,)), (*packed.images, BLANK), (*packed.owners, 0)
+            )
+        collate = PairBatch.packed if self.way is Way.KERNEL else PairBatch.by_group
+        return {"pairs": collate(packed, images)}
 
 
-def groups_of(
-    items: Sequence[PreparedPair], views: Sequence[View]
-) -> tuple[PackedRows, tuple[tuple[PackedGroup, Tensor], ...]]:
-    """The packed rows of pairs, and each one's lengths and ids."""
-    packed = PackedRows.of(items, views)
-    groups = [
+def groups_of(packed: PackedRows) -> tuple[tuple[PackedGroup, Tensor], ...]:
+    """The lengths and ids of packed rows."""
+    return tuple(
         (PackedGroup(len(row.input_ids) - sum(tail), tail), row.input_ids)
         for row, tail in zip(packed.rows, packed.tails, strict=True)
-    ]
-    return packed, tuple(groups)
+    )
 
 
-def shown_by(packed: PackedRows, items: Sequence[PreparedPair]) -> tuple[int, ...]:
-    """Which of the pairs' distinct images each row shows."""
-    images = shown_images(items)
-    return tuple(images.index(image) for image in packed.images)
+def numbered(shown: Sequence[ImageRef], images: Sequence[ImageRef]) -> tuple[int | None, ...]:
+    """What rows show as numbers of a batch's images."""
+    number = {image: place for place, image in enumerate(images)}
+    return tuple(number.get(image) for image in shown)
+
+
+def last_of(padded: Tensor, ids: Sequence[Tensor]) -> int:
+    """Where the last row's last token lies among all positions of rows padded at the right."""
+    return padded.numel() - padded.shape[1] + len(ids[-1]) - 1
 
 
 def ids_and_labels(rows: Sequence[EncodedRow]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -134,4 +175,4 @@ def index_of_groups(
         parts.append((index.predictors + row * length, index.targets, own[index.rows]))
         first += len(group.answers)
     predictors, targets, rows = (torch.cat(part) for part in zip(*parts))
-    return AnswerIndex(predictors, targets, rows, rows.bincount(minlength=len(owners)))
+    return AnswerIndex(predictors, targets, rows, rows.bincount(minlength=max(owners) + 1))

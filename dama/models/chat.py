@@ -8,24 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from dama.console import digest_of
+from dama.styles import ASSISTANT, SYSTEM, USER, Conversation
 from dama.texts import IMAGE_TOKEN
 
 PROBE = "Yes, indeed."  # an answer that no template changes
 IGNORED_TOKENS = {"", " "}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question about images, which come first, and an answer to it."""
-
-    question: str
-    answer: str
-    images: int = 1
 
 
 class ChatTemplate:
@@ -33,7 +24,7 @@ class ChatTemplate:
 
     Args:
         processor: with `tokenizer` and `chat_template`.
-        system: text of a system turn; none where empty.
+        system: text of a system turn, for conversations without one; none where empty.
 
     Raises:
         ValueError: the processor has no template, or one that does not begin a conversation with its own prompt.
@@ -47,25 +38,22 @@ class ChatTemplate:
                 "chat template: expected one in the checkpoint's processor, got none; preference training needs a "
                 "model that follows instructions (usually named -Instruct, -it or -hf)"
             )
-        probe = Turn("?", PROBE)
-        prompt, whole = self._render([probe], answers=False)[0], self._render([probe], answers=True)[0]
+        probe = ((USER, f"{IMAGE_TOKEN}?"),)
+        (prompt,), (whole,) = self.prompts([probe]), self._render([(*probe, (ASSISTANT, PROBE))])
         lead, found, self.tail = self._after(prompt, whole).partition(PROBE)
         if not found:
             raise ValueError(f"chat template: expected the answer {PROBE!r} as it is, got {(lead + self.tail)!r}")
         self.end = self._end_of_turn()
 
-    def _messages(self, turn: Turn, answer: bool) -> list[dict[str, Any]]:
-        content = [{"type": "image"} for _ in range(turn.images)] + [{"type": "text", "text": turn.question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
-        if answer:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        return messages
+    def _messages(self, turns: Conversation) -> list[dict[str, Any]]:
+        """Messages of the form that templates take, with a placeholder where a text shows an image."""
+        if self.system and turns[0][0] != SYSTEM:
+            turns = ((SYSTEM, self.system), *turns)
+        return [{"role": role, "content": parts_of(text)} for role, text in turns]
 
-    def _render(self, turns: Sequence[Turn], answers: bool) -> list[str]:
-        conversations = [self._messages(turn, answers) for turn in turns]
-        return self.processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=not answers)
+    def _render(self, conversations: Sequence[Conversation], *, asks: bool = False) -> list[str]:
+        messages = [self._messages(turns) for turns in conversations]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
 
     @staticmethod
     def _after(prompt: str, whole: str) -> str:
@@ -108,21 +96,16 @@ class ChatTemplate:
             "chat_template": digest_of([self.processor.chat_template, self.system]),
         }
 
-    def prompts(self, turns: Sequence[Turn]) -> list[str]:
+    def prompts(self, conversations: Sequence[Conversation]) -> list[str]:
         """What the model answers to, one image placeholder an image."""
-        return self._render(turns, answers=False)
+        return self._render(conversations, asks=True)
 
-    def conversation(self, turns: Sequence[Turn]) -> str:
-        """What the model answers to in a conversation; the last turn's answer is left out."""
-        messages: list[dict[str, Any]] = []
-        for number, turn in enumerate(turns, start=1):
-            found = self._messages(turn, answer=number < len(turns))
-            messages += found if not messages else [message for message in found if message["role"] != "system"]
-        return self.processor.apply_chat_template([messages], tokenize=False, add_generation_prompt=True)[0]
-
-    def rows(self, turns: Sequence[Turn]) -> list[tuple[str, str]]:
-        """(prompt, answer with the token that ends it) of every turn."""
-        prompts, wholes = self.prompts(turns), self._render(turns, answers=True)
+    def rows(self, conversations: Sequence[Conversation], answers: Sequence[str]) -> list[tuple[str, str]]:
+        """(prompt, answer with the token that ends it) of every conversation and the answer that follows it."""
+        prompts = self.prompts(conversations)
+        wholes = self._render(
+            [(*turns, (ASSISTANT, answer)) for turns, answer in zip(conversations, answers, strict=True)]
+        )
         rows = []
         for prompt, whole in zip(prompts, wholes, strict=True):
             answer = self._after(prompt, whole)
@@ -142,3 +125,13 @@ class ChatTemplate:
                 for i, row in zip(mine, found, strict=True):
                     ids[i] = row
         return ids
+
+
+def parts_of(text: str) -> list[dict[str, str]]:
+    """A message's text and images, in their order."""
+    first, *others = text.split(IMAGE_TOKEN)
+    parts: list[dict[str, str]] = [{"type": "text", "text": first}] if first or not others else []
+    for behind in others:
+        parts.append({"type": "image"})
+        parts += [{"type": "text", "text": behind}] if behind else []
+    return parts

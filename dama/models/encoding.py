@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from dama.models.chat import ChatTemplate, Turn
+from dama.models.chat import ChatTemplate
 from dama.models.images import ProcessorImages
 from dama.pairs import PreferencePair
+from dama.texts import IMAGE_TOKEN
 from dama.train.family import ImageRef
 from dama.train.rows import EncodedTable, TableRows
 from dama.views import View
@@ -21,7 +22,7 @@ class PairEncoder:
 
     Args:
         chat: the template. images: how an image is written. views: of each pair.
-        size_of: width and height of an image in pixels.
+        size_of: width and height of an image in pixels, by its path.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class PairEncoder:
         chat: ChatTemplate,
         images: ProcessorImages,
         views: Sequence[View],
-        size_of: Callable[[ImageRef], tuple[int, int]],
+        size_of: Callable[[str], tuple[int, int]],
     ) -> None:
         self.chat, self.images, self.views, self.size_of = chat, images, tuple(views), size_of
 
@@ -53,13 +54,14 @@ class PairEncoder:
         self, pairs: Sequence[PreferencePair], images: Sequence[Sequence[ImageRef]]
     ) -> Iterator[tuple[int, list[int]]]:
         """(ids of the prompt, counted; ids of the row) of every view of every pair."""
-        shown = [image for of_views in images for image in of_views]
-        turns = [Turn(pair.question, said(pair, view)) for pair in pairs for view in self.views]
+        shown = [of_view for of_pair in images for of_view in of_pair]
         owners = [pair for pair in pairs for _ in self.views]
-        rows = [behind_context(pair, row, self.chat.end) for pair, row in zip(owners, self.chat.rows(turns))]
+        answers = [said(pair, view) for pair in pairs for view in self.views]
+        rendered = self.chat.rows([pair.prompt for pair in owners], answers)
+        rows = [behind_context(pair, row, self.chat.end) for pair, row in zip(owners, rendered)]
         texts = [
-            (self.images.written_out(prompt, [self.size_of(image)]), answer)
-            for (prompt, answer), image in zip(rows, shown, strict=True)
+            (self._written_out(pair, prompt, [self.size_of(path) for path in of_view.paths]), answer)
+            for pair, (prompt, answer), of_view in zip(owners, rows, shown, strict=True)
         ]
         prompts = self.chat.token_ids([prompt for prompt, _ in texts])
         wholes = self.chat.token_ids([prompt + answer for prompt, answer in texts])
@@ -71,11 +73,18 @@ class PairEncoder:
                 )
             yield len(prompt), whole
 
+    def _written_out(self, pair: PreferencePair, prompt: str, sizes: Sequence[tuple[int, int]]) -> str:
+        try:
+            return self.images.written_out(prompt, sizes)
+        except ValueError as error:
+            raise ValueError(f"pair {pair.id}: {error}") from error
+
     def _validate(self, pair: PreferencePair) -> None:
         """Raise ValueError where a text spells a special token, which would be read as one."""
         names = ("question", "context", "chosen", "rejected", "second")
-        texts: dict[str, str | None] = {name: getattr(pair, name) for name in names}
-        for field, text in texts.items():
+        texts = [(name, getattr(pair, name)) for name in names]
+        texts += [(f"{role}'s turn", part) for role, text in pair.conversation for part in text.split(IMAGE_TOKEN)]
+        for field, text in texts:
             found = self.chat.special_in(text) if text else None
             if found:
                 raise ValueError(

@@ -36,6 +36,7 @@ from dama.views import View
 
 TYPE_IDS = ("mm_token_type_ids", "token_type_ids")  # what models call the mark of image tokens
 IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
+BLANK_SIZE = (56, 56)  # pixels of the image that a batch of texts alone is given
 OWN_POSITIONS = "get_rope_index"  # of models whose image tokens have positions in two dimensions
 
 
@@ -50,7 +51,7 @@ class HubFamily:
         system: a system turn before each question.
     """
 
-    reads_context = True
+    reads_context = reads_conversations = True
     encodes_ahead = False  # a frozen tower makes no gradient, and a pack shows an image once
     files: tuple[str, ...] = ()  # folders besides the checkpoint's that log-probs depend on
 
@@ -70,11 +71,14 @@ class HubFamily:
         self.name, self.image_folder = name, image_folder
         self.decided: Decided = way_of(self.model, shared_prefix=args.shared_prefix)
         self.chat = ChatTemplate(processor, system)
-        self.prepare_image: Callable[[Image.Image], Any] = ProcessorImages(processor)
-        self.collate = PairCollator(self.decided.way, self.views)
+        images = ProcessorImages(processor)
+        self.prepare_image: Callable[..., Any] = images
+        (blank,) = self.chat.token_ids([images.texts([BLANK_SIZE])[0] + self.chat.end])
+        self.collate = PairCollator(self.decided.way, self.views, torch.tensor(blank))
         config = self.model.config.get_text_config(decoder=True)
         self.max_tokens = min(args.model_max_length, getattr(config, "max_position_embeddings", args.model_max_length))
-        install(self.model, self.decided.way, float32_logits=getattr(args, "float32_logits", True))
+        blank_image = images(Image.new("RGB", BLANK_SIZE))
+        install(self.model, self.decided.way, blank_image, float32_logits=getattr(args, "float32_logits", True))
 
     def with_views(self, views: tuple[View, ...]) -> HubFamily:
         """The same model, reading other views of each pair."""
@@ -147,11 +151,11 @@ class ImageSizes:
         self.folder = folder
         self.known: dict[str, tuple[int, int]] = {}
 
-    def __call__(self, image: ImageRef) -> tuple[int, int]:
-        """Of an image as a view shows it; no corruption changes it."""
-        if image.path not in self.known:
-            self.known[image.path] = size_of_image(resolve_image(self.folder, image.path))
-        return self.known[image.path]
+    def __call__(self, path: str) -> tuple[int, int]:
+        """Of an image as any view shows it; no corruption changes it."""
+        if path not in self.known:
+            self.known[path] = size_of_image(resolve_image(self.folder, path))
+        return self.known[path]
 
 
 def linear_weights(module: torch.nn.Module) -> int:
@@ -163,18 +167,23 @@ def linear_weights(module: torch.nn.Module) -> int:
 # --- The model's call ------------------------------------------------------------------------------------------------
 
 
-def install(model: Any, way: Way, *, float32_logits: bool = True) -> None:
+def install(model: Any, way: Way, blank: ImageInputs | None = None, *, float32_logits: bool = True) -> None:
     """Teach a model's call the keyword `pairs`, and its decoder the attention of its way.
+
+    Args:
+        blank: inputs of the image that a batch of texts alone is given, where there may be such batches.
 
     Calls without it stay what they were. It has to be the model's own call, for what wraps a model (DeepSpeed, PEFT,
     DistributedDataParallel, autocast) acts there.
     """
     stock, type_ids = model.forward, type_ids_of(model)
 
-    def forward(*args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
+    def forward(*args: Any, pairs: PairBatch | None = None, images: Sequence[ImageInputs] = (), **kwargs: Any) -> Any:
         if pairs is None:
             return stock(*args, **kwargs)
-        return logps_of_pairs(model, pairs, type_ids=type_ids, float32_logits=float32_logits, **kwargs)
+        if blank is not None and pairs.blank is not None:
+            images = [blank.to(pairs.input_ids.device)]
+        return logps_of_pairs(model, pairs, images, type_ids=type_ids, float32_logits=float32_logits, **kwargs)
 
     forward.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]  # generation reads it
     model.forward = forward
@@ -201,25 +210,36 @@ def logps_of_pairs(
     """Summed log-probs of all answers of a batch by a model's own forward pass.
 
     Args:
-        images: of the batch's `shown_images`. chunk: answer tokens whose logits exist at one time.
+        images: of the batch's `shown_images`, or the blank one. chunk: answer tokens whose logits exist at one time.
         type_ids: of `type_ids_of`. per_token: whether those of single tokens are returned, too.
         float32_logits: on GPUs in half precision, whether logits are float32.
     """
     inner = model.base_model
-    shown = [images[number] for number in pairs.shown]
-    inputs = {name: as_dtype(value, model.dtype) for name, value in join_images(shown).items()}
+    shown = [None if number is None else images[number] for number in pairs.shown]
+    joined = join_images([image for image in shown if image is not None])
+    inputs = {name: as_dtype(value, model.dtype) for name, value in joined.items()}
     kinds = pairs.input_ids == image_token_id(model.config)
     inputs |= {name: kinds.long() for name in type_ids}
     options: dict[str, Any] = {"pack": pairs.pack} if pairs.pack is not None else {}
     if pairs.position_ids is not None:
-        options["position_ids"] = positions(inner, pairs, [image.host for image in shown])
+        options["position_ids"] = positions(inner, pairs, [image.host if image else {} for image in shown])
     mask = pairs.real.long() if pairs.pack is None else None
     with rows_hold(pairs.layout):
         found = inner(input_ids=pairs.input_ids, attention_mask=mask, use_cache=False, **inputs, **options)
     head = model.get_output_embeddings()
     chunk = chunk_for(head, chunk, pairs.answers.targets)
     compute = indexed_token_logps if per_token else indexed_logps
-    return compute(found.last_hidden_state, pairs.answers, float32_head(head) if float32_logits else head, chunk)
+    hidden = found.last_hidden_state
+    sums = compute(hidden, pairs.answers, float32_head(head) if float32_logits else head, chunk)
+    return sums if pairs.blank is None else with_part(sums, hidden.flatten(0, 1)[pairs.blank])
+
+
+def with_part(sums: AnswerLogps | AnswerTokenLogps, hidden: Tensor) -> AnswerLogps | AnswerTokenLogps:
+    """The same log-probs, of which a hidden state is a part that counts nothing: its gradient is zero, not absent."""
+    nothing = 0 * hidden.float().sum()
+    if isinstance(sums, AnswerTokenLogps):
+        return sums._replace(logps=sums.logps + nothing, per_token=sums.per_token + nothing)
+    return sums._replace(logps=sums.logps + nothing)
 
 
 def type_ids_of(model: Any) -> list[str]:
@@ -243,7 +263,7 @@ def positions(inner: Any, pairs: PairBatch, images: Sequence[Mapping[str, Tensor
     """[R, T], or [3, R, T] where the model places image tokens in two dimensions.
 
     Args:
-        images: of the rows, one each, on the CPU.
+        images: of each row, on the CPU.
     """
     assert pairs.position_ids is not None
     if not hasattr(inner, OWN_POSITIONS):
@@ -262,7 +282,7 @@ def positions(inner: Any, pairs: PairBatch, images: Sequence[Mapping[str, Tensor
     return padded.to(device)
 
 
-def positions_of_group(inner: Any, group: Any, ids: Tensor, token: int, image: Mapping[str, Tensor]) -> Tensor:
+def positions_of_group(inner: Any, group: PackedGroup, ids: Tensor, token: int, image: Mapping[str, Tensor]) -> Tensor:
     """[3, T] of [prefix | answer | answer ...]: the model's own for the first answer; others begin where it begins."""
     prefix, (first, *others) = group
     alone = ids[None, : prefix + first]

@@ -34,7 +34,9 @@ class ImageInputs(dict[str, Tensor]):
 
 
 class ProcessorImages:
-    """One RGB image to the inputs of a model.
+    """RGB images to the inputs of a model.
+
+    The images of a prompt are prepared together: some processors cut a single image into crops, and several not.
 
     Args:
         processor: of the model, with `image_token`.
@@ -42,18 +44,21 @@ class ProcessorImages:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self._written: dict[tuple[int, int], str] = {}
+        self._written: dict[tuple[tuple[int, int], ...], list[str]] = {}
 
-    def __call__(self, image: Image.Image) -> ImageInputs:
-        """All that the processor returns of an image."""
-        found = self.processor(text=[self.processor.image_token], images=[image], return_tensors="pt")
+    def _call(self, images: Sequence[Image.Image], **options: Any) -> Any:
+        placeholders = self.processor.image_token * len(images)
+        return self.processor(text=[placeholders], images=[list(images)], **options)
+
+    def __call__(self, *images: Image.Image) -> ImageInputs:
+        """All that the processor returns of a prompt's images."""
+        found = self._call(images, return_tensors="pt")
         return ImageInputs({name: value for name, value in found.items() if name not in TEXT_KEYS})
 
-    def text(self, size: tuple[int, int]) -> str:
-        """What stands for an image of this width and height in a prompt, all its tokens written out."""
-        blank = Image.new("RGB", size)
-        found = self.processor(text=[self.processor.image_token], images=[blank], return_text_replacement_offsets=True)
-        return found["text_replacement_offsets"][0][0]["replacement"]
+    def texts(self, sizes: Sequence[tuple[int, int]]) -> list[str]:
+        """What stands for each image of a prompt, all its tokens written out; `sizes` are (width, height) in pixels."""
+        found = self._call([Image.new("RGB", size) for size in sizes], return_text_replacement_offsets=True)
+        return [replaced["replacement"] for replaced in found["text_replacement_offsets"][0]]
 
     def written_out(self, prompt: str, sizes: Sequence[tuple[int, int]]) -> str:
         """The prompt with the placeholder of each image replaced by all of its tokens.
@@ -70,9 +75,10 @@ class ProcessorImages:
                 f"chat template: expected {len(sizes)} image(s) written as {self.processor.image_token!r}, got "
                 f"{len(others)}"
             )
-        for size in set(sizes) - self._written.keys():
-            self._written[size] = self.text(size)
-        return first + "".join(self._written[size] + text for size, text in zip(sizes, others, strict=True))
+        key = tuple(sizes)
+        if key and key not in self._written:
+            self._written[key] = self.texts(key)
+        return first + "".join(written + text for written, text in zip(self._written.get(key, ()), others, strict=True))
 
 
 def join_images(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

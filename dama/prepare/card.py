@@ -30,6 +30,7 @@ class Tally:
         self.pairs_of: dict[bool, int] = {False: 0, True: 0}  # held out or not
         self.images: dict[str, tuple[int, int, int]] = {}  # width and height in pixels, bytes
         self.held_out: set[str] = set()
+        self.texts_alone = 0
         self.lengths: list[Sequence[int]] = []
         self.sources: Counter[str] = Counter()
         self.generators: Counter[str] = Counter()
@@ -45,9 +46,11 @@ class Tally:
         self.rows += 1
         self.pairs_of[held_out] += 1
         self.contaminated += record["contaminated"] is not None
-        self.images[record["image"]] = tuple(record["size"])
+        names = images_of(record)
+        self.texts_alone += not names
+        self.images |= {name: (size[0], size[1], size[2]) for name, size in zip(names, sizes_of(record), strict=True)}
         if held_out:
-            self.held_out.add(record["image"])
+            self.held_out.update(names)
         self.lengths.append(record["lengths"])
         self.sources[record["origin_dataset"] or NOT_STATED] += 1
         self.generators[record["generator"] or NOT_STATED] += 1
@@ -88,7 +91,18 @@ class Tally:
             "width": _spread(sizes[:, 0]),
             "height": _spread(sizes[:, 1]),
             "formats": _ranked(Counter(name.rpartition(".")[2] for name in self.images)),
+            **({"pairs_of_texts_alone": self.texts_alone} if self.texts_alone else {}),
         }
+
+
+def images_of(record: Record) -> list[str]:
+    """The stored images of a pair."""
+    return record["images"] if "images" in record else [record["image"]]
+
+
+def sizes_of(record: Record) -> list[list[int]]:
+    """[width, height, bytes] of each of them."""
+    return record["sizes"] if "sizes" in record else [record["size"]]
 
 
 def _ranked(counts: Counter[str]) -> dict[str, int]:
@@ -131,6 +145,7 @@ def markdown(card: Record) -> str:
         f"{images['distinct']:,} distinct ones ({images['held_out']:,} of them held out), {images['bytes']:,} bytes, "
         f"{images['pairs_per_image']} pairs each; formats {_cell(images['formats'])}.",
         _spreads("pixels", {name: images[name] for name in ("width", "height")}),
+        *([f"{alone:,} pairs are of texts alone."] if (alone := images.get("pairs_of_texts_alone")) else []),
         "## Where the pairs come from",
         *(_counted(name, card[f"{name}s"]) for name in ("source", "generator", "kind")),
     ]

@@ -37,19 +37,29 @@ class StoredImage(NamedTuple):
     bytes: int
 
 
-def image_of_row(row: dict[str, Any]) -> RowImage:
-    """From RLAIF-V's image {bytes, path} and image_path, or a path alone. Raises ValueError for other types."""
-    image, path = row.get("image"), row.get("image_path")
+def images_of_row(row: dict[str, Any]) -> tuple[RowImage, ...]:
+    """Of a row under our names: one image under `image` and `image_path`, or those in `images`.
+
+    Raises:
+        ValueError: an image is something else than a path, bytes, or both.
+    """
+    if isinstance(row.get("images"), list):
+        return tuple(_image(row, "images", image, None) for image in row["images"])
+    return (_image(row, "image", row.get("image"), row.get("image_path")),)
+
+
+def _image(row: dict[str, Any], name: str, image: Any, path: Any) -> RowImage:
+    """RLAIF-V's {bytes, path}, or bytes or a path alone."""
     data = None
     if isinstance(image, dict):
         data, image = image.get("bytes"), image.get("path")
     elif isinstance(image, bytes):
         data, image = image, None
-    names = [name for name in (path, image) if name is not None]
+    names = [each for each in (path, image) if each is not None]
     wrong = next((value for value in names if not isinstance(value, str)), None)
     if wrong is not None or not isinstance(data, bytes | None):
         got = type(wrong if wrong is not None else data).__name__
-        field = row.name("image") if isinstance(row, NamedRow) else "image"
+        field = row.name(name) if isinstance(row, NamedRow) else name
         raise ValueError(f"field {field}: expected a path, bytes, or both as {{bytes, path}}, got {got}")
     return RowImage(data, tuple(dict.fromkeys(names)))
 

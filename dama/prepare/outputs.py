@@ -14,16 +14,15 @@ from tqdm import tqdm
 
 from dama.console import digest_of_file, open_fresh, write_atomic, write_json, writing
 from dama.pairs import PairsError
-from dama.prepare.card import Tally, markdown
+from dama.prepare.card import Tally, images_of, markdown
 from dama.prepare.images import ImageStore
-from dama.prepare.rows import REPEATED_ID, REPEATED_PAIR, Record, pair_key
+from dama.prepare.rows import REPEATED_ID, REPEATED_PAIR, Record, pair_key, place_of, written
 from dama.stage import Stage
 
 IMAGES, PAIRS, HELD_OUT, DROPPED, SUMS = "images", "pairs.jsonl", "held_out.jsonl", "dropped.jsonl", "SHA256SUMS"
 CARD_JSON, CARD_PAGE = "data_card.json", "data_card.md"
 OUTPUTS = (PAIRS, HELD_OUT, DROPPED, CARD_JSON, CARD_PAGE, SUMS)
 SHOWN_ROWS = 10  # in the error where none is left
-OF_THE_CARD = ("place", "size", "lengths", "contaminated")  # fields of a record that training has no use for
 
 
 class Split(NamedTuple):
@@ -99,8 +98,13 @@ def write_outputs(stage: Stage, store: ImageStore, split: Split, facts: Record) 
     Raises PairsError, with the first reasons, where no pair is left to train on.
     """
     out = stage.folder
-    images = list(dict.fromkeys(record["image"] for record in settled(stage.records_path) if "reason" not in record))
-    tally, sums = _write_lines(stage, split.held_out(images))
+    images: dict[str, None] = {}  # in order of first use
+    places: dict[str, None] = {}
+    for record in settled(stage.records_path):
+        if "reason" not in record:
+            images |= dict.fromkeys(images_of(record))
+            places[place_of(record)] = None
+    tally, sums = _write_lines(stage, split.held_out(list(places)))
     if not tally.pairs_of[False]:
         (out / PAIRS).unlink()
         remedy = f"correct the rows, or --image_folder, --column, --hold_out; all rows are in {out / DROPPED}"
@@ -127,10 +131,9 @@ def _write_lines(stage: Stage, held_out: frozenset[str]) -> tuple[Tally, dict[st
             tally.add_left_out(record)
             files[DROPPED].write(record)
             continue
-        held = record["image"] in held_out
+        held = place_of(record) in held_out
         tally.add_pair(record, held)
-        row = {name: value for name, value in record.items() if name not in OF_THE_CARD}
-        files[HELD_OUT if held else PAIRS].write(row)
+        files[HELD_OUT if held else PAIRS].write(written(record))
     return tally, {name: file.finish() for name, file in files.items()}
 
 

@@ -15,11 +15,12 @@ from dama.images import ImageError
 from dama.pairs import TOO_DEEP, PreferencePair, id_of_row, pair_of_fields, text_errors
 from dama.prepare.card import NOT_STATED
 from dama.prepare.contamination import Benchmarks, contamination
-from dama.prepare.images import ImageStore, RowImage, image_bytes, image_of_row, sha256
+from dama.prepare.images import ImageStore, RowImage, image_bytes, images_of_row, sha256
 from dama.styles import NamedRow, named_fields
 from dama.texts import visible_text
 
 MAX_CHARACTERS = 100_000  # of a question or an answer; a preference pair's have some hundred words
+OF_THE_CARD = ("place", "size", "sizes", "lengths", "contaminated")  # fields of a record that training has no use for
 MAX_DETAIL = 300  # characters of a row that are repeated in a message
 
 UNREADABLE = "unreadable row"
@@ -87,7 +88,7 @@ def _identity(row: Any) -> Record:
     # No record at all, of other types, or nested too deep: the reason says so.
     with suppress(ValueError, AttributeError, RecursionError):
         identity["idx"] = clean(id_of_row(row) or "")
-        identity["image"] = clean(" ".join(image_of_row(row).names))
+        identity["image"] = clean(" ".join(name for image in images_of_row(row) for name in image.names))
     return {name: text for name, text in identity.items() if text}
 
 
@@ -99,58 +100,64 @@ def clean(text: str) -> str:
 
 
 def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) -> Record:
-    row, image, generator = _readable(row)
+    row, images, generator = _readable(row)
     if rules.generators and folded(generator) not in rules.generators:
         raise LeftOutError(OTHER_GENERATOR, generator)
     dataset = row.get("origin_dataset")
-    evaluated = contamination(image.names, dataset if isinstance(dataset, str) else "", rules.benchmarks)
+    names = [name for image in images for name in image.names]
+    evaluated = contamination(names, dataset if isinstance(dataset, str) else "", rules.benchmarks)
     if evaluated is not None and not rules.keep_contaminated:
         raise LeftOutError(EVALUATION, evaluated)
     try:
-        data = image_bytes(image, image_folder)
-        digest = sha256(data)
-        pair = _checked_pair(row, digest)
-        stored = store.add(data, digest)
+        found = [image_bytes(image, image_folder) for image in images]
+        digests = [sha256(data) for data in found]
+        pair = _checked_pair(row, digests)
+        stored = [store.add(data, digest) for data, digest in zip(found, digests, strict=True)]
     except ImageError as error:
         raise LeftOutError(BAD_IMAGE, str(error)) from error
+    sizes = [[image.width, image.height, image.bytes] for image in stored]
     return {
         "idx": pair.id,
-        "image": stored.name,
+        "image": stored[0].name if stored else "",
+        **({} if len(stored) == 1 else {"images": [image.name for image in stored]}),
         "question": pair.question,
+        **({"prompt": [{"role": r, "content": text} for r, text in pair.conversation]} if pair.conversation else {}),
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         **({"context": pair.context} if pair.context else {}),
         "kind": pair.kind,
         "origin_dataset": pair.source,
         "generator": "" if generator == NOT_STATED else generator,
-        "origin_image": clean(image.names[0]) if image.names else "",
+        "origin_image": clean(" ".join(image.names[0] for image in images if image.names)),
         **_scores(row),
-        "size": [stored.width, stored.height, stored.bytes],
+        **({"size": sizes[0]} if len(sizes) == 1 else {"sizes": sizes}),
         "contaminated": evaluated,
     }
 
 
-def _readable(row: Any) -> tuple[NamedRow, RowImage, str]:
-    """The row under our names, its image and its generator."""
+def _readable(row: Any) -> tuple[NamedRow, tuple[RowImage, ...], str]:
+    """The row under our names, its images and its generator."""
     try:
         if isinstance(row, ValueError):
             raise row
         if not isinstance(row, dict):
             raise ValueError(f"expected a record with named fields, got {type(row).__name__}")
         row = named_fields(row)
-        return row, image_of_row(row), generator_of(row)
+        return row, images_of_row(row), generator_of(row)
     except ValueError as error:
         raise LeftOutError(UNREADABLE, str(error)) from error
 
 
-def _checked_pair(row: NamedRow, digest: str) -> PreferencePair:
-    """The pair with its picture's digest for a name, so that an absent id is the digest of pair and image."""
+def _checked_pair(row: NamedRow, digests: Sequence[str]) -> PreferencePair:
+    """The pair with its images' digests for names, so that an absent id is the digest of pair and images."""
+    named = {"images": list(digests)} if "images" in row else {"image_path": digests[0]}
     try:
-        pair = pair_of_fields(row.replaced(image_path=digest))
+        pair = pair_of_fields(row.replaced(**named))
     except ValueError as error:
         raise LeftOutError(UNREADABLE, str(error)) from error
     texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "id": pair.id}
     texts |= {"context": pair.context} if pair.context else {}
+    texts |= {"earlier turns": "".join(text for _, text in pair.conversation)}
     long = [f"{name}: {len(text)} characters" for name, text in texts.items() if len(text) > MAX_CHARACTERS]
     errors = [f"{error}, more than {MAX_CHARACTERS}" for error in long] or list(text_errors(pair))
     if errors:
@@ -175,4 +182,20 @@ def add_lengths(records: Sequence[Record], count: CountTokens) -> None:
 def pair_key(record: Record) -> str:
     """The same for rows of the same image whose question and answers look the same."""
     names = [name for name in ("question", "chosen", "rejected", "context") if name in record]
-    return digest_of([record["image"], *(visible_text(record[name]) for name in names)])
+    told = [[turn["role"], visible_text(turn["content"])] for turn in record.get("prompt", ())]
+    more = [record.get("images", []), told] if "images" in record or told else []
+    return digest_of([record["image"], *(visible_text(record[name]) for name in names), *more])
+
+
+def place_of(record: Record) -> str:
+    """What a pair is held out with: its first image, or itself where it is of texts alone."""
+    return record["image"] or f"text {record['idx']}"
+
+
+def written(record: Record) -> Record:
+    """The row of a pair in pairs.jsonl, each thing under one name."""
+    row = {name: value for name, value in record.items() if name not in OF_THE_CARD}
+    for name, other in (("images", "image"), ("prompt", "question")):
+        if name in row:
+            del row[other]
+    return row

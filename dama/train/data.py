@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -51,14 +52,14 @@ class PairDataset(Dataset):
 
     Args:
         prepared: the pairs. image_folder: where their image paths start.
-        prepare_image: one RGB image to pixels, as ModelFamily.prepare_image.
+        prepare_image: the RGB images of a view to pixels, as ModelFamily.prepare_image.
     """
 
     def __init__(
         self,
         prepared: Sequence[PreparedPair],
         image_folder: ImageFolder,
-        prepare_image: Callable[[Image.Image], Tensor],
+        prepare_image: Callable[..., Tensor],
     ) -> None:
         self.prepared = list(prepared)
         self.image_folder = image_folder
@@ -71,11 +72,12 @@ class PairDataset(Dataset):
         return self.prepared[i]
 
     def pixels(self, image: ImageRef) -> Tensor:
-        """[3, H, W], or [F, 3, H, W] in crops: an image as the model's vision tower takes it."""
-        loaded = load_image(resolve_image(self.image_folder, image.path))
-        if image.corruption:
-            loaded = corrupted(loaded, image.corruption, image.seed, image.pair)
-        return self.prepare_image(loaded)
+        """What the family's `prepare_image` makes of a view's images: [3, H, W], or [F, 3, H, W] in crops."""
+        return self.prepare_image(*(self._loaded(path, image) for path in image.paths))
+
+    def _loaded(self, path: str, image: ImageRef) -> Image.Image:
+        loaded = load_image(resolve_image(self.image_folder, path))
+        return corrupted(loaded, image.corruption, image.seed, image.pair) if image.corruption else loaded
 
 
 @dataclass(frozen=True)
@@ -99,33 +101,45 @@ class ImageChoice:
         Raises:
             ValueError: naming the pairs that lack the second image or the second answer that the views need.
         """
-        wants_image = args.corruption == FIELD and any(view.corrupted for view in views)
+        compares = any(view.corrupted for view in views)
+        wants_image = compares and args.corruption == FIELD
         wants_answer = any(view.answer == "second" for view in views)
+        texts_alone = [pair.id for pair in pairs if not pair.image] if compares else []
         without_image = [pair.id for pair in pairs if pair.second_image is None] if wants_image else []
         without_answer = [pair.id for pair in pairs if pair.second is None] if wants_answer else []
+        of_several = [pair.id for pair in pairs if pair.more_images] if wants_image else []
         errors = [
-            f"{len(ids)} of {len(pairs)} pairs without {what} (first: {ids[0]})"
-            for ids, what in ((without_image, "rejected_images"), (without_answer, "a second answer, field `second`"))
+            f"{len(ids)} of {len(pairs)} pairs {what} (first: {ids[0]})"
+            for ids, what in (
+                (texts_alone, "without an image, which the objective compares with another"),
+                (without_image, "without rejected_images"),
+                (of_several, f"of several images, of which --corruption {FIELD} replaces only a single one"),
+                (without_answer, "without a second answer, field `second`"),
+            )
             if ids
         ]
         if errors:
-            remedy = "add the fields to --data_path, or choose another --loss or --corruption"
+            remedy = "add the fields to --data_path, remove these rows, or choose another --loss or --corruption"
             raise ValueError(error_list(f"--loss {' '.join(args.loss)}", errors, remedy))
         return ImageChoice(views, args.corruption, args.corruption_seed, tuple(distinct_images(pairs)))
 
     def images(self, pair: PreferencePair) -> tuple[ImageRef, ...]:
-        """The image of each view."""
-        return tuple(self._second(pair) if view.corrupted else ImageRef(pair.image) for view in self.views)
+        """What each view shows."""
+        return tuple(self._second(pair) if view.corrupted else ImageRef(pair.own_images) for view in self.views)
 
     def _second(self, pair: PreferencePair) -> ImageRef:
         if self.corruption == FIELD:
-            return ImageRef(str(pair.second_image))
+            return ImageRef((str(pair.second_image),))
         if self.corruption != OTHER_IMAGE:
-            return ImageRef(pair.image, self.corruption, pair.id, self.seed)
+            return ImageRef(pair.own_images, self.corruption, pair.id, self.seed)
         if len(self.names) < 2:
             raise ValueError(f"--corruption {OTHER_IMAGE}: expected another image than {pair.image}, found none")
-        number = generator_of(OTHER_IMAGE, self.seed, pair.id).integers(len(self.names) - 1)
-        return ImageRef(self.names[number + (number >= self._numbers[pair.image])])
+        numbers = generator_of(OTHER_IMAGE, self.seed, pair.id)
+        return ImageRef(tuple(self._another(name, numbers) for name in pair.own_images))
+
+    def _another(self, name: str, numbers: np.random.Generator) -> str:
+        number = numbers.integers(len(self.names) - 1)
+        return self.names[number + (number >= self._numbers[name])]
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -180,6 +194,14 @@ def encode_pairs(
             f"{data_args.data_path}: {len(with_context)} of {len(pairs)} pairs have a context (first: "
             f"{with_context[0]}), which this model family does not read; remove these rows"
         )
+    if (others := [pair.id for pair in pairs if not pair.is_plain]) and not getattr(
+        family, "reads_conversations", False
+    ):
+        raise ValueError(
+            f"{data_args.data_path}: {len(others)} of {len(pairs)} pairs are not one question about one image (first: "
+            f"{others[0]}), which is all that this model family reads; remove these rows, or train a Hugging Face "
+            "model (docs/models.md)"
+        )
     images = [choice.images(pair) for pair in pairs]
     rows = family.encode(pairs, images)
     fits, long = [], []
@@ -214,12 +236,14 @@ def hardness_of_pairs(
 ) -> PairValues:
     """delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed.
 
+    A pair of texts alone, which no CLIP can score, has the mean: it is trained with the strength of an average pair.
     `data` is their `data_fingerprint`.
     """
     if folder:
         hardness = load_hardness(folder)
         validate_same_inputs("hardness", folder, hardness.fingerprint, data)
-        return PairValues([hardness.delta[pair.id] for pair in pairs], hardness.fingerprint)
+        deltas = [hardness.delta[pair.id] if pair.image else hardness.delta_bar for pair in pairs]
+        return PairValues(deltas, hardness.fingerprint)
     without = [pair.id for pair in pairs if pair.clip_scores is None]
     if not without:
         scores = [pair.clip_scores for pair in pairs if pair.clip_scores is not None]
@@ -346,11 +370,11 @@ def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[
     wanted = round(amount * len(items)) if amount < 1 else int(amount)
     if wanted == 0:
         return items, []
-    images = sorted({item.pair.image for item in items})
+    images = sorted({place_of(item.pair) for item in items})
     random.Random(seed).shuffle(images)
     counts = {image: 0 for image in images}
     for item in items:
-        counts[item.pair.image] += 1
+        counts[place_of(item.pair)] += 1
     held: set[str] = set()
     taken = 0
     for image in images:
@@ -358,7 +382,12 @@ def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[
             break
         held.add(image)
         taken += counts[image]
-    train = [item for item in items if item.pair.image not in held]
+    train = [item for item in items if place_of(item.pair) not in held]
     if not train:
         raise ValueError(f"--eval_pairs {amount}: holds out all {len(items)} pairs; leave some to train on")
-    return train, [item for item in items if item.pair.image in held]
+    return train, [item for item in items if place_of(item.pair) in held]
+
+
+def place_of(pair: PreferencePair) -> str:
+    """What keeps pairs together when some are held out: the (first) image; a pair of texts alone goes by itself."""
+    return pair.image or f"text {pair.id}"

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from dama.logps import AnswerLogps, AnswerTokenLogps
@@ -25,9 +24,12 @@ from dama.views import View, by_image
 
 
 class ImageRef(NamedTuple):
-    """An image as a view shows it: a file, and what is done to it before the model sees it."""
+    """What a view shows: files, and what is done to each before the model sees it.
 
-    path: str  # relative to the image folder
+    Most pairs show one image. How a model prepares several can depend on all of them, so they are one value.
+    """
+
+    paths: tuple[str, ...]  # relative to the image folder; none where the view is of texts alone
     corruption: str = ""  # a name of dama.corruptions; "" for the image as it is
     pair: str = ""  # id of the pair and seed, on which a corruption's random numbers depend
     seed: int = 0
@@ -64,10 +66,11 @@ class PreparedPair:
 class ModelFamily(Protocol):
     """Everything that training on preference pairs needs of one kind of model.
 
-    Three things are asked for only where they are used: `answer_logps(..., per_token=True)`, which returns an
+    Four things are asked for only where they are used: `answer_logps(..., per_token=True)`, which returns an
     AnswerTokenLogps (token weights); `with_views(views)`, the same family reading other views (adding views to a
-    finished reference stage); and `reads_context = True` of a family whose `encode` puts a pair's context in front of
-    both answers, without supervising it.
+    finished reference stage); `reads_context = True` of a family whose `encode` puts a pair's context in front of
+    both answers, without supervising it; and `reads_conversations = True` of one that reads any
+    `PreferencePair.prompt`, where others are given pairs of one question about one image.
 
     Attributes:
         module: what is trained; a PeftModel with adapters.
@@ -75,7 +78,8 @@ class ModelFamily(Protocol):
         encodes_ahead: whether image features are computed once a step, without gradient, by `encode_images`.
         files: folders besides the checkpoint's that log-probs depend on.
         max_tokens: the longest row in tokens, its images included.
-        prepare_image: an RGB image to pixels, [3, H, W], or [F, 3, H, W] in crops, or whatever has a method `to`.
+        prepare_image: an RGB image to pixels, [3, H, W], or [F, 3, H, W] in crops, or whatever has a method `to`; of a
+            family that reads conversations, all images of a view at once.
         collate: a batch of pairs without its images, which `shown_images` lists. Both run in loader workers and do
             not hold the model.
     """
@@ -96,7 +100,7 @@ class ModelFamily(Protocol):
     def max_tokens(self) -> int: ...
 
     @property
-    def prepare_image(self) -> Callable[[Image.Image], Any]: ...
+    def prepare_image(self) -> Callable[..., Any]: ...
 
     @property
     def collate(self) -> Callable[[Sequence[PreparedPair]], dict[str, Any]]: ...
@@ -136,8 +140,8 @@ class ModelFamily(Protocol):
 
 
 def shown_images(items: Iterable[PreparedPair]) -> list[ImageRef]:
-    """The distinct images of pairs, in order of appearance."""
-    return list(dict.fromkeys(image for item in items for image in item.images))
+    """What the views of pairs show, each once, in order of appearance; views of texts alone show nothing."""
+    return list(dict.fromkeys(image for item in items for image in item.images if image.paths))
 
 
 def common_length(rows: Sequence[EncodedRow]) -> int:

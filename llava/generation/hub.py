@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from dama.images import ImageFolder, load_image, resolve_image, size_of_image
-from dama.models.answering import ChatGenerator, Prompter
-from dama.models.chat import Turn
+from dama.models.answering import ChatGenerator, Prompter, Turn
 from dama.models.images import ImageInputs
 from dama.models.loading import HubCheckpoint, ProcessorOptions
 from llava.generation.local import READERS, default_device, default_dtype

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dama.models.chat import Turn
+from dama.models.answering import Turn
 from dama.models.loading import ProcessorOptions
 from llava.generation.hub import HubAnswerer
 from llava.generation.request import Decoding

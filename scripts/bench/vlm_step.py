@@ -175,7 +175,7 @@ def random_items(shape: QwenShape, count: int) -> list[PreparedPair]:
         pair = PreferencePair(str(number), f"{number}.png", "?", "a", "b")
         prefix = torch.cat([tokens(8), torch.full((shape.image_tokens,), image), tokens(shape.question - 8)])
         rows = (row(prefix, tokens(shape.chosen)), row(prefix, tokens(shape.rejected)))
-        return PreparedPair(pair, rows, (ImageRef(pair.image),) * 2, (-500.0, -480.0))
+        return PreparedPair(pair, rows, (ImageRef(pair.own_images),) * 2, (-500.0, -480.0))
 
     return [item(number) for number in range(count)]
 

@@ -13,7 +13,7 @@ import pytest
 
 from dama.pairs import PairsError, PreferencePair, check_pairs, pair_from_row, read_pairs, text_errors
 from dama.prepare.sources import SourceError
-from dama.texts import visible_text, without_image_token
+from dama.texts import visible_text, without_image_tokens
 from tests.dama.prepare_sets import card, lines, picture, prepare, write_lines, write_parquet
 
 pytestmark = pytest.mark.fast
@@ -143,8 +143,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "no field image_path or image; it has chosen, prompt, rejected$",
     ),
     "images": ({"prompt": "?", "chosen": "A", "rejected": "B", "images": [3]}, "field images: expected"),
-    "two images": ({**TEXTS, "image": ["a", "b"]}, "field image: expected a list of one picture, got 2"),
-    "no image": (SWIFT | {"images": []}, "field images: expected a list of one picture, got 0"),
+    "two images, one placeholder": (
+        {**TEXTS, "question": "<image> What?", "image": ["a", "a"]},
+        "field question: expected as many <image> as images, 2, or none, got 1",
+    ),
+    "no image, a placeholder": (
+        SWIFT | {"images": []},
+        "field messages: expected as many <image> as images, 0, or none, got 1",
+    ),
     "RLHF-V": (
         {"text": '{"question": "?", "chosen": 5, "rejected": "B"}', "image": "a"},
         r"field text\.chosen: expected text, got int",
@@ -156,17 +162,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "text that is no JSON": ({"text": "A cat.", "image": "a"}, r"field text: not JSON \(column 1\)"),
     "text that is a list": ({"text": "[1]", "image": "a"}, "field text: expected JSON of question, .* got list"),
     "text nested too deep": ({"text": "[" * 100_000, "image": "a"}, "field text: JSON with .* too many brackets"),
-    "a system message": (
-        SWIFT | {"messages": [{"role": "system", "content": "Be brief."}, *SWIFT["messages"]]},
-        "field messages: .* got system, user, assistant",
+    "a system message in the middle": (
+        SWIFT | {"messages": [SWIFT["messages"][0], {"role": "system", "content": "x"}, *SWIFT["messages"][1:]]},
+        "field messages: expected turns of user and assistant .* got user, system, assistant",
     ),
-    "three turns": (
-        SWIFT | {"messages": [*SWIFT["messages"], user("And now?"), assistant("A bird.")]},
-        "field messages: .* got user, assistant, user, assistant",
+    "a question without answer": (
+        SWIFT | {"messages": [*SWIFT["messages"], user("And now?")], "rejected_response": [user("So?")]},
+        "field messages: .* got user, assistant, user",
     ),
     "earlier turns": (
-        LAYOUTS["ms-swift, old"] | {"history": [["Hi", "Hello"]]},
-        "field history: expected no earlier turns, got 1",
+        LAYOUTS["ms-swift, old"] | {"history": [["Hi"]]},
+        r"field history: expected a list of \[question, answer\], got",
+    ),
+    "a video": (
+        {"prompt": [{"role": "user", "content": [{"type": "video"}]}], "chosen": "A", "rejected": "B", "image": "a"},
+        "field prompt: expected parts of type text or image, got video",
     ),
     "a second answer that is a list": (
         SWIFT | {"rejected_response": ["A dog.", "A bird."]},
@@ -182,7 +192,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a question from the other side": (
         {"conversations": [gpt("What?")], "chosen": "A", "rejected": "B", "image": "a"},
-        "field chosen: expected one question .* got assistant, assistant",
+        "field chosen: expected turns of user and assistant .* got assistant, assistant",
     ),
     "an id": ({**TEXTS, "id": [1], "image": "a"}, "field id: expected an integer or text"),
 }
@@ -248,24 +258,24 @@ def test_parquet_without_the_columns_of_any_layout(tmp_path: Path) -> None:
     ],
 )
 def test_one_placeholder_at_either_end_with_what_is_around_it(question: str) -> None:
-    assert without_image_token(question) == "What?"
+    assert without_image_tokens(question) == "What?"
     pair = pair_from_row(TEXTS | {"image": "a.png", "question": question})
     assert pair.question == "What?" and not list(text_errors(pair))
 
 
-@pytest.mark.parametrize("question", ["<image>\nWhat?\n<image>", "<image><image>What?", "Is <image> a cat?"])
+@pytest.mark.parametrize("question", ["<image>\nWhat?\n<image>", "<image><image>What?", "<image> Is <image> a cat?"])
 def test_another_placeholder_is_another_image(question: str) -> None:
     pair = pair_from_row(TEXTS | {"image": "a.png", "question": question})
     assert any("one more image" in fault for fault in text_errors(pair))
 
 
 def test_a_long_question_of_spaces_is_read_in_time() -> None:
-    assert without_image_token(" " * 1_000_000 + "What?" + "\u200b" * 1_000_000).strip(" \u200b") == "What?"
+    assert without_image_tokens(" " * 1_000_000 + "What?" + "\u200b" * 1_000_000).strip(" \u200b") == "What?"
     assert visible_text(" \u200b\u2800\r\n" * 200_000) == ""
 
 
 def test_a_question_without_placeholder_stays_as_it_is() -> None:
-    assert without_image_token(" What?\r\n") == " What?\r\n"
+    assert without_image_tokens(" What?\r\n") == " What?\r\n"
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be seen

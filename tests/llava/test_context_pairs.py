@@ -10,7 +10,7 @@ from PIL import Image
 from dama.cli import main
 from dama.pairs import PreferencePair, pair_from_row, pairs_fingerprint, read_pairs, text_errors
 from dama.stage import read_stage
-from dama.train.family import PreparedPair, group_lengths, join_answers
+from dama.train.family import ImageRef, PreparedPair, group_lengths, join_answers
 from dama.views import PAIR_VIEWS
 from llava.conversation import get_template
 from llava.tokenization import load_tokenizer
@@ -82,7 +82,7 @@ def test_the_context_is_shared(tokenizer):
     assert text_of(prefix.tolist(), tokenizer).rstrip(" A").endswith(CONTEXT)
     (group,) = group_lengths(rows, PAIR_VIEWS, lambda ids: ids)
     assert group.prefix == len(prefix) and (joined.labels[: group.prefix] == -100).all()
-    plan = PairCollator(4, True)([PreparedPair(PAIR, rows, ("a.png", "a.png"))])["plan"]
+    plan = PairCollator(4, True)([PreparedPair(PAIR, rows, (ImageRef(("a.png",)),) * 2)])["plan"]
     assert plan.answers.tokens.tolist() == [row.supervised for row in rows]
 
 

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from dama.models.answering import ChatGenerator, Prompter
-from dama.models.chat import Turn
+from dama.models.answering import ChatGenerator, Prompter, Turn
 from dama.models.family import image_token_id
 from dama.models.loading import HubCheckpoint, ProcessorOptions
 from dama.remote_code import RemoteCodeError

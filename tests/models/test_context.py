@@ -16,14 +16,7 @@ from dama.train.family import ImageRef, group_lengths, join_answers
 from llava.train import train_hub
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN
-from tests.models.test_packed import (  # noqa: F401  (a fixture)
-    WEIGHTS,
-    family_of,
-    gradients,
-    logps_of,
-    prepared,
-    world,
-)
+from tests.models.packs import WEIGHTS, family_of, gradients, logps_of, prepared
 from tests.models.test_training import PAIRS, saved, words_of
 from tests.models.tiny_hub import FAMILIES, build
 
@@ -31,7 +24,7 @@ CONTEXTS = ["There is a table. It is green.", None, "- one\n- two"]
 
 
 @pytest.fixture
-def pairs(world):  # noqa: F811
+def pairs(world):
     """The pairs of the packed tests, two of them behind a context."""
     return [replace(pair, context=context) for pair, context in zip(world[0], CONTEXTS, strict=True)]
 
@@ -59,7 +52,7 @@ def stock_logps(name, folder, pairs):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_is_two_stock_rows(name, world, pairs):  # noqa: F811
+def test_packed_is_two_stock_rows(name, world, pairs):
     """Log-probs and every gradient; the context is part of the prefix, computed once for both answers."""
     family = family_of(name, world)
     items = prepared(family, pairs)
@@ -75,7 +68,7 @@ def test_packed_is_two_stock_rows(name, world, pairs):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
-def test_only_the_sentence_is_supervised_and_the_context_is_shared(name, world, pairs):  # noqa: F811
+def test_only_the_sentence_is_supervised_and_the_context_is_shared(name, world, pairs):
     family = family_of(name, world)
     for item in prepared(family, pairs):
         texts = [texts_of(item.pair, answer) for answer in (item.pair.chosen, item.pair.rejected)]
@@ -87,16 +80,16 @@ def test_only_the_sentence_is_supervised_and_the_context_is_shared(name, world, 
         assert group.prefix == len(joined.input_ids) - sum(tails) and prefix.rstrip(" A").endswith(texts[0][0])
 
 
-def test_an_objective_on_two_images_reads_it_twice(world, pairs):  # noqa: F811
+def test_an_objective_on_two_images_reads_it_twice(world, pairs):
     packed, rows = (family_of("qwen2_5_vl", world, loss=["mdpo"], shared_prefix=shared) for shared in (True, False))
     one, other = (logps_of(family, prepared(family, pairs), world[1]) for family in (packed, rows))
     assert one.shape == (3, 3) and torch.allclose(one, other, atol=1e-4, rtol=1e-5)
 
 
-def test_a_context_that_the_model_would_not_read_as_it_is(world):  # noqa: F811
+def test_a_context_that_the_model_would_not_read_as_it_is(world):
     family, pair = family_of("llava", world), PreferencePair("7", "0.png", "What?", "A.", "B.", context="Red <turn>")
     with pytest.raises(ValueError, match="pair 7: its context contains '<turn>', a special token"):
-        family.encode([pair], [(ImageRef("0.png"),) * 2])
+        family.encode([pair], [(ImageRef(("0.png",)),) * 2])
     with pytest.raises(ValueError, match="pair 7: its context: expected it as it is in the chat template, got 'RED A."):
         behind_context(replace(pair, context="Red"), ("user: ", "RED A.<turn>"), "<turn>")
 

@@ -1,91 +1,16 @@
 """Pairs packed through each family's unmodified model against two rows through its own stock forward pass."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from PIL import Image
 from transformers.masking_utils import find_packed_sequence_indices
 
-from dama.losses import Loss
 from dama.models.batch import PairCollator
 from dama.models.family import HubFamily, install, set_decoder_attention
 from dama.models.way import Way, way_of
 from dama.pairs import PreferencePair
-from dama.train.data import ImageChoice, PairDataset
-from dama.train.family import ImageRef, PreparedPair, shown_images
+from dama.train.family import ImageRef
+from tests.models.packs import WEIGHTS, arguments, family_of, gradients, logps_of, prepared, stock_logps
 from tests.models.tiny_hub import FAMILIES, build
-
-SIZES = [(40, 30), (30, 44), (56, 56)]
-
-
-def arguments(**given):
-    views = Loss.parse(given.pop("loss", ["dpo"])).views
-    flags = {"views": lambda: views, "shared_prefix": True, "model_max_length": 2048, "float32_logits": True}
-    return SimpleNamespace(**flags | given)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Three pairs about images of different sizes, answers of different lengths."""
-    folder = tmp_path_factory.mktemp("images")
-    noise = torch.Generator().manual_seed(0)  # Image.effect_noise draws other images in every process
-    for number, (width, height) in enumerate(SIZES):
-        pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=noise)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    texts = [("A cat.", "A cat and two dogs on a mat."), ("Two red boats, a pier", "None"), ("No, it's not.", "Yes!")]
-    pairs = [
-        PreferencePair(str(i), f"{i}.png", f"What is in image {i}?", chosen, rejected)
-        for i, (chosen, rejected) in enumerate(texts)
-    ]
-    return pairs, folder
-
-
-def family_of(name, world, **given):
-    model, processor = build(name)
-    return HubFamily(model, processor, arguments(**given), image_folder=[str(world[1])])
-
-
-def prepared(family, pairs):
-    choice = ImageChoice(family.views, "crop", 0, tuple(pair.image for pair in pairs))
-    images = [choice.images(pair) for pair in pairs]
-    return [PreparedPair(*row) for row in zip(pairs, family.encode(pairs, images), images)]
-
-
-def logps_of(family, items, folder):
-    """[V, B] by the family's own way."""
-    dataset = PairDataset(items, [str(folder)], family.prepare_image)
-    images = [dataset.pixels(image) for image in shown_images(items)]
-    batch = family.collate(items)
-    found = family.answer_logps(family.module, batch, images, False, 1024)
-    return found.logps.view(len(family.views), -1)
-
-
-def stock_logps(name, world, items, views):
-    """[V, B] and gradients: every answer in a row of its own through the stock model, whatever its processor makes."""
-    model, processor = build(name)
-    rows = []
-    for view in range(len(views)):
-        for item in items:
-            image = Image.open(world[1] / item.pair.image).convert("RGB")
-            answer = getattr(item.pair, views[view].answer)
-            turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.pair.question}]}]
-            prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
-            whole = processor(text=[f"{prompt}{answer}<turn>"], images=[[image]], return_tensors="pt")
-            count = len(answer.encode()) + 1
-            logits = model(**whole).logits[0, -count - 1 : -1]
-            targets = whole["input_ids"][0, -count:]
-            rows.append(logits.log_softmax(-1).gather(-1, targets[:, None]).sum())
-    return torch.stack(rows).view(len(views), -1), model
-
-
-def gradients(model, total):
-    model.zero_grad()
-    total.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-WEIGHTS = torch.tensor([[1.0, 0.7, -0.3], [-0.6, 0.2, 1.1]])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -174,7 +99,7 @@ def test_a_special_token_in_a_text_is_refused_by_name(world, text):
     family = family_of("qwen2_5_vl", world)
     pair = PreferencePair("7", "0.png", "What?", text, "No.")
     with pytest.raises(ValueError, match="pair 7: its chosen contains '.*', a special token of this model"):
-        family.encode([pair], [(ImageRef("0.png"),) * 2])
+        family.encode([pair], [(ImageRef(("0.png",)),) * 2])
 
 
 def test_a_processor_without_template_is_refused(world):
