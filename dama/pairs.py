@@ -287,8 +287,10 @@ def pairs_fingerprint(pairs: Sequence[PreferencePair]) -> str:
 
 
 def fields_of(pair: PreferencePair) -> list[Any]:
-    """All fields as JSON values; of a pair without second image, second answer and context those that earlier versions
-    had."""
+    """All fields as JSON values.
+
+    A pair without second image, second answer and context has only the fields that earlier versions had.
+    """
     reference = pair.reference and (pair.reference.chosen, pair.reference.rejected)
     texts = [pair.id, pair.image, pair.question, pair.chosen, pair.rejected, pair.kind, pair.source]
     fields = [*texts, reference, pair.clip_scores]

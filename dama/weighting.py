@@ -76,12 +76,14 @@ class WeightingConfig:
 
     @property
     def selects(self) -> Selection:
+        """Selection with AUTO resolved: OFF without a model-aware part, else SAMPLE."""
         if self.selection is not Selection.AUTO:
             return self.selection
         return Selection.OFF if self.strategy in (Strategy.NONE, Strategy.DATA) else Selection.SAMPLE
 
     @property
     def uses_delta(self) -> bool:
+        """Whether beta depends on hardness, so that every pair needs a delta."""
         return self.strategy in (Strategy.DATA, Strategy.BOTH)
 
     @property
@@ -106,6 +108,7 @@ class WeightingState:
     R_std: float = 0.0  # beta-DPO only
 
     def as_dict(self) -> dict[str, float]:
+        """State as JSON values, for a checkpoint."""
         return asdict(self)
 
 
@@ -132,7 +135,7 @@ def alpha_data(delta: Tensor, delta_bar: float) -> Tensor:
 
 
 def static_beta(config: WeightingConfig, delta: Tensor, delta_bar: float) -> Tensor:
-    """beta alpha_D,i, clamped from below: Eq. 15 without the model-aware factor. [N] to [N] float64."""
+    """Data-aware beta alpha_D,i, clamped from below: Eq. 15 without the model-aware factor. [N] to [N] float64."""
     delta = delta.double()
     alpha_D = alpha_data(delta, delta_bar) if config.uses_delta else torch.ones_like(delta)
     return (config.beta * alpha_D).clamp(min=config.beta_min)
@@ -152,7 +155,7 @@ def update_R_bar(R_bar: float, R_B: float, gamma: float) -> float:
 
 
 def log_weights(R: Tensor, R_bar: float, std: float = 1.0) -> Tensor:
-    """log of the selection weights, -0.5 ((R_i - R_bar) / std)^2 (Eq. 10; unit variance in DAMA). [N] to [N]."""
+    """Logarithm of the selection weights, -0.5 ((R_i - R_bar) / std)^2 (Eq. 10; unit variance in DAMA). [N] to [N]."""
     return -0.5 * ((R - R_bar) / std) ** 2
 
 

@@ -212,7 +212,7 @@ class PairValues:
 def hardness_of_pairs(
     pairs: Sequence[PreferencePair], folder: str | None, data: dict[str, str], needed: bool
 ) -> PairValues:
-    """delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed.
+    """Delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed.
 
     `data` is their `data_fingerprint`.
     """
@@ -321,7 +321,7 @@ def validate_token_counts(items: Sequence[PreparedPair]) -> None:
 
 
 def deltas_of(encoded: EncodedPairs, hardness: PairValues, reference: PairValues, args: Any) -> list[float]:
-    """delta of every pair that fits, from --hardness_from's source.
+    """Delta of every pair that fits, from --hardness_from's source.
 
     Raises:
         ValueError: the source needs reference log-probs, and there are none.

@@ -82,10 +82,10 @@ def run_reference(
     per_token: bool = False,
     data: dict[str, str] | None = None,
 ) -> Record | None:
-    """Compute log-probs of every pair and write them to `out`; return the manifest, or None while other shards are
-    missing.
+    """Compute log-probs of every pair and write them to `out`.
 
-    Where `out` is finished for the same inputs, only the views that it lacks are computed, and added to it.
+    Returns the manifest, or None while other shards are missing. Where `out` is finished for the same inputs, only the
+    views that it lacks are computed, and added to it.
 
     Args:
         family: whose `module`, on its device and in evaluation mode, is pi_ref.
@@ -277,7 +277,7 @@ def validate_parts(folder: str, parts: Sequence[Part], wanted: Wanted, args: Any
 def reference_of_pairs(
     pairs: Sequence[PreferencePair], data_args: Any, args: Any, data: dict[str, str], family: ModelFamily
 ) -> PairValues:
-    """log pi_ref of every view of every pair, from --reference or else from the data file.
+    """Reference log-probs of every view of every pair, from --reference or else from the data file.
 
     None for a pair that the stage left out as too long. `data` is the pairs' `data_fingerprint`.
 
@@ -311,7 +311,7 @@ def reference_of_pairs(
 def stored_reference(
     pairs: Sequence[PreferencePair], folder: str, args: Any, data: dict[str, str], family: ModelFamily
 ) -> PairValues:
-    """log pi_ref of the loss's views from a stage's folder; views that only token weights read have none.
+    """Reference log-probs of the loss's views, from a stage's folder; views that only token weights read have none.
 
     Raises:
         ValueError: made from other inputs, or without a view that the loss needs.

@@ -86,6 +86,7 @@ def _question(scene: Scene, index: int) -> str:
 
 
 def vocabulary() -> ObjectVocabulary:
+    """TinyCOCO's 32 categories with their synonyms, as Object HalBench's scorer takes them."""
     return ObjectVocabulary.from_mapping(SYNONYMS)
 
 
@@ -143,6 +144,7 @@ def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str,
 
 
 def slug(name: str) -> str:
+    """A model's name as part of a file name."""
     return name.lower().replace(" ", "_")
 
 
@@ -190,6 +192,7 @@ def marks(item: Record) -> list[tuple[int, int, Literal["hallucinated", "correct
 
 
 def hardness(run: Path) -> Hardness:
+    """Every pair's delta by kind of pair, and their mean, from the run's hardness stage."""
     _, records = read_stage(run / "hardness", "hardness")
     kinds = sorted({record["kind"] for record in records})
     by_kind = {kind: [record["delta"] for record in records if record["kind"] == kind] for kind in kinds}
@@ -203,6 +206,7 @@ def curve(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def provenance(run: Path, models: dict[str, Path], scores: dict[str, Score]) -> dict[str, str]:
+    """Lines of the report's footer: what was scored, the number of pairs and each model's training flags."""
     first = next(iter(scores.values()))
     pairs = json.loads((run / "data" / "pairs.json").read_text())
     lines = {
