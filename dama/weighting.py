@@ -284,25 +284,31 @@ def weigh(
     seen = _moved_beta_dpo(config, state, R) if config.strategy is Strategy.BETA_DPO else state
     index, near_tie = select(config, seen, R) if drawn is None else (torch.tensor(drawn), False)
     alpha_D, alpha_M = STRATEGIES[config.strategy](config, StepGaps(R, R[index], delta, delta_bar, seen.R_bar))
-    R_B = float(R[index].mean())
-    after = seen
-    if config.strategy is not Strategy.BETA_DPO:
-        moved_by = float(R.mean()) if config.variant is Variant.RELEASED else R_B
-        after = replace(state, R_bar=update_R_bar(state.R_bar, moved_by, config.gamma))
+    weights = replace(_weights(config, R, index, alpha_D, alpha_M), near_tie=near_tie)
+    after = seen if config.strategy is Strategy.BETA_DPO else _moved(config, state, weights)
+    return weights, replace(after, step=state.step + 1)
+
+
+def _weights(config: WeightingConfig, R: Tensor, index: Tensor, alpha_D: Tensor, alpha_M: float) -> Weights:
+    """Beta of Eq. 15, clamped from below, and means of R; `index` has the positions of the selected pairs."""
     raw = config.beta * alpha_D * alpha_M
     selected = torch.zeros(len(R), dtype=torch.bool)
     selected[index] = True
-    weights = Weights(
+    return Weights(
         beta=raw.clamp(min=config.beta_min),
         selected=selected,
         alpha_D=alpha_D,
         alpha_M=alpha_M,
         R_mean=float(R.mean()),
-        R_B=R_B,
+        R_B=float(R[index].mean()),
         clamped=float((raw < config.beta_min).double().mean()),
-        near_tie=near_tie,
     )
-    return weights, replace(after, step=state.step + 1)
+
+
+def _moved(config: WeightingConfig, state: WeightingState, weights: Weights) -> WeightingState:
+    """DAMA's R_bar, moved by the selected pairs (Eq. 14); the released code takes the mean of all pairs."""
+    moved_by = weights.R_mean if config.variant is Variant.RELEASED else weights.R_B
+    return replace(state, R_bar=update_R_bar(state.R_bar, moved_by, config.gamma))
 
 
 def _moved_beta_dpo(config: WeightingConfig, state: WeightingState, R: Tensor) -> WeightingState:

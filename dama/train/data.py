@@ -275,13 +275,7 @@ def join_pairs(
         reference: for each pair a value for each of the family's views, or None where the stage left the pair out.
     """
     encoded = encode_pairs(pairs, family, data_args, ImageChoice.of(pairs, family.views, args))
-    without = [pairs[i].id for i in encoded.fits if reference.values[i] is None]
-    if without:
-        raise ValueError(
-            f"reference: expected log-probs for every pair, got none for {len(without)} of {len(encoded.fits)} (first: "
-            f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
-            "folder as --reference."
-        )
+    validate_reference([pairs[i] for i in encoded.fits], [reference.values[i] for i in encoded.fits])
     delta = deltas_of(encoded, hardness, reference, args)
     prepared = [
         PreparedPair(
@@ -306,6 +300,17 @@ def join_pairs(
         skipped=encoded.long,
         provenance={"data": str(data_args.data_path), "hardness": hardness.source, "reference": reference.source},
     )
+
+
+def validate_reference(pairs: Sequence[PreferencePair], logps: Sequence[Any]) -> None:
+    """Raise ValueError where the reference stage left out pairs that fit here."""
+    without = [pair.id for pair, known in zip(pairs, logps, strict=True) if known is None]
+    if without:
+        raise ValueError(
+            f"reference: expected log-probs for every pair, got none for {len(without)} of {len(pairs)} (first: "
+            f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
+            "folder as --reference."
+        )
 
 
 def validate_token_counts(items: Sequence[PreparedPair]) -> None:
