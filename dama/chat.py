@@ -170,6 +170,12 @@ class ChatUsage:
     cached_completion_tokens: int = 0
 
 
+def _validate_ids(requests: Sequence[ChatRequest]) -> None:
+    repeated = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
+    if repeated:
+        raise ValueError(f"chat requests: {len(repeated)} ids are used more than once, e.g. {repeated[0]!r}")
+
+
 class ChatClient:
     """Asks one model with one setting. cache: a JSONL file that is only appended to; None remembers in memory."""
 
@@ -197,9 +203,7 @@ class ChatClient:
         fails in a way in which all others would; and, with `give_up` and nothing in the cache, where several fail, or
         all.
         """
-        repeated = [id_ for id_, count in Counter(request.id for request in requests).items() if count > 1]
-        if repeated:
-            raise ValueError(f"chat requests: {len(repeated)} ids are used more than once, e.g. {repeated[0]!r}")
+        _validate_ids(requests)
         accept = accept or (lambda _: True)
         replies: dict[str, ChatReply] = {}
         with tqdm(total=len(requests), desc=printable(desc), unit="reply", disable=not requests) as bar:

@@ -57,6 +57,7 @@ class TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """[N, C] logits and [N] target ids to [N] float32 log-probs; keeps the log-softmax for one backward pass."""
         log_softmax = logits.float().log_softmax(-1)
         ctx.save_for_backward(targets)
         ctx.log_softmax, ctx.dtype = log_softmax, logits.dtype
@@ -64,6 +65,7 @@ class TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Gradient of the logits, written over the log-softmax. Raises RuntimeError for a second backward pass."""
         (targets,) = ctx.saved_tensors
         if ctx.log_softmax is None:
             raise RuntimeError("log-probs: expected one backward pass, got a second; compute them again for it")
@@ -81,6 +83,7 @@ class Float32Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """[N, D] times the transposed [C, D] weight, in float32."""
         ctx.save_for_backward(x, weight)
         if x.device.type == "cuda":
             return torch.mm(x, weight.T, out_dtype=torch.float32)
@@ -88,6 +91,7 @@ class Float32Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of both factors, multiplied in the factors' own precision."""
         x, weight = ctx.saved_tensors
         gradient = grads[0].to(x.dtype)
         of_x = gradient @ weight if ctx.needs_input_grad[0] else None
@@ -108,8 +112,10 @@ def float32_head(lm_head: torch.nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def chunk_for(lm_head: torch.nn.Module, chunk: int, targets: Tensor) -> int:
-    """Positions whose logits exist at one time; all under ZeRO-3, which gathers lm_head at each call on every rank
-    alike."""
+    """Number of tokens whose logits exist at one time.
+
+    All of them under ZeRO-3, which gathers lm_head at each call: every rank must make the same number of calls.
+    """
     return targets.numel() if hasattr(lm_head.weight, "ds_id") else chunk
 
 

@@ -35,7 +35,7 @@ class ViewLogps:
     tokens: Tensor
 
     def pi(self, view: View) -> Tensor:
-        """[N] log pi(y | m, x) of a view."""
+        """Log-probs under the policy of a view's answers: [N]."""
         return self.policy[self.views.index(view)]
 
     def r(self, view: View) -> Tensor:
@@ -83,6 +83,7 @@ class RunningMean:
         return RunningMean(self.mean + (float(values.sum()) - len(values) * self.mean) / count, count)
 
     def as_dict(self) -> dict[str, float]:
+        """State as JSON values, for a checkpoint."""
         return {"mean": self.mean, "count": self.count}
 
 
@@ -170,7 +171,7 @@ def simpo(y: ViewLogps, b: Tensor, c: LossConfig) -> Tensor:
 
 
 def orpo(y: ViewLogps, b: Tensor, c: LossConfig) -> Tensor:
-    """sft - lambda log s(log odds(w) - log odds(l)), per token (Hong et al. 2024, arXiv 2403.07691, Eq. 6). No beta."""
+    """`sft` - lambda log s(log odds(w) - log odds(l)), per token (Hong et al., arXiv 2403.07691, Eq. 6). No beta."""
     mean = y.averaged()
     gap = log_odds(mean.pi(CHOSEN)) - log_odds(mean.pi(REJECTED))
     return -mean.pi(CHOSEN) - c.orpo_lambda * logsigmoid(gap)
@@ -196,7 +197,7 @@ def log_odds(log_p: Tensor) -> Tensor:
 
 
 def mdpo(y: ViewLogps, b: Tensor, c: LossConfig) -> Tensor:
-    """dpo - log s(b [r(w, m) - r(w, m')]) - log s(b r(w, m) - anchor) (Wang et al. 2024, arXiv 2406.11839, Eq. 8)."""
+    """`dpo` - log s(b [r(w, m) - r(w, m')]) - log s(b r(w, m) - anchor) (Wang et al. 2024, arXiv 2406.11839, Eq. 8)."""
     image = b * (y.r(CHOSEN) - y.r(CHOSEN_CORRUPTED))
     return dpo(y, b, c) - logsigmoid(image) - logsigmoid(b * y.r(CHOSEN) - c.mdpo_anchor)
 
@@ -211,13 +212,13 @@ def adavip(y: ViewLogps, b: Tensor, c: LossConfig) -> Tensor:
 
 
 def opa(y: ViewLogps, b: Tensor, c: LossConfig) -> Tensor:
-    """dpo - 0.2 log s(b [r(w, m) - r(w, m')]) - log s(b r(w, m)) (OPA-DPO, Yang et al. 2025, arXiv 2501.09695)."""
+    """`dpo` - 0.2 log s(b [r(w, m) - r(w, m')]) - log s(b r(w, m)) (OPA-DPO, Yang et al. 2025, arXiv 2501.09695)."""
     image = b * (y.r(CHOSEN) - y.r(CHOSEN_CORRUPTED))
     return dpo(y, b, c) - c.opa_image * logsigmoid(image) - c.opa_anchor * logsigmoid(b * y.r(CHOSEN))
 
 
 def symmpo(y: ViewLogps, b: Tensor, c: LossConfig) -> Tensor:
-    """dpo + lambda [-log s(b D1) - log s(b D2)] - log s(b r(w, m)) - log s(b r(w2, m')) + 1e-4 (D1 - D2)^2.
+    """`dpo` + lambda [-log s(b D1) - log s(b D2)] - log s(b r(w, m)) - log s(b r(w2, m')) + 1e-4 (D1 - D2)^2.
 
     D1 = r(w, m) - r(w2, m), D2 = r(w2, m') - r(w, m') (SymMPO, Liu et al. 2025, arXiv 2506.11712, as in its code).
     """
@@ -297,6 +298,7 @@ class Loss:
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
+        """Rows of the table, in the order of `terms`."""
         return tuple(OBJECTIVES[name] for name, _ in self.terms)
 
     @property
@@ -306,14 +308,17 @@ class Loss:
 
     @property
     def needs_reference(self) -> bool:
+        """Whether any term reads log pi_ref."""
         return any(objective.needs_reference for objective in self.objectives)
 
     @property
     def has_beta(self) -> bool:
+        """Whether any term has a beta, which DAMA's weighting then sets."""
         return any(objective.has_beta for objective in self.objectives)
 
     @property
     def has_state(self) -> bool:
+        """Whether any term keeps a running mean across steps (bco_pair)."""
         return any(objective.has_state for objective in self.objectives)
 
     @property

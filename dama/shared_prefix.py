@@ -31,6 +31,7 @@ class PackedGroup(NamedTuple):
 
     @property
     def positions(self) -> int:
+        """Length of the group in the packed row, in tokens."""
         return self.prefix + sum(self.answers)
 
 
@@ -79,6 +80,7 @@ class PackLayout:
 
     @property
     def positions(self) -> int:
+        """T, the length of the packed row, in tokens."""
         return sum(group.positions for group in self.groups)
 
     def position_ids(self) -> Tensor:
@@ -228,8 +230,10 @@ def shared_prefix_attention(
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scale: float) -> Tensor:
-    """One call for each answer, no mask tensor: queries [prefix, first answer] on the same keys; queries of a further
-    answer on keys [prefix, that answer], the causal triangle aligned to the bottom right.
+    """Attend with one call for each answer and no mask tensor.
+
+    Queries [prefix, first answer] attend to the same keys; queries of a further answer attend to keys [prefix, that
+    answer], with the causal triangle aligned to the bottom right.
     """
     options: dict[str, Any] = {"scale": scale, "enable_gqa": key.shape[1] != query.shape[1]}
     # Pieces by split: the gradient of a slice is as large as the whole row.
@@ -258,8 +262,10 @@ def q_sees_k(answer: int, prefix: int, device: torch.device) -> Tensor:
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackLayout, scale: float, kernel: VarlenKernel
 ) -> Tensor:
-    """One call for all groups: a sequence for each answer, the queries as they lie, the prefix's keys gathered for
-    each."""
+    """Attend with one call for all groups.
+
+    Each answer is a sequence: queries stay where they are, the prefix's keys are gathered for each.
+    """
     plan, width = layout.varlen, query.shape[-1]
     # Zeros that fill a head up to the kernel's width change no score and add nothing to the output.
     query, key, value = (pad(t, (0, -width % EVEN_HEAD)) if width % EVEN_HEAD else t for t in (query, key, value))

@@ -190,7 +190,7 @@ def visual_weights(z: Tensor, view: View) -> Tensor:
 
 
 def visual_differences(logps: TokenLogps) -> dict[str, Tensor]:
-    """z of both answers' tokens under the policy, without gradient, by answer."""
+    """Visual contrast z of both answers' tokens under the policy, without gradient, by answer."""
     policy = logps.policy.detach()
     pairs = ((CHOSEN, CHOSEN_CORRUPTED), (REJECTED, REJECTED_CORRUPTED))
     return {own.answer: logps.of(own, policy) - logps.of(other, policy) for own, other in pairs}

@@ -76,12 +76,14 @@ class WeightingConfig:
 
     @property
     def selects(self) -> Selection:
+        """Selection with AUTO resolved: OFF without a model-aware part, else SAMPLE."""
         if self.selection is not Selection.AUTO:
             return self.selection
         return Selection.OFF if self.strategy in (Strategy.NONE, Strategy.DATA) else Selection.SAMPLE
 
     @property
     def uses_delta(self) -> bool:
+        """Whether beta depends on hardness, so that every pair needs a delta."""
         return self.strategy in (Strategy.DATA, Strategy.BOTH)
 
     @property
@@ -106,6 +108,7 @@ class WeightingState:
     R_std: float = 0.0  # beta-DPO only
 
     def as_dict(self) -> dict[str, float]:
+        """State as JSON values, for a checkpoint."""
         return asdict(self)
 
 
@@ -132,7 +135,7 @@ def alpha_data(delta: Tensor, delta_bar: float) -> Tensor:
 
 
 def static_beta(config: WeightingConfig, delta: Tensor, delta_bar: float) -> Tensor:
-    """beta alpha_D,i, clamped from below: Eq. 15 without the model-aware factor. [N] to [N] float64."""
+    """Data-aware beta alpha_D,i, clamped from below: Eq. 15 without the model-aware factor. [N] to [N] float64."""
     delta = delta.double()
     alpha_D = alpha_data(delta, delta_bar) if config.uses_delta else torch.ones_like(delta)
     return (config.beta * alpha_D).clamp(min=config.beta_min)
@@ -152,7 +155,7 @@ def update_R_bar(R_bar: float, R_B: float, gamma: float) -> float:
 
 
 def log_weights(R: Tensor, R_bar: float, std: float = 1.0) -> Tensor:
-    """log of the selection weights, -0.5 ((R_i - R_bar) / std)^2 (Eq. 10; unit variance in DAMA). [N] to [N]."""
+    """Logarithm of the selection weights, -0.5 ((R_i - R_bar) / std)^2 (Eq. 10; unit variance in DAMA). [N] to [N]."""
     return -0.5 * ((R - R_bar) / std) ** 2
 
 
@@ -281,25 +284,31 @@ def weigh(
     seen = _moved_beta_dpo(config, state, R) if config.strategy is Strategy.BETA_DPO else state
     index, near_tie = select(config, seen, R) if drawn is None else (torch.tensor(drawn), False)
     alpha_D, alpha_M = STRATEGIES[config.strategy](config, StepGaps(R, R[index], delta, delta_bar, seen.R_bar))
-    R_B = float(R[index].mean())
-    after = seen
-    if config.strategy is not Strategy.BETA_DPO:
-        moved_by = float(R.mean()) if config.variant is Variant.RELEASED else R_B
-        after = replace(state, R_bar=update_R_bar(state.R_bar, moved_by, config.gamma))
+    weights = replace(_weights(config, R, index, alpha_D, alpha_M), near_tie=near_tie)
+    after = seen if config.strategy is Strategy.BETA_DPO else _moved(config, state, weights)
+    return weights, replace(after, step=state.step + 1)
+
+
+def _weights(config: WeightingConfig, R: Tensor, index: Tensor, alpha_D: Tensor, alpha_M: float) -> Weights:
+    """Beta of Eq. 15, clamped from below, and means of R; `index` has the positions of the selected pairs."""
     raw = config.beta * alpha_D * alpha_M
     selected = torch.zeros(len(R), dtype=torch.bool)
     selected[index] = True
-    weights = Weights(
+    return Weights(
         beta=raw.clamp(min=config.beta_min),
         selected=selected,
         alpha_D=alpha_D,
         alpha_M=alpha_M,
         R_mean=float(R.mean()),
-        R_B=R_B,
+        R_B=float(R[index].mean()),
         clamped=float((raw < config.beta_min).double().mean()),
-        near_tie=near_tie,
     )
-    return weights, replace(after, step=state.step + 1)
+
+
+def _moved(config: WeightingConfig, state: WeightingState, weights: Weights) -> WeightingState:
+    """DAMA's R_bar, moved by the selected pairs (Eq. 14); the released code takes the mean of all pairs."""
+    moved_by = weights.R_mean if config.variant is Variant.RELEASED else weights.R_B
+    return replace(state, R_bar=update_R_bar(state.R_bar, moved_by, config.gamma))
 
 
 def _moved_beta_dpo(config: WeightingConfig, state: WeightingState, R: Tensor) -> WeightingState:

@@ -80,6 +80,7 @@ class SimilarWords:
     pairs: frozenset[frozenset[str]]
 
     def __call__(self, one: str, other: str) -> bool:
+        """Whether the two words count as equal; symmetric."""
         return one == other or frozenset((one, other)) in self.pairs
 
 
@@ -488,6 +489,7 @@ BENCHMARK = Benchmark(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Write similar words; return the exit code, 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m eval.amber", description=write_similar_words.__doc__)
     parser.add_argument("folder", help="the folder that has amber/relation.json")
     parser.add_argument("--model", default=OFFICIAL_MODEL, help="name or folder (default: %(default)s)")

@@ -154,8 +154,10 @@ def options_of(question: str) -> dict[str, str]:
 
 
 def read_letter(text: str, question: str = "") -> str | None:
-    """Return the option that an answer gives: its letter by itself, in brackets, before a stop or colon, or as "the
-    answer is ..."; also "B" followed by B's own text. None where it gives none, or several.
+    """Return the option that an answer gives; None where it gives none, or several.
+
+    Accepted are its letter by itself, in brackets, before a stop or colon, or as "the answer is ..."; also "B"
+    followed by B's own text.
     """
     text = text.strip()
     found = {match[1].upper() for match in _STATED.finditer(text) if not _ANOTHER.match(text, match.end())}

@@ -31,6 +31,7 @@ def extract(model_path: str, output: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write the projector's weights of a full checkpoint to one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=str, required=True, help="folder of a full checkpoint")
     parser.add_argument("--output", type=str, required=True, help="file to write")

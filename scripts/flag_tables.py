@@ -57,6 +57,7 @@ class Captured(Exception):
 
 
 def main() -> int:
+    """Write the tables that changed; with --check, write none and return 1 where one is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is out of date")
     check, status = parser.parse_args().check, 0
@@ -82,6 +83,7 @@ def tables() -> dict[str, dict[str, Entry]]:
 
 
 def training_entry() -> Entry:
+    """Entry of train_mem.py, whose flags come from dataclasses."""
     from llava.train.arguments import FlagParser, help_text
 
     return make_entry(

@@ -24,6 +24,7 @@ def merge_lora(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Merge an adapter or projector folder into its base and save a full checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=str, required=True, help="LoRA or projector folder")
     parser.add_argument("--model-base", type=str, required=True, help="folder or hub name of its base")

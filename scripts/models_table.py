@@ -34,6 +34,7 @@ SIZES = ((40, 30), (30, 44), (56, 56))
 
 
 def main() -> int:
+    """Rewrite the table in docs/models.md; with --check, write nothing and return 1 where it is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 where the table is out of date"
@@ -83,6 +84,7 @@ def row_of(name: str, folder: Path) -> tuple[str, ...]:
 
 
 def family_of(name: str, folder: Path, shared_prefix: bool) -> HubFamily:
+    """Build a tiny random model of a family with its processor."""
     model, processor = build(name)
     views = Loss.parse(["dpo"]).views
     args = SimpleNamespace(views=lambda: views, shared_prefix=shared_prefix, model_max_length=4096)
@@ -100,6 +102,7 @@ def logps_of(family: HubFamily, pairs: list[PreferencePair], folder: Path) -> An
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows as a Markdown table below the header."""
     lines = [HEAD, ("---",) * len(HEAD), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -173,6 +173,7 @@ def train_command(steps: int, ranks: int, port: int) -> list[str]:
 
 
 def training_signs(folder: Path) -> dict[Sign, int]:
+    """Signs of a training's folder with their file times in ns; 0 where a log line is the only trace."""
     log, out = folder / LOG, folder / OUT
     text = log.read_text(errors="replace") if log.is_file() else ""
     done = [int(step) for step in re.findall(r"step +(\d+) training:", text)]
@@ -198,6 +199,7 @@ def stamp(path: Path) -> int:
 
 
 def files_in(folder: Path) -> list[str]:
+    """Names in a folder; none if it does not exist."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:  # removed since it was seen
@@ -205,15 +207,18 @@ def files_in(folder: Path) -> list[str]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders of the output folder, by step."""
     return sorted((folder / OUT).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def checkpoints_on_disk(folder: Path) -> str:
+    """Names of the checkpoints for a log line, incomplete ones marked."""
     marks = [path.name + (" (cut short)" if missing_files(path) else "") for path in checkpoints(folder)]
     return ", ".join(marks) or "no checkpoint"
 
 
 def continues_from_checkpoint(folder: Path) -> str:
+    """Text that a resumed training must log; empty without a complete checkpoint."""
     whole = [path.name for path in checkpoints(folder) if not missing_files(path)]
     return f"continuing from {OUT}/{whole[-1]}\n" if whole else ""
 
@@ -221,7 +226,7 @@ def continues_from_checkpoint(folder: Path) -> str:
 # -------------------------------------------------------------------------------------------------------- one start
 
 
-class Failure(Exception):
+class SoakError(Exception):
     """The job did not do what it should have done under kills."""
 
 
@@ -251,12 +256,13 @@ class Run:
 
     @property
     def seconds(self) -> float:
+        """Seconds since the command started."""
         return time.monotonic() - self._began
 
     def wait_for(self, kind: str | None, count: int = 1, limit: float = 3600.0) -> Sign | None:
         """The `count`-th sign of that kind since the start; None when the command has ended before.
 
-        Raises Failure where it ended with an error, has not ended after `limit` seconds, or began anew although there
+        Raises SoakError where it ended with an error, has not ended after `limit` seconds, or began anew although there
         was something to continue from.
         """
         while True:
@@ -265,11 +271,11 @@ class Run:
             found = [sign for _, sign in self.signs if sign.kind == kind]
             if len(found) >= count or (ended and self.process.returncode == 0):
                 if self._continuation not in self.log() and (ended or len(self.signs) > 1):
-                    raise Failure(f"expected a line {self._continuation!r} in the log:\n{self.log()[-3000:]}")
+                    raise SoakError(f"expected a line {self._continuation!r} in the log:\n{self.log()[-3000:]}")
                 return None if len(found) < count else found[count - 1]
             if ended or self.seconds > limit:
                 what = f"ended with exit code {self.process.returncode}" if ended else f"hung for {limit:g} s"
-                raise Failure(f"the command {what}; the end of its log:\n{self.log()[-3000:]}")
+                raise SoakError(f"the command {what}; the end of its log:\n{self.log()[-3000:]}")
             time.sleep(0.001)
 
     def linger(self, delay: float) -> float:
@@ -287,7 +293,7 @@ class Run:
         self.signs += [(self.seconds, sign) for sign in fresh]
 
     def kill(self) -> None:
-        """kill -9 of the whole group; returns when none of it is left."""
+        """Send SIGKILL to the whole group; return when none of it is left."""
         if group := members(self.process.pid):
             os.killpg(self.process.pid, signal.SIGKILL)
         while group:
@@ -296,6 +302,7 @@ class Run:
         self.process.wait()
 
     def log(self) -> str:
+        """Output of the command so far."""
         return (self.folder / LOG).read_text(errors="replace")
 
 
@@ -369,6 +376,7 @@ def compare(one: Path, other: Path) -> tuple[int, list[str]]:
 
 
 def same(one: Path, other: Path) -> bool:
+    """Whether two files have equal content, fields aside that name times or paths."""
     if one.name == SEAL_FILE:  # has the digests of files that are not compared, or not byte by byte
         return unsigned(json.loads(one.read_text())) == unsigned(json.loads(other.read_text()))
     if one.name not in ("trainer_state.json", "manifest.json", "adapter_config.json"):
@@ -394,25 +402,25 @@ def comparable(value: Any, field: str = "") -> Any:
 
 
 def soak(job: Job, work: Path, kills: int, seed: int) -> str:
-    """Prepares, runs undisturbed, kills, compares; returns the good verdict. Raises Failure."""
+    """Prepares, runs undisturbed, kills, compares; returns the good verdict. Raises SoakError."""
     draw = random.Random(seed)
     inputs, undisturbed, killed = (make_folder(work / name) for name in ("inputs", "undisturbed", "killed"))
     for command in job.prepare:
         done = subprocess.run(command, cwd=inputs, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
         if done.returncode:
-            raise Failure(f"{' '.join(command)}\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+            raise SoakError(f"{' '.join(command)}\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
     with Run(job, undisturbed) as whole:
         whole.wait_for(None)
     gaps, limit = typical_gaps(whole.signs, whole.seconds), 60 + 10 * round(whole.seconds)
     log(f"undisturbed: {whole.seconds:.1f} s, {len(whole.signs)} signs of progress")
     if silent := ", ".join(kind for kind in job.phases if kind not in gaps):
-        raise Failure(f"the undisturbed run gave no sign of {silent}; the end of its log:\n{whole.log()[-3000:]}")
+        raise SoakError(f"the undisturbed run gave no sign of {silent}; the end of its log:\n{whole.log()[-3000:]}")
     plan, cut_short = plan_kills(list(job.phases), kills, draw), 0
     for number, kind in enumerate(plan, 1):
         remove_stale_locks(work)
         told = kill_once(job, killed, kind, gaps[kind], draw, limit)
         if told is None and number < kills:
-            raise Failure(f"the job had ended before kill {number} of {kills}: nothing was left to hit")
+            raise SoakError(f"the job had ended before kill {number} of {kills}: nothing was left to hit")
         log(f"kill {number:>2}/{kills} {told or 'came too late: the job had just ended'}")
         cut_short += "cut short" in (told or "")
     remove_stale_locks(work)
@@ -420,17 +428,19 @@ def soak(job: Job, work: Path, kills: int, seed: int) -> str:
         last.wait_for(None, limit=limit)
     files, faults = compare(undisturbed / OUT, killed / OUT)
     if faults:
-        raise Failure("\n".join([f"{len(faults)} of {files} files differ:", *faults]))
+        raise SoakError("\n".join([f"{len(faults)} of {files} files differ:", *faults]))
     hit = ", ".join(f"{plan.count(kind)} {kind}" for kind in job.phases)
     return f"{kills} kills ({hit}; {cut_short} left something cut short): {files} files as undisturbed, bit by bit"
 
 
 def make_folder(path: Path) -> Path:
+    """Create a new folder with its parents. Raises FileExistsError."""
     path.mkdir(parents=True)
     return path
 
 
 def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -450,6 +460,7 @@ def remove_stale_locks(work: Path) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Parser of the soak test; unknown flags belong to the command that is killed."""
     parser = argparse.ArgumentParser(prog="soak.sh", description=__doc__)
     parser.add_argument("job", choices=sorted(jobs(1)), help="what is killed; further flags go to its command")
     parser.add_argument("--kills", type=int, default=20, help="how often (default: %(default)s)")
@@ -460,6 +471,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Kill one job again and again; return 1 where it did not continue properly, 2 after an error."""
     args, further = build_parser().parse_known_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{args.job}-", dir=args.work))
@@ -469,8 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     job.command.extend(further)
     try:
         verdict = soak(job, work, args.kills, args.seed)
-    except Failure as failure:
-        log(f"soak {args.job}: FAILED, seed {args.seed}: {failure}\n(everything is kept in {work})")
+    except SoakError as error:
+        log(f"soak {args.job}: FAILED, seed {args.seed}: {error}\n(everything is kept in {work})")
         return 1
     except Exception as error:
         report_error(error, "soak")

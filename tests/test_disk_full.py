@@ -87,7 +87,7 @@ def test_other_errors_pass(tmp_path, error):
 
 
 def test_errors_of_libraries_are_read(tmp_path):
-    """safetensors' and torch's texts when their disk is full."""
+    """The texts of safetensors' and torch's errors when their disk is full."""
     for text in ("Error while serializing: I/O error: No space left on device (os error 28)", "x: file write failed"):
         with pytest.raises(DiskFullError, match="x: cannot be written"), writing(tmp_path / "x", 1, RuntimeError):
             raise RuntimeError(text)

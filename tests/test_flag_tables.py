@@ -21,7 +21,7 @@ HEAVY = ("torch", "transformers", "deepspeed")
 
 
 def test_the_tables_are_up_to_date():
-    """Otherwise: python scripts/flag_tables.py"""
+    """Otherwise call `python scripts/flag_tables.py`."""
     done = subprocess.run(
         [sys.executable, "scripts/flag_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )

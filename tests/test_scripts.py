@@ -107,9 +107,12 @@ def memory_line(said):
 
 
 def test_memory_of_the_7b_recipe(capsys, monkeypatch, tmp_path):
-    """On paper, in 10^9 bytes: 7.06 parameters x 2, 6.76 trained x 12 / GPUs, while fused AdamW steps x (2 + 4 + 2) /
-    GPUs: gradients, an fp32 copy of them, and the flat copy that it is made of. On 4 GPUs 14.1 + 20.3 + 13.5 = 47.9,
-    44.6 GiB; on 2 GPUs 14.1 + 40.6 + 27.0 = 81.7, 76.1 GiB, and with fragments more than 80 GB."""
+    """On paper, in 10^9 bytes: 7.06 parameters x 2, 6.76 trained x 12 / GPUs.
+
+    While fused AdamW steps, also x (2 + 4 + 2) / GPUs: gradients, an fp32 copy of them, and the flat copy that it is
+    made of. On 4 GPUs 14.1 + 20.3 + 13.5 = 47.9, 44.6 GiB; on 2 GPUs 14.1 + 40.6 + 27.0 = 81.7, 76.1 GiB, and with
+    fragments more than 80 GB.
+    """
     where = {"OUTPUT": tmp_path / "x"}
     said = page(capsys, monkeypatch, "dama_7b.sh", gpus=4, **where, GPUS="4")[1]
     assert "about 44.6 GiB on each GPU, 51.9 GiB reserved, most in the phase of the optimizer" in memory_line(said)

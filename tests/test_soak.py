@@ -11,10 +11,10 @@ import pytest
 from scripts.soak import (
     OUT,
     START,
-    Failure,
     Job,
     Run,
     Sign,
+    SoakError,
     comparable,
     compare,
     jobs,
@@ -69,18 +69,18 @@ def test_a_job_that_continues_passes(tmp_path, capsys):
 
 
 def test_a_job_that_loses_a_record_fails(tmp_path):
-    with pytest.raises(Failure, match=r"1 of 2 files differ:\ntoy.jsonl: differs"):
+    with pytest.raises(SoakError, match=r"1 of 2 files differ:\ntoy.jsonl: differs"):
         soak(toy("skips"), tmp_path, kills=4, seed=1)
 
 
 def test_a_job_that_begins_anew_fails(tmp_path):
     """Its bytes are right in the end, but what a kill costs is all that was done."""
-    with pytest.raises(Failure, match="expected a line 'continues at record' in the log"):
+    with pytest.raises(SoakError, match="expected a line 'continues at record' in the log"):
         soak(toy("anew"), tmp_path, kills=4, seed=1)
 
 
 def test_a_job_that_gives_no_signs_fails(tmp_path):
-    with pytest.raises(Failure, match="gave no sign of chunk, complete"):
+    with pytest.raises(SoakError, match="gave no sign of chunk, complete"):
         soak(replace(toy(), command=[sys.executable, "-c", ""]), tmp_path, kills=2, seed=0)
 
 
@@ -97,7 +97,7 @@ HANG = ("import time; time.sleep(60)", 0.5, "hung for 0.5 s")
 @pytest.mark.parametrize("code, limit, said", [ERROR, HANG], ids=["error", "hang"])
 def test_errors_and_hangs_are_failures(tmp_path, code, limit, said):
     job = Job([], [sys.executable, "-c", code], lambda _: {}, {}, lambda _: "", lambda _: "")
-    with pytest.raises(Failure, match=said), Run(job, tmp_path) as run:
+    with pytest.raises(SoakError, match=said), Run(job, tmp_path) as run:
         run.wait_for(None, limit=limit)
     assert members(run.process.pid) == []
 
@@ -124,7 +124,7 @@ def test_kills_are_spread_over_the_phases():
 
 
 def test_gaps_on_paper():
-    """start 0-4; steps 4-5 and 6-9: median 2; the save 5-6."""
+    """Start 0-4; steps 4-5 and 6-9: median 2; the save 5-6."""
     signs = [(0.0, START), (4.0, Sign("step", 1)), (5.0, Sign("save", 1)), (6.0, Sign("step", 2))]
     assert typical_gaps(signs, end=9.0) == {"start": 4.0, "step": 2.0, "save": 1.0}
 

@@ -102,7 +102,7 @@ def test_fields_of_a_llava_checkpoint_are_known(ours, golden):
 
 
 def test_the_document_is_current():
-    """Remedy: python -m tools.upstream --left-out > docs/left_out.md"""
+    """Remedy: python -m tools.upstream --left-out > docs/left_out.md."""
     assert (ROOT / "docs/left_out.md").read_text(encoding="utf-8") == left_out_page()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dama.console import log
 from dama.finished import StageCall
@@ -23,6 +23,9 @@ from dama.flags import (
 )
 from dama.pairs import distinct_images
 from dama.stage import Shard
+
+if TYPE_CHECKING:
+    from dama.hardness.clip import ClipScorer
 
 DESCRIPTION = """\
 Hardness of each preference pair, for DAMA's data-aware strategy (Eq. 3-5).
@@ -131,24 +134,19 @@ def run(args: argparse.Namespace) -> None:
     errors = flag_errors(args)
     shard = pick_shard(args.shard, errors)
     checked = load_pairs(args, errors)
-    pairs, skipped = checked.pairs, checked.skipped
-    from dama.hardness.clip import ClipError, load_clip
     from dama.hardness.score import run_hardness
 
-    try:
-        device = pick_device(args.device)
-        scorer = None if args.from_scores else load_clip(args.clip, args.pretrained, device, args.precision)
-    except ClipError as error:
-        raise CommandError(str(error)) from error
+    device = pick_device(args.device)
+    scorer = None if args.from_scores else _load_scorer(args, device)
     if scorer is not None:
-        shown = sum(bool(pair.image) for pair in pairs)
-        counts = f"{shown} pairs on {len(distinct_images(pairs))} images"
-        if shown < len(pairs):
-            log(f"hardness: {len(pairs) - shown} pairs of texts alone are not scored; training gives them delta_bar")
+        shown = sum(bool(pair.image) for pair in checked.pairs)
+        counts = f"{shown} pairs on {len(distinct_images(checked.pairs))} images"
+        if alone := len(checked.pairs) - shown:
+            log(f"hardness: {alone} pairs of texts alone are not scored; training gives them delta_bar")
         part = f", shard {shard}" if shard.count > 1 else ""
         log(f"hardness: {counts}, {_clip_words(scorer.identity)}, {device}{part}")
     manifest = run_hardness(
-        pairs,
+        checked.pairs,
         args.image_folder,
         args.out,
         scorer,
@@ -159,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         shard=shard,
         overwrite=args.overwrite,
-        skipped=skipped,
+        skipped=checked.skipped,
         progress=args.shard is not None or shard.index == 0,
         data=checked.fingerprint,
     )
@@ -167,6 +165,15 @@ def run(args: argparse.Namespace) -> None:
         call.remember(checked.table)
         with logging_on_every_rank():
             log_summary(args.out, manifest)
+
+
+def _load_scorer(args: argparse.Namespace, device: str) -> ClipScorer:
+    from dama.hardness.clip import ClipError, load_clip
+
+    try:
+        return load_clip(args.clip, args.pretrained, device, args.precision)
+    except ClipError as error:
+        raise CommandError(str(error)) from error
 
 
 def _llm_splitter(args: argparse.Namespace, shard: Shard, device: str) -> Any:

@@ -97,7 +97,7 @@ def run_hardness(
     progress: bool = True,
     data: Mapping[str, str] | None = None,
 ) -> Record | None:
-    """Scores every pair and writes out/hardness.jsonl and out/manifest.json; returns the manifest.
+    """Score every pair and write out/hardness.jsonl and out/manifest.json; return the manifest.
 
     `scorer` None takes the scores that the pairs carry (`clip_scores`) instead of a CLIP's; `splitter` None splits by
     rules. Complete output of the same inputs is left as it is, interrupted output continued. A `shard` of several does
@@ -107,15 +107,8 @@ def run_hardness(
     Of a pair of several images each statement counts with the image that it fits best. A pair of texts alone is not
     scored.
     """
-    if scale not in SCALES or reduction not in REDUCTIONS:
-        raise ValueError(f"expected scale in {SCALES} and reduction in {REDUCTIONS}, got {scale!r} and {reduction!r}")
-    if scorer is None:
-        _require_scores(pairs)
+    _validate(pairs, scorer, scale, reduction)
     chunks = _chunks_by_image(pair for pair in pairs if pair.image) if scorer else _chunks_of(pairs, PAIRS_PER_CHUNK)
-    if not chunks:
-        raise PairsError(
-            "hardness: expected pairs with an image, got none\nRemedy: train with --strategy none or model"
-        )
     data = data or {"pairs": pairs_fingerprint(pairs)}
     if scorer is not None and "images" not in data:
         data = {**data, "images": digest_of(image_digests(pairs, image_folder, max(1, workers)))}
@@ -242,11 +235,14 @@ def score_errors(pairs: Sequence[PreferencePair]) -> list[str]:
     return [f"row {id_}: no scores in chosen_logits or rejected_logits" for id_ in lacking]
 
 
-def _require_scores(pairs: Sequence[PreferencePair]) -> None:
-    errors = score_errors(pairs)
-    if errors:
+def _validate(pairs: Sequence[PreferencePair], scorer: ClipScorer | None, scale: str, reduction: str) -> None:
+    if scale not in SCALES or reduction not in REDUCTIONS:
+        raise ValueError(f"expected scale in {SCALES} and reduction in {REDUCTIONS}, got {scale!r} and {reduction!r}")
+    if scorer is None and (errors := score_errors(pairs)):
         remedy = "complete these rows, or drop --from_scores and have a CLIP score all"
         raise PairsError(error_list("pairs with given scores", errors, remedy))
+    if scorer is not None and not any(pair.image for pair in pairs):
+        raise PairsError("hardness: expected pairs with an image, got none; train with --strategy none or model")
 
 
 def _encode_chunks(

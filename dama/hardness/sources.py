@@ -20,7 +20,7 @@ class HardnessSource(StrEnum):
 
 
 def generative_gap(logps: Tensor, tokens: Tensor) -> Tensor:
-    """log pi_ref(w) / |w| - log pi_ref(l) / |l|: the length-normalized reference gap, in nats per token.
+    """Length-normalized reference gap, log pi_ref(w) / |w| - log pi_ref(l) / |l|, in nats per token.
 
     Args:
         logps: [N, 2] summed log-probs of the chosen and the rejected answer. tokens: [N, 2] their answer tokens.

@@ -86,7 +86,7 @@ def local_splitter(folder: str | Path, cache: str | Path, device: str = "cpu", p
     chat = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
     identity = {"llm": Path(folder).name, "prompt": digest_of(PROMPT), "precision": precision}
     identity |= {"weights": weights_digest(model)}
-    kept = _Batches(Path(cache))
+    batches = _Batches(Path(cache))
 
     def generate(batch: Sequence[str]) -> list[str]:
         with torch.inference_mode():
@@ -96,18 +96,7 @@ def local_splitter(folder: str | Path, cache: str | Path, device: str = "cpu", p
             )  # fmt: skip
         return [reply[0]["generated_text"] for reply in made]
 
-    def ask(answers: Sequence[str]) -> list[str | None]:
-        ordered = sorted(answers, key=lambda answer: (len(answer), answer))
-        replies: dict[str, str] = {}
-        for start in range(0, len(ordered), LOCAL_BATCH):
-            batch = ordered[start : start + LOCAL_BATCH]
-            key = digest_of([identity, batch])
-            if key not in kept.replies:
-                kept.add(key, generate(batch))
-            replies |= zip(batch, kept.replies[key], strict=True)
-        return [replies[answer] for answer in answers]
-
-    return LlmSplitter(ask, identity)
+    return LlmSplitter(lambda answers: batches.ask(answers, identity, generate), identity)
 
 
 def _load_chat_model(folder: str | Path, precision: str) -> tuple[Any, Any]:
@@ -136,6 +125,20 @@ class _Batches:
             with open(path, "rb+", opener=regular_file) as file:
                 file.truncate(len(whole))
             self.replies = {row["key"]: row["replies"] for row in map(json.loads, whole.splitlines())}
+
+    def ask(
+        self, answers: Sequence[str], identity: dict[str, str], generate: Callable[[Sequence[str]], list[str]]
+    ) -> list[str | None]:
+        """Return the reply to each answer; batches of similar length that are not stored yet are generated."""
+        ordered = sorted(answers, key=lambda answer: (len(answer), answer))
+        replies: dict[str, str] = {}
+        for start in range(0, len(ordered), LOCAL_BATCH):
+            batch = ordered[start : start + LOCAL_BATCH]
+            key = digest_of([identity, batch])
+            if key not in self.replies:
+                self.add(key, generate(batch))
+            replies |= zip(batch, self.replies[key], strict=True)
+        return [replies[answer] for answer in answers]
 
     def add(self, key: str, replies: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +86,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", nargs="+", metavar="SRC", help="file, folder, glob, or hf://owner/name[@revision]")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the prepared set, made when absent")
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out was made from other inputs")
-    group = parser.add_argument_group("rows")
+    _add_row_flags(parser.add_argument_group("rows"))
+    _add_card_flags(parser.add_argument_group("split and card"))
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="threads that check and write pictures. Default: CPU cores, at most 8 (%(default)s)",
+    )
+
+
+def _add_row_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--column",
         action="append",
@@ -115,7 +126,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where image paths start, for pictures that are not inside the rows. Default: each file's own folder",
     )
-    group = parser.add_argument_group("split and card")
+
+
+def _add_card_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--hold_out",
         type=float,
@@ -129,13 +142,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--trust_remote_code", action="store_true", help="run the code that comes with --tokenizer; it may do anything"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="threads that check and write pictures. Default: CPU cores, at most 8 (%(default)s)",
     )
 
 
@@ -190,18 +196,8 @@ def run(args: argparse.Namespace) -> None:
     inputs = with_digests(files, sizes, args.image_folder)
     facts: Record = {
         "files": [source.facts for source in inputs],
-        "settings": {
-            "columns": columns,
-            "generators": sorted(generators),
-            "image_folder": args.image_folder,
-            "keep_contaminated": args.keep_contaminated,
-            "hold_out": args.hold_out,
-            "seed": args.seed,
-            "lengths": lengths.unit,
-        },
+        "settings": settings_of(args, columns, generators, lengths),
     }
-    if args.split is not None:
-        facts["settings"]["split"] = args.split
     if left_aside:
         facts["left_aside"] = left_aside
     evaluation = digest_of({name: sorted(ids) for name, ids in benchmarks.items()})
@@ -217,6 +213,22 @@ def run(args: argparse.Namespace) -> None:
             append_rows(stage, inputs, columns, rules, store, lengths.count, args.workers)
             stage.finish(write_outputs(stage, store, Split(args.hold_out, args.seed), facts))
     log_card(out)
+
+
+def settings_of(
+    args: argparse.Namespace, columns: dict[str, str], generators: Collection[str], lengths: Lengths
+) -> Record:
+    """Settings that the prepared set depends on, as the data card lists them."""
+    settings: Record = {
+        "columns": columns,
+        "generators": sorted(generators),
+        "image_folder": args.image_folder,
+        "keep_contaminated": args.keep_contaminated,
+        "hold_out": args.hold_out,
+        "seed": args.seed,
+        "lengths": lengths.unit,
+    }
+    return settings if args.split is None else settings | {"split": args.split}
 
 
 def checked_flags(args: argparse.Namespace) -> dict[str, str]:

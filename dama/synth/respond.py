@@ -255,9 +255,7 @@ def run_respond(
     are asked about (on-policy rounds). A chunk is seeded by its number, so a resumed run draws what an undisturbed one
     draws.
     """
-    names = [name for name, count in Counter(responder.name for responder in responders).items() if count > 1]
-    if names:
-        raise SynthError(f"--responder: {', '.join(names)} is given more than once; ask for more --samples instead")
+    _validate_distinct(responders)
     home = Path(pictures or out)
     manifest, ranked = read_step(home, RANK_IMAGES)
     questions = [Question(record["id"], record["image"], record["question"]) for record in ranked if record["image"]]
@@ -265,14 +263,8 @@ def run_respond(
         raise SynthError(f"synth: no picture is left in {home}: {manifest['summary']['left_out']}")
     batches = chunks_of(questions, batch_size)
     chunks = [(responder, batch) for responder in responders for batch in batches]
-    fingerprint = {
-        "questions": digest_of([list(question) for question in questions]),
-        "pictures": digest_of([record["digest"] for record in ranked]),
-        "responders": {responder.name: responder.identity() for responder in responders},
-        "sampling": sampling._asdict(),
-        "seed": seed,
-        "batch_size": batch_size,
-    }
+    settings = {"sampling": sampling._asdict(), "seed": seed, "batch_size": batch_size}
+    fingerprint = _inputs(questions, ranked, responders) | settings
     sizes = [len(batch) * sampling.samples for _, batch in chunks]
 
     def answered(number: int) -> list[Record]:
@@ -285,6 +277,21 @@ def run_respond(
     with open_stage(step_folder(out, RESPOND), RESPOND, fingerprint, sizes, overwrite=overwrite) as stage:
         stage.fill(answered, "answer")
         return stage.conclude(_summarize, {"image_folder": str(home)}) or {}
+
+
+def _validate_distinct(responders: Sequence[Responder]) -> None:
+    names = [name for name, count in Counter(responder.name for responder in responders).items() if count > 1]
+    if names:
+        raise SynthError(f"--responder: {', '.join(names)} is given more than once; ask for more --samples instead")
+
+
+def _inputs(questions: Sequence[Question], ranked: Sequence[Record], responders: Sequence[Responder]) -> Record:
+    """Digests of the questions and images, and who answers them."""
+    return {
+        "questions": digest_of([list(question) for question in questions]),
+        "pictures": digest_of([record["digest"] for record in ranked]),
+        "responders": {responder.name: responder.identity() for responder in responders},
+    }
 
 
 def _records(name: str, batch: Sequence[Question], answers: Sequence[Sequence[str]]) -> list[Record]:

@@ -101,7 +101,7 @@ class BaseTrainer(Trainer):
         self.throughput.add(sum(len(batch["input_ids"]) for batch in group) * self.args.world_size)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loss, its forward pass watched for host-device synchronizations."""
+        """Compute the loss while watching the forward pass for host-device synchronizations."""
         with watched(self.args.debug_sync):
             return super().compute_loss(model, inputs, *args, **kwargs)
 

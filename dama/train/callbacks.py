@@ -60,6 +60,7 @@ class StepLine(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write one line above the progress bar: loss, rewards, weighting, speed and the hours left."""
         if self.training_bar is None or not logs:
             return
         held_out = "eval_loss" in logs
@@ -79,10 +80,13 @@ def duration(hours: float) -> str:
 
 
 class StopWatch(TrainerCallback):
+    """Stops the throughput's clock at the end of every optimizer step."""
+
     def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the step that the observers have counted."""
         self.throughput.stop()
 
 
@@ -107,7 +111,8 @@ class Decided:
 class Observer(Protocol):
     """Is called with every decision; alike on all ranks."""
 
-    def on_decision(self, decided: Decided) -> None: ...
+    def on_decision(self, decided: Decided) -> None:
+        """Receive one decision. Every rank calls this for the same decisions in the same order."""
 
 
 class MetricMeans:
@@ -118,6 +123,7 @@ class MetricMeans:
         self.values: dict[str, list[float]] = defaultdict(list)
 
     def on_decision(self, decided: Decided) -> None:
+        """Add the decision's rewards and weighting metrics."""
         metrics = preference_metrics(decided.table, self.beta) | weighting_metrics(decided.weights, decided.R_bar)
         for name, value in metrics.items():
             self.values[name].append(value)
@@ -137,6 +143,7 @@ class WorkCount:
         self.size = family.size()
 
     def on_decision(self, decided: Decided) -> None:
+        """Add the pairs, tokens and FLOPs of the decision's forward and backward passes."""
         groups = [self.family.groups(pair) for pair in decided.pairs]
         trained = decided.weights.selected.tolist()
         flops = step_flops(self.size, groups, trained, len(shown_images(decided.pairs)), self.frozen_weights)
@@ -157,6 +164,7 @@ class PairLog:
             file.truncate(end_of_steps_before(file, step))
 
     def on_decision(self, decided: Decided) -> None:
+        """Append one line for every pair of the decision."""
         self.append(decided.step, [item.pair.id for item in decided.pairs], decided.table, decided.weights)
 
     def append(self, step: int, ids: list[str], table: StepTable, weights: Weights) -> None:

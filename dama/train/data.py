@@ -234,7 +234,7 @@ class PairValues:
 def hardness_of_pairs(
     pairs: Sequence[PreferencePair], folder: str | None, data: dict[str, str], needed: bool
 ) -> PairValues:
-    """delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed.
+    """Delta of every pair (Eq. 6): from the stage's folder, else from scores in the data, else zeros if not needed.
 
     A pair of texts alone, which no CLIP can score, has the mean: it is trained with the strength of an average pair.
     `data` is their `data_fingerprint`.
@@ -299,13 +299,7 @@ def join_pairs(
         reference: for each pair a value for each of the family's views, or None where the stage left the pair out.
     """
     encoded = encode_pairs(pairs, family, data_args, ImageChoice.of(pairs, family.views, args))
-    without = [pairs[i].id for i in encoded.fits if reference.values[i] is None]
-    if without:
-        raise ValueError(
-            f"reference: expected log-probs for every pair, got none for {len(without)} of {len(encoded.fits)} (first: "
-            f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
-            "folder as --reference."
-        )
+    validate_reference([pairs[i] for i in encoded.fits], [reference.values[i] for i in encoded.fits])
     delta = deltas_of(encoded, hardness, reference, args)
     prepared = [
         PreparedPair(
@@ -332,6 +326,17 @@ def join_pairs(
     )
 
 
+def validate_reference(pairs: Sequence[PreferencePair], logps: Sequence[Any]) -> None:
+    """Raise ValueError where the reference stage left out pairs that fit here."""
+    without = [pair.id for pair, known in zip(pairs, logps, strict=True) if known is None]
+    if without:
+        raise ValueError(
+            f"reference: expected log-probs for every pair, got none for {len(without)} of {len(pairs)} (first: "
+            f"{without[0]}). Run `python -m dama reference` with this training's --model_max_length, and pass its "
+            "folder as --reference."
+        )
+
+
 def validate_token_counts(items: Sequence[PreparedPair]) -> None:
     """Raise ValueError naming pairs whose answers have more or fewer tokens than the stored log-probs per token."""
     errors = [
@@ -345,7 +350,7 @@ def validate_token_counts(items: Sequence[PreparedPair]) -> None:
 
 
 def deltas_of(encoded: EncodedPairs, hardness: PairValues, reference: PairValues, args: Any) -> list[float]:
-    """delta of every pair that fits, from --hardness_from's source.
+    """Delta of every pair that fits, from --hardness_from's source.
 
     Raises:
         ValueError: the source needs reference log-probs, and there are none.

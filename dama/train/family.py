@@ -56,10 +56,12 @@ class PreparedPair:
 
     @property
     def chosen(self) -> EncodedRow:
+        """Row of the chosen answer with the pair's own image."""
         return self.rows[0]
 
     @property
     def rejected(self) -> EncodedRow:
+        """Row of the rejected answer with the pair's own image."""
         return self.rows[1]
 
 
@@ -85,25 +87,32 @@ class ModelFamily(Protocol):
     """
 
     @property
-    def module(self) -> Any: ...
+    def module(self) -> Any:
+        """The module that is trained."""
 
     @property
-    def views(self) -> tuple[View, ...]: ...
+    def views(self) -> tuple[View, ...]:
+        """Views of each pair, in the order of its rows."""
 
     @property
-    def encodes_ahead(self) -> bool: ...
+    def encodes_ahead(self) -> bool:
+        """Whether `encode_images` is called before the forward pass."""
 
     @property
-    def files(self) -> Sequence[str]: ...
+    def files(self) -> Sequence[str]:
+        """Paths to fingerprint besides the checkpoint."""
 
     @property
-    def max_tokens(self) -> int: ...
+    def max_tokens(self) -> int:
+        """Row limit in tokens; longer pairs are left out."""
 
     @property
-    def prepare_image(self) -> Callable[..., Any]: ...
+    def prepare_image(self) -> Callable[..., Any]:
+        """Function from the RGB images of a view to pixels."""
 
     @property
-    def collate(self) -> Callable[[Sequence[PreparedPair]], dict[str, Any]]: ...
+    def collate(self) -> Callable[[Sequence[PreparedPair]], dict[str, Any]]:
+        """Function from pairs to a batch without images."""
 
     def encode(self, pairs: Sequence[PreferencePair], images: Sequence[tuple[ImageRef, ...]]) -> Sequence[RowsOfPair]:
         """The rows of every pair, one for each view. Raises ValueError naming a pair that cannot be encoded.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +22,10 @@ from tqdm import tqdm
 
 from dama.console import log
 from dama.errors import error_list
+from dama.images import ImageFolder
 from dama.logps import AnswerTokenLogps
 from dama.pairs import PreferencePair, SkippedPair
-from dama.stage import WHOLE, Record, Shard, differences, open_stage, read_stage
+from dama.stage import WHOLE, Record, Shard, Stage, differences, open_stage, read_stage
 from dama.token_weights import NONE
 from dama.train.data import (
     DATA_FLAGS,
@@ -82,10 +84,10 @@ def run_reference(
     per_token: bool = False,
     data: dict[str, str] | None = None,
 ) -> Record | None:
-    """Compute log-probs of every pair and write them to `out`; return the manifest, or None while other shards are
-    missing.
+    """Compute log-probs of every pair and write them to `out`.
 
-    Where `out` is finished for the same inputs, only the views that it lacks are computed, and added to it.
+    Returns the manifest, or None while other shards are missing. Where `out` is finished for the same inputs, only the
+    views that it lacks are computed, and added to it.
 
     Args:
         family: whose `module`, on its device and in evaluation mode, is pi_ref.
@@ -104,51 +106,96 @@ def run_reference(
         if shard.index == 0:
             remove_additions(out)
     elif parts := parts_of_same_inputs(out, inputs):
-        choice = ImageChoice(family.views, args.corruption, args.corruption_seed)
-        wanted = Wanted(family.views, choice.made_by, per_token)
-        missing = missing_views(parts, wanted)
-        if not missing:
+        wanted = lacking(parts, family, args, per_token)
+        if not wanted.views:
             log(f"{STAGE}: complete in {out} ({'; '.join(map(str, parts))}), skipped")
             return read_stage(out, STAGE)[0]
-        out = Path(out) / ADDED / replace(wanted, views=missing).folder
-        log(f"{STAGE}: adds {', '.join(view.name for view in missing)}{' per token' * per_token} in {out}")
-        family = family.with_views(missing)  # type: ignore[attr-defined]  # asked for here only, see ModelFamily
+        out = Path(out) / ADDED / wanted.folder
+        log(f"{STAGE}: adds {', '.join(view.name for view in wanted.views)}{' per token' * per_token} in {out}")
+        family = family.with_views(wanted.views)  # type: ignore[attr-defined]  # asked for here only, see ModelFamily
     choice = ImageChoice.of(pairs, family.views, args)
     encoded = encode_pairs(pairs, family, data_args, choice)
-    skipped = [*skipped, *encoded.long]
     prepared = [PreparedPair(pairs[i], encoded.rows[i], encoded.images[i]) for i in encoded.fits]
-    batches = plan_batches(prepared, batch_size)
-    sizes = [len(batch) for batch in batches]
-    prepared = [item for batch in batches for item in batch]
-    dataset = PairDataset(prepared, data_args.image_folder or [], family.prepare_image)
-    load = PairLoader(family, dataset)
-
-    def logps_alone(item: PreparedPair) -> Record:
-        return logps_of_batch(family, load([item]), [item], args)[0][0]
-
-    dtype = family.module.dtype
+    work = ReferenceWork(family, args, plan_batches(prepared, batch_size), data_args.image_folder or [], per_token)
     fingerprint = inputs | choice.fingerprint() | ({"per_token": str(TOKEN_TYPE)} if per_token else {})
     options: dict[str, Any] = {"flags": FLAGS, "attachment": TOKEN_FILE if per_token else None}
-    with open_stage(out, STAGE, fingerprint, sizes, shard=shard, overwrite=overwrite, **options) as stage:
-        starts = [0, *accumulate(sizes)]
-        positions = [list(range(starts[number], starts[number + 1])) for number in stage.to_do]
-        loader = DataLoader(
-            dataset, batch_sampler=positions, collate_fn=load, num_workers=args.dataloader_num_workers
-        )  # fmt: skip
-        with tqdm(total=stage.total, initial=stage.records_done, desc=STAGE, unit="pair", disable=not progress) as bar:
-            for number, batch in zip(stage.to_do, loader):
-                records, tokens = logps_of_batch(family, batch, batches[number], args, per_token)
-                if number == stage.to_do[0]:  # hours later would be late
-                    compare(records, list(map(logps_alone, batches[number])), TOLERANCE[dtype])
-                stage.append(records, tokens)
-                bar.update(sizes[number])
-        facts: Record = {"skipped": [{"id": skip.id, "reason": skip.reason} for skip in skipped]}
+    with open_stage(out, STAGE, fingerprint, work.sizes, shard=shard, overwrite=overwrite, **options) as stage:
+        work.fill(stage, progress)
+        facts: Record = {"skipped": [{"id": skip.id, "reason": skip.reason} for skip in [*skipped, *encoded.long]]}
         if not stage.complete:
-            sample = sample_of(stage.records(), f"{args.seed} {shard}")
-            items = {item.pair.id: item for item in prepared}
-            again = [logps_alone(items[record["id"]]) for record in sample]
-            facts["verified"] = compare(sample, again, TOLERANCE[dtype])
+            facts["verified"] = work.verify(sample_of(stage.records(), f"{args.seed} {shard}"))
         return stage.conclude(summarize, facts)
+
+
+def lacking(parts: Sequence[Part], family: ModelFamily, args: Any, per_token: bool) -> Wanted:
+    """Views that the family reads and the parts of a finished folder lack; no views where they have all."""
+    choice = ImageChoice(family.views, args.corruption, args.corruption_seed)
+    wanted = Wanted(family.views, choice.made_by, per_token)
+    return replace(wanted, views=missing_views(parts, wanted))
+
+
+@dataclass(frozen=True)
+class ReferenceWork:
+    """The pairs of the stage in batches, and how their log-probs are computed.
+
+    Attributes:
+        args: training arguments: device, loader workers, tokens whose logits exist at one time.
+        per_token: whether log-probs of single tokens are computed too.
+    """
+
+    family: ModelFamily
+    args: Any
+    batches: Sequence[Sequence[PreparedPair]]
+    image_folder: ImageFolder
+    per_token: bool
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of pairs of each batch."""
+        return [len(batch) for batch in self.batches]
+
+    @cached_property
+    def dataset(self) -> PairDataset:
+        """All pairs, batch after batch."""
+        pairs = [item for batch in self.batches for item in batch]
+        return PairDataset(pairs, self.image_folder, self.family.prepare_image)
+
+    @cached_property
+    def load(self) -> PairLoader:
+        """Reads the images of pairs and collates them."""
+        return PairLoader(self.family, self.dataset)
+
+    @property
+    def tolerance(self) -> float:
+        """Tolerance of `compare` in the model's precision."""
+        return TOLERANCE[self.family.module.dtype]
+
+    def loader(self, numbers: Sequence[int]) -> DataLoader:
+        """Collated batches with these numbers, read ahead by worker processes."""
+        starts = [0, *accumulate(self.sizes)]
+        positions = [list(range(starts[number], starts[number + 1])) for number in numbers]
+        workers = self.args.dataloader_num_workers
+        return DataLoader(self.dataset, batch_sampler=positions, collate_fn=self.load, num_workers=workers)
+
+    def alone(self, items: Sequence[PreparedPair]) -> list[Record]:
+        """Records of pairs that are computed one by one."""
+        return [logps_of_batch(self.family, self.load([item]), [item], self.args)[0][0] for item in items]
+
+    def fill(self, stage: Stage, progress: bool) -> None:
+        """Append every batch that the stage lacks. Raises ValueError where the first does not match its pairs alone."""
+        with tqdm(total=stage.total, initial=stage.records_done, desc=STAGE, unit="pair", disable=not progress) as bar:
+            for number, batch in zip(stage.to_do, self.loader(stage.to_do)):
+                items = self.batches[number]
+                records, tokens = logps_of_batch(self.family, batch, items, self.args, self.per_token)
+                if number == stage.to_do[0]:  # hours later would be late
+                    compare(records, self.alone(items), self.tolerance)
+                stage.append(records, tokens)
+                bar.update(len(items))
+
+    def verify(self, sample: Sequence[Record]) -> Record:
+        """Compare stored records with their pairs computed alone."""
+        items = {item.pair.id: item for item in self.dataset.prepared}
+        return compare(sample, self.alone([items[record["id"]] for record in sample]), self.tolerance)
 
 
 def parts_of_same_inputs(out: str | Path, inputs: Record) -> list[Part]:
@@ -277,7 +324,7 @@ def validate_parts(folder: str, parts: Sequence[Part], wanted: Wanted, args: Any
 def reference_of_pairs(
     pairs: Sequence[PreferencePair], data_args: Any, args: Any, data: dict[str, str], family: ModelFamily
 ) -> PairValues:
-    """log pi_ref of every view of every pair, from --reference or else from the data file.
+    """Reference log-probs of every view of every pair, from --reference or else from the data file.
 
     None for a pair that the stage left out as too long. `data` is the pairs' `data_fingerprint`.
 
@@ -311,7 +358,7 @@ def reference_of_pairs(
 def stored_reference(
     pairs: Sequence[PreferencePair], folder: str, args: Any, data: dict[str, str], family: ModelFamily
 ) -> PairValues:
-    """log pi_ref of the loss's views from a stage's folder; views that only token weights read have none.
+    """Reference log-probs of the loss's views, from a stage's folder; views that only token weights read have none.
 
     Raises:
         ValueError: made from other inputs, or without a view that the loss needs.

@@ -73,14 +73,17 @@ class Part:
 
     @property
     def views(self) -> list[str]:
+        """Names of the stored views; stages of earlier versions have the pair's two."""
         return self.fingerprint.get("views") or [view.name for view in PAIR_VIEWS]
 
     @property
     def corruption(self) -> str:
+        """How corrupted images were made, `none` where no view has one."""
         return self.fingerprint.get("corruption", "none")
 
     @property
     def per_token(self) -> bool:
+        """Whether each answer token's log-prob is stored, not only their sum."""
         return "per_token" in self.fingerprint
 
     @property

@@ -13,8 +13,10 @@ IMAGES_AT_ONCE = 32  # in one call of the vision tower
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How the pairs of one optimizer step are spread: a contiguous block of the global order for each (micro-batch,
-    rank), sizes differing by at most one. No pair is given twice."""
+    """How the pairs of one optimizer step are spread over micro-batches and ranks.
+
+    Each (micro-batch, rank) has a contiguous block of the global order; sizes differ by at most one, no pair repeats.
+    """
 
     pairs: int
     world_size: int
@@ -48,10 +50,12 @@ class StepSampler(Sampler):
 
     @property
     def pairs_per_step(self) -> int:
+        """Pairs of one optimizer step over all ranks and micro-batches."""
         return self.batch_size * self.world_size * self.accumulation
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of an epoch, an incomplete last one included."""
         return -(-self.size // self.pairs_per_step)
 
     def plan(self, step: int) -> StepPlan:
@@ -64,6 +68,7 @@ class StepSampler(Sampler):
         return self.order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
 
     def set_epoch(self, epoch: int) -> None:
+        """Reshuffle for this epoch; the order follows from seed and epoch alone, so every rank has the same."""
         self.order = list(range(self.size))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -83,4 +88,5 @@ class StepLoader(DataLoader):
     """A DataLoader whose StepSampler is told the epoch."""
 
     def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the sampler."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

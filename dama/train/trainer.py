@@ -184,6 +184,7 @@ class PreferenceTrainer(BaseTrainer):
     # --- Data ----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> StepLoader:
+        """Loader whose items are this rank's micro-batches of whole optimizer steps."""
         args = self.args
         return StepLoader(
             self.train_dataset,
@@ -196,6 +197,7 @@ class PreferenceTrainer(BaseTrainer):
 
     @cached_property
     def sampler(self) -> StepSampler:
+        """Sampler that deals every optimizer step's pairs out to ranks and micro-batches."""
         args = self.args
         return StepSampler(
             len(self.train_dataset),
@@ -258,7 +260,7 @@ class PreferenceTrainer(BaseTrainer):
         return collated | own | images.columns(items)
 
     def _static_columns(self, batch: dict[str, Any], step: Step, micro_batches: int) -> dict[str, Tensor]:
-        """beta and loss_weight of a micro-batch whose decision follows from the data."""
+        """Columns beta and loss_weight of a micro-batch whose decision follows from the data."""
         delta = torch.tensor([item.delta for item in batch["items"]], dtype=torch.float64)
         parts = self.args.world_size * micro_batches
         weight = (batch["position"] != NO_PAIR).double() * parts / step.plan.pairs
@@ -533,7 +535,7 @@ def answer_ids(row: EncodedRow) -> list[int]:
 
 
 def token_reference_of(item: PreparedPair, view: int) -> Any:
-    """log pi_ref of the answer's tokens of a pair's view, None where the loss has no reference."""
+    """Reference log-probs of the answer tokens of a pair's view; None where the loss has no reference."""
     return item.reference_tokens[view] if item.reference_tokens else None
 
 

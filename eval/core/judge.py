@@ -122,6 +122,7 @@ def ask_judge(
 
 
 def verdict_of(request: ChatRequest, reply: ChatReply) -> Verdict:
+    """Store a reply, or its error, under the request's digest together with its token counts."""
     tokens = reply.prompt_tokens, reply.completion_tokens
     who = reply.text, reply.error, reply.model
     return Verdict(request.id, request.sample, _digest(request), *who, *tokens, reply.finish)

@@ -122,15 +122,9 @@ def score_verdicts(
         values = item.values(number)
         return {name: [0.0, 0.0] for name in of_items} | (parts(item.question, values) if values else {})
 
-    parse, unreadable = (judge.parse_official, judge.unreadable) if official_quirks else (judge.parse, None)
-    items = [
-        _Judged(question, answer, verdicts, [parse(v.text or "") for v in verdicts], unreadable)
-        for question, answer, verdicts in _joined(data, answers, run)
-    ]
-    by_run = tuple(
-        ratios([{"parts": parts_of(item, number)} for item in items], of_items)[first]
-        for number in sorted({verdict.run for verdict in run.verdicts})
-    )
+    items = _read(judge, _joined(data, answers, run), official_quirks)
+    runs = sorted({verdict.run for verdict in run.verdicts})
+    by_run = tuple(ratios([{"parts": parts_of(item, number)} for item in items], of_items)[first] for number in runs)
     return score_items(
         protocol + QUIRKS * official_quirks,
         metrics,
@@ -142,6 +136,17 @@ def score_verdicts(
         judge=run.provenance(),
         by_run=by_run,
     )
+
+
+def _read(
+    judge: Judge, joined: Iterable[tuple[Question, Answer, list[Verdict]]], official_quirks: bool
+) -> list[_Judged[Any]]:
+    """Read the text of every verdict as a value."""
+    parse, unreadable = (judge.parse_official, judge.unreadable) if official_quirks else (judge.parse, None)
+    return [
+        _Judged(question, answer, verdicts, [parse(v.text or "") for v in verdicts], unreadable)
+        for question, answer, verdicts in joined
+    ]
 
 
 def _joined(

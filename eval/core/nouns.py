@@ -70,7 +70,7 @@ def spacy_tagger(model: str = "en_core_web_trf") -> Tagger | None:
 
 
 def nltk_tagger(*, lower: bool = True) -> Tagger | None:
-    """nltk's tokenizer, tagger and WordNet lemmatizer; None where nltk or its data is not installed.
+    """Load nltk's tokenizer, tagger and WordNet lemmatizer; None where nltk or its data is not installed.
 
     lower: words are lemmatized in lower case. As they stand, "Dogs" at the head of a sentence stays "Dogs".
     """

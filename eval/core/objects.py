@@ -51,7 +51,7 @@ class ObjectVocabulary:
 
     @classmethod
     def from_mapping(cls, synonyms: Mapping[str, Iterable[str]]) -> ObjectVocabulary:
-        """node -> its synonyms (the node itself need not be repeated). Raises ValueError for a word of two nodes."""
+        """Build from node -> synonyms, the node itself not repeated. Raises ValueError for a word of two nodes."""
         node_of: dict[str, str] = {}
         spelled = set()
         for node, others in synonyms.items():
@@ -77,6 +77,7 @@ class ObjectVocabulary:
 
     @property
     def nodes(self) -> frozenset[str]:
+        """All object categories, without their synonyms."""
         return frozenset(self.node_of.values())
 
     def mentions(self, text: str) -> list[Mention]:

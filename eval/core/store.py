@@ -17,8 +17,12 @@ from eval.core.types import Answer
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a metric depends on. `counts`: the answers and everything left out; `judge`: its name,
-    version, prompt_digest and temperature; None where rules decide."""
+    """What a metric depends on.
+
+    Args:
+        counts: the answers and everything left out.
+        judge: its name, version, prompt_digest and temperature; None where rules decide.
+    """
 
     benchmark: str
     protocol: str

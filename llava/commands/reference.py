@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from dama.finished import StageCall
 from dama.flags import (
@@ -16,6 +17,9 @@ from dama.flags import (
     pick_shard,
 )
 from dama.train.describe import describe
+
+if TYPE_CHECKING:
+    from llava.train.arguments import Arguments
 
 DESCRIPTION = """\
 Reference log-probs: log pi_ref(y | I, x) of both answers of each pair, summed over the answer's tokens ("</s>"
@@ -115,34 +119,11 @@ def _add_view_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> None:
-    """Check flags and pairs, then run the stage on the code of training."""
-    call = StageCall.begin("reference", args)
-    if (done := call.manifest()) is not None:
-        describe(done, args.out)
-        return
-    from dama.losses import Loss
-    from dama.token_weights import NONE
-    from dama.train.arguments import default_corruption, view_errors
-    from dama.train.data import ImageChoice
-    from llava.supported import validate_trained_model
-
-    validate_trained_model(args.model_name_or_path, "--model_name_or_path")
-    errors = device_errors(args.device)
-    if args.batch_size < 1:
-        errors.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
-    args.corruption = args.corruption or default_corruption(args.loss, args.token_weights)
-    errors += view_errors(args.loss, args.corruption, args.token_weights)
-    shard = pick_shard(args.shard, errors)
-    checked = load_pairs(args, errors)
-    # What the pairs lack is known before the model is loaded.
-    ImageChoice.of(checked.pairs, Loss.parse(args.loss).views, args)
-    from dama.train.reference import run_reference
-    from dama.train.reference_parts import complete_parts
+def training_arguments(args: argparse.Namespace) -> Arguments:
+    """Arguments of a training with this model, data and loss."""
     from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-    from llava.train.reference import reference_family
 
-    arguments = (
+    return (
         ModelArguments(
             model_name_or_path=args.model_name_or_path,
             version=args.version,
@@ -171,20 +152,41 @@ def run(args: argparse.Namespace) -> None:
             corruption_seed=args.corruption_seed,
         ),
     )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check flags and pairs, then run the stage on the code of training."""
+    call = StageCall.begin("reference", args)
+    if (done := call.manifest()) is not None:
+        describe(done, args.out)
+        return
+    from dama.losses import Loss
+    from dama.token_weights import NONE
+    from dama.train.arguments import default_corruption, view_errors
+    from dama.train.data import ImageChoice
+    from llava.supported import validate_trained_model
+
+    validate_trained_model(args.model_name_or_path, "--model_name_or_path")
+    errors = device_errors(args.device)
+    if args.batch_size < 1:
+        errors.append(f"--batch_size {args.batch_size}: expected 1 pair or more")
+    args.corruption = args.corruption or default_corruption(args.loss, args.token_weights)
+    errors += view_errors(args.loss, args.corruption, args.token_weights)
+    shard = pick_shard(args.shard, errors)
+    checked = load_pairs(args, errors)
+    # What the pairs lack is known before the model is loaded.
+    ImageChoice.of(checked.pairs, Loss.parse(args.loss).views, args)
+    from dama.train.reference import run_reference
+    from dama.train.reference_parts import complete_parts
+    from llava.train.reference import reference_family
+
+    arguments = training_arguments(args)
     family = reference_family(arguments)
     manifest = run_reference(
-        family,
-        *arguments[1:],
-        checked.pairs,
-        checked.skipped,
-        args.out,
-        args.batch_size,
-        shard=shard,
-        overwrite=args.overwrite,
-        progress=args.shard is not None or shard.index == 0,
-        per_token=args.per_token or args.token_weights != NONE,
-        data=checked.fingerprint,
-    )
+        family, *arguments[1:], checked.pairs, checked.skipped, args.out, args.batch_size, shard=shard,
+        overwrite=args.overwrite, progress=args.shard is not None or shard.index == 0,
+        per_token=args.per_token or args.token_weights != NONE, data=checked.fingerprint,
+    )  # fmt: skip
     if manifest is not None:
         call.remember(checked.table, family.files, [part.folder for part in complete_parts(args.out)[1:]])
         with logging_on_every_rank():

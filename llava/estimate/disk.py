@@ -121,8 +121,10 @@ def trial_save(folder: Path, arguments: Arguments | None = None) -> float:
 
 
 def has_miniature(arguments: Arguments) -> bool:
-    """Whether a small model of this training's kind can be made: LLaVA-1.5, not under ZeRO-3, whose loading is
-    collective."""
+    """Whether a small model of this training's kind can be made.
+
+    It can for LLaVA-1.5, except under ZeRO-3, whose loading is collective.
+    """
     return not (is_deepspeed_zero3_enabled() or is_hub_model(arguments[0].model_name_or_path))
 
 

@@ -6,6 +6,7 @@ All sizes are bytes unless they are called parameters.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,20 @@ class LayerSizes(NamedTuple):
     projector: int
     layer: int  # of each decoder layer
     head: int  # the last norm and the output layer
+
+    @staticmethod
+    def of(sizes: Mapping[str, int]) -> LayerSizes:
+        """Add up the sizes of a LLaVA's parameters by name."""
+
+        def count(*parts: str) -> int:
+            return sum(size for name, size in sizes.items() if name.startswith(parts))
+
+        return LayerSizes(
+            count("model.embed_tokens."),
+            count("model.mm_projector.", "model.image_newline"),
+            count("model.layers.0."),
+            count("model.norm.", "lm_head."),
+        )
 
     def total(self, layers: int) -> int:
         """Sum over all layers."""
@@ -67,10 +82,6 @@ class ModelShape:
         with torch.device("meta"):
             model, vision = LlavaLlamaForCausalLM(config), CLIPVisionModel(tower)
         sizes = {name: p.numel() for name, p in model.named_parameters()}
-
-        def count(*parts: str) -> int:
-            return sum(size for name, size in sizes.items() if name.startswith(parts))
-
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         patches = (tower.image_size // tower.patch_size) ** 2
         return ModelShape(
@@ -81,12 +92,7 @@ class ModelShape:
             heads=config.num_attention_heads,
             intermediate=config.intermediate_size,
             vocabulary=config.vocab_size,
-            parameters=LayerSizes(
-                count("model.embed_tokens."),
-                count("model.mm_projector.", "model.image_newline"),
-                count("model.layers.0."),
-                count("model.norm.", "lm_head."),
-            ),
+            parameters=LayerSizes.of(sizes),
             matrix=max(sizes.values()),
             tower_parameters=sum(p.numel() for p in vision.parameters()),
             tower_layers=tower.num_hidden_layers,

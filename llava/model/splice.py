@@ -117,7 +117,7 @@ def plan_splice(
     max_length: int | None = None,
     side: str = "right",
 ) -> SplicePlan:
-    """Replaces every image placeholder by its image's positions, cuts rows, pads them.
+    """Replace every image placeholder by its image's positions, cut rows, pad them.
 
     Args:
         input_ids, labels: [T] a row, on the CPU, without padding.
@@ -136,18 +136,13 @@ def plan_splice(
     starts = torch.tensor([len(text_ids), *lengths]).cumsum(0).tolist()  # of each image, and of the row of zeros
     sources, targets, text_start = [], [], 0
     for row, (mask, row_labels, shown) in enumerate(zip(is_image, labels, images, strict=True)):
-        places = mask.nonzero().flatten().tolist()
-        if len(places) != len(shown):
-            raise ValueError(f"row {row} of the batch: {len(places)} image token(s) and {len(shown)} image(s)")
-        # The k-th placeholder, at p, stands before text token p - k of its row.
-        cuts = [place - k for k, place in enumerate(places)]
-        text = torch.arange(text_start, text_start + len(mask) - len(places)).tensor_split(cuts)
-        kept = row_labels[~mask].tensor_split(cuts)
+        if int(mask.sum()) != len(shown):
+            raise ValueError(f"row {row} of the batch: {int(mask.sum())} image token(s) and {len(shown)} image(s)")
         ranges = [torch.arange(starts[image], starts[image] + lengths[image]) for image in shown]
-        blanks = [row_labels.new_full((lengths[image],), IGNORE_INDEX) for image in shown]
-        sources.append(interleave(text, ranges)[:max_length])
-        targets.append(interleave(kept, blanks)[:max_length])
-        text_start += len(mask) - len(places)
+        source, target = splice_row(mask, row_labels, ranges, text_start)
+        sources.append(source[:max_length])
+        targets.append(target[:max_length])
+        text_start += len(mask) - len(shown)
 
     def padded(rows: list[Tensor], value: float) -> Tensor:
         return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
@@ -159,6 +154,22 @@ def plan_splice(
         mask=padded([torch.ones(len(row), dtype=torch.bool) for row in sources], False),
         position_ids=padded([torch.arange(len(row)) for row in sources], 0),
     )
+
+
+def splice_row(mask: Tensor, labels: Tensor, images: Sequence[Tensor], text_start: int) -> tuple[Tensor, Tensor]:
+    """Return the source and the labels of one row, [T'] each.
+
+    Args:
+        mask: [T], whether each token is an image placeholder.
+        labels: [T].
+        images: sources of each image's features, [P], in the order of the placeholders.
+        text_start: source of the row's first text token.
+    """
+    # The k-th placeholder, at p, stands before text token p - k of its row.
+    cuts = [place - k for k, place in enumerate(mask.nonzero().flatten().tolist())]
+    text = torch.arange(text_start, text_start + len(mask) - len(images)).tensor_split(cuts)
+    blanks = [labels.new_full((len(image),), IGNORE_INDEX) for image in images]
+    return interleave(text, images), interleave(labels[~mask].tensor_split(cuts), blanks)
 
 
 def interleave(text: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:

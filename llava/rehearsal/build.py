@@ -106,8 +106,10 @@ def cuda_libraries() -> list[Path]:
 
 
 def headers() -> list[Path]:
-    """Return the folders of CUDA's headers: of the runtime's wheel, and of triton, whose release of CUDA may be older
-    than torch's, and which alone has those of the compiler (crt/)."""
+    """Return the folders of CUDA's headers: of the runtime's wheel, and of triton.
+
+    Triton's release of CUDA may be older than torch's, but it alone has the compiler's headers (crt/).
+    """
     return [cuda_runtime().parents[1] / "include", package_folder("triton") / "backends" / "nvidia" / "include"]
 
 

@@ -136,6 +136,7 @@ def take_flag(words: Sequence[str], flag: str) -> tuple[list[str], str | None]:
 
 
 def as_number(flag: str, text: str) -> float:
+    """Value of a numeric flag. Raises ValueError naming the flag."""
     try:
         return float(text)
     except ValueError as error:

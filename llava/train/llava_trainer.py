@@ -111,6 +111,7 @@ class LengthGroupedSampler(Sampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Select the permutation that the next iteration uses."""
         self.epoch = epoch
 
     def __len__(self) -> int:

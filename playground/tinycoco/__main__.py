@@ -15,6 +15,7 @@ from dama.console import report_error
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Parser of all subcommands; importing their modules is left to `main`, so that --help is fast."""
     parser = argparse.ArgumentParser(prog="python -m playground.tinycoco", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     scenes = commands.add_parser("scenes", help="draw the pairs' pictures and held-out scenes, write their questions")
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return the exit code, 1 after an error."""
     args = build_parser().parse_args(argv)
     try:
         if args.command == "build":

@@ -70,10 +70,12 @@ def measure(out: Path, work: Path) -> dict[str, float]:
 
 
 def heading(text: str) -> None:
+    """Log the title of a build step."""
     log(f"== {text}")
 
 
 def open_answerer(checkpoint: Path):  # type: ignore[no-untyped-def]
+    """Load a checkpoint for generation on the CPU, with the v1 prompt."""
     from llava.generation.local import Answerer
 
     return Answerer(str(checkpoint), conv_mode="v1", device="cpu")

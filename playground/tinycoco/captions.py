@@ -55,10 +55,12 @@ class Thing:
 
     @property
     def noun(self) -> str:
+        """The chosen word, in the plural for two of a kind."""
         return PLURALS[self.category] if self.count > 1 else self.name
 
     @property
     def verb(self) -> str:
+        """Form of `be` that agrees with the count."""
         return "are" if self.count > 1 else "is"
 
     @property
@@ -71,6 +73,7 @@ class Thing:
 
     @property
     def definite(self) -> str:
+        """The noun with its article, as in 'the apples'."""
         return f"the {self.noun}"
 
 
@@ -83,6 +86,7 @@ class Plan:
 
 
 def article(words: str) -> str:
+    """Indefinite article by the first letter, which is enough for TinyCOCO's words."""
     return "an" if words[0].lower() in "aeiou" else "a"
 
 

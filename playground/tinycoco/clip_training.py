@@ -111,6 +111,7 @@ def normalise(pictures: Tensor) -> Tensor:
 
 
 def build_pool(count: int, split: str = "train") -> Pool:
+    """Draw `count` scenes of a split with their patch labels and the categories present."""
     from tqdm import tqdm
 
     scenes = [sample_scene(index, split) for index in range(count)]
@@ -212,6 +213,7 @@ class Teacher(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-3.0))
 
     def logits(self, cosine: Tensor) -> Tensor:
+        """Scaled and shifted cosines, for a sigmoid."""
         return self.scale.exp() * cosine + self.bias
 
 
@@ -263,6 +265,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def make_optimizer(model: ClipModel, teacher: Teacher) -> torch.optim.AdamW:
+    """AdamW without weight decay on biases, norms and scales."""
     parameters = [*model.parameters(), *teacher.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
@@ -270,6 +273,7 @@ def make_optimizer(model: ClipModel, teacher: Teacher) -> torch.optim.AdamW:
 
 
 def new_model(config: dict[str, Any]) -> ClipModel:
+    """A randomly initialized open_clip model; `config` is copied, since open_clip changes it."""
     from open_clip.model import CLIP
 
     return CLIP(**deepcopy(config))
@@ -317,7 +321,7 @@ def _step_loss(
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """safetensors in float16, written atomically."""
+    """Write float16 safetensors atomically."""
     from safetensors.torch import save
 
     halves = {name: tensor.detach().half().contiguous() for name, tensor in tensors.items()}
@@ -458,6 +462,7 @@ def measure(clip_folder: Path, tower_folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    """Train, write both towers and log the metrics of the held-out scenes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for clip/ and vision_tower/")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} pictures each (default {STEPS})")

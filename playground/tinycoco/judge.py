@@ -1,8 +1,8 @@
-"""An OpenAI-compatible judge on loopback that rates TinyCOCO's MMHal-Bench and HallusionBench by rules.
+r"""An OpenAI-compatible judge on loopback that rates TinyCOCO's MMHal-Bench and HallusionBench by rules.
 
     python -m playground.tinycoco benchmarks --out runs/bench
     python -m playground.tinycoco judge --port 8765 &
-    DAMA_BENCH_DATA=runs/bench bash scripts/eval_mmhal.sh playground/tinycoco/weights/llava \\
+    DAMA_BENCH_DATA=runs/bench bash scripts/eval_mmhal.sh playground/tinycoco/weights/llava \
         --judge-base-url http://127.0.0.1:8765/v1 --judge-model rules
 
 It serves one model, "rules", which is no language model: the rating follows from what is drawn in the scene and what

@@ -181,6 +181,7 @@ class Contents:
 
     @property
     def categories(self) -> list[str]:
+        """Distinct categories, in the order of the objects."""
         return list(dict.fromkeys(category for category, _ in self.objects))
 
     def colors(self, category: str) -> list[str]:
@@ -315,7 +316,7 @@ def _colors_of(category: str, answer: str) -> Iterator[str]:
 
 
 def _check_same_color(contents: Contents, answer: str, one: str, other: str) -> bool | None:
-    """yes or no, "the same color" or "different colors", or a color for each."""
+    """The answer as text: yes or no, "the same color" or "different colors", or a color for each."""
     truth = contents.colors(one)[0] == contents.colors(other)[0]
     if first := re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE):
         return (first[1].lower() == "yes") is truth

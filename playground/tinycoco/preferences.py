@@ -37,15 +37,18 @@ class Judged:
 
     @property
     def merit(self) -> tuple[int, int]:
+        """Sort key: fewer inventions first, then more objects found."""
         return -self.invented, self.found
 
 
 def judge(text: str, scene: Scene) -> Judged:
+    """Compare the categories that a text mentions with those drawn in the scene."""
     found = set(mentioned_categories(text)) & set(scene.categories)
     return Judged(text, len(hallucinated_categories(text, scene)), len(found))
 
 
 def similar_length(one: str, other: str) -> bool:
+    """Whether the shorter answer lacks at most LENGTH_TOLERANCE of the longer one's words."""
     lengths = sorted((len(one.split()), len(other.split())))
     return lengths[1] - lengths[0] <= LENGTH_TOLERANCE * lengths[1]
 

@@ -86,6 +86,7 @@ def _question(scene: Scene, index: int) -> str:
 
 
 def vocabulary() -> ObjectVocabulary:
+    """TinyCOCO's 32 categories with their synonyms, as Object HalBench's scorer takes them."""
     return ObjectVocabulary.from_mapping(SYNONYMS)
 
 
@@ -96,31 +97,34 @@ def score_answers(answers: Path) -> Score:
     return score_captions(captions, truth, vocabulary())
 
 
+def score_model(folder: Path, checkpoint: Path) -> Score:
+    """Score a model's captions and write results.json beside them."""
+    manifest, _ = read_stage(folder, "answers")
+    score = score_answers(folder / "answers.jsonl")
+    write_results(
+        folder / "results.json",
+        score.metrics,
+        Provenance(
+            benchmark="TinyCOCO captions",
+            protocol=PROTOCOL,
+            checkpoint=str(checkpoint),
+            fingerprint=manifest["fingerprint"]["weights"],
+            decoding=manifest["fingerprint"]["decoding"],
+            counts=score.counts,
+        ),
+        score.items,
+    )
+    return score
+
+
 def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, Score]:
-    """Scores run/captions/NAME of each model, prints the table, writes results.json, report.html and report.md.
+    """Score run/captions/NAME of each model, print the table, write results.json, report.html and report.md.
 
     Args:
         models: name in the table -> checkpoint folder, the one before alignment first.
         smoke: say first that so small a run shows nothing about the methods.
     """
-    scores: dict[str, Score] = {}
-    for name, checkpoint in models.items():
-        folder = run / "captions" / slug(name)
-        manifest, _ = read_stage(folder, "answers")
-        scores[name] = score_answers(folder / "answers.jsonl")
-        write_results(
-            folder / "results.json",
-            scores[name].metrics,
-            Provenance(
-                benchmark="TinyCOCO captions",
-                protocol=PROTOCOL,
-                checkpoint=str(checkpoint),
-                fingerprint=manifest["fingerprint"]["weights"],
-                decoding=manifest["fingerprint"]["decoding"],
-                counts=scores[name].counts,
-            ),
-            scores[name].items,
-        )
+    scores = {name: score_model(run / "captions" / slug(name), checkpoint) for name, checkpoint in models.items()}
     log(format_table(scores))
     page = Report(
         title="TinyCOCO: captions before and after alignment",
@@ -143,6 +147,7 @@ def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str,
 
 
 def slug(name: str) -> str:
+    """A model's name as part of a file name."""
     return name.lower().replace(" ", "_")
 
 
@@ -190,6 +195,7 @@ def marks(item: Record) -> list[tuple[int, int, Literal["hallucinated", "correct
 
 
 def hardness(run: Path) -> Hardness:
+    """Every pair's delta by kind of pair, and their mean, from the run's hardness stage."""
     _, records = read_stage(run / "hardness", "hardness")
     kinds = sorted({record["kind"] for record in records})
     by_kind = {kind: [record["delta"] for record in records if record["kind"] == kind] for kind in kinds}
@@ -203,6 +209,7 @@ def curve(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def provenance(run: Path, models: dict[str, Path], scores: dict[str, Score]) -> dict[str, str]:
+    """Lines of the report's footer: what was scored, the number of pairs and each model's training flags."""
     first = next(iter(scores.values()))
     pairs = json.loads((run / "data" / "pairs.json").read_text())
     lines = {

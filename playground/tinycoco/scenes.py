@@ -37,10 +37,12 @@ class SceneObject:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """Center of the box, in pixels."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     @property
     def area(self) -> int:
+        """Area of the box, in pixels."""
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
 
@@ -196,13 +198,16 @@ class Pen:
         self.left, self.top, self.width, self.height = box[0], box[1], box[2] - box[0], box[3] - box[1]
 
     def at(self, x: float, y: float) -> tuple[float, float]:
+        """Pixel coordinates of a point of the unit box."""
         return self.left + (1 - x if self.flip else x) * self.width, self.top + y * self.height
 
     def span(self, x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, float, float]:
+        """Pixel box (left, top, right, bottom) of two corners, ordered as PIL wants them also when mirrored."""
         (a, b), (c, d) = self.at(x0, y0), self.at(x1, y1)
         return min(a, c), min(b, d), max(a, c), max(b, d)
 
     def ellipse(self, x0: float, y0: float, x1: float, y1: float, fill: RGB) -> None:
+        """Fill the ellipse that two corners of the unit box span."""
         self.draw.ellipse(self.span(x0, y0, x1, y1), fill=fill)
 
     def disc(self, x: float, y: float, radius: float, fill: RGB) -> None:
@@ -211,19 +216,24 @@ class Pen:
         self.draw.ellipse((a - r, b - r, a + r, b + r), fill=fill)
 
     def ring(self, x: float, y: float, radius: float, thickness: float, fill: RGB) -> None:
+        """Outline a circle; radius and thickness are shares of the box's height."""
         (a, b), r = self.at(x, y), radius * self.height
         self.draw.ellipse((a - r, b - r, a + r, b + r), outline=fill, width=self.pixels(thickness))
 
     def rect(self, x0: float, y0: float, x1: float, y1: float, fill: RGB, radius: float = 0.0) -> None:
+        """Fill a rectangle; the radius of its corners is a share of the box's height."""
         self.draw.rounded_rectangle(self.span(x0, y0, x1, y1), radius * self.height, fill=fill)
 
     def poly(self, points: list[tuple[float, float]], fill: RGB) -> None:
+        """Fill the polygon with these corners, in unit coordinates."""
         self.draw.polygon([self.at(x, y) for x, y in points], fill=fill)
 
     def line(self, points: list[tuple[float, float]], fill: RGB, thickness: float = 0.05) -> None:
+        """Draw connected segments; the thickness is a share of the box's height."""
         self.draw.line([self.at(x, y) for x, y in points], fill=fill, width=self.pixels(thickness), joint="curve")
 
     def pixels(self, share: float) -> int:
+        """A share of the box's height in pixels, at least 2."""
         return max(2, round(share * self.height))
 
 

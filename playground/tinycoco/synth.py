@@ -62,14 +62,17 @@ class SceneArtist:
     """Draws what a prompt names; as an image model would, now and then something else, or nothing."""
 
     def identity(self) -> Record:
+        """Fields of the fingerprint; another painter means other images."""
         return {"model": "TinyCOCO", "painter": digest_of_file(run.PAINTER), "version": VERSION}
 
     def draw(self, prompts: Sequence[str], guidance: float, seeds: Sequence[int]) -> list[Drawn]:
+        """One image for each prompt and seed, black where the artist draws nothing."""
         scenes_drawn = (painted_scene(prompt, guidance, seed) for prompt, seed in zip(prompts, seeds))
         return [Drawn(black() if scene is None else draw(scene)) for scene in scenes_drawn]
 
 
 def black() -> Any:
+    """An image of a scene's size with nothing on it."""
     from PIL import Image
 
     return Image.new("RGB", (scenes.SIZE, scenes.SIZE))
@@ -147,9 +150,11 @@ class TruthMarker:
         self.shown = scenes_of(images)
 
     def identity(self) -> Record:
+        """Fields of the fingerprint; another painter means other truths."""
         return {"kind": "rules", "painter": digest_of_file(run.PAINTER), "version": VERSION}
 
     def mark(self, items: Sequence[Answered]) -> list[Mark | None]:
+        """One mark for each answered item, by what its scene contains."""
         return [self._mark(item, self.shown[item.image.stem]) for item in items]
 
     @staticmethod
@@ -212,6 +217,7 @@ def _fits(prompt: str, candidate: Record) -> bool:
 
 
 def share(part: int, whole: int) -> str:
+    """Percentage as text; 0.0 % of nothing."""
     return f"{100 * part / max(1, whole):.1f} %"
 
 
@@ -303,6 +309,7 @@ def report(home: Path, models: dict[str, Path], smoke: bool = False) -> dict[str
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="python -m playground.tinycoco.synth", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     prompts = commands.add_parser("prompts", help="write prompts and questions")
@@ -321,6 +328,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return the exit code, 1 after an error."""
     args = build_parser().parse_args(argv)
     try:
         if args.command == "prompts":

@@ -71,10 +71,12 @@ class Settings:
 
     @property
     def device(self) -> torch.device:
+        """The first GPU, else the CPU."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def dtype(self) -> torch.dtype:
+        """bfloat16 on a GPU, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def build(self, way: str) -> tuple[Any, Step]:
@@ -101,6 +103,7 @@ class Floor:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the step's FLOPs at the rate of a large matrix product."""
         return self.flops / self.rate
 
 
@@ -155,6 +158,7 @@ def backward(logps: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def plain(settings: Settings) -> tuple[Any, Step]:
+    """LLaVA with padded rows, a prefix for each answer, and its step."""
     model = llava(settings, "sdpa")
     return model, plain_step(model, batch_of(settings, shared_prefix=False))
 
@@ -176,6 +180,7 @@ def plain_step(model: Any, batch: dict[str, Tensor]) -> Step:
 
 
 def ours(settings: Settings) -> tuple[Any, Step]:
+    """LLaVA with packed rows that share the prefix, and its step."""
     from llava.model.attention import SHARED_PREFIX
 
     model, batch = llava(settings, SHARED_PREFIX), batch_of(settings, shared_prefix=True)
@@ -187,6 +192,7 @@ def ours(settings: Settings) -> tuple[Any, Step]:
 
 
 def trl(settings: Settings, reference_given: bool = False) -> tuple[Any, Step]:
+    """TRL's DPO trainer on the exported checkpoint, and its step."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     folder = settings.folder / "hf"
@@ -333,6 +339,7 @@ def in_a_process(settings: Settings, work: Callable[..., Any], *arguments: Any) 
 
 
 def set_up(threads: int) -> None:
+    """Fix the number of CPU threads and silence libraries' warnings and progress bars."""
     import transformers
 
     logging.disable(logging.WARNING)
@@ -346,6 +353,7 @@ def set_up(threads: int) -> None:
 
 
 def main() -> None:
+    """Measure all ways in turn and print medians and ratios."""
     args = parse_arguments()
     ways = [way for way in args.ways if not way.startswith("trl") or find_spec("trl")]
     if ways != args.ways:
@@ -375,6 +383,7 @@ def main() -> None:
 
 
 def describe(args: argparse.Namespace, settings: Settings) -> str:
+    """Header of the output: sizes, precision, device and number of repeats."""
     pair = settings.shape.pair
     prefix, chosen, rejected = pair.prefix, pair.chosen, pair.rejected
     device = torch.cuda.get_device_name() if settings.device.type == "cuda" else f"{args.threads} CPU thread(s)"
@@ -428,6 +437,7 @@ def ratios_to_ours(fitting: Fitting) -> dict[str, Spread]:
 
 
 def describe_training(training: Training | None) -> str:
+    """Line on full-parameter training; None is one that did not fit into memory."""
     head = f"full-parameter training, {PAIRS_A_STEP} pairs a step: "
     if training is None:
         return f"{head}does not fit into the memory"
@@ -435,6 +445,7 @@ def describe_training(training: Training | None) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Flags; the defaults of --pairs and --train depend on the shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="sizes of the model. Default: %(default)s")
     parser.add_argument("--pairs", type=int, metavar="N", help="pairs in a step. Default: 2; 4 for 7b")

@@ -129,12 +129,14 @@ def tinycoco(folder: Path, count: int) -> Iterator[Request]:
 
 
 def noise(folder: Path, shape: Shape, count: int) -> Iterator[Request]:
+    """Write `count` random images and yield a question about each."""
     write_pictures(folder, shape, count)
     for i in range(count):
         yield Request(str(i), QUESTIONS[i % len(QUESTIONS)], f"{i}.png")
 
 
 def measure(name: str, folder: Path, args: argparse.Namespace) -> Comparison:
+    """Compare batched generation with one answer at a time, for one shape."""
     device = "cuda" if torch.cuda.is_available() and name == "7b" else "cpu"
     images = folder / "images"
     images.mkdir(parents=True)
@@ -150,6 +152,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> Comparison:
 
 
 def main() -> None:
+    """Measure the requested shapes; print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=("tinycoco", "wide", "7b"), default=["tinycoco", "wide"])
     parser.add_argument("--answers", type=int, default=16, help="questions of a round (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Pairs and images a second of the hardness stage against the direct loop, and where the difference comes from.
+r"""Pairs and images a second of the hardness stage against the direct loop, and where the difference comes from.
 
 The direct loop takes one pair at a time, encodes the image for each answer, and reads every statement at CLIP's full
 context. Both get the same work in turn: other crops of photographs, 1.7 pairs an image as in RLAIF-V, no statement
@@ -6,7 +6,7 @@ twice, random weights. Beside the clock's time stands the processor's, which oth
 threads do not wait by spinning.
 
     GOMP_SPINCOUNT=0 python scripts/bench/hardness.py --photos FOLDER           # ViT-B-32 on 2 cores, about 5 minutes
-    python scripts/bench/hardness.py --photos FOLDER --clip ViT-L-14-336-quickgelu --precision bf16 --device cuda \\
+    python scripts/bench/hardness.py --photos FOLDER --clip ViT-L-14-336-quickgelu --precision bf16 --device cuda \
         --images 2048 --batch_size 64 --workers 16 --rounds 1
 """
 
@@ -51,6 +51,8 @@ PLACES = "left right upper lower front far near inner outer sunny".split()  # no
 
 
 class Seconds(NamedTuple):
+    """Duration of one measurement."""
+
     clock: float
     processor: float  # of all threads and of the processes that decoded
 
@@ -66,6 +68,7 @@ class Setting(NamedTuple):
 
 
 def main() -> None:
+    """Time both ways in turn on crops of --photos and print the table."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     photos = sorted(path for path in args.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
@@ -82,6 +85,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Flags of the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder of photographs to crop")
     parser.add_argument("--clip", default="ViT-B-32", help="open_clip architecture (default: %(default)s)")
@@ -149,7 +153,7 @@ def timed(seconds: list[Seconds], device: torch.device) -> Iterator[None]:
 
 
 def direct(setting: Setting, parts: dict[str, list[Seconds]]) -> dict[str, float]:
-    """delta of each pair by open_clip's own functions, as one would write it down; `parts` gets their times."""
+    """Delta of each pair by open_clip's own functions, as one would write it down; `parts` gets their times."""
     model, scorer, device = setting.scorer.model, setting.scorer, setting.scorer.device
     deltas = {}
     for pair in tqdm(setting.pairs, "direct loop", unit="pair", leave=False):
@@ -169,6 +173,7 @@ def direct(setting: Setting, parts: dict[str, list[Seconds]]) -> dict[str, float
 
 
 def ours(setting: Setting, out: Path) -> dict[str, float]:
+    """Delta of each pair by the hardness stage, written to `out`."""
     run_hardness(
         setting.pairs, setting.folder, out, setting.scorer,
         batch_size=setting.batch_size, workers=setting.workers, progress=False,
@@ -177,6 +182,7 @@ def ours(setting: Setting, out: Path) -> dict[str, float]:
 
 
 def dtype(scorer: ClipScorer) -> torch.dtype:
+    """Precision of the scorer's encoders."""
     return torch.bfloat16 if scorer.identity["precision"] == "bf16" else torch.float32
 
 
@@ -206,10 +212,12 @@ def parts_of_ours(setting: Setting, parts: dict[str, list[Seconds]]) -> None:
 
 
 def no_parts() -> dict[str, list[Seconds]]:
+    """An empty list of times for each part of the work."""
     return {name: [] for name in ("decode", "image encoder", "text encoder", "split, tokenise")}
 
 
 def report(setting: Setting, rounds: int, scratch: Path) -> None:
+    """Time `rounds` of both ways after a warm-up and log medians, ratios, parts and the largest difference."""
     statements = sum(len(split_statements(a)) for pair in setting.pairs for a in (pair.chosen, pair.rejected))
     images = len(distinct_images(setting.pairs))
     log(f"{len(setting.pairs)} pairs, {images} pictures, {statements} statements; {setting.scorer.identity['model']}")

@@ -85,6 +85,7 @@ def deviations(runs: dict[str, Run]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    """Train in every layout and log how far each trajectory deviates from the first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the trajectories and deviations")
     parser.add_argument("--zero", type=int, choices=(2, 3), default=2, help="DeepSpeed's ZeRO stage")

@@ -45,6 +45,7 @@ class Shape:
 
     @property
     def patches(self) -> int:
+        """Patches of an image, which is square."""
         return (self.image // self.patch) ** 2
 
 
@@ -88,6 +89,7 @@ def configs_of(shape: Shape) -> tuple[Any, Any]:
 
 
 def image_processor_of(shape: Shape) -> Any:
+    """CLIP's image processor for the shape's side."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = shape.image
@@ -181,6 +183,7 @@ def write_pictures(folder: Path, shape: Shape, count: int) -> None:
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait for the GPU's queued work; return at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -233,6 +236,7 @@ class PeakMemory:
 
     @property
     def bytes(self) -> int:
+        """Peak above the use at the start, in bytes: allocated on a GPU, resident on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         return self._resident("VmHWM") - self.before
@@ -254,6 +258,7 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
+        """Median, minimum and maximum of at least one value."""
         return Spread(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:

@@ -40,6 +40,8 @@ BF16 = ["--bf16", "True"]
 
 
 class Case(NamedTuple):
+    """A training whose peak is both estimated and measured."""
+
     flags: list[str]
     micro_batch: int = 2
     accumulation: int = 1
@@ -80,6 +82,7 @@ CASES = {
 
 
 def shape_of(name: str, case: Case) -> Shape:
+    """The shape, with the pair's answers lengthened where the case asks for it."""
     shape = SHAPES[name]
     return replace(shape, pair=PairLength.of(shape.pair.prefix, 480, 440)) if case.long_answers else shape
 
@@ -88,6 +91,7 @@ def shape_of(name: str, case: Case) -> Shape:
 
 
 def flags_of(case: Case, folder: Path) -> list[str]:
+    """Training flags of the case."""
     checkpoint = folder / "checkpoint"
     common = {
         "--task": "DPO", "--model_name_or_path": checkpoint, "--data_path": checkpoint / "config.json",
@@ -135,6 +139,7 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
 
 
 def results_of(name: str, folder: Path) -> Path:
+    """Folder for the case's results, one file for each rank."""
     return folder / "results" / str([*CASES].index(name))
 
 
@@ -162,16 +167,19 @@ def launch(name: str, shape: str, folder: Path) -> dict[str, Any]:
 
 
 def error_of(figures: dict[str, Any]) -> float:
+    """Relative error of the estimate; positive where it is too large."""
     return figures["estimated"] / figures["measured"] - 1
 
 
 def line_of(name: str, figures: dict[str, Any]) -> str:
+    """Row of the table, in MiB, with the phase of the estimated peak."""
     measured, estimated = (figures[which] / MIB for which in ("measured", "estimated"))
     phase = max(figures["phases"], key=figures["phases"].__getitem__)
     return f"{name:<42}{measured:>10.1f}{estimated:>11.1f}{error_of(figures):>+9.1%}  {phase}"
 
 
 def main() -> None:
+    """Estimate and measure every case and print the table; with --worker, measure one case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="of model and pairs. Default: cpu")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")

@@ -70,6 +70,7 @@ class Saved:
 
     @property
     def token_ratio(self) -> float:
+        """Tokens apart over tokens packed."""
         return self.tokens[1] / self.tokens[0]
 
 
@@ -141,6 +142,7 @@ def measure(settings: Settings, pattern: str, way: str) -> Measured | None:
 
 
 def prepare(settings: Settings) -> None:
+    """Write the checkpoint that every measurement loads."""
     write_checkpoint(settings.folder, settings.shape, settings.device, settings.dtype)
 
 
@@ -174,6 +176,7 @@ def describe(pattern: str, saved: Saved) -> str:
 
 
 def main() -> None:
+    """Measure every pattern packed and apart in turn and print what packing saves."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="bench_objectives_") as folder:
         settings = Settings(Path(folder), SHAPES[args.shape], args.pairs, args.threads, args.steps)
@@ -203,6 +206,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Flags; counts below 1 are refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="sizes of the model. Default: %(default)s")
     parser.add_argument("--pairs", type=int, default=1, metavar="N", help="pairs in a step. Default: %(default)s")

@@ -55,6 +55,7 @@ BAD = {100: "unusable image", 200: "evaluation image", 300: "repeated pair"}
 
 
 def main() -> None:
+    """Write the Parquet files, time reading alone and `dama prepare`, and print rows per second and peak memory."""
     args = parse_arguments()
     photos = sorted(path for path in args.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not photos:
@@ -79,6 +80,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Flags of the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="photographs to cut crops from")
     parser.add_argument("--rows", type=int, default=83_132, metavar="N", help="default: RLAIF-V's %(default)s")
@@ -132,6 +134,7 @@ def crop(rng: random.Random, photos: list[Image.Image]) -> bytes:
 
 
 def good_row(rng: random.Random, number: int, picture: bytes) -> dict[str, Any]:
+    """A row as RLAIF-V's Parquet files have it, with an image of its own."""
     return {
         "ds_name": "RLAIF-V",
         "image": {"bytes": picture, "path": f"{number}.jpg"},
@@ -146,6 +149,7 @@ def good_row(rng: random.Random, number: int, picture: bytes) -> dict[str, Any]:
 
 
 def spoiled(row: dict[str, Any], before: dict[str, Any], error: str, rng: random.Random) -> dict[str, Any]:
+    """A row with the named error: a repeated pair, an evaluation image, or an image cut in half."""
     if error == "repeated pair":
         return before | {"idx": row["idx"]}
     if error == "evaluation image":
@@ -155,6 +159,7 @@ def spoiled(row: dict[str, Any], before: dict[str, Any], error: str, rng: random
 
 
 def sentence(rng: random.Random, words: int) -> str:
+    """Random words as a sentence."""
     return " ".join(rng.choices(WORDS.split(), k=words)).capitalize() + "."
 
 
@@ -162,6 +167,7 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def batches(folder: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of 32 rows of all Parquet files, in the order of their names."""
     for path in sorted(folder.iterdir()):
         yield from pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20).iter_batches(32)
 

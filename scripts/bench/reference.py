@@ -114,6 +114,7 @@ def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_
 
 
 def measure(model: Any, shape: Shape, case: Case, rate: float, args: argparse.Namespace) -> Row:
+    """Time a case with shared and with plain prefixes in turn, after one warm-up of each."""
     size = size_of(model)
     passes = 3 if args.step else 1
     flops = case.pairs * (passes * forward_flops(size, case.length.groups) + 2 * size.tower * size.patches)
@@ -134,6 +135,7 @@ def load(shape: Shape, device: torch.device) -> Any:
 
 
 def main() -> None:
+    """Measure every case and print one line for each."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,6 +158,7 @@ def main() -> None:
 
 
 def describe(row: Row) -> str:
+    """Row of the table."""
     case, time = row.case, Spread.of(row.shared)
     return LINE.format(
         case.varied, case.pairs, case.length.prefix, f"{case.length.chosen} + {case.length.rejected}", case.tokens,
@@ -165,6 +168,7 @@ def describe(row: Row) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Flags; counts below 1 are refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", action="store_true", help="a training step instead of the reference stage")
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="sizes of the model. Default: %(default)s")

@@ -55,6 +55,7 @@ MB = 1e6
 
 
 def main() -> None:
+    """Measure every size in child processes and print seconds and MB; then seconds of --help."""
     args = parse_arguments()
     if args.functions:
         log(json.dumps(seconds_of_functions(args.functions)))
@@ -73,6 +74,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Flags; --functions and --command are those of the child processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1000, 10_000, 80_000], metavar="N", help="sizes")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="runs for each median (default: 1)")
@@ -98,6 +100,8 @@ def write_pairs(folder: Path, count: int) -> None:
 
 
 def row_of(number: int, images: int, rng: random.Random) -> dict[str, Any]:
+    """A released pair with reference log-probs and scores inside, so that no stage is needed."""
+
     def answer() -> str:
         return " ".join(rng.choices(WORDS.split(), k=rng.randint(60, 120))).capitalize() + "."
 
@@ -133,6 +137,7 @@ def measure(folder: Path, count: int, repeats: int) -> None:
 
 
 def child(*words: str | Path) -> str:
+    """Run this file with these words in a fresh process and return the last line of its output."""
     line = [sys.executable, __file__, *map(str, words)]
     settings = environment() | {"DAMA_CACHE_HOME": str(Path(words[-1]) / "functions")}
     done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=settings)
@@ -140,6 +145,7 @@ def child(*words: str | Path) -> str:
 
 
 def environment() -> dict[str, str]:
+    """Environment of the child processes: one thread, offline, this checkout."""
     return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
@@ -254,6 +260,7 @@ def idle_seconds(out: Path, cache: Path) -> float:
 
 
 def help_seconds(command: str) -> float:
+    """Seconds of one --help call, start of the interpreter included."""
     start = time.perf_counter()
     line = [sys.executable, *command.split(), "--help"]
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment())

@@ -77,6 +77,7 @@ class QwenShape:
 
     @property
     def image_tokens(self) -> int:
+        """Tokens of an image after the merge of neighboring patches."""
         return (self.grid // MERGE) ** 2
 
 
@@ -241,6 +242,7 @@ def prepare(settings: QwenSettings) -> SimpleNamespace:
 
 
 def main() -> None:
+    """Measure all ways in turn and print times and ratios."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="bench_vlm_step_") as folder:
         shape = SHAPES[args.shape]
@@ -271,6 +273,7 @@ def say(of_way: list[Any]) -> str:
 
 
 def describe(args: argparse.Namespace, settings: QwenSettings, found: SimpleNamespace) -> str:
+    """Header of the output: sizes, weights, lengths, device and number of repeats."""
     shape: QwenShape = settings.shape
     device = torch.cuda.get_device_name() if settings.device.type == "cuda" else f"{args.threads} CPU thread(s)"
     return (
@@ -284,6 +287,7 @@ def describe(args: argparse.Namespace, settings: QwenSettings, found: SimpleName
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Flags; counts below 1 are refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu", help="sizes of the model. Default: %(default)s")
     parser.add_argument("--pairs", type=int, default=2, metavar="N", help="pairs in a step. Default: %(default)s")

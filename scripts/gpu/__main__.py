@@ -49,6 +49,7 @@ BLOCKS = {
 
 
 def parser() -> argparse.ArgumentParser:
+    """Parser of the command; importing a block is left to its own process."""
     p = argparse.ArgumentParser(prog=PROGRAM, description="Measure on one GPU what cannot be tested without one.")
     p.add_argument("--out", type=Path, help="results as JSON (default: runs/gpu_check/CARD.json)")
     p.add_argument("--blocks", type=names, default=list(BLOCKS), metavar="A,B",
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def names(text: str) -> list[str]:
+    """Block names of a comma-separated list. Raises ArgumentTypeError for an unknown one."""
     chosen = text.split(",")
     unknown = [name for name in chosen if name not in BLOCKS]
     if unknown:
@@ -156,6 +158,7 @@ def revision() -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the blocks, each in its own process, and write the results after each; return the exit code."""
     args = parser().parse_args(argv)
     began = time.monotonic()
     prepare_environment(args.rehearse)

@@ -49,14 +49,17 @@ class Report:
         self.write()
 
     def leave_out(self, name: str, why: str) -> None:
+        """Record that a case was not run, and why."""
         self.left_out[name] = why
         self.write()
 
     def write(self) -> None:
+        """Write all results so far, so that a killed block loses none."""
         write_json(self.out, {"line": self.line, "failed": self.failed, "cases": self.cases, "left_out": self.left_out})
 
 
 def first_line(error: BaseException) -> str:
+    """First line of an error's message, at most 300 characters."""
     return (str(error).splitlines() or [""])[0][:300]
 
 

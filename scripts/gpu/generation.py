@@ -22,6 +22,7 @@ PROMPT = "Describe the picture in detail."
 
 
 def measure(report: Report) -> None:
+    """Time greedy generation at every batch size."""
     device = torch.device("cuda", 0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -19,6 +19,7 @@ STATEMENT = "A red car is standing next to the wooden table on the left side of 
 
 
 def measure(report: Report) -> None:
+    """Images and statements per second of CLIP in fp32 and bf16."""
     for precision in ("fp32", "bf16"):
         with report.case(precision) as found, tempfile.TemporaryDirectory() as name:
             scorer = scorer_of(precision, Path(name))
@@ -56,6 +57,7 @@ def images_per_second(scorer: ClipScorer) -> float:
 
 
 def statements_per_second(scorer: ClipScorer) -> float:
+    """Rate of the text encoder after one warm-up batch."""
     texts = [STATEMENT.format(number) for number in range(BATCH * ROUNDS)]
     scorer.encode_texts(texts[:BATCH])
     return round(len(texts) / time_of(lambda: scorer.encode_texts(texts), scorer.device).clock, 1)

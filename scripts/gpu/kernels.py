@@ -21,6 +21,7 @@ class Outcomes:
         self.found: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Store each test's outcome; a failed set-up counts as the test's."""
         if report.when == "call" or report.outcome != "passed":
             name = report.nodeid.rpartition("::")[2]
             self.found[name] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
@@ -30,6 +31,7 @@ class Outcomes:
 
 
 def measure(report: Report) -> None:
+    """Run the kernel tests in this process; each test is a case."""
     outcomes = Outcomes()
     words = ["-q", "-s", "--tb=short", "-p", "no:cacheprovider", *FILES, "-k", CHOSEN]
     status = pytest.main(words, plugins=[outcomes])

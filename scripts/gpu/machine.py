@@ -21,6 +21,7 @@ PACKAGES = (
 
 
 def version_of(package: str) -> str | None:
+    """Installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -43,6 +44,7 @@ def describe() -> dict[str, Any]:
 
 
 def main() -> int:
+    """Print the description as JSON; return 2 without a GPU."""
     if not torch.cuda.is_available():
         sys.stderr.write(f"gpu_check: error: expected one GPU: {gpu_problem()}; --rehearse runs without one\n")
         return 2

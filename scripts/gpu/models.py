@@ -53,9 +53,11 @@ class WithoutOptimizer:
         self.model = model
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients in half precision."""
         loss.backward()
 
     def step(self) -> None:
+        """Free the gradients in place of an update."""
         self.model.zero_grad(set_to_none=True)
 
 
@@ -98,6 +100,7 @@ class Stopwatch:
         return dict(found) | {"step": sum(found.values())}
 
     def close(self) -> None:
+        """Remove the hooks from the vision tower."""
         for hook in self.hooks:
             hook.remove()
 
@@ -174,10 +177,12 @@ def first_synchronization(work: Callable[[], Any]) -> str | None:
 
 
 def count_of(pairs: int) -> str:
+    """Number of pairs with its unit, as cases are named."""
     return f"{pairs} pair" + "s" * (pairs > 1)
 
 
 def gib(size: float) -> str:
+    """Bytes in GiB, one decimal."""
     return f"{size / 2**30:.1f}"
 
 

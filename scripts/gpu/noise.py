@@ -30,6 +30,7 @@ MARGIN = 3  # of a limit above the noise that it must let pass
 
 
 def measure(report: Report) -> None:
+    """Compare log-probs in bf16, packed and one by one, with those in fp32."""
     torch.set_float32_matmul_precision("highest")  # no TF32
     with tempfile.TemporaryDirectory() as name:
         plan = plan_of(Path(name), shape_of())
@@ -129,6 +130,7 @@ def noise(difference: Tensor, count: Any) -> float:
 
 
 def line_of(head: str, found: dict[str, Any]) -> str:
+    """Summary of one head's noise, in nats, beside the limits that the reference check uses now."""
     if "limits" not in found:
         return f"{head} logits: {found.get('error', 'out of memory')}"
     each, limits = found["nats_per_root_token"], found["limits"]

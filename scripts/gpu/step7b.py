@@ -46,6 +46,7 @@ CANNOT_REHEARSE = "Triton's kernels cannot be rehearsed"
 
 
 def measure(report: Report) -> None:
+    """Time DPO steps of the 7B shape, then single levers, AdamW, TRL and compiled layers."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plan = plan_of(folder / "model", shape_of())
@@ -192,8 +193,10 @@ def with_trl(report: Report, folder: Path) -> None:
 
 
 def exported(settings: Settings) -> tuple[Any, Any]:
-    """(random LlavaForConditionalGeneration on the GPU, its processor): a narrow model of this vocabulary is exported
-    for the files, and its config then gets the shape's sizes."""
+    """Return a random LlavaForConditionalGeneration on the GPU, and its processor.
+
+    A narrow model of this vocabulary is exported for the files; its config then gets the shape's sizes.
+    """
     from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
     from llava.model.builder import read_checkpoint
@@ -258,4 +261,5 @@ def line_of(report: Report) -> str:
 
 
 def rate(cases: dict[str, Any], name: str) -> float | None:
+    """Pairs per second of a case; None if it did not run or did not fit."""
     return cases.get(name, {}).get("pairs_per_second")

@@ -20,6 +20,7 @@ REHEARSED = ("dpo plain", "dpo lora")
 
 
 def measure(report: Report) -> None:
+    """Train the golden checkpoint on the GPU in every way and compare losses with the CPU's."""
     torch.backends.cudnn.allow_tf32 = False  # the convolution of the vision tower would round to 10 bits
     ways = REHEARSED if is_rehearsed() else [*WAYS]
     if not importlib.util.find_spec("deepspeed"):
@@ -41,6 +42,7 @@ def measure(report: Report) -> None:
 
 
 def steps_on_cpu(words: list[str]) -> list[dict[str, float]]:
+    """Log lines of the same training on half of the CPU cores."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     return steps_of([*words, "--use_cpu", "True"])
 

@@ -24,6 +24,7 @@ PAIRS = 4
 
 
 def measure(report: Report) -> None:
+    """Time Qwen2.5-VL 7B packed, as rows, in TRL and with compiled layers."""
     if is_rehearsed():
         report.leave_out("all", "the model reads image sizes from the device, where a simulated GPU has none")
         report.line = report.left_out["all"]
@@ -48,10 +49,12 @@ def measure(report: Report) -> None:
 
 
 def new_model(settings: QwenSettings) -> Any:
+    """A randomly initialized model on the GPU."""
     return random_model(settings.shape, settings.device, settings.dtype)
 
 
 def with_trl(report: Report, settings: QwenSettings) -> None:
+    """Time TRL's step on the same batch, with and without reference log-probs given."""
     missing = [package for package in ("trl", "datasets") if not importlib.util.find_spec(package)]
     if missing:
         report.leave_out("TRL", f"{', '.join(missing)} not installed")
@@ -68,6 +71,7 @@ def with_trl(report: Report, settings: QwenSettings) -> None:
 
 
 def line_of(report: Report) -> str:
+    """Pairs per second and peak of every case, and the packed case's speed relative to the others."""
     ours = report.cases.get("packed", {}).get("pairs_per_second")
     parts = []
     for case, found in report.cases.items():

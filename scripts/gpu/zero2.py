@@ -41,6 +41,7 @@ def one_rank() -> Iterator[None]:
 
 
 def measure(report: Report) -> None:
+    """Time steps of DeepSpeed's ZeRO-2 on one rank with every optimizer."""
     with one_rank(), tempfile.TemporaryDirectory() as name:
         trainer: training.WithDeepSpeed | None = None
         for optimizer in OPTIMIZERS:
@@ -62,6 +63,7 @@ def measure(report: Report) -> None:
 
 
 def words_of(optimizer: str, found: dict) -> str:
+    """Summary of one optimizer: milliseconds and peak beside its estimate."""
     if "peak_bytes" not in found:
         return f"{optimizer}: {'out of memory' if 'out_of_memory' in found else 'error'}"
     peaks = f"{gib(found['peak_bytes'])} GiB, estimated {gib(found['estimated_bytes'])}"

@@ -30,8 +30,11 @@ def test_the_optimizer_is_fused(tmp_path):
 
 
 def test_one_process_uses_one_gpu(tmp_path, capsys):
-    """Two devices are visible. transformers would wrap the model in DataParallel, which scatters a batch by its first
-    axis: the images of one replica's pairs would be another's."""
+    """Two devices are visible.
+
+    transformers would wrap the model in DataParallel, which scatters a batch by its first axis: the images of one
+    replica's pairs would be another's.
+    """
     assert torch.cuda.device_count() == 2
     args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4)
     assert (args.device, args.n_gpu, args.train_batch_size) == (CUDA, 1, 4)
@@ -68,7 +71,7 @@ def test_heads_that_keep_their_own_product():
 
 @pytest.mark.parametrize("task", [[*DPO, *FOUR], [*DPO, *FOUR, "--shared_prefix", "False"], SFT])
 def test_a_forward_pass_without_synchronizations(in_golden, tmp_path, task):
-    """torch's own check, on: an error inside the forward pass, warnings elsewhere."""
+    """Turn torch's own check on: an error inside the forward pass, warnings elsewhere."""
     from llava.train import train
 
     run = train_dpo.run if "DPO" in task else train.run

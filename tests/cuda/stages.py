@@ -1,5 +1,7 @@
-"""python -m tests.cuda.stages OUT.json, in a child with two devices: reference stage, hardness stage and generation on
-each of them, every number computed."""
+"""Reference stage, hardness stage and generation on each of two devices, every number computed.
+
+In a child: python -m tests.cuda.stages OUT.json
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""python -m tests.cuda.steps OUT.json RANKS --config-of SCRIPT FLAGS, in a child: two steps of a script's training in
-the real engine, beside their estimate."""
+"""Two steps of a script's training in the real engine, beside their estimate.
+
+In a child: python -m tests.cuda.steps OUT.json RANKS --config-of SCRIPT FLAGS
+"""
 
 from __future__ import annotations
 

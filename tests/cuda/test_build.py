@@ -97,7 +97,7 @@ def test_headers_of_another_cuda_are_refused(tmp_path, monkeypatch):
 
 @needs_cuda_build
 def test_an_older_triton_is_no_obstacle(tmp_path, monkeypatch):
-    """torch 2.11's wheel for CUDA 13 asks for a triton that has the headers of CUDA 12."""
+    """The wheel of torch 2.11 for CUDA 13 asks for a triton that has the headers of CUDA 12."""
     runtime, compiler = build.headers()
     shutil.copytree(compiler, tmp_path / "include")
     (tmp_path / "include" / build.API).write_text("#define CUDART_VERSION  12080\n")

@@ -80,8 +80,10 @@ def test_deepspeed_starts_ranks_on_the_visible_gpus(machine, tmp_path):
 
 
 def test_setup_takes_torch_of_an_older_cuda(tmp_path):
-    """Of setup.sh's commands to pip torch comes first, from the index; then with a constraint that its local version
-    meets. A later call without the variable leaves it as it is."""
+    """setup.sh installs torch first, from the index; then with a constraint that its local version meets.
+
+    A later call without the variable leaves it as it is.
+    """
     for name in ("setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")

@@ -1,5 +1,7 @@
-"""The scripts' hardware lines, held by DeepSpeed's real engine and torch's real allocator on the null device: what they
-promise fits, the next smaller number of GPUs does not, and the estimate says so beforehand."""
+"""The scripts' hardware lines, held by DeepSpeed's real engine and torch's real allocator on the null device.
+
+What they promise fits, the next smaller number of GPUs does not, and the estimate says so beforehand.
+"""
 
 import json
 import os
@@ -25,8 +27,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """Every case in a child of its own, as many at a time as there are cores. The data is a pair whose answers are as
-    long as RLAIF-V's: 120 and 110 tokens, at 3 characters each."""
+    """Every case in a child of its own, as many at a time as there are cores.
+
+    The data is a pair whose answers are as long as RLAIF-V's: 120 and 110 tokens, at 3 characters each.
+    """
     folder = tmp_path_factory.mktemp("steps")
     row = {"idx": 0, "question": "What is in the image?", "chosen": "a" * 360, "rejected": "b" * 330}
     (folder / "pairs.json").write_text(

@@ -1,5 +1,7 @@
-"""python -m tests.cuda.trainings OUT.json, in a child: DPO and supervised fine-tuning of the golden checkpoint, every
-number computed."""
+"""DPO and supervised fine-tuning of the golden checkpoint, every number computed.
+
+In a child: python -m tests.cuda.trainings OUT.json
+"""
 
 from __future__ import annotations
 

@@ -208,8 +208,10 @@ def test_ranks_of_a_launcher_are_shards(
     capsys: pytest.CaptureFixture[str],
     names: tuple[str, str],
 ) -> None:
-    """DeepSpeed's launcher also hands every process a --local_rank before the command's own words. The last rank tells
-    the result, also where it is not rank 0."""
+    """The last rank prints the result, also where it is not rank 0.
+
+    DeepSpeed's launcher also hands every process a --local_rank before the command's own words.
+    """
     assert main(flags(world)) == 0
     monkeypatch.setenv(names[1], "2")
     for rank in ("0", "1"):
@@ -237,7 +239,7 @@ def test_each_rank_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_server_splits_the_answers(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """ "A cat." is split well; to "1." a word is added, to "2." and "0." there is no statement: rules split those."""
+    """The server splits "A cat." well, adds a word to "1.", has no statement for "2." and "0.": rules split those."""
 
     def reply(call: Call) -> str:
         answer = call.text.removeprefix(PROMPT)

@@ -152,7 +152,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(world, loss):
 
 
 def test_an_objective_on_two_images_learns_both(world):
-    """mdpo with other images raises the chosen answer on its own image above the same answer on another one."""
+    """`mdpo` with other images raises the chosen answer on its own image above the same answer on another one."""
     _, rows = train(world, "mdpo", per_device_train_batch_size=6, corruption="other_image")
     last = rows[-1]
     assert last["rewards/chosen"] > last["rewards/chosen_corrupted"] and last["rewards/margins"] > 0

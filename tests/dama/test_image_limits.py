@@ -97,7 +97,7 @@ def pairs_file(folder, *images):
 
 
 def test_every_command_takes_several_folders(linked, tmp_path, capsys):
-    """hardness with its page, training's flags, rows of fine-tuning, questions."""
+    """The hardness stage with its page, training's flags, rows of fine-tuning, questions."""
     images = ("coco/train/1.png", "own.png")
     data = ["--data", pairs_file(tmp_path, *images), "--from_scores", "--out", str(tmp_path / "hardness")]
     folders = [str(linked.data), str(linked.coco)]

@@ -64,7 +64,7 @@ SYMMETRIC = TWO_IMAGES | {SECOND: 0.0, SECOND_CORRUPTED: 2 * LOG3}
 
 
 def test_reward_of_a_view():
-    """log pi = -3, log pi_ref = -5: r = 2. R = r(w) - r(l) = 2 - (-4 + 3) = 3. Per token, 4 and 2: 0.5 + 0.5 = 1."""
+    """If log pi = -3, log pi_ref = -5: r = 2. R = r(w) - r(l) = 2 - (-4 + 3) = 3. Per token, 4 and 2: 0.5 + 0.5 = 1."""
     logps = ViewLogps(PAIR_VIEWS, vector(-3, -4)[:, None], vector(-5, -3)[:, None], torch.tensor([[4], [2]]))
     assert logps.r(CHOSEN).item() == 2 and logps.pi(REJECTED).item() == -4
     assert logps.R.item() == 3 and logps.averaged().R.item() == 1
@@ -77,12 +77,12 @@ def test_dpo():
 
 
 def test_cdpo():
-    """e = 0.1: 0.9 * -log(4/5) + 0.1 * -log(1/5) = 0.9 log(5/4) + 0.1 log 5 = 0.20082920 + 0.16094379 = 0.36177299."""
+    """For e = 0.1: -0.9 log(4/5) - 0.1 log(1/5) = 0.9 log(5/4) + 0.1 log 5 = 0.20082920 + 0.16094379 = 0.36177299."""
     assert value("cdpo", one_pair(PAIR), label_smoothing=0.1) == pytest.approx(0.36177299)
 
 
 def test_robust():
-    """e = 0.1: [0.9 log(5/4) - 0.1 log 5] / 0.8 = (0.20082920 - 0.16094379) / 0.8 = 0.04985676."""
+    """For e = 0.1: [0.9 log(5/4) - 0.1 log 5] / 0.8 = (0.20082920 - 0.16094379) / 0.8 = 0.04985676."""
     assert value("robust", one_pair(PAIR), label_smoothing=0.1) == pytest.approx(0.04985676, abs=1e-8)
 
 
@@ -108,7 +108,7 @@ def test_ipo():
 
 
 def test_hinge():
-    """b R = log 4 = 1.39 > 1: 0. With b = 1/4, b R = log 2: 1 - 0.69314718 = 0.30685282."""
+    """With b R = log 4 = 1.39 > 1: 0. With b = 1/4, b R = log 2: 1 - 0.69314718 = 0.30685282."""
     assert value("hinge", one_pair(PAIR)) == 0
     assert value("hinge", one_pair(PAIR), beta=0.25) == pytest.approx(0.30685282)
 
@@ -124,7 +124,7 @@ def test_apo_down():
 
 
 def test_bco_pair():
-    """d = 0: -log(2/3) - log s(log 2) = 2 log(3/2) = 0.81093022.
+    """With d = 0: -log(2/3) - log s(log 2) = 2 log(3/2) = 0.81093022.
 
     d = log 2: -log s(0) - log s(-(-log 2 - log 2)) = log 2 + log(5/4) = log(5/2).
     """
@@ -133,13 +133,13 @@ def test_bco_pair():
 
 
 def test_sft():
-    """log pi(w) = -8 over 4 tokens: 2 nats a token. The rejected answer and beta play no part."""
+    """With log pi(w) = -8 over 4 tokens: 2 nats a token. The rejected answer and beta play no part."""
     logps = one_pair({CHOSEN: -8, REJECTED: -99}, {CHOSEN: 4, REJECTED: 3})
     assert value("sft", logps) == value("sft", logps, beta=7.0) == 2
 
 
 def test_simpo():
-    """b = 2, g = 0.5, per token: log pi(w) = -4 / 4 = -1, log pi(l) = -1 - (log 3 + 0.5) / 2.
+    """With b = 2, g = 0.5, per token: log pi(w) = -4 / 4 = -1, log pi(l) = -1 - (log 3 + 0.5) / 2.
 
     b [log pi(w) - log pi(l)] - g = log 3 + 0.5 - 0.5 = log 3: -log(3/4) = log(4/3) = 0.28768207.
     """
@@ -177,7 +177,7 @@ def test_opa():
 
 
 def test_symmpo():
-    """b D1 = log 2 and b D2 = log 3; b r(w, m) = log 2 and b r(w2, m') = log 3; lambda = 1/2.
+    """With b D1 = log 2 and b D2 = log 3; b r(w, m) = log 2 and b r(w2, m') = log 3; lambda = 1/2.
 
     log(5/4) + [log(3/2) + log(4/3)] / 2 + log(3/2) + log(4/3) + 1e-4 (2 log 2 - 2 log 3)^2
     = 0.22314355 + 1.5 * 0.69314718 + 4e-4 * 0.16440195 = 1.26293008.
@@ -202,7 +202,7 @@ def test_weighted_sum():
 
 
 def test_log_odds():
-    """p = 1/2, 1/4, 3/4: odds 1, 1/3, 3. Near p = 1, log p = -1e-12: p / (1 - p) = 1e12, where 1 - e^x cancels."""
+    """For p = 1/2, 1/4, 3/4: odds 1, 1/3, 3. Near p = 1, log p = -1e-12: p / (1 - p) = 1e12, where 1 - e^x cancels."""
     log_p = vector(*(math.log(p) for p in (0.5, 0.25, 0.75)), -1e-12)
     assert log_odds(log_p).tolist() == pytest.approx([0, -LOG3, LOG3, 12 * math.log(10)])
 

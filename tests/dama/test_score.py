@@ -51,7 +51,7 @@ def test_hardness_delta_limits() -> None:
 
 
 def test_delta_bar_on_paper() -> None:
-    """(.2 - .1 + .5) / 3 = .2"""
+    """(.2 - .1 + .5) / 3 = .2."""
     assert delta_bar([0.2, -0.1, 0.5]) == pytest.approx(0.2)
     with pytest.raises(ValueError, match="at least one pair"):
         delta_bar([])
@@ -163,8 +163,10 @@ def test_direct_scores_whatever_batch_workers_shards_and_resume_point(
     workers: int,
     count: int,
 ) -> None:
-    """Against open_clip's own functions to 1e-5. Chunks of two images, three in all; the last shard is stopped
-    after its first."""
+    """Against open_clip's own functions to 1e-5.
+
+    Chunks of two images, three in all; the last shard is stopped after its first.
+    """
     monkeypatch.setattr(score, "IMAGES_PER_CHUNK", 2)
     flags: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": False}
     append = Stage.append

@@ -37,8 +37,10 @@ def test_bookkeeping_on_paper():
 
 
 def test_groups_of_different_numbers_of_answers_on_paper():
-    """Two images of a pair, [prefix 2 | chosen 1 | rejected 2] and [prefix 1 | chosen 1], of two pairs, of which each
-    image's rows are wanted in the order chosen 0, chosen 1, rejected 0, rejected 1, second image 0, second image 1."""
+    """Two images of a pair, [prefix 2 | chosen 1 | rejected 2] and [prefix 1 | chosen 1], of two pairs.
+
+    Rows are wanted in the order chosen 0, chosen 1, rejected 0, rejected 1, second image 0, second image 1.
+    """
     groups = [PackedGroup(2, (1, 2)), PackedGroup(1, (1,)), PackedGroup(1, (1, 1)), PackedGroup(2, (1,))]
     layout = PackLayout.of(groups, owners=[0, 2, 4, 1, 3, 5])
     assert layout.starts == [0, 5, 7, 10] and layout.positions == 13
@@ -141,8 +143,11 @@ def test_attention_is_that_of_separate_rows(key_heads, seed, way, answers):
 @pytest.mark.parametrize("key_heads", [8, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_kernels_in_bf16_on_a_gpu(key_heads, seed):
-    """The varlen kernel in bf16 is as near to the plain rows in fp32 as the plain rows in bf16 are (twice their error
-    allowed), in output and gradients; unequal lengths show that the triangle is aligned to the bottom right."""
+    """The varlen kernel in bf16 is as near to the plain rows in fp32 as the plain rows in bf16 are.
+
+    Twice their error is allowed, in output and gradients; unequal lengths show that the triangle is aligned to the
+    bottom right.
+    """
     layout, *half = random_pack(seed, 8, key_heads, width=64, longest=300, device="cuda", dtype=torch.bfloat16)
     backend = attention_backend(torch.device("cuda"), torch.bfloat16)
     assert backend != SDPA

@@ -78,15 +78,17 @@ class Reader(HTMLParser):
 
 
 def test_groups_on_paper() -> None:
-    """deltas .7 .1 -.3 0 .2: easiest .7 .2, hardest that are ranked rightly 0 .1, negative -.3."""
+    """For deltas .7 .1 -.3 0 .2: easiest .7 .2, hardest that are ranked rightly 0 .1, negative -.3."""
     groups = pick_groups(RECORDS, 2)
     assert [[row["id"] for row in group.records] for group in groups] == [["p0", "p4"], ["p3", "p1"], ["p2"]]
     assert [group.title for group in pick_groups(RECORDS[:2], 1)] == ["Easiest pairs", "Hardest pairs"]
 
 
 def test_correlations_on_paper() -> None:
-    """Equal scores of 1/4: as a sum delta is a quarter of the difference in statements, r = 1; as a mean it is always
-    0, r undefined. Words are twice the statements."""
+    """With equal scores of 1/4, delta as a sum is a quarter of the difference in statements, r = 1.
+
+    As a mean it is always 0, r undefined. Words are twice the statements.
+    """
     rows = [record(number, [0.25] * (number + 1), [0.25]) for number in range(3)]
     assert correlations(rows) == {
         "statements": {"sum": pytest.approx(1.0), "mean": None},

@@ -1,5 +1,7 @@
-"""dama.hardness.split and split_llm: expected statements of LLaVA-style answers, what must hold for any text, and an
-LLM's splits over HTTP and from a local model, checked against their answers.
+"""dama.hardness.split and split_llm.
+
+Expected statements of LLaVA-style answers, what must hold for any text, and an LLM's splits over HTTP and from a local
+model, checked against their answers.
 """
 
 from __future__ import annotations
@@ -150,8 +152,10 @@ def test_a_split_that_adds_or_loses_words_gives_way_to_the_rules() -> None:
 
 
 def test_a_server_splits_and_its_replies_are_kept(tmp_path: Path) -> None:
-    """Four answers: one split well, one with a dog put in, one at the second try, one that only fails. The cache saves
-    three of them the second time, without a server for them."""
+    """Four answers: one split well, one with a dog put in, one at the second try, one that only fails.
+
+    The cache saves three of them the second time, without a server for them.
+    """
     answers = [BEACH, "There is a cat on a mat.", "A red bus.", "Two women are talking."]
 
     def reply(call: Call) -> str | Scripted:

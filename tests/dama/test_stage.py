@@ -1,5 +1,7 @@
-"""dama.stage: resumed after kills, or made in shards, a stage has the bytes of an undisturbed run; other inputs are
-refused by name."""
+"""dama.stage: resumed after kills, or made in shards, a stage has the bytes of an undisturbed run.
+
+Other inputs are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -262,7 +264,7 @@ def test_a_shard_is_read_from_text_and_named_by_its_folder() -> None:
 
 
 def test_a_shard_is_known_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun and DeepSpeed set RANK, srun SLURM_PROCID; torchrun inside a SLURM job counts its own ranks."""
+    """Both torchrun and DeepSpeed set RANK, srun SLURM_PROCID; torchrun inside a SLURM job counts its own ranks."""
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     assert Shard.from_launcher() == (0, 1)

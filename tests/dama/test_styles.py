@@ -1,5 +1,7 @@
-"""dama.styles and dama.texts: every layout of public sets gives the same pair, messages name the file's own fields, and
-texts that look alike make no pair."""
+"""dama.styles and dama.texts: every layout of public sets gives the same pair.
+
+Messages name the file's own fields, and texts that look alike make no pair.
+"""
 
 from __future__ import annotations
 

@@ -50,8 +50,10 @@ def test_words_on_paper(texts, words):
 
 
 def test_segments_on_paper():
-    """w: A black c|at sits . </s>; l: A dog sits there . </s>. `dog` replaces `black cat`, `there` is only in l; both
-    tokens of `cat` get g."""
+    """For w: A black c|at sits . </s>; l: A dog sits there . </s>.
+
+    `dog` replaces `black cat`, `there` is only in l; both tokens of `cat` get g.
+    """
     chosen = ["A", " black", " c", "at", " sits", ".", "</s>"]
     rejected = ["A", " dog", " sits", " there", ".", "</s>"]
     assert segment_weights(chosen, rejected, 5) == ([1, 5, 5, 5, 1, 1, 1], [1, 5, 1, 5, 1, 1])
@@ -76,8 +78,10 @@ def test_texts_of_tokens_spell_the_answer():
 
 
 def test_visual_weights_on_paper():
-    """s(log 3) = 3/4: 5/4 in the chosen, 3/4 in the rejected answer. s(0) = 1/2: an image that decides nothing gives
-    weight 1 in both. s(z) between 0 and 1: weights between 1/2 and 3/2."""
+    """s(log 3) = 3/4: 5/4 in the chosen, 3/4 in the rejected answer.
+
+    s(0) = 1/2: an image that decides nothing gives weight 1 in both. s(z) between 0 and 1: weights between 1/2 and 3/2.
+    """
     z = torch.tensor([math.log(3), 0.0, 100.0, -100.0], dtype=torch.float64)
     assert visual_weights(z, CHOSEN).tolist() == pytest.approx([1.25, 1.0, 1.5, 0.5])
     assert visual_weights(z, REJECTED).tolist() == pytest.approx([0.75, 1.0, 0.5, 1.5])
@@ -103,8 +107,10 @@ def test_differences_on_paper():
 
 
 def test_weighted_sums_on_paper():
-    """w of two tokens, log-probs -1 and -2 against -1.5 and -1, weights 5 and 1: policy -7, reference -8.5, r = 1.5.
-    l of one token, -3 against -2, weight 2: r = -2. R = 3.5. Per unit of weight: -7/6 + 8.5/6 = 1/4 and -1."""
+    """For w of 2 tokens, log-probs -1 and -2 against -1.5 and -1, weights 5 and 1: policy -7, reference -8.5, r = 1.5.
+
+    l of one token, -3 against -2, weight 2: r = -2. R = 3.5. Per unit of weight: -7/6 + 8.5/6 = 1/4 and -1.
+    """
     reference = torch.tensor([-1.5, -1.0, -2.0], dtype=torch.float64)
     logps = token_logps([-1, -2, -3], ((2,), (1,)), PAIR_VIEWS, reference)
     sums = logps.weighted(torch.tensor([5.0, 1.0, 2.0], dtype=torch.float64), PAIR_VIEWS)
@@ -134,8 +140,11 @@ def weighted_loss(policy, reference, weights):
 
 
 def test_gradients():
-    """Fixed weights by finite differences. Of visual weights, which have no gradient, by hand: -b s(-b R) w_t for the
-    chosen answer's tokens, and none for the noised image's."""
+    """Fixed weights by finite differences.
+
+    Of visual weights, which have no gradient, by hand: -b s(-b R) w_t for the chosen answer's tokens, and none for the
+    noised image's.
+    """
     generator = torch.Generator().manual_seed(1)
     policy, reference = torch.randn(2, 12, dtype=torch.float64, generator=generator)
     weights = torch.rand(12, dtype=torch.float64, generator=generator)
@@ -213,8 +222,10 @@ def test_stored_tokens_add_up_to_the_sums(world):  # noqa: F811
 
 
 def test_a_finished_folder_gets_only_what_it_lacks(world, monkeypatch):  # noqa: F811
-    """Pairs, then a second image, then their tokens: each time the views that are missing, and the old files as they
-    were. What was added has the values of a stage that computes all at once."""
+    """Pairs, then a second image, then their tokens: each time only the views that are missing.
+
+    The old files stay as they were. What was added has the values of a stage that computes all at once.
+    """
     computed = []
     original = TinyFamily.with_views
     monkeypatch.setattr(TinyFamily, "with_views", lambda self, views: computed.append(views) or original(self, views))

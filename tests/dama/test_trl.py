@@ -240,7 +240,7 @@ def test_R_bar_is_saved_and_loaded(here, tmp_path):
 
 
 def test_a_checkpoint_without_the_models_weights_is_refused(here, tmp_path):
-    """transformers writes llava-hf's names and looks for its own: it would go on from weights of the start."""
+    """The Trainer writes llava-hf's names and looks for its own: it would go on from weights of the start."""
     trainer_of(tmp_path, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="checkpoint: expected all weights of the model, .* are missing"):
         trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

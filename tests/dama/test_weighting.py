@@ -46,7 +46,7 @@ def test_two_pairs_on_paper():
 
 
 def test_hard_pair_gets_a_smaller_beta():
-    """delta = (-1, 1), delta_bar = 0: alpha_D = sigma(-1)/0.5 = 0.53788 and sigma(1)/0.5 = 1.46212."""
+    """With delta = (-1, 1), delta_bar = 0: alpha_D = sigma(-1)/0.5 = 0.53788 and sigma(1)/0.5 = 1.46212."""
     weights, _ = weigh(
         WeightingConfig(strategy=Strategy.DATA), WeightingState(), torch.zeros(2), torch.tensor([-1.0, 1.0])
     )

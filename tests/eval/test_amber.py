@@ -115,7 +115,7 @@ class TestCrediting:
         assert self.describe(bench, "sky", similar=like) == (0, 2, [1])
 
     def test_an_earlier_association_shadows_a_later_truth_word(self, bench):
-        """ "street" belongs to road, so the truth word street is never covered; Cover without shadowing finds it."""
+        """As "street" belongs to road, the truth word street is never covered; Cover without shadowing finds it."""
         assert self.describe(bench, "street", "road", "person") == (2, 0, [0, 0, 0])
         found = describe(["street", "road", "person"], self.OBJECTS, bench)
         assert found.parts(self.OBJECTS, 3)["cover_unshadowed"] == [300.0, 3]

@@ -72,8 +72,10 @@ def test_results_nested_without_end_are_an_error(tmp_path, capsys):
 
 
 def test_a_difference_on_paper(tmp_path: Path) -> None:
-    """The models differ by 0 and by -100 on two pictures: a resample has -100, -50 or 0 in 1, 2 and 1 of 4 cases, so
-    that the value is -50 and the interval [-100, 0] allows no claim. With -100 on both, every resample says -100."""
+    """The models differ by 0 and by -100 on two images: a resample has -100, -50 or 0 in 1, 2 and 1 of 4 cases.
+
+    So the value is -50 and the interval [-100, 0] allows no claim. With -100 on both, every resample has -100.
+    """
     (row,) = compare(pair(tmp_path, responses(100, 100), responses(100, 0))).rows
     assert [value.value for value in row.values] == [100, 50] and row.differences == (Interval(-50, -100, 0),)
     assert row.values[1] == Interval(50, 0, 100)
@@ -125,8 +127,11 @@ def test_the_amber_score(tmp_path: Path) -> None:
 
 
 def test_derived_figures_are_resampled_together(tmp_path: Path) -> None:
-    """CHAIR and F1 of the same pictures: where one picture has both 0 and the other both 100, CHAIR cancels F1 in each
-    resample and the score is always 50. Resampled apart it would spread from 0 to 100."""
+    """CHAIR and F1 of the same images are resampled together.
+
+    Where one image has both 0 and the other both 100, CHAIR cancels F1 in each resample and the score is always 50.
+    Resampled apart it would spread from 0 to 100.
+    """
     rows = [item(n, {"chair": [value, 1.0], "f1": [value, 1.0]}) for n, value in enumerate((0.0, 100.0))]
     (run,) = read_all([results(tmp_path, "base", rows, benchmark="amber")])
     values = {row.metric: row.values for row in rows_of([run])}

@@ -130,7 +130,7 @@ class TestSpacy:
 
 
 def write_nltk_data(folder, tags, nouns):
-    """nltk's own files, with a handful of words in them."""
+    """Files of nltk's own format, with a handful of words in them."""
     home = folder / "taggers" / "averaged_perceptron_tagger_eng"
     home.mkdir(parents=True)
     for name, value in (("weights", {}), ("tagdict", tags), ("classes", sorted({*tags.values()}))):

@@ -131,8 +131,10 @@ def marked(folder, *changes):
 
 
 def test_prepare_makes_them_from_marked_answers(tmp_path):
-    """Sentences before the first wrong one are the context; the wrong one loses against its correction. A second
-    marking of the same answer is another pair where its context is another."""
+    """Sentences before the first wrong one are the context; the wrong one loses against its correction.
+
+    A second marking of the same answer is another pair where its context is another.
+    """
     first = {"first_error": "A red car.", "correction": "A blue car."}
     again = {"answer": "A blue car. A dog near it.", "image": "0.png"}
     assert main(["prepare", *marked(tmp_path, {}, first, again)]) == 0

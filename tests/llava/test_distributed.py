@@ -52,8 +52,10 @@ def training_log(folder):
 
 @pytest.mark.parametrize("ratio", ["0.75", "0.25"])
 def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path, ratio):
-    """7 pairs, 4 a step: 1 x 4 and 2 x 1 x 2, so that the last step is incomplete and a micro-batch stays empty; with a
-    ratio of 0.25 one pair is selected and one of the ranks has none."""
+    """7 pairs, 4 a step: 1 x 4 and 2 x 1 x 2, so that the last step is incomplete and a micro-batch stays empty.
+
+    With a ratio of 0.25 one pair is selected and one of the ranks has none.
+    """
     common = [*COMMON, "--select_ratio", ratio]
     one = flags(tmp_path / "one", *common, "--per_device_train_batch_size", "4")
     train_dpo.run(parse_arguments(one))
@@ -78,8 +80,10 @@ def called_again(words):
 
 @pytest.mark.parametrize("zero", [2, 3])
 def test_fine_tuning_on_two_ranks_takes_the_steps_of_one(in_golden, tmp_path, zero):
-    """1 rank x 2 micro-batches of one row = 2 ranks x 1; two of the six rows are text only, so that at times one rank
-    has an image and the other has none."""
+    """1 rank x 2 micro-batches of one row = 2 ranks x 1.
+
+    Two of the six rows are text only, so that at times one rank has an image and the other has none.
+    """
     common = ["--task", "LM", "--num_train_epochs", "2", "--save_strategy", "no", "--per_device_train_batch_size", "1",
               "--logging_steps", "1", "--learning_rate", "5e-4"]  # fmt: skip
     train.run(arguments(tmp_path / "one", *common, "--gradient_accumulation_steps", "2"))

@@ -111,8 +111,11 @@ def test_a_checkpoint_that_is_not_there_yet_is_known_by_its_name(tmp_path, in_go
 
 
 def test_a_checkpoint_on_disk():
-    """404 parameters and a tower of 100. fp32 without DeepSpeed: 404 x (4 + 8). bf16 under ZeRO-2: 404 x (2 + 12), and
-    504 x 2 of the engine. LoRA of rank 1 in bf16 without DeepSpeed: 128 x 4 and a projector of 20 x 2, 148 x 8."""
+    """404 parameters and a tower of 100.
+
+    fp32 without DeepSpeed: 404 x (4 + 8). bf16 under ZeRO-2: 404 x (2 + 12), and 504 x 2 of the engine. LoRA of rank 1
+    in bf16 without DeepSpeed: 128 x 4 and a projector of 20 x 2, 148 x 8.
+    """
     assert checkpoint_bytes(SHAPE, Training("full")) == (404 * 12, 404 * 4)
     assert checkpoint_bytes(SHAPE, Training("full", Zero(2), half=True)) == (404 * 14 + 504 * 2, 404 * 2)
     assert checkpoint_bytes(SHAPE, Training("lora", half=True, lora_rank=1)) == (552 + 148 * 8, 552)

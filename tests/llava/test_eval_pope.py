@@ -75,8 +75,10 @@ def test_reading_answers(text, ours, original):
 
 
 def test_figures_on_paper():
-    """Ten questions, 5 of them yes. Said: yes to 3 and 1 of them wrongly (TP 2, FP 1); no to 5 of which 2 wrongly
-    (TN 3, FN 2); nothing readable to 2, one of each kind.
+    """Ten questions, 5 of them yes.
+
+    Answered: yes to 3 and 1 of them wrongly (TP 2, FP 1); no to 5 of which 2 wrongly (TN 3, FN 2); nothing readable to
+    2, one of each kind.
 
     accuracy 5 / 10, precision 2 / 3, recall 2 / 5, F1 = 2 * 2 / (3 + 5) = 0.5, yes-ratio 3 / 10.
     """

@@ -1,5 +1,7 @@
-"""The plan of a batch, made from ids on the CPU: the same numbers as without one, and nothing that a device must be
-asked for."""
+"""The plan of a batch, made from ids on the CPU: the same numbers as without one.
+
+Nothing is read back from the device.
+"""
 
 import pytest
 import torch
@@ -21,8 +23,10 @@ IMAGE = -200
 
 
 def test_a_plan_on_paper():
-    """Rows [5 <image> 6] and [7 8]; images of 2 and 1 positions, the second unused. Sources: text 0 to 3, features 4
-    to 6, zeros 7."""
+    """Rows [5 <image> 6] and [7 8]; images of 2 and 1 positions, the second unused.
+
+    Sources: text 0 to 3, features 4 to 6, zeros 7.
+    """
     ids = [torch.tensor([5, IMAGE, 6]), torch.tensor([7, 8])]
     labels = [torch.tensor([-100, -100, 6]), torch.tensor([-100, 8])]
     plan = plan_splice(ids, labels, [[0], []], [2, 1])

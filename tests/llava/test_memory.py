@@ -57,9 +57,11 @@ def deepspeed(stage, ranks=2, half=True, method="full", **zero):
 
 
 def test_what_is_resident():
-    """404 = 40 + 20 + 2 x 150 + 44 parameters train, 100 of the tower do not. fp32 without DeepSpeed: 504 x 4 bytes,
-    and 404 x 8 for Adam. ZeRO-2 in bf16 on 2 ranks: 504 x 2, and 404 / 2 x 12. ZeRO-3 halves the weights as well, and
-    gathers them; offloading leaves nothing."""
+    """404 = 40 + 20 + 2 x 150 + 44 parameters train, 100 of the tower do not.
+
+    fp32 without DeepSpeed: 504 x 4 bytes, and 404 x 8 for Adam. ZeRO-2 in bf16 on 2 ranks: 504 x 2, and 404 / 2 x 12.
+    ZeRO-3 halves the weights as well, and gathers them; offloading leaves nothing.
+    """
     assert (weight_bytes(SHAPE, FULL), optimizer_bytes(SHAPE, FULL)) == (2016, 3232)
     assert (weight_bytes(SHAPE, deepspeed(2)), optimizer_bytes(SHAPE, deepspeed(2))) == (1008, 2424)
     assert (weight_bytes(SHAPE, deepspeed(3)), optimizer_bytes(SHAPE, deepspeed(3))) == (504, 2424)
@@ -70,7 +72,9 @@ def test_what_is_resident():
 
 def test_adapters_and_quantised_weights():
     """Rank 1: r (in + out) is 4+4 for queries and output, 4+2 for keys and values, 4+8 for each of three: 64 a layer.
-    4 bits: 0.516 bytes for each of 2 x 150 weights of the layers; the other 204 stay fp32, as adapters do."""
+
+    4 bits: 0.516 bytes for each of 2 x 150 weights of the layers; the other 204 stay fp32, as adapters do.
+    """
     lora = Training("lora", lora_rank=1, half=True)
     assert trained_parameters(SHAPE, lora) == LayerSizes(0, 20, 64, 0)
     assert weight_bytes(SHAPE, lora) == 504 * 2 + 128 * 4
@@ -80,8 +84,10 @@ def test_adapters_and_quantised_weights():
 
 
 def test_gradients():
-    """404 gradients: all of them in fp32; in bf16 from ZeRO-2 on a rank's half; buckets of D^2 = 16 numbers, two where
-    they overlap the backward pass."""
+    """404 gradients: all of them in fp32; in bf16 from ZeRO-2 on a rank's half.
+
+    Buckets of D^2 = 16 numbers, two where they overlap the backward pass.
+    """
     assert (gradient_bytes(SHAPE, FULL), gradient_bytes(SHAPE, deepspeed(1))) == (1616, 808)
     assert gradient_bytes(SHAPE, deepspeed(2)) == gradient_bytes(SHAPE, deepspeed(3)) == 404
     assert bucket_bytes(SHAPE, deepspeed(2, bucket=None)) == 32
@@ -89,9 +95,11 @@ def test_gradients():
 
 
 def test_positions_and_attention():
-    """10 + 3 + 2 = 15 positions packed; padded, two rows of 13, in fine-tuning one. Packed, in fp32: queries and output
-    2 x 15 x 4, keys and values 2 x 2 x (13 + 12), sums 15 x 2, a mask 2 x 12, and outputs joined 15 x 4, of 4 bytes
-    each."""
+    """10 + 3 + 2 = 15 positions packed; padded, two rows of 13, in fine-tuning one.
+
+    Packed, in fp32: queries and output 2 x 15 x 4, keys and values 2 x 2 x (13 + 12), sums 15 x 2, a mask 2 x 12, and
+    outputs joined 15 x 4, of 4 bytes each.
+    """
     padded = Training("full", shared_prefix=False)
     tuning = Training("full", shared_prefix=False, logp_chunk=None)
     assert [tokens_of(run, [PAIR]) for run in (FULL, padded)] == [15, 26] and tokens_of(tuning, [ROW]) == 13
@@ -104,9 +112,12 @@ SYMMPO = PairLength((PackedGroup(10, (3, 2, 4)), PackedGroup(10, (3, 4))))
 
 
 def test_views_on_two_images():
-    """mDPO reads the chosen answer once more, with another image: 15 + 13 tokens packed, 3 rows of 13 padded, keys and
-    values for 2 x 2 x (13 + 12 + 13), a mask of 2 x 12 for the rejected answer alone. SymMPO: 19 + 17 tokens, 5 rows
-    of 14, masks for the rejected answer and twice for the second: 2 x 12 and 2 x 4 x 14."""
+    """The objective mDPO reads the chosen answer once more, with another image: 15 + 13 tokens packed.
+
+    3 rows of 13 padded. Packed, keys and values for 2 x 2 x (13 + 12 + 13), a mask of 2 x 12 for the rejected answer
+    alone. SymMPO: 19 + 17 tokens, 5 rows of 14, masks for the rejected answer and twice for the second: 2 x 12 and
+    2 x 4 x 14.
+    """
     padded = Training("full", shared_prefix=False)
     assert [tokens_of(run, [MDPO]) for run in (FULL, padded)] == [28, 39]
     assert [tokens_of(run, [SYMMPO]) for run in (FULL, padded)] == [36, 70]
@@ -119,8 +130,10 @@ def test_views_on_two_images():
 
 
 def test_logits_are_bounded_by_the_chunk():
-    """5 answer positions x 10 tokens x 4 bytes and as much for their gradient; of 2 positions 80. In half precision 2
-    bytes are kept, and 4 + 4 needed. Fine-tuning: 13 positions x 10 x 4, and two more."""
+    """5 answer positions x 10 tokens x 4 bytes and as much for their gradient; of 2 positions 80.
+
+    In half precision 2 bytes are kept, and 4 + 4 needed. Fine-tuning: 13 positions x 10 x 4, and two more.
+    """
     assert logit_bytes(SHAPE, FULL, [PAIR]) == (200, 200)
     assert logit_bytes(SHAPE, Training("full", logp_chunk=2), [PAIR]) == (80, 80)
     assert logit_bytes(SHAPE, deepspeed(2), [PAIR]) == (100, 400)

@@ -100,7 +100,7 @@ def test_consolidate(model):
 
 
 def test_delta_and_back(model, base):
-    """target - base + base is the target up to float16's rounding; new rows and the projector are kept as they are."""
+    """The sum target - base + base is the target up to float16's rounding; new rows and the projector are unchanged."""
     make_delta.main(["--base-model-path", str(base), "--target-model-path", str(model), "--delta-path", "delta"])
     delta, target, half = weights_of("delta"), weights_of(model), weights_of(base)
     name = "model.layers.0.mlp.up_proj.weight"

@@ -273,9 +273,11 @@ def answer_records(*differences, tokens=25):
 
 
 def test_differences_on_paper():
-    """Answers of 25 tokens 0.004 nats apart: 0.004 / 5 = 0.0008 on one side, 0 on the other; root mean square
-    0.0008 / sqrt(2) = 0.00057, below 0.001. Each 0.008: 0.0011, above. One of ten 0.03 apart is an outlier: 0.006 is
-    above 4 x 0.001."""
+    """Answers of 25 tokens 0.004 nats apart: 0.004 / 5 = 0.0008 on one side, 0 on the other.
+
+    The root mean square is 0.0008 / sqrt(2) = 0.00057, below 0.001. Each 0.008: 0.0011, above. One of ten 0.03 apart is
+    an outlier: 0.006 is above 4 x 0.001.
+    """
     found = compare(*answer_records(0.004, 0.004), 1e-3)
     assert found == {"pairs": 2, "max_difference": pytest.approx(0.004), "drift": pytest.approx(0.0008 / 2**0.5)}
     with pytest.raises(ValueError, match=r"4 answers: 0.0011 nats per square root of tokens apart .* at most 0.001"):
@@ -287,8 +289,11 @@ def test_differences_on_paper():
 
 
 def test_noise_of_half_precision_passes():
-    """22,000 pairs are sampled as 110, with 0.04 nats of noise on each of 100 tokens: a rule for every single answer,
-    0.1 nats x sqrt(tokens), refused most such stages; the root mean square of their noise is 0.04."""
+    """22,000 pairs are sampled as 110, with 0.04 nats of noise on each of 100 tokens.
+
+    A rule for every single answer, 0.1 nats x sqrt(tokens), refused most such stages; the root mean square of their
+    noise is 0.04.
+    """
     generator = random.Random(0)
     sums = [0.04 * 100**0.5 * generator.gauss(0, 1) for _ in range(110)]
     assert compare(*answer_records(*sums, tokens=100), TOLERANCE[torch.bfloat16])["drift"] < 0.05

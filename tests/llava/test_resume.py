@@ -186,8 +186,10 @@ def parse_pairs(folder, *words):
 @pytest.mark.parametrize("interrupted", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_trained_part_comes_from_the_best_checkpoint(in_golden, tmp_path, way, interrupted):
-    """The held-out loss of two pairs rises in full training and falls in the others: what is called the best is the
-    other end, so that it is not the last checkpoint."""
+    """The held-out loss of two pairs rises in full training and falls in the others.
+
+    The best is defined as the other end, so that it is not the last checkpoint.
+    """
     words = [*BEST, *WAYS[way], "--greater_is_better", str(way != "full")]
     if interrupted:
         run_killed(words, tmp_path / "before", 2, train_dpo.run, parse_pairs)

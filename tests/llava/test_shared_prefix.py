@@ -68,8 +68,11 @@ def test_golden_pairs(world, count, checkpointing):
 
 
 def test_bf16(world):
-    """In bf16 both ways are as near to fp32 as each other. Measured relative to fp32: log-probs 1.26e-3 (shared) and
-    1.28e-3 (plain), the worst parameter's gradient 3.91e-2 and 3.94e-2."""
+    """In bf16 both ways are as near to fp32 as each other.
+
+    Measured relative to fp32: log-probs 1.26e-3 (shared) and 1.28e-3 (plain), the worst parameter's gradient 3.91e-2
+    and 3.94e-2.
+    """
     model, tokenizer, data = world
     items = data.train.prepared
     plain, shared = (DataCollatorForDPODataset(tokenizer, data.train, way)(items) for way in (False, True))
@@ -145,8 +148,10 @@ PATTERNS["visual weights"] = ordered(TokenWeights("visual").views)
 
 @pytest.mark.parametrize("views", PATTERNS.values(), ids=PATTERNS)
 def test_views_packed_are_views_apart(world, views):
-    """Two to five rows of a pair: three answers to one image, two images with one or both answers, several pairs. Sums,
-    single tokens in the order of the rows, and all gradients."""
+    """Two to five rows of a pair: three answers to one image, two images with one or both answers, several pairs.
+
+    Compared are sums, single tokens in the order of the rows, and all gradients.
+    """
     model, tokenizer, data = world
     model.train()
     generator = torch.Generator().manual_seed(4)

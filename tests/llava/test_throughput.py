@@ -20,14 +20,19 @@ SIZE = ModelSize(decoder=10, output=6, attention=2, tower=7, projector=3, patche
 
 
 def test_forward_pass_on_paper():
-    """Prefix 2, answers 1 and 2: 5 positions x 2 x 10 = 100. Causal [prefix | chosen]: 1 + 2 + 3 = 6 query-key pairs;
-    rejected: 3 + 4 = 7; 13 x 4 x 2 = 104. Logits at 3 positions x 2 x 6 = 36. Projector 4 x 2 x 3 = 24. Sum 264."""
+    """Prefix 2, answers 1 and 2: 5 positions x 2 x 10 = 100.
+
+    Causal [prefix | chosen]: 1 + 2 + 3 = 6 query-key pairs; rejected: 3 + 4 = 7; 13 x 4 x 2 = 104. Logits at 3
+    positions x 2 x 6 = 36. Projector 4 x 2 x 3 = 24. Sum 264.
+    """
     assert forward_flops(SIZE, PairLength.of(2, 1, 2).groups) == 264
 
 
 def test_step_on_paper():
-    """Two pairs forward, one also backward (2 x): 264 x (1 + 3) = 1056; one picture 2 x 7 x 4 = 56. Under LoRA the
-    backward pass is one forward pass: 264 x 3 + 56."""
+    """Two pairs forward, one also backward (2 x): 264 x (1 + 3) = 1056; one image 2 x 7 x 4 = 56.
+
+    Under LoRA the backward pass is one forward pass: 264 x 3 + 56.
+    """
     pairs = [PairLength.of(2, 1, 2).groups] * 2
     assert step_flops(SIZE, pairs, [True, False], 1, frozen_weights=False) == 1112
     assert step_flops(SIZE, pairs, [True, False], 1, frozen_weights=True) == 848

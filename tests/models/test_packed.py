@@ -87,7 +87,7 @@ def test_an_objective_on_two_images_packs_two_groups(name, world):
 
 
 def test_positions_that_start_again_do_not_cut_answers_off(world):
-    """transformers takes a row whose positions start again for packed sequences, unless its mask is another's."""
+    """Attention takes a row whose positions start again for packed sequences, unless its mask is another's."""
     family = family_of("llava", world)
     batch = family.collate(prepared(family, world[0]))["pairs"]
     positions = batch.position_ids

@@ -1,5 +1,7 @@
-"""Preference training of Hugging Face models: as LLaVA-1.5's own path trains the same weights, resumed to the bit,
-saved as ordinary checkpoints, over two ranks."""
+"""Preference training of Hugging Face models: as LLaVA-1.5's own path trains the same weights.
+
+Resumed to the bit, saved as ordinary checkpoints, over two ranks.
+"""
 
 import json
 import subprocess
@@ -123,7 +125,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(in_golden, qwen, tmp_path, mon
 
 
 def in_a_fresh_process(folder, base):
-    """transformers (and peft) alone load it, processor included, and it answers."""
+    """The checkpoint loads with transformers (and peft) alone, processor included, and it answers."""
     program = f"""
 import torch
 from PIL import Image

@@ -72,8 +72,10 @@ def test_words_are_pieces_and_others_are_spelled(random_pair):
 
 
 def test_patch_labels_by_hand():
-    """Patches are 16 pixels. A dog in (16, 16)-(48, 32) fills patches 1 and 2 of row 1, that is 8 and 9. A bird in
-    (48, 16)-(64, 19) covers 3 of the 16 rows of patch 10, 19 %, less than a fifth: background. 4 rows, 25 %, count.
+    """Patches are 16 pixels.
+
+    A dog in (16, 16)-(48, 32) fills patches 1 and 2 of row 1, that is 8 and 9. A bird in (48, 16)-(64, 19) covers 3 of
+    the 16 rows of patch 10, 19 %, less than a fifth: background. 4 rows, 25 %, count.
     """
 
     def labels(bird_bottom: int) -> list[int]:

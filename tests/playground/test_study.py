@@ -119,8 +119,10 @@ def test_a_curve_is_linear_between_its_points_and_ends_with_them() -> None:
 
 
 def test_gaps_on_paper() -> None:
-    """Ours goes from (97, 57) over (93, 22) to (89, 9). At 93 theirs has 27, at 89 nothing: -5. Where theirs was seen,
-    at 95 and 91, ours has 39.5 and 15.5 against 37 and 17: +2.5, -1.5."""
+    """Ours goes from (97, 57) over (93, 22) to (89, 9). At 93 theirs has 27, at 89 nothing: -5.
+
+    Where theirs was measured, at 95 and 91, ours has 39.5 and 15.5 against 37 and 17: +2.5, -1.5.
+    """
     ours = curve(DAMA, point(1e-5, 2, 93, 22), point(1e-5, 4, 89, 9))
     assert analysis.mean_gap(ours, DPO_CURVE) == pytest.approx((-4 / 3,) * 3)
     assert analysis.mean_gap(DPO_CURVE, ours) == pytest.approx((4 / 3,) * 3)
@@ -269,8 +271,10 @@ def test_a_rate_that_a_seed_lacks_is_no_point() -> None:
 
 
 def test_what_happened_to_the_pairs() -> None:
-    """The filter keeps the first twelve of sixteen, so that of the two flipped ones both are dropped, of the others
-    two of fourteen."""
+    """The filter selects the first twelve of sixteen.
+
+    So both of the two flipped ones are dropped, and two of the fourteen others.
+    """
     cell = Cell("flipped", DAMA, 2e-5, 0)
     study = study_of({cell: run_of(cell, 5, 9.5)})
     for part in mechanism.drop_rates(study, DAMA, 2e-5):

@@ -41,6 +41,7 @@ class Draws:
 
     @staticmethod
     def of(scenes: int, seeds: int, seed: int = 0) -> Draws:
+        """Resample `scenes` and `seeds`; a single one of either always counts once."""
         generator = np.random.default_rng(seed)
 
         def weights(count: int) -> Array:
@@ -62,6 +63,7 @@ class Point:
     values: Array
 
     def of(self, metric: str) -> Interval:
+        """A metric's value with its 95 % interval over the resamples."""
         return interval_of(self.values[METRICS.index(metric)])
 
 
@@ -76,8 +78,10 @@ class Curve:
     chosen_rate: float | None  # by the validation scenes
 
     def at_recall(self, recall: Array) -> Array:
-        """Response-level in every resample at these recalls, [1 + RESAMPLES]: linear between the points next in
-        recall, NaN where the points do not reach that far."""
+        """Response-level in every resample at these recalls, [1 + RESAMPLES].
+
+        Linear between the points next in recall; NaN where the points do not reach that far.
+        """
         points = (self.start, *self.points)
         recalls, responses = (np.stack([p.values[metric] for p in points], axis=1) for metric in (RECALL, RESPONSE))
         order = np.argsort(recalls, axis=1, kind="stable")
@@ -133,6 +137,7 @@ class Study:
 
     @cached_property
     def draws(self) -> Draws:
+        """The resamples that all comparisons share."""
         return Draws.of(len(self.sft["test"]["response_level"]), len(self.seeds))
 
     @cached_property
@@ -162,6 +167,7 @@ class Study:
         return [seed for seed in self.seeds if Cell(condition, method, rate, seed) in self.cells]
 
     def methods(self, condition: str) -> list[str]:
+        """Methods with finished cells under a condition, in the order of the cells."""
         return list(dict.fromkeys(cell.method for cell in self.cells if cell.condition == condition))
 
     def curve(self, condition: str, method: str) -> Curve:
@@ -191,8 +197,10 @@ class Study:
         return np.stack(rows)
 
     def _choose_rate(self, runs_of: Mapping[float, Sequence[Mapping[str, Any]]]) -> float | None:
-        """The rate of the lowest response-level on validation scenes that costs at most RECALL_COST of recall there;
-        the smallest rate where all cost more."""
+        """Learning rate of the lowest response-level on validation scenes among those that cost little recall.
+
+        At most RECALL_COST of recall may be lost there; the smallest rate where all cost more.
+        """
         floor = plain_ratio([self.sft["validation"]], "object_recall") - RECALL_COST
         found = {}
         for rate, runs in runs_of.items():

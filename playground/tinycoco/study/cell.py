@@ -35,6 +35,7 @@ class Scenes:
 
     @cached_property
     def requests(self) -> list[Any]:
+        """Questions of questions.jsonl, one for each scene."""
         from llava.generation.questions import read_questions
 
         return read_questions(self.folder / "questions.jsonl")
@@ -51,6 +52,7 @@ class World:
 
     @property
     def scale(self) -> Scale:
+        """Steps, stops and number of probes."""
         return self.pool.scale
 
     @cached_property
@@ -146,6 +148,7 @@ class Look(TrainerCallback):
         self.figures: dict[str, Any] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure at the declared stops without changing what the trainer logs."""
         if state.global_step in self.world.scale.stops:
             logged = control.should_log
             self.at(state.global_step)
@@ -164,6 +167,7 @@ class Look(TrainerCallback):
         self.trainer.model.train()
 
     def reward_figures(self, pairs: Any) -> dict[str, float]:
+        """Loss, accuracy and margin (nats, with beta) of held-out pairs."""
         found = self.trainer.evaluate(pairs, metric_key_prefix="p")
         kept = {"loss": "p_loss", "accuracy": "p_rewards/accuracies", "margin": "p_rewards/margins"}
         return {name: found[key] for name, key in kept.items()}

@@ -141,7 +141,7 @@ def summary(numbers: Mapping[str, Any]) -> str:
 
 
 def written(value: Interval | Sequence[float | None], decimals: int = 1, sign: bool = False) -> str:
-    """ "21.3 [16.7, 26.0]", or n/a."""
+    """Value and interval as text: `21.3 [16.7, 26.0]`, or n/a."""
     if any(number is None for number in value):
         return "n/a"
     middle, low, high = (f"{number:{'+' * sign}.{decimals}f}" for number in value)

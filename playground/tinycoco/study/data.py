@@ -33,6 +33,7 @@ class Pool:
     scale: Scale = FULL
 
     def delta(self, id: str) -> float:
+        """A pair's hardness (Eq. 6) from its stored scores."""
         return hardness_delta(*self.scores[id])
 
     @cached_property
@@ -42,6 +43,7 @@ class Pool:
 
     @cached_property
     def thirds(self) -> dict[str, list[str]]:
+        """Ids by third, each hardest first; sizes differ by at most one."""
         ids = self.by_delta
         cuts = [round(k * len(ids) / 3) for k in range(4)]
         return {name: ids[cuts[k] : cuts[k + 1]] for k, name in enumerate(THIRDS)}

@@ -24,12 +24,14 @@ class Findings:
 
     @cached_property
     def curves(self) -> dict[tuple[str, str], Curve]:
+        """Curves by (condition, method), without those that have no finished learning rate."""
         names = {(cell.condition, cell.method) for cell in self.study.cells}
         found = {name: self.study.curve(*name) for name in sorted(names)}
         return {name: curve for name, curve in found.items() if curve.points}
 
     @property
     def conditions(self) -> list[str]:
+        """Conditions under which both DPO and DAMA have a curve."""
         return [c for c in CONDITIONS if (c, DPO) in self.curves and (c, DAMA) in self.curves]
 
     @cached_property
@@ -61,6 +63,7 @@ class Findings:
 
     @staticmethod
     def compared(ours: Curve, theirs: Curve) -> dict[str, Any]:
+        """Differences ours minus theirs: by recall level, at equal work and on average, with the verdict."""
         gap = analysis.mean_gap(ours, theirs)
         return {
             "levels": {level: analysis.gap_at(ours, theirs, level) for level in LEVELS},
@@ -136,6 +139,7 @@ class Findings:
         return {m: mechanism.trained(self.study, "clean", m, RATE, self.pool.thirds) for m in (DPO, DAMA)}
 
     def spread_of_alpha_D(self, method: str) -> float:
+        """Standard deviation of alpha_D on clean pairs."""
         return mechanism.spread_of_alpha_D(self.study, "clean", method, RATE)
 
     def _mean(self, values: Sequence[float]) -> Interval:
@@ -176,14 +180,17 @@ class Findings:
 
     @cached_property
     def weights(self) -> dict[str, dict[str, float]]:
+        """DAMA's weights by third of the clean pairs."""
         return mechanism.weights_of_thirds(self.study, "clean", DAMA, RATE, self.pool.thirds)
 
     @cached_property
     def drops(self) -> list[dict[str, Interval]]:
+        """Share of pairs that the filter dropped, by third of the training; empty without flipped pairs."""
         return mechanism.drop_rates(self.study, DAMA, RATE) if "flipped" in self.conditions else []
 
     @cached_property
     def by_delta(self) -> dict[str, dict[str, list[float]]]:
+        """Means of delta, alpha_D and R by tenth of the clean pairs, for DPO and DAMA."""
         return {method: mechanism.by_delta(self.study, "clean", method, RATE) for method in (DPO, DAMA)}
 
     # --- As numbers -----------------------------------------------------------------------------------------------
@@ -220,6 +227,7 @@ class Findings:
 
 
 def end_of_cell(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Test metrics of a cell's last stop, in percent, and its seconds."""
     last = analysis.last_stop(run)["test"]
     return {metric: round(analysis.plain_ratio([last], metric), 2) for metric in METRICS} | {
         "seconds": round(run["seconds"])

@@ -91,10 +91,12 @@ class Cell:
 
     @property
     def flags(self) -> tuple[str, ...]:
+        """Training flags of the method."""
         return {**METHODS, **VARIATIONS}[self.method]
 
     @property
     def hardness(self) -> tuple[str, str]:
+        """(scale, reduction) of the hardness stage; the sum of cosines unless the method says otherwise."""
         return HARDNESS.get(self.method, ("cosine", "sum"))
 
 

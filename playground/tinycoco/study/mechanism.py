@@ -39,7 +39,7 @@ def over_seeds(study: Study, values: Sequence[float]) -> Array:
 
 
 def held_out(study: Study, condition: str, method: str, rate: float, figure: str) -> dict[str, dict[int, list[float]]]:
-    """third -> step -> by seed: "margin", "accuracy" or "loss" of the probes."""
+    """Probes' "margin", "accuracy" or "loss": third -> step -> by seed."""
     table: dict[str, dict[int, list[float]]] = {third: {} for third in THIRDS}
     for run in study.runs(condition, method, rate):
         for step, stop in run["stops"].items():
@@ -49,7 +49,7 @@ def held_out(study: Study, condition: str, method: str, rate: float, figure: str
 
 
 def held_out_at_end(study: Study, condition: str, method: str, rate: float, figure: str) -> dict[str, list[float]]:
-    """third -> by seed."""
+    """The same at the last stop: third -> by seed."""
     table = held_out(study, condition, method, rate, figure)
     return {third: steps[max(steps)] if steps else [] for third, steps in table.items()}
 
@@ -57,7 +57,7 @@ def held_out_at_end(study: Study, condition: str, method: str, rate: float, figu
 def trained(
     study: Study, condition: str, method: str, rate: float, thirds: Thirds
 ) -> dict[str, dict[str, list[float]]]:
-    """third -> "margin" and "accuracy", as the trainer's evaluation has them -> by seed."""
+    """Trained pairs' "margin" and "accuracy", as the trainer's evaluation defines them: third -> name -> by seed."""
     third_of = by_id(thirds)
     table: dict[str, dict[str, list[float]]] = {third: {"margin": [], "accuracy": []} for third in thirds}
     for run in study.runs(condition, method, rate):
@@ -73,7 +73,7 @@ def trained(
 def overfitting(
     study: Study, seen: Mapping[str, Sequence[float]], unseen: Mapping[str, Sequence[float]], probes: int
 ) -> dict[str, Array]:
-    """third -> accuracy on trained less on held-out pairs, points, in every resample; both given by third and seed.
+    """Accuracy on trained minus held-out pairs, in points: third -> every resample; both given by third and seed.
 
     Seeds do not show what the choice of the `probes` held-out pairs of a third adds, for it is the same in all: a
     binomial draw does.
@@ -89,7 +89,7 @@ def overfitting(
 
 
 def easy_over_hard(study: Study, condition: str, method: str, rate: float) -> dict[int, float]:
-    """seed -> how many times as large the held-out margin of the easy third is as the hard third's, where both are > 0.
+    """Held-out margin of the easy third over the hard third's, by seed, where both are positive.
 
     A ratio, because a method that moves less at the same learning rate has all margins smaller.
     """
@@ -115,7 +115,7 @@ def more_even(study: Study, condition: str, method: str) -> tuple[int, int]:
 def weights_of_thirds(
     study: Study, condition: str, method: str, rate: float, thirds: Thirds
 ) -> dict[str, dict[str, float]]:
-    """third -> means over all its pairs' visits: alpha_D, beta, share selected, R when first and when last met."""
+    """Means over all visits of a third's pairs: alpha_D, beta, share selected, R when first and when last met."""
     third_of = by_id(thirds)
     rows: dict[str, list[Mapping[str, Any]]] = {third: [] for third in thirds}
     first: dict[str, list[float]] = {third: [] for third in thirds}
@@ -171,8 +171,10 @@ def alpha_M(study: Study, condition: str, method: str, rate: float) -> tuple[lis
 
 
 def drop_rates(study: Study, method: str, rate: float) -> list[dict[str, Interval]]:
-    """Each third of the training on flipped pairs: what share of the flipped and of the right ones the filter dropped,
-    and the "difference", in percent."""
+    """Shares of pairs that the filter dropped, in percent, for each third of the training on flipped pairs.
+
+    "flipped" and "right" are the shares of those pairs, "difference" is the first minus the second.
+    """
     parts: list[dict[str, list[float]]] = [{"flipped": [], "right": []} for _ in range(3)]
     for run in study.runs("flipped", method, rate):
         flipped, steps = set(run["flipped"]), 1 + max(pair["step"] for pair in run["pairs"])
@@ -192,5 +194,6 @@ def drop_rates(study: Study, method: str, rate: float) -> list[dict[str, Interva
 
 
 def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean; NaN for no values."""
     found = list(values)
     return float(np.mean(found)) if found else float("nan")

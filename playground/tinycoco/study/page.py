@@ -126,6 +126,7 @@ def draw_by_delta(axes: Axes, tables: Mapping[str, Mapping[str, Sequence[float]]
 
 
 def draw_alpha_M(axes: Axes, steps: Sequence[int], alphas: Sequence[float], bars: Sequence[float]) -> None:
+    """Plot alpha_M and R_bar over optimizer steps."""
     axes.plot(steps, alphas, color=SERIES[0], linewidth=1.2, label="alpha_M")
     axes.plot(steps, bars, color=SERIES[1], linewidth=1.2, label="R_bar")
     axes.set_xlabel("optimiser step")
@@ -143,6 +144,7 @@ def write_study(findings: Findings, out: Path) -> dict[str, Any]:
 
 
 def render(findings: Findings, numbers: Mapping[str, Any]) -> str:
+    """HTML of the study's page, complete in one file."""
     study = findings.study
     return render_page(
         "study.html.jinja",

@@ -127,6 +127,7 @@ def _quiet_worker() -> None:
 
 
 def is_finished(cell: Cell, world: World, out: Path) -> bool:
+    """Whether the cell's file exists and was made from the same inputs."""
     return read_cell(out, cell, world.fingerprint(cell)) is not None
 
 
