@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from dama.console import digest_of
+from dama.models.suffix import suffix_template, takes_suffix
 from dama.texts import IMAGE_TOKEN
 
 PROBE = "Yes, indeed."  # an answer that no template changes
@@ -42,7 +43,10 @@ class ChatTemplate:
     def __init__(self, processor: Any, system: str = "") -> None:
         self.processor, self.system = processor, system
         self.tokenizer = processor.tokenizer
-        if not getattr(processor, "chat_template", None):
+        self.template = getattr(processor, "chat_template", None)
+        if not self.template and takes_suffix(processor):
+            self.template = suffix_template(processor)
+        if not self.template:
             raise ValueError(
                 "chat template: expected one in the checkpoint's processor, got none; preference training needs a "
                 "model that follows instructions (usually named -Instruct, -it or -hf)"
@@ -65,7 +69,12 @@ class ChatTemplate:
 
     def _render(self, turns: Sequence[Turn], answers: bool) -> list[str]:
         conversations = [self._messages(turn, answers) for turn in turns]
-        return self.processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=not answers)
+        return self._apply(conversations, generation_prompt=not answers)
+
+    def _apply(self, conversations: Sequence[Any], *, generation_prompt: bool) -> list[str]:
+        return self.processor.apply_chat_template(
+            conversations, chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
+        )
 
     @staticmethod
     def _after(prompt: str, whole: str) -> str:
@@ -105,7 +114,7 @@ class ChatTemplate:
         probe = self.tokenizer("Is it a cat? It's 3.5 cats!\n").input_ids
         return {
             "tokenizer": digest_of([len(self.tokenizer), probe]),
-            "chat_template": digest_of([self.processor.chat_template, self.system]),
+            "chat_template": digest_of([self.template, self.system]),
         }
 
     def prompts(self, turns: Sequence[Turn]) -> list[str]:
@@ -118,7 +127,7 @@ class ChatTemplate:
         for number, turn in enumerate(turns, start=1):
             found = self._messages(turn, answer=number < len(turns))
             messages += found if not messages else [message for message in found if message["role"] != "system"]
-        return self.processor.apply_chat_template([messages], tokenize=False, add_generation_prompt=True)[0]
+        return self._apply([messages], generation_prompt=True)[0]
 
     def rows(self, turns: Sequence[Turn]) -> list[tuple[str, str]]:
         """(prompt, answer with the token that ends it) of every turn."""

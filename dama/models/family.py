@@ -25,7 +25,9 @@ from dama.models.attention import PACKED, rows_hold
 from dama.models.batch import PairBatch, PairCollator
 from dama.models.chat import ChatTemplate
 from dama.models.encoding import PairEncoder
+from dama.models.head import Finish, finish_of
 from dama.models.images import ImageInputs, ProcessorImages, join_images
+from dama.models.token_types import TokenTypes, image_token_id
 from dama.models.way import Decided, Way, way_of
 from dama.pairs import PreferencePair
 from dama.shared_prefix import PackedGroup
@@ -34,8 +36,6 @@ from dama.train.rows import TableRows
 from dama.train.throughput import ModelSize
 from dama.views import View
 
-TYPE_IDS = ("mm_token_type_ids", "token_type_ids")  # what models call the mark of image tokens
-IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
 OWN_POSITIONS = "get_rope_index"  # of models whose image tokens have positions in two dimensions
 
 
@@ -73,7 +73,7 @@ class HubFamily:
         self.collate = PairCollator(self.decided.way, self.views)
         config = self.model.config.get_text_config(decoder=True)
         self.max_tokens = min(args.model_max_length, getattr(config, "max_position_embeddings", args.model_max_length))
-        install(self.model, self.decided.way, float32_logits=getattr(args, "float32_logits", True))
+        install(self.model, self.decided.way, processor, float32_logits=getattr(args, "float32_logits", True))
 
     def with_views(self, views: tuple[View, ...]) -> HubFamily:
         """The same model, reading other views of each pair."""
@@ -162,18 +162,18 @@ def linear_weights(module: torch.nn.Module) -> int:
 # --- The model's call ------------------------------------------------------------------------------------------------
 
 
-def install(model: Any, way: Way, *, float32_logits: bool = True) -> None:
+def install(model: Any, way: Way, processor: Any = None, *, float32_logits: bool = True) -> None:
     """Teach a model's call the keyword `pairs`, and its decoder the attention of its way.
 
     Calls without it stay what they were. It has to be the model's own call, for what wraps a model (DeepSpeed, PEFT,
     DistributedDataParallel, autocast) acts there.
     """
-    stock, type_ids = model.forward, type_ids_of(model)
+    stock, types, finish = model.forward, TokenTypes.of(model, processor), finish_of(model)
 
     def forward(*args: Any, pairs: PairBatch | None = None, **kwargs: Any) -> Any:
         if pairs is None:
             return stock(*args, **kwargs)
-        return logps_of_pairs(model, pairs, type_ids=type_ids, float32_logits=float32_logits, **kwargs)
+        return logps_of_pairs(model, pairs, types=types, finish=finish, float32_logits=float32_logits, **kwargs)
 
     forward.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]  # generation reads it
     model.forward = forward
@@ -193,7 +193,8 @@ def logps_of_pairs(
     images: Sequence[ImageInputs],
     chunk: int,
     *,
-    type_ids: Sequence[str],
+    types: TokenTypes,
+    finish: Finish,
     per_token: bool = False,
     float32_logits: bool = True,
 ) -> AnswerLogps | AnswerTokenLogps:
@@ -201,14 +202,14 @@ def logps_of_pairs(
 
     Args:
         images: of the batch's `shown_images`. chunk: answer tokens whose logits exist at one time.
-        type_ids: of `type_ids_of`. per_token: whether those of single tokens are returned, too.
+        types: how the model wants tokens marked. finish: what it does with its output layer's product.
+        per_token: whether log-probs of single tokens are returned, too.
         float32_logits: on GPUs in half precision, whether logits are float32.
     """
     inner = model.base_model
     shown = [images[number] for number in pairs.shown]
     inputs = {name: as_dtype(value, model.dtype) for name, value in join_images(shown).items()}
-    kinds = pairs.input_ids == image_token_id(model.config)
-    inputs |= {name: kinds.long() for name in type_ids}
+    inputs |= types.of_pairs(pairs)
     options: dict[str, Any] = {"pack": pairs.pack} if pairs.pack is not None else {}
     if pairs.position_ids is not None:
         options["position_ids"] = positions(inner, pairs, [image.host for image in shown])
@@ -218,24 +219,13 @@ def logps_of_pairs(
     head = model.get_output_embeddings()
     chunk = chunk_for(head, chunk, pairs.answers.targets)
     compute = indexed_token_logps if per_token else indexed_logps
-    return compute(found.last_hidden_state, pairs.answers, float32_head(head) if float32_logits else head, chunk)
-
-
-def type_ids_of(model: Any) -> list[str]:
-    """The keywords by which a model wants image tokens marked."""
-    accepted = inspect.signature(model.base_model.forward).parameters
-    return [name for name in TYPE_IDS if name in accepted]
+    product = float32_head(head) if float32_logits else head
+    return compute(found.last_hidden_state, pairs.answers, lambda hidden: finish(product(hidden)), chunk)
 
 
 def as_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Floating-point inputs in the weights' precision, others as they are."""
     return value.to(dtype) if value.is_floating_point() else value
-
-
-def image_token_id(config: Any) -> int:
-    """The id that stands for each token of an image; -1 where the config names none."""
-    found = (getattr(config, name, None) for name in IMAGE_TOKEN_FIELDS)
-    return next((number for number in found if number is not None), -1)
 
 
 def positions(inner: Any, pairs: PairBatch, images: Sequence[Mapping[str, Tensor]]) -> Tensor:
