@@ -1,25 +1,46 @@
 #!/usr/bin/env bash
 # DAMA from preference pairs to a table and a report, on TinyCOCO: no download, no GPU, 2 cores.
-#   bash scripts/dama_tiny.sh            1,500 pairs, 300 held-out scenes: about 6 minutes after set-up
-#   bash scripts/dama_tiny.sh --smoke    the same stages on less data, which shows only that they work: 2 minutes
-# A second call skips what is finished. RUN names the output folder; further arguments go to both trainings.
+#   bash scripts/dama_tiny.sh               1,500 pairs, 300 held-out scenes: about 6 minutes after set-up
+#   bash scripts/dama_tiny.sh --model vlm   a tiny LLaVA-OneVision, which is first fine-tuned: about 7 minutes; only DAMA
+#   bash scripts/dama_tiny.sh --smoke       the same stages on less data, which shows only that they work: 2 minutes
+# A second call skips what is finished. RUN names the output folder; further arguments go to the trainings.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
-run=${RUN:-runs/tiny} pairs=1500 scenes=300 epochs=3 smoke=()
-if [ "${1:-}" = --smoke ]; then
-    shift
-    run=${RUN:-runs/tiny_smoke} pairs=160 scenes=60 epochs=1 smoke=(--smoke)
-fi
+model=llava size=full
+while [ $# -gt 0 ]; do
+    case $1 in
+    --model)
+        model=${2:-}
+        shift $(($# > 1 ? 2 : 1))
+        ;;
+    --smoke)
+        size=smoke
+        shift
+        ;;
+    *) break ;;
+    esac
+done
+smoke=()
+if [ $size = smoke ]; then smoke=(--smoke); fi
+case $model-$size in
+llava-full) run=${RUN:-runs/tiny} pairs=1500 scenes=300 epochs=3 ;;
+llava-smoke) run=${RUN:-runs/tiny_smoke} pairs=160 scenes=60 epochs=1 ;;
+vlm-full) run=${RUN:-runs/tiny_vlm} pairs=1500 scenes=300 epochs=2 tuned_on=1600 ;;
+vlm-smoke) run=${RUN:-runs/tiny_vlm_smoke} pairs=48 scenes=16 epochs=1 tuned_on=64 ;;
+*)
+    echo "--model: expected llava or vlm, got '$model'" >&2
+    exit 2
+    ;;
+esac
 source scripts/tinycoco.sh
 
 train() { # train NAME STRATEGY LEARNING_RATE [FLAGS]
     local name=$1 strategy=$2 rate=$3
     shift 3
-    DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 deepspeed --quiet --num_gpus 2 --master_port $((20000 + RANDOM % 20000)) \
-        llava/train/train_mem.py --deepspeed scripts/zero2.json --use_cpu True --task DPO \
-        --model_name_or_path $world/llava --version v1 --image_aspect_ratio pad \
+    OMP_NUM_THREADS=1 "${launcher[@]}" --master_port $((20000 + RANDOM % 20000)) "${entry[@]}" \
+        --use_cpu True --model_name_or_path "$start" \
         --data_path "$run/data/pairs.json" --image_folder "$run/data/images" \
         --hardness "$run/hardness" --reference "$run/reference" \
         --strategy "$strategy" --dpo_beta 0.1 --learning_rate "$rate" --lr_scheduler_type cosine --warmup_steps 0.1 \
@@ -30,17 +51,32 @@ train() { # train NAME STRATEGY LEARNING_RATE [FLAGS]
 
 began=$SECONDS
 stage "scenes" python -m playground.tinycoco scenes --out "$run/data" --pairs $pairs --scenes $scenes
+if [ $model = vlm ]; then
+    start=$run/sft/model template=()
+    launcher=(torchrun --nproc_per_node 2) entry=(-m dama train)
+    stage "supervised fine-tuning" env OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE \
+        python -m playground.tinycoco vlm --out "$run/sft" --scenes "$tuned_on"
+else
+    start=$world/llava launcher=(env DS_ACCELERATOR=cpu deepspeed --quiet --num_gpus 2)
+    entry=(llava/train/train_mem.py --task DPO --deepspeed scripts/zero2.json --version v1 --image_aspect_ratio pad)
+fi
 stage "hardness" python -m dama hardness --data "$run/data/pairs.json" --image_folder "$run/data/images" \
     --clip $world/clip --out "$run/hardness"
-stage "reference log-probs" python -m dama reference --model_name_or_path $world/llava --data "$run/data/pairs.json" \
+stage "reference log-probs" python -m dama reference --model_name_or_path "$start" --data "$run/data/pairs.json" \
     --image_folder "$run/data/images" --model_max_length 512 --out "$run/reference"
-# Learning rates from 300 validation scenes (`scenes --split validation`) and 4 epochs, response-level / recall:
-# DPO 5e-6: 31.3 / 93.8, 1e-5: 17.3 / 89.7; DAMA 1e-5: 19.7 / 91.2, 2e-5: 8.7 / 84.7.
-stage "training: plain DPO" train dpo none 1e-5 "$@"
-stage "training: DAMA" train dama both 1e-5 "$@"
-stage "captions: SFT" caption sft $world/llava
-stage "captions: DPO" caption dpo "$run/dpo"
-stage "captions: DAMA" caption dama "$run/dama"
-stage "table and report" python -m playground.tinycoco report --run "$run" \
-    --models "SFT=$world/llava" "DPO=$run/dpo" "DAMA=$run/dama" "${smoke[@]}"
+if [ $model = vlm ]; then
+    stage "training: DAMA" train dama both 2e-5 "$@"
+    models=("SFT=$start" "DAMA=$run/dama")
+else
+    # Learning rates from 300 validation scenes (`scenes --split validation`) and 4 epochs, response-level / recall:
+    # DPO 5e-6: 31.3 / 93.8, 1e-5: 17.3 / 89.7; DAMA 1e-5: 19.7 / 91.2, 2e-5: 8.7 / 84.7.
+    stage "training: plain DPO" train dpo none 1e-5 "$@"
+    stage "training: DAMA" train dama both 1e-5 "$@"
+    models=("SFT=$start" "DPO=$run/dpo" "DAMA=$run/dama")
+fi
+for named in "${models[@]}"; do
+    name=${named%%=*}
+    stage "captions: $name" caption "${name,,}" "${named#*=}"
+done
+stage "table and report" python -m playground.tinycoco report --run "$run" --models "${models[@]}" "${smoke[@]}"
 echo "all stages: $((SECONDS - began)) s"

@@ -14,7 +14,9 @@ stage() { # stage NAME COMMAND...
     echo "   $name: $((SECONDS - began)) s"
 }
 
+template=(--conv-mode v1) # of a LLaVA's prompts; other models have their own
+
 caption() { # caption NAME CHECKPOINT
     python -m llava.eval.generate --model-path "$2" --question-file "$run/data/questions.jsonl" \
-        --image-folder "$run/data/images" --conv-mode v1 --max-new-tokens 96 --batch-size 32 --out "$run/captions/$1"
+        --image-folder "$run/data/images" "${template[@]}" --max-new-tokens 96 --batch-size 32 --out "$run/captions/$1"
 }

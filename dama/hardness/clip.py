@@ -1,4 +1,7 @@
-"""CLIP similarity c(I, s) of images and statements, with an open_clip model by name or from a local folder."""
+"""CLIP similarity c(I, s) of images and statements, with an open_clip model by name or from a local folder.
+
+Models in Hugging Face format are read by dama.hardness.hub_clip.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ class ClipScorer:
     """A frozen CLIP on its device, with its own preprocessing and tokenizer."""
 
     model: nn.Module
-    preprocess: Callable[[Any], Tensor]  # PIL image -> [3, H, W]
+    preprocess: Callable[[Any], Any]  # PIL image -> [3, H, W], or {name: tensor}
     tokens: TextTokens
     device: torch.device
     identity: dict[str, str]  # what the scores depend on, for a stage's fingerprint
@@ -120,8 +123,8 @@ class ClipScorer:
         for pixels in self.iter_pixels(batches, workers):
             yield self.encode_pixels(pixels)
 
-    def iter_pixels(self, batches: Sequence[Sequence[Path]], workers: int = 0) -> Iterator[Tensor]:
-        """[n, 3, H, W] on the CPU, decoded and preprocessed, in the precision of the model."""
+    def iter_pixels(self, batches: Sequence[Sequence[Path]], workers: int = 0) -> Iterator[Any]:
+        """[n, 3, H, W] on the CPU, or {name: [n, ...]}, decoded and preprocessed, in the precision of the model."""
         flat = [path for batch in batches for path in batch]
         indices = iter(range(len(flat)))
         sampler = [[next(indices) for _ in batch] for batch in batches]
@@ -188,14 +191,18 @@ class _TextTower(nn.Module):
 class _Images:
     """What the decoding processes run: one image read and preprocessed."""
 
-    def __init__(self, paths: Sequence[Path], preprocess: Callable[[Any], Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, paths: Sequence[Path], preprocess: Callable[[Any], Any], dtype: torch.dtype) -> None:
         self.paths, self.preprocess, self.dtype = paths, preprocess, dtype
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.preprocess(load_image(self.paths[index])).to(self.dtype)
+    def __getitem__(self, index: int) -> Any:
+        found = self.preprocess(load_image(self.paths[index]))
+        return found.to(self.dtype) if isinstance(found, Tensor) else {k: self._cast(v) for k, v in found.items()}
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype) if value.is_floating_point() else value
 
 
 def _shortened_text_tower(model: nn.Module, length: int) -> dict[str, Tensor]:
@@ -233,16 +240,20 @@ def fetch_later(values: Tensor) -> Callable[[], list[float]]:
 
 
 def load_clip(model: str, pretrained: str | None, device: str | torch.device, precision: str = "fp32") -> ClipScorer:
-    """Load an open_clip model for scoring.
+    """Load a CLIP or SigLIP for scoring.
 
-    `model` is an architecture's name, with `pretrained` one of its tags (None: openai), a file of weights, or "random"
-    for seeded random ones; or, with weights of their own, "hf-hub:ORG/NAME" or a folder with open_clip_config.json and
-    open_clip_model.safetensors. Raises ClipError for what clip_faults finds, and for weights that cannot be had or do
-    not fit.
+    `model` is the name of an open_clip architecture, with `pretrained` one of its tags (None: openai), a file of
+    weights, or "random" for seeded random ones; or, with weights of their own, "hf-hub:ORG/NAME" or a folder as
+    open_clip writes it, and ORG/NAME or a folder in Hugging Face format. Raises ClipError for what clip_errors finds,
+    and for weights that are unavailable or do not fit.
     """
     errors = clip_errors(model, pretrained)
     if errors:
         raise ClipError("\n".join(errors))
+    from dama.hardness.hub_clip import is_hub_format, load_hub_clip
+
+    if is_hub_format(model):
+        return load_hub_clip(model, torch.device(device), precision)
     with remote_code_refused(f"CLIP {model}", "give a CLIP whose tokenizer and text tower need no code of their own"):
         return _load_clip(model, pretrained, torch.device(device), precision)
 
@@ -294,6 +305,10 @@ def _refuse_cutting_tokenizers(tokenizer: Any, model: str) -> None:
 
 def clip_errors(model: str, pretrained: str | None) -> list[str]:
     """What is wrong with a choice of CLIP, each with a remedy, seen without loading or fetching anything."""
+    from dama.hardness.hub_clip import hub_errors, is_hub_format
+
+    if is_hub_format(model):
+        return hub_errors(model, pretrained)
     try:
         import open_clip
     except ImportError as error:
@@ -303,7 +318,7 @@ def clip_errors(model: str, pretrained: str | None) -> list[str]:
     if model.startswith(HUB):
         return [_own_weights_error(model, pretrained)] if pretrained is not None else []
     if model not in open_clip.list_models():
-        remedy = f"a name from open_clip.list_models(), such as {DEFAULT_MODEL}, or an existing folder"
+        remedy = f"a name from open_clip.list_models(), such as {DEFAULT_MODEL}, ORG/NAME, or an existing folder"
         return [f"--clip {model}: neither a folder nor an architecture of open_clip\nRemedy: {remedy}"]
     tag = pretrained or DEFAULT_PRETRAINED
     if tag == RANDOM or Path(tag).is_file():
@@ -316,7 +331,10 @@ def clip_errors(model: str, pretrained: str | None) -> list[str]:
 
 
 def _folder_errors(folder: Path, pretrained: str | None) -> list[str]:
-    remedy = f"Remedy: a folder as open_clip writes it, with {CONFIG_NAME} and {WEIGHTS_NAME}"
+    remedy = (
+        f"Remedy: a folder as open_clip writes it, with {CONFIG_NAME} and {WEIGHTS_NAME}, or as transformers saves it, "
+        "with config.json"
+    )
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
     errors = [f"--clip {folder}: no {name} in it\n{remedy}" for name in missing]
     if pretrained is not None:

@@ -51,6 +51,8 @@ EXAMPLES = """\
 examples:
   python -m dama hardness --data pairs.json --image_folder images --out runs/hardness
   python -m dama hardness --data pairs.json --image_folder images --out runs/hardness --clip path/to/clip_folder
+  python -m dama hardness --data pairs.json --image_folder images --out runs/hardness \\
+      --clip google/siglip2-so400m-patch14-384
   python -m dama hardness --data released.json --image_folder images --out runs/hardness --from_scores
   python -m dama hardness --data pairs.json --image_folder images --out runs/hardness --splitter llm \\
       --base_url http://localhost:8000/v1 --judge_model Qwen/Qwen3-8B
@@ -73,7 +75,8 @@ def _add_score_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--clip", default="ViT-L-14-336-quickgelu", metavar="NAME|DIR",
         help="open_clip architecture, hf-hub:ORG/NAME, or a folder with open_clip_config.json and "
-        "open_clip_model.safetensors (default: %(default)s, the CLIP whose vision tower LLaVA-1.5 uses)",
+        "open_clip_model.safetensors; or a CLIP or SigLIP in Hugging Face format, as a folder or ORG/NAME such as "
+        "google/siglip2-so400m-patch14-384 (default: %(default)s, the CLIP whose vision tower LLaVA-1.5 uses)",
     )  # fmt: skip
     group.add_argument(
         "--pretrained", metavar="TAG",

@@ -17,8 +17,9 @@ from transformers import GenerationConfig
 
 from dama.console import digest_of, log
 from dama.models.chat import ChatTemplate
-from dama.models.family import as_dtype, image_token_id, type_ids_of
+from dama.models.family import as_dtype
 from dama.models.images import ProcessorImages, join_images
+from dama.models.token_types import TokenTypes
 from dama.special_tokens import escaped, placeholders
 from dama.styles import ASSISTANT, USER
 from dama.texts import IMAGE_TOKEN
@@ -98,7 +99,7 @@ class ChatGenerator:
     def __init__(self, model: Any, prompter: Prompter) -> None:
         self.model, self.prompter = model, prompter
         self.config = generation_config(model, prompter)
-        self.type_ids = type_ids_of(model)
+        self.types = TokenTypes.of(model, prompter.processor)
 
     def inputs(
         self, rows: Sequence[Sequence[int]], images: Sequence[Mapping[str, Tensor]], copies: int = 1
@@ -119,8 +120,7 @@ class ChatGenerator:
         real = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             ids[number, width - len(row) :], real[number, width - len(row) :] = torch.tensor(row), 1
-        kinds = (ids == image_token_id(self.model.config)) & real.bool()
-        found = {"input_ids": ids, "attention_mask": real} | {name: kinds.long() for name in self.type_ids}
+        found = {"input_ids": ids, "attention_mask": real} | self.types.of_prompts(ids, real)
         found |= {name: as_dtype(value, self.model.dtype) for name, value in join_images(images).items()}
         return {name: value.to(self.model.device) for name, value in found.items()}
 

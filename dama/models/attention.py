@@ -84,13 +84,34 @@ def packed_attention(
     *,
     pack: PackLayout | None = None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """[B, heads, T, d] to [B, T, heads, d]: by `pack` where the one row holds groups, else by the mask."""
+    if softcap is not None:
+        return capped_attention(query, key, value, attention_mask, scaling, softcap).transpose(1, 2).contiguous(), None
     if pack is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings are in fp32
     return shared_prefix_attention(query, key, value, pack, scaling).transpose(1, 2).contiguous(), None
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, cap: float
+) -> Tensor:
+    """[B, heads, T, d] by scores within [-cap, cap], which torch's own kernels do not have.
+
+    Args:
+        mask: [B, 1, T, K] bool, who sees whom; causal where None.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (cap * torch.tanh(scores / cap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def packed_mask(*, mask_function: Callable[..., Tensor], **kwargs: Any) -> Tensor | None:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from dama.console import digest_of
+from dama.models.suffix import suffix_template, takes_suffix
 from dama.styles import ASSISTANT, SYSTEM, USER, Conversation
 from dama.texts import IMAGE_TOKEN
 
@@ -33,7 +34,10 @@ class ChatTemplate:
     def __init__(self, processor: Any, system: str = "") -> None:
         self.processor, self.system = processor, system
         self.tokenizer = processor.tokenizer
-        if not getattr(processor, "chat_template", None):
+        self.template = getattr(processor, "chat_template", None)
+        if not self.template and takes_suffix(processor):
+            self.template = suffix_template(processor)
+        if not self.template:
             raise ValueError(
                 "chat template: expected one in the checkpoint's processor, got none; preference training needs a "
                 "model that follows instructions (usually named -Instruct, -it or -hf)"
@@ -52,8 +56,12 @@ class ChatTemplate:
         return [{"role": role, "content": parts_of(text)} for role, text in turns]
 
     def _render(self, conversations: Sequence[Conversation], *, asks: bool = False) -> list[str]:
-        messages = [self._messages(turns) for turns in conversations]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        return self.processor.apply_chat_template(
+            [self._messages(turns) for turns in conversations],
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=asks,
+        )
 
     @staticmethod
     def _after(prompt: str, whole: str) -> str:
@@ -93,7 +101,7 @@ class ChatTemplate:
         probe = self.tokenizer("Is it a cat? It's 3.5 cats!\n").input_ids
         return {
             "tokenizer": digest_of([len(self.tokenizer), probe]),
-            "chat_template": digest_of([self.processor.chat_template, self.system]),
+            "chat_template": digest_of([self.template, self.system]),
         }
 
     def prompts(self, conversations: Sequence[Conversation]) -> list[str]:

@@ -25,7 +25,9 @@ from dama.models.attention import PACKED, rows_hold
 from dama.models.batch import PairBatch, PairCollator
 from dama.models.chat import ChatTemplate
 from dama.models.encoding import PairEncoder
+from dama.models.head import Finish, finish_of
 from dama.models.images import ImageInputs, ProcessorImages, join_images
+from dama.models.token_types import TokenTypes, image_token_id
 from dama.models.way import Decided, Way, way_of
 from dama.pairs import PreferencePair
 from dama.shared_prefix import PackedGroup
@@ -34,8 +36,6 @@ from dama.train.rows import TableRows
 from dama.train.throughput import ModelSize
 from dama.views import View
 
-TYPE_IDS = ("mm_token_type_ids", "token_type_ids")  # what models call the mark of image tokens
-IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
 BLANK_SIZE = (56, 56)  # pixels of the image that a batch of texts alone is given
 OWN_POSITIONS = "get_rope_index"  # of models whose image tokens have positions in two dimensions
 
@@ -77,8 +77,13 @@ class HubFamily:
         self.collate = PairCollator(self.decided.way, self.views, torch.tensor(blank))
         config = self.model.config.get_text_config(decoder=True)
         self.max_tokens = min(args.model_max_length, getattr(config, "max_position_embeddings", args.model_max_length))
-        blank_image = images(Image.new("RGB", BLANK_SIZE))
-        install(self.model, self.decided.way, blank_image, float32_logits=getattr(args, "float32_logits", True))
+        install(
+            self.model,
+            self.decided.way,
+            processor=processor,
+            blank=images(Image.new("RGB", BLANK_SIZE)),
+            float32_logits=getattr(args, "float32_logits", True),
+        )
 
     def with_views(self, views: tuple[View, ...]) -> HubFamily:
         """The same model, reading other views of each pair."""
@@ -167,23 +172,27 @@ def linear_weights(module: torch.nn.Module) -> int:
 # --- The model's call ------------------------------------------------------------------------------------------------
 
 
-def install(model: Any, way: Way, blank: ImageInputs | None = None, *, float32_logits: bool = True) -> None:
+def install(
+    model: Any, way: Way, *, processor: Any = None, blank: ImageInputs | None = None, float32_logits: bool = True
+) -> None:
     """Teach a model's call the keyword `pairs`, and its decoder the attention of its way.
-
-    Args:
-        blank: inputs of the image that a batch of texts alone is given, where there may be such batches.
 
     Calls without it stay what they were. It has to be the model's own call, for what wraps a model (DeepSpeed, PEFT,
     DistributedDataParallel, autocast) acts there.
+
+    Args:
+        processor: of the model, which says how it wants tokens marked; not needed where these are image tokens.
+        blank: inputs of the image that a batch of texts alone is given, where there may be such batches.
+        float32_logits: on GPUs in half precision, whether logits are float32.
     """
-    stock, type_ids = model.forward, type_ids_of(model)
+    stock, types, finish = model.forward, TokenTypes.of(model, processor), finish_of(model)
 
     def forward(*args: Any, pairs: PairBatch | None = None, images: Sequence[ImageInputs] = (), **kwargs: Any) -> Any:
         if pairs is None:
             return stock(*args, **kwargs)
         if blank is not None and pairs.blank is not None:
             images = [blank.to(pairs.input_ids.device)]
-        return logps_of_pairs(model, pairs, images, type_ids=type_ids, float32_logits=float32_logits, **kwargs)
+        return logps_of_pairs(model, pairs, images, types=types, finish=finish, float32_logits=float32_logits, **kwargs)
 
     forward.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]  # generation reads it
     model.forward = forward
@@ -203,7 +212,8 @@ def logps_of_pairs(
     images: Sequence[ImageInputs],
     chunk: int,
     *,
-    type_ids: Sequence[str],
+    types: TokenTypes,
+    finish: Finish,
     per_token: bool = False,
     float32_logits: bool = True,
 ) -> AnswerLogps | AnswerTokenLogps:
@@ -211,15 +221,15 @@ def logps_of_pairs(
 
     Args:
         images: of the batch's `shown_images`, or the blank one. chunk: answer tokens whose logits exist at one time.
-        type_ids: of `type_ids_of`. per_token: whether those of single tokens are returned, too.
+        types: how the model wants tokens marked. finish: what it does with its output layer's product.
+        per_token: whether log-probs of single tokens are returned, too.
         float32_logits: on GPUs in half precision, whether logits are float32.
     """
     inner = model.base_model
     shown = [None if number is None else images[number] for number in pairs.shown]
     joined = join_images([image for image in shown if image is not None])
     inputs = {name: as_dtype(value, model.dtype) for name, value in joined.items()}
-    kinds = pairs.input_ids == image_token_id(model.config)
-    inputs |= {name: kinds.long() for name in type_ids}
+    inputs |= types.of_pairs(pairs)
     options: dict[str, Any] = {"pack": pairs.pack} if pairs.pack is not None else {}
     if pairs.position_ids is not None:
         options["position_ids"] = positions(inner, pairs, [image.host if image else {} for image in shown])
@@ -229,8 +239,8 @@ def logps_of_pairs(
     head = model.get_output_embeddings()
     chunk = chunk_for(head, chunk, pairs.answers.targets)
     compute = indexed_token_logps if per_token else indexed_logps
-    hidden = found.last_hidden_state
-    sums = compute(hidden, pairs.answers, float32_head(head) if float32_logits else head, chunk)
+    hidden, product = found.last_hidden_state, float32_head(head) if float32_logits else head
+    sums = compute(hidden, pairs.answers, lambda states: finish(product(states)), chunk)
     return sums if pairs.blank is None else with_part(sums, hidden.flatten(0, 1)[pairs.blank])
 
 
@@ -242,21 +252,9 @@ def with_part(sums: AnswerLogps | AnswerTokenLogps, hidden: Tensor) -> AnswerLog
     return sums._replace(logps=sums.logps + nothing)
 
 
-def type_ids_of(model: Any) -> list[str]:
-    """The keywords by which a model wants image tokens marked."""
-    accepted = inspect.signature(model.base_model.forward).parameters
-    return [name for name in TYPE_IDS if name in accepted]
-
-
 def as_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Floating-point inputs in the weights' precision, others as they are."""
     return value.to(dtype) if value.is_floating_point() else value
-
-
-def image_token_id(config: Any) -> int:
-    """The id that stands for each token of an image; -1 where the config names none."""
-    found = (getattr(config, name, None) for name in IMAGE_TOKEN_FIELDS)
-    return next((number for number in found if number is not None), -1)
 
 
 def positions(inner: Any, pairs: PairBatch, images: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -51,8 +51,10 @@ def way_of(model: Any, *, shared_prefix: bool = True) -> Decided:
     config = model.config.get_text_config(decoder=True)
     if windows := active_windows(config):
         return Decided(Way.MASK, windows)
+    if cap := getattr(config, "attn_logit_softcapping", None):
+        return Decided(Way.MASK, f"attention scores bounded by {cap:g}")
     if "token_type_ids" in inspect.signature(model.base_model.forward).parameters:
-        return Decided(Way.MASK, "tokens of an image see each other")
+        return Decided(Way.MASK, "tokens of an image or of a prefix see each other")
     return Decided(Way.KERNEL, "causal attention in every layer")
 
 

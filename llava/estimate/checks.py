@@ -168,8 +168,12 @@ def hub_has(name: str, file: str = "config.json") -> bool:
 
 
 def has_clip_weights(architecture: str, tag: str) -> bool:
-    """Whether open_clip's weights can be had, from the local cache or from the hub."""
+    """Whether a CLIP's weights are available, from the local cache or from the hub."""
     import open_clip
+
+    if "/" in architecture:  # ORG/NAME, in open_clip's or in Hugging Face format
+        own = architecture.startswith("hf-hub:")
+        return hub_has(architecture.removeprefix("hf-hub:"), "open_clip_config.json" if own else "config.json")
 
     name = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "").rstrip("/")
     return bool(name) and hub_has(name, "open_clip_config.json")

@@ -1,6 +1,6 @@
 """The miniature world.
 
-python -m playground.tinycoco scenes | report | benchmarks | judge | study | build | figures
+python -m playground.tinycoco scenes | vlm | report | benchmarks | judge | study | build | figures
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--pairs", type=int, help="use only the first so many pairs (default: all)")
     scenes.add_argument("--scenes", type=int, default=300, help="held-out scenes (default: %(default)s)")
     scenes.add_argument("--split", choices=("test", "validation"), default="test", help="which (default: %(default)s)")
+    vlm = commands.add_parser("vlm", help="make a tiny LLaVA-OneVision from the tiny LLaVA by a short fine-tuning")
+    vlm.add_argument("--out", type=Path, required=True, help="folder; the model will be in its model/")
+    vlm.add_argument("--scenes", type=int, default=1600, help="to fine-tune on, 16 a step (default: %(default)s)")
+    vlm.add_argument("--seed", type=int, default=0)
     report = commands.add_parser("report", help="score the captions of a run, print the table, write the report")
     report.add_argument("--run", type=Path, required=True, help="folder with data/, hardness/, captions/")
     report.add_argument(
@@ -71,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from playground.tinycoco.study import runner
 
             return runner.main(args.out, args.docs, args.cores, args.quick, args.again)
+        elif args.command == "vlm":
+            from playground.tinycoco import vlm
+
+            vlm.build(args.out, args.scenes, args.seed)
         elif args.command == "benchmarks":
             from playground.tinycoco.benchmarks import write_benchmarks
 

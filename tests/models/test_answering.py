@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from dama.models.answering import ChatGenerator, Prompter, Turn
-from dama.models.family import image_token_id
 from dama.models.loading import HubCheckpoint, ProcessorOptions
+from dama.models.token_types import image_token_id
 from dama.remote_code import RemoteCodeError
 from dama.special_tokens import BREAK
 from tests.models.saved import sample_images, save, save_adapter

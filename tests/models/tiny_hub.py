@@ -247,15 +247,36 @@ def mistral3() -> tuple[Any, Any]:
     return hf.Mistral3ForConditionalGeneration(config), processor
 
 
+def paligemma(text: Callable[..., Any] = hf.GemmaConfig, **more: Any) -> tuple[Any, Any]:
+    """No chat template: a prefix that sees itself in both directions, and a suffix."""
+    tok = tokenizer()
+    size = {"height": 28, "width": 28}
+    processor = hf.PaliGemmaProcessor(hf.SiglipImageProcessor(size=size, image_seq_length=4), tok)
+    config = hf.PaliGemmaConfig(  # the processor has added tokens
+        vision_config=hf.SiglipVisionConfig(**clip_vision(projection_dim=32)),
+        text_config=text(vocab_size=len(tok), head_dim=8, pad_token_id=tok.pad_token_id, **TEXT, **more),
+        image_token_index=tok.image_token_id, projection_dim=32, pad_token_id=tok.pad_token_id,
+    )  # fmt: skip
+    return hf.PaliGemmaForConditionalGeneration(config), processor
+
+
+def paligemma2() -> tuple[Any, Any]:
+    """The same with windows of attention and bounded logits."""
+    return paligemma(hf.Gemma2Config, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, sliding_window=12,
+                     query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"])  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava, "llava_next": llava_next, "llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "qwen3_5": qwen3_5, "internvl": internvl, "idefics3": idefics3,
     "gemma3": gemma3, "mistral3": mistral3,
 }  # fmt: skip
+# Models without a chat template, which take a question as prefix and an answer as suffix.
+SUFFIX_FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {"paligemma": paligemma, "paligemma2": paligemma2}
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
     """(random model in fp32 and evaluation mode, its processor)."""
     torch.manual_seed(seed)
-    model, processor = FAMILIES[family]()
+    model, processor = (FAMILIES | SUFFIX_FAMILIES)[family]()
     return model.eval(), processor
