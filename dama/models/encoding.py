@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -55,25 +54,27 @@ class PairEncoder:
     ) -> Iterator[tuple[int, list[int]]]:
         """(ids of the prompt, counted; ids of the row) of every view of every pair."""
         shown = [image for of_views in images for image in of_views]
-        turns = [Turn(pair.question, str(getattr(pair, view.answer))) for pair in pairs for view in self.views]
+        turns = [Turn(pair.question, said(pair, view)) for pair in pairs for view in self.views]
+        owners = [pair for pair in pairs for _ in self.views]
+        rows = [behind_context(pair, row, self.chat.end) for pair, row in zip(owners, self.chat.rows(turns))]
         texts = [
             (self.images.written_out(prompt, [self.size_of(image)]), answer)
-            for (prompt, answer), image in zip(self.chat.rows(turns), shown, strict=True)
+            for (prompt, answer), image in zip(rows, shown, strict=True)
         ]
         prompts = self.chat.token_ids([prompt for prompt, _ in texts])
         wholes = self.chat.token_ids([prompt + answer for prompt, answer in texts])
-        names = itertools.chain.from_iterable([pair.id] * len(self.views) for pair in pairs)
-        for name, prompt, whole in zip(names, prompts, wholes, strict=True):
+        for pair, prompt, whole in zip(owners, prompts, wholes, strict=True):
             if whole[: len(prompt)] != prompt:
                 raise ValueError(
-                    f"pair {name}: expected its rows to begin with the tokens of its prompt, got others: the "
+                    f"pair {pair.id}: expected its rows to begin with the tokens of its prompt, got others: the "
                     "tokenizer joins the prompt's end with the answer's beginning"
                 )
             yield len(prompt), whole
 
     def _validate(self, pair: PreferencePair) -> None:
         """Raise ValueError where a text spells a special token, which would be read as one."""
-        texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "second": pair.second}
+        names = ("question", "context", "chosen", "rejected", "second")
+        texts: dict[str, str | None] = {name: getattr(pair, name) for name in names}
         for field, text in texts.items():
             found = self.chat.special_in(text) if text else None
             if found:
@@ -81,3 +82,26 @@ class PairEncoder:
                     f"pair {pair.id}: its {field} contains {found!r}, a special token of this model; remove it, or "
                     "spell it otherwise"
                 )
+
+
+def said(pair: PreferencePair, view: View) -> str:
+    """What the assistant says: the answer of a view, behind the pair's context where it has one."""
+    answer = str(getattr(pair, view.answer))
+    return f"{pair.context} {answer}" if pair.context else answer
+
+
+def behind_context(pair: PreferencePair, row: tuple[str, str], end: str) -> tuple[str, str]:
+    """Prompt and answer of a row, a context moved to the prompt; then nothing ends the turn: the text may go on.
+
+    Raises:
+        ValueError: the template does not write the context as it is.
+    """
+    prompt, answer = row
+    if not pair.context:
+        return row
+    before, found, own = answer.removesuffix(end).partition(pair.context)
+    if not found:
+        raise ValueError(
+            f"pair {pair.id}: its context: expected it as it is in the chat template, got {answer[:120]!r}"
+        )
+    return prompt + before + found, own.rstrip()

@@ -50,6 +50,7 @@ class HubFamily:
         system: a system turn before each question.
     """
 
+    reads_context = True
     encodes_ahead = False  # a frozen tower makes no gradient, and a pack shows an image once
     files: tuple[str, ...] = ()  # folders besides the checkpoint's that log-probs depend on
 

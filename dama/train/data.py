@@ -178,7 +178,7 @@ def encode_pairs(
     if (with_context := [pair.id for pair in pairs if pair.context]) and not getattr(family, "reads_context", False):
         raise ValueError(
             f"{data_args.data_path}: {len(with_context)} of {len(pairs)} pairs have a context (first: "
-            f"{with_context[0]}), which this model family does not read; remove these rows, or train LLaVA-1.5"
+            f"{with_context[0]}), which this model family does not read; remove these rows"
         )
     images = [choice.images(pair) for pair in pairs]
     rows = family.encode(pairs, images)
