@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dama.checked_pairs import CheckedPairs, check_pair_file, read_pair_file
 from dama.console import digest_of
-from dama.corruptions import FIELD, OTHER_IMAGE, corrupted, generator_of
+from dama.corruptions import FIELD, OTHER_IMAGE, corrupted, other_number
 from dama.errors import error_list
 from dama.hardness.score import load_hardness
 from dama.hardness.sources import HardnessSource, delta_from, generative_gap
@@ -124,8 +124,7 @@ class ImageChoice:
             return ImageRef(pair.image, self.corruption, pair.id, self.seed)
         if len(self.names) < 2:
             raise ValueError(f"--corruption {OTHER_IMAGE}: expected another image than {pair.image}, found none")
-        number = generator_of(OTHER_IMAGE, self.seed, pair.id).integers(len(self.names) - 1)
-        return ImageRef(self.names[number + (number >= self._numbers[pair.image])])
+        return ImageRef(self.names[other_number(self._numbers[pair.image], len(self.names), self.seed, pair.id)])
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
