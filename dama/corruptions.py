@@ -53,7 +53,7 @@ def noise(image: Image.Image, random: np.random.Generator) -> Image.Image:
     return Image.fromarray(((noisy.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
 
 
-# Those that change the pair's own image. `other_image` and `field` name another file instead, see dama.train.data.
+# Those that change the pair's own image. `other_image` and `field` name another file instead.
 PIXEL_CORRUPTIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
     "blank": blank,
     "crop": crop,
@@ -67,6 +67,12 @@ CORRUPTIONS = (*PIXEL_CORRUPTIONS, OTHER_IMAGE, FIELD)
 def corrupted(image: Image.Image, corruption: str, seed: int, pair: str) -> Image.Image:
     """The image of a pair under one of PIXEL_CORRUPTIONS; the same for the same seed and pair id, wherever it runs."""
     return PIXEL_CORRUPTIONS[corruption](image, generator_of(corruption, seed, pair))
+
+
+def other_number(own: int, count: int, seed: int, pair: str) -> int:
+    """Which of `count` images `other_image` shows for a pair whose own is number `own`."""
+    number = int(generator_of(OTHER_IMAGE, seed, pair).integers(count - 1))
+    return number + (number >= own)
 
 
 def generator_of(corruption: str, seed: int, pair: str) -> np.random.Generator:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from dama.console import write_atomic
+from dama.corruptions import FIELD, OTHER_IMAGE, PIXEL_CORRUPTIONS, corrupted, other_number
 from dama.hardness.score import REDUCTIONS, SIDES, STAGE, correlation, hardness_delta, length_differences, spread
 from dama.images import ImageFolder, load_image, resolve_image
 from dama.pages import render_page
@@ -44,6 +45,13 @@ class Plot(NamedTuple):
     draw: Callable[[Axes], None]
 
 
+class SecondImages(NamedTuple):
+    """A pair's image and what it becomes as a second image, in the order in which they are shown."""
+
+    pair: str  # its id
+    images: dict[str, Image.Image]  # by corruption; the pair's own first
+
+
 @dataclass(frozen=True)
 class Group:
     """Some of the pairs, and why these."""
@@ -54,9 +62,16 @@ class Group:
 
 
 def write_hardness_page(
-    folder: str | Path, out: str | Path, image_folder: ImageFolder | None = None, count: int = 6
+    folder: str | Path,
+    out: str | Path,
+    image_folder: ImageFolder | None = None,
+    count: int = 6,
+    *,
+    corruption_seed: int = 0,
 ) -> tuple[Path, Path]:
     """Write out/hardness.html and out/hardness.png of the stage in `folder`, `count` pairs in each group.
+
+    The second images are those of a training with this `corruption_seed`, of the first pair of each group.
 
     Images are read from `image_folder`, or from the folder that the manifest names where that is inside `folder`: a
     manifest of somebody else could name any other. Raises StageError where the stage is not complete or the images are
@@ -67,9 +82,11 @@ def write_hardness_page(
         remedy = "an earlier version wrote it: run `python -m dama hardness` with --overwrite"
         raise StageError(f"{folder}: its records have no {', '.join(missing)}\nRemedy: {remedy}")
     groups = pick_groups(records, count)
-    pictures = _load_pictures(groups, image_folder or _own_image_folder(Path(folder), manifest))
+    source = image_folder or _own_image_folder(Path(folder), manifest)
+    pictures = _load_pictures([record["image"] for group in groups for record in group.records], source)
+    seconds = second_images(records, [group.records[0] for group in groups], pictures, source, corruption_seed)
     page, picture = Path(out) / "hardness.html", Path(out) / "hardness.png"
-    write_atomic(page, render(manifest, records, groups, pictures))
+    write_atomic(page, render(manifest, records, groups, pictures, seconds))
     write_atomic(picture, draw_sheet(manifest, records, groups, pictures))
     return page, picture
 
@@ -97,12 +114,37 @@ def _own_image_folder(folder: Path, manifest: Record) -> Path:
     return Path(named)
 
 
-def _load_pictures(groups: Sequence[Group], image_folder: ImageFolder) -> dict[str, Image.Image]:
-    names = dict.fromkeys(record["image"] for group in groups for record in group.records)
+def _load_pictures(names: Sequence[str], image_folder: ImageFolder) -> dict[str, Image.Image]:
     try:
-        return {name: load_image(resolve_image(image_folder, name)) for name in names}
+        return {name: load_image(resolve_image(image_folder, name)) for name in dict.fromkeys(names)}
     except OSError as error:
         raise StageError(f"{error}\nRemedy: give the folder that holds the pictures now as --image_folder") from error
+
+
+def second_images(
+    records: Sequence[Record],
+    shown: Sequence[Record],
+    pictures: dict[str, Image.Image],
+    image_folder: ImageFolder,
+    seed: int,
+) -> list[SecondImages]:
+    """Every corruption of some pairs' images, as a training on all `records` with this seed makes them.
+
+    Args:
+        shown: the pairs. pictures: at least theirs, by name.
+    """
+    names = list(dict.fromkeys(record["image"] for record in records))
+    found = []
+    for record in shown:
+        own, images = pictures[record["image"]], {"own image": pictures[record["image"]]}
+        images |= {name: corrupted(own, name, seed, record["id"]) for name in PIXEL_CORRUPTIONS}
+        files = {FIELD: record["second_image"]} if record.get("second_image") else {}
+        if len(names) > 1:
+            number = other_number(names.index(record["image"]), len(names), seed, record["id"])
+            files = {OTHER_IMAGE: names[number]} | files
+        loaded = _load_pictures(list(files.values()), image_folder)
+        found.append(SecondImages(record["id"], images | {name: loaded[file] for name, file in files.items()}))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
@@ -164,7 +206,11 @@ def _notes(manifest: Record, records: Sequence[Record]) -> list[str]:
 
 
 def render(
-    manifest: Record, records: Sequence[Record], groups: Sequence[Group], pictures: dict[str, Image.Image]
+    manifest: Record,
+    records: Sequence[Record],
+    groups: Sequence[Group],
+    pictures: dict[str, Image.Image],
+    seconds: Sequence[SecondImages] = (),
 ) -> str:
     """The page, with images and plots inside."""
     deltas = {"all": [record["delta"] for record in records]}
@@ -183,6 +229,7 @@ def render(
             {"title": group.title, "note": group.note, "pairs": [_pair_view(r, sources) for r in group.records]}
             for group in groups
         ],
+        seconds=[(of.pair, {name: url_of(image) for name, image in of.images.items()}) for of in seconds],
         provenance={name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                     for name, value in manifest["fingerprint"].items()},
     )  # fmt: skip
@@ -210,7 +257,8 @@ def _pair_view(record: Record, sources: dict[str, str]) -> dict[str, Any]:
         scored = [(f"{score:+.3f}", statement) for score, statement in zip(scores, statements)]
         sides.append({"name": name, "total": total, "statements": scored})
     return {key: record[key] for key in ("id", "delta", "image")} | {
-        "words": words, "sides": sides, "source": sources[record["image"]], "question": record.get("question", "")
+        "words": words, "sides": sides, "source": sources[record["image"]], "question": record.get("question", ""),
+        "context": record.get("context", ""),
     }  # fmt: skip
 
 
@@ -267,6 +315,8 @@ def sheet_text(record: Record, width: int = 64) -> str:
     view = _pair_view(record, {record["image"]: ""})
     lines = [f"δ = {record['delta']:+.4f}   pair {record['id']}   {'   '.join(view['words'])}"[:width]]
     lines += textwrap.wrap(view["question"], width, max_lines=2, placeholder=" …")
+    if view["context"]:
+        lines += textwrap.wrap(f"Context: {view['context']}", width, max_lines=2, placeholder=" …")
     for side in view["sides"]:
         said = [line for score, text in side["statements"] for line in _hanging(f"{score}  {text}", width)]
         more = [f"… {len(said) - _LINES + 1} more lines"] if len(said) > _LINES else []

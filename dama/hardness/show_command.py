@@ -9,8 +9,8 @@ from dama.flags import fail
 
 DESCRIPTION = """\
 Page of the results of `python -m dama hardness`: the distribution of delta by source and by kind of pair, how much of
-it is only the difference in length of the answers, and the easiest, the hardest and the most negative pairs with their
-statements and scores.
+it is only the difference in length of the answers, the easiest, the hardest and the most negative pairs with their
+statements and scores, and the second images that each --corruption of the training makes of some of them.
 
 Writes OUT/hardness.html   the page, self-contained
        OUT/hardness.png    the plots as one image
@@ -26,6 +26,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="output folder of the page and the image (default: DIR)")
     parser.add_argument(
+        "--corruption_seed", type=int, default=0, metavar="N",
+        help="random seed of the second images, as given to the training (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--pairs", type=int, default=6, metavar="N", help="number of pairs in each group (default: %(default)s)"
     )
 
@@ -36,5 +40,7 @@ def run(args: argparse.Namespace) -> None:
         fail([f"--pairs {args.pairs}: expected 1 or more"])
     from dama.hardness.show import write_hardness_page
 
-    written = write_hardness_page(args.folder, args.out or args.folder, args.image_folder, args.pairs)
+    written = write_hardness_page(
+        args.folder, args.out or args.folder, args.image_folder, args.pairs, corruption_seed=args.corruption_seed
+    )
     log(f"written to {' and '.join(map(str, written))}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 
 from dama.checked_pairs import CheckedPairs, check_pair_file, read_pair_file
 from dama.console import digest_of
-from dama.corruptions import FIELD, OTHER_IMAGE, corrupted, generator_of
+from dama.corruptions import FIELD, OTHER_IMAGE, corrupted, other_number
 from dama.errors import error_list
 from dama.hardness.score import load_hardness
 from dama.hardness.sources import HardnessSource, delta_from, generative_gap
@@ -134,12 +133,11 @@ class ImageChoice:
             return ImageRef(pair.own_images, self.corruption, pair.id, self.seed)
         if len(self.names) < 2:
             raise ValueError(f"--corruption {OTHER_IMAGE}: expected another image than {pair.image}, found none")
-        numbers = generator_of(OTHER_IMAGE, self.seed, pair.id)
-        return ImageRef(tuple(self._another(name, numbers) for name in pair.own_images))
+        return ImageRef(tuple(self._another(name, pair.id, place) for place, name in enumerate(pair.own_images)))
 
-    def _another(self, name: str, numbers: np.random.Generator) -> str:
-        number = numbers.integers(len(self.names) - 1)
-        return self.names[number + (number >= self._numbers[name])]
+    def _another(self, name: str, pair: str, place: int) -> str:
+        owner = f"{pair} image {place + 1}" if place else pair  # so that two images of a pair get two others
+        return self.names[other_number(self._numbers[name], len(self.names), self.seed, owner)]
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

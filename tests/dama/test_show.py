@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,13 @@ from PIL import Image
 
 from dama.cli import main
 from dama.console import USER_ERROR
-from dama.hardness.score import hardness_delta, summarize
+from dama.corruptions import CORRUPTIONS
+from dama.hardness.score import hardness_delta, run_hardness, summarize
 from dama.hardness.show import by_field, correlations, draw_sheet, pick_groups, sheet_text, write_hardness_page
+from dama.pairs import PreferencePair
 from dama.stage import StageError, open_stage
+from dama.train.data import ImageChoice, PairDataset
+from dama.views import CHOSEN, CHOSEN_CORRUPTED, REJECTED
 
 ATTACK = '<script>alert("x")</script>'
 COLORS = ("red", "green", "blue")
@@ -109,7 +115,9 @@ def test_the_page_holds_everything_and_nothing_from_outside(tmp_path: Path) -> N
     text = page.read_text()
     reader = Reader(text)
     assert reader.scripts == 0 and "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
-    assert len(reader.pictures) == 5 and all(source.startswith("data:image/png;base64,") for source in reader.pictures)
+    assert len(reader.pictures) == 5 + 3 * 6 and all(
+        source.startswith("data:image/png;base64,") for source in reader.pictures
+    )
     assert ATTACK in reader.text and ATTACK not in text
     for part in (
         "Easiest pairs", "δ = +0.7000", "pair p2", "+0.300", "Chosen 2.", "δ = -0.3000", "δ̄ = 0.140000", "as a sum",
@@ -175,7 +183,7 @@ def test_images_inside_the_stages_own_folder_need_no_flag(tmp_path: Path) -> Non
     (tmp_path / "images").rename(folder / "images")
     rewrite_summary(folder, image_folder=str(folder / "images"))
     page, _ = write_hardness_page(folder, tmp_path / "b", count=2)
-    assert len(Reader(page.read_text()).pictures) == 5
+    assert len(Reader(page.read_text()).pictures) == 5 + 3 * 6
 
 
 @pytest.mark.parametrize("named", ["images", "..", "/", "hardness/../images", "link", None, 5, ["images"]])
@@ -245,3 +253,46 @@ def test_every_pair_shows_its_question(tmp_path: Path) -> None:
     assert "What is it?" in sheet_text(rows[0])
     page, _ = write_hardness_page(write_stage(tmp_path / "old"), tmp_path / "old", tmp_path / "old/images")
     assert "Question: not recorded by the version that wrote this stage" in Reader(page.read_text()).text
+
+
+def test_a_context_is_shown_before_the_answers(tmp_path: Path) -> None:
+    """On the page and on the sheet, as text; a pair without one has no such line."""
+    rows = [RECORDS[0] | {"context": f"A red car. {ATTACK}"}, RECORDS[1]]
+    page, _ = write_hardness_page(write_stage(tmp_path, rows), tmp_path / "out", tmp_path / "images")
+    reader = Reader(page.read_text())
+    assert f"Context, read before both answers: A red car. {ATTACK}" in reader.text and not reader.scripts
+    assert reader.text.count("Context, read") == 2  # pair p0 is easy and, of two, also among the hard ones
+    assert "Context: A red car." in sheet_text(rows[0]) and "Context" not in sheet_text(rows[1])
+
+
+def test_every_corruption_stands_beside_its_image(tmp_path: Path) -> None:
+    """The second images are, pixel by pixel, those that a training with the same seed reads."""
+    pairs = [
+        PreferencePair(f"p{n}", f"{COLORS[n % 3]}.png", "What?", "A.", "B.", clip_scores=((0.3,), (0.1 * n,)),
+                       second_image=f"{COLORS[(n + 1) % 3]}.png")
+        for n in range(5)
+    ]  # fmt: skip
+    (tmp_path / "images").mkdir()
+    for number, color in enumerate(COLORS):
+        ramp = Image.linear_gradient("L").resize((60, 40)).rotate(60 * number)
+        Image.merge("RGB", [ramp, ramp.rotate(90), ramp.rotate(180)]).save(tmp_path / f"images/{color}.png")
+    run_hardness(pairs, tmp_path / "images", tmp_path / "own", None, progress=False)
+    page, _ = write_hardness_page(tmp_path / "own", tmp_path / "out", tmp_path / "images", 1, corruption_seed=7)
+    shown = pictures_by_name(page.read_text())
+    assert list(shown) == ["own image", *CORRUPTIONS]
+    for corruption in CORRUPTIONS:
+        args = SimpleNamespace(corruption=corruption, corruption_seed=7, loss=["mdpo"])
+        choice = ImageChoice.of(pairs, (CHOSEN, REJECTED, CHOSEN_CORRUPTED), args)
+        data = PairDataset([], tmp_path / "images", lambda image: image)
+        expected = data.pixels(choice.images(pairs[0])[-1])  # of p0, whose delta is the largest
+        assert shown[corruption].size == expected.size
+        assert shown[corruption].tobytes() == expected.tobytes(), corruption
+    assert len({image.tobytes() for image in shown.values()}) >= len(shown) - 1  # the two files may be one
+
+
+def pictures_by_name(page: str) -> dict[str, Image.Image]:
+    """The first pair's second images on a page, by corruption."""
+    found: dict[str, Image.Image] = {}
+    for source, name in re.findall(r'<figure><img src="data:image/png;base64,([^"]*)" alt="([^"]*)">', page):
+        found.setdefault(name, Image.open(io.BytesIO(base64.b64decode(source))).convert("RGB"))
+    return found

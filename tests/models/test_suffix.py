@@ -4,23 +4,24 @@ import pytest
 import torch
 from PIL import Image
 
-from dama.models.answering import ChatGenerator, Prompter
-from dama.models.chat import ChatTemplate, Turn
+from dama.models.answering import ChatGenerator, Prompter, Turn
+from dama.models.chat import ChatTemplate
 from dama.models.family import set_decoder_attention
 from dama.models.head import finish_of, logits_of, unchanged
 from dama.models.suffix import suffix_template
 from dama.models.way import Way, way_of
-from tests.models.test_packed import WEIGHTS, family_of, gradients, logps_of, prepared, world
+from dama.pairs import pair_from_row
+from tests.models.packs import WEIGHTS, family_of, gradients, logps_of, prepared
 from tests.models.tiny_hub import FAMILIES, SUFFIX_FAMILIES, build
 
-__all__ = ["world"]  # a fixture
 IMAGES = 4  # tokens of an image
 
 
 def stock_row(processor, pair, answer, folder):
     """As the model card says: the question as text, the answer as suffix; with labels of the suffix."""
-    image = Image.open(folder / pair.image).convert("RGB")
-    return processor(text=[f"<image>{pair.question}"], images=[image], suffix=[answer], return_tensors="pt")
+    images = [Image.open(folder / name).convert("RGB") for name in pair.own_images]
+    text = "<image>" * len(images) + pair.question
+    return processor(text=[text], images=[images], suffix=[answer], return_tensors="pt")
 
 
 def stock_logps(name, world, items, views):
@@ -49,6 +50,24 @@ def test_pairs_are_rows_of_the_processor(name, shared, world):
     scale = max(float(g.abs().max()) for g in wanted.values())
     for parameter, gradient in wanted.items():
         assert torch.allclose(own[parameter], gradient, atol=1e-5 * scale, rtol=1e-4), parameter
+
+
+@pytest.mark.parametrize("name", SUFFIX_FAMILIES)
+def test_two_images_in_a_pair(name, world):
+    row = {"images": ["0.png", "2.png"], "prompt": "Same?", "chosen": "No.", "rejected": "Yes, the same."}
+    family = family_of(name, world)
+    items = prepared(family, [pair_from_row(row), world[0][1]])
+    expected, _ = stock_logps(name, world, items, family.views)
+    assert torch.allclose(logps_of(family, items, world[1]), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_texts_alone_are_read_behind_a_blank_image(world):
+    """A pair of texts has the same log-probs whether a blank image stands behind the rows or another pair's."""
+    row = {"images": [], "prompt": "2 + 2?", "chosen": "4", "rejected": "It is 5.", "id": "x"}
+    family, alone = family_of("paligemma", world), pair_from_row(row)
+    one = logps_of(family, prepared(family, [alone]), world[1])
+    both = logps_of(family, prepared(family, [alone, world[0][0]]), world[1])
+    assert torch.allclose(one[:, 0], both[:, 0], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", SUFFIX_FAMILIES)
