@@ -90,3 +90,20 @@ def without_build_notices() -> Iterator[None]:
     finally:
         lines = printed.getvalue().splitlines(keepends=True)
         sys.stdout.writelines(line for line in lines if not line.rstrip().endswith("built successfully"))
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """A block in which transformers shows no bars for weights that it loads or saves; those of downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    shown, downloads_shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # the hub's bars as well
+    if downloads_shown:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown and downloads_shown:
+            transformers_logging.enable_progress_bar()

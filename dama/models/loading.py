@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from dama.fingerprint import digest_of_checkpoint
 from dama.models.files import files_of, listed, validate_complete
 from dama.models.setup import HEAD, load_processor
+from dama.notices import without_loading_bars
 from dama.train.setup import quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -96,7 +97,7 @@ class HubCheckpoint:
             options["quantization_config"] = quantization_config(bits == 8, [HEAD], compute_dtype=dtype)
         if device.startswith("cuda"):
             options["device_map"] = "auto" if device == "cuda" else {"": device}
-        with files_of(self.source):
+        with files_of(self.source), without_loading_bars():
             model, found = AutoModelForImageTextToText.from_pretrained(self.base, **options)
         validate_complete(self.base, found)
         if self.adapter is not None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from dama.console import log
 from dama.models.family import HubFamily
 from dama.models.files import files_of, validate_complete
+from dama.notices import without_loading_bars
 from dama.train.setup import join_ranks, loading_options, precision_of_weights
 
 HEAD = "lm_head"
@@ -32,7 +33,7 @@ def setup_family(arguments: Any, *, dtype: torch.dtype | None = None) -> HubFami
     join_ranks(args)
     set_seed(args.seed)  # new adapters start alike in every run
     options = loading_options(args, [HEAD])
-    with files_of(name):
+    with files_of(name), without_loading_bars():
         processor = load_processor(name, model_args, args.cache_dir)
         model, found = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype or precision_of_weights(args), cache_dir=args.cache_dir, trust_remote_code=False,
@@ -67,10 +68,24 @@ def load_processor(name: str, model_args: Any, cache_dir: str | None = None) -> 
             f"processor of '{name}': expected one of images and text, with an image_token, got "
             f"{type(processor).__name__}"
         )
+    drop_repeated_limits(processor)
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def drop_repeated_limits(processor: Any) -> None:
+    """Remove min_pixels and max_pixels from a tokenizer's options where the size of the image processor has them too.
+
+    from_pretrained gives its options to both. Qwen2-VL's processor and its kin write them into `size`; the tokenizer
+    keeps them, and each call would pass them to the image processor again, which is deprecated and changes nothing.
+    """
+    size = dict(getattr(processor.image_processor, "size", None) or {})
+    kept = processor.tokenizer.init_kwargs
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if name in kept and size.get(edge) == kept[name]:
+            del kept[name]
 
 
 def parsed(options: Sequence[str]) -> dict[str, Any]:

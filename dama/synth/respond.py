@@ -12,6 +12,7 @@ from dama.chat import ChatClient, ChatRequest, ChatSettings, after_thoughts, ima
 from dama.completion import well_formed
 from dama.console import digest_of, log
 from dama.images import load_image, resolve_image
+from dama.notices import without_loading_bars
 from dama.remote_code import remote_code_refused
 from dama.special_tokens import escaped, placeholders
 from dama.stage import Record, open_stage
@@ -86,7 +87,7 @@ class HfResponder:
         if self.load_4bit:
             options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
         remedy = "give another model, or --trust_remote_code once you have read its code"
-        with remote_code_refused(f"responder {self.checkpoint}", remedy):
+        with remote_code_refused(f"responder {self.checkpoint}", remedy), without_loading_bars():
             model = AutoModelForImageTextToText.from_pretrained(self.checkpoint, **options)
             processor = AutoProcessor.from_pretrained(self.checkpoint, **trust)
         processor.tokenizer.padding_side = "left"

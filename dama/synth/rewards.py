@@ -22,6 +22,7 @@ from dama.console import digest_of
 from dama.hardness import split
 from dama.hardness.clip import ClipScorer, load_clip
 from dama.images import load_image
+from dama.notices import without_loading_bars
 from dama.redact import redacted, secrets_of_url
 from dama.remote_code import remote_code_refused
 from dama.special_tokens import escaped
@@ -94,7 +95,7 @@ class TextReward:
 
         trust = {"trust_remote_code": self.trust_remote_code}
         dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        with remote_code_refused(f"reward {self.checkpoint}", TRUST):
+        with remote_code_refused(f"reward {self.checkpoint}", TRUST), without_loading_bars():
             model = AutoModelForSequenceClassification.from_pretrained(self.checkpoint, dtype=dtype, **trust)
             tokenizer = AutoTokenizer.from_pretrained(self.checkpoint, **trust)
         return tokenizer, model.to(self.device).eval()
@@ -200,7 +201,7 @@ class ImageTextReward:
         from transformers import AutoModel, AutoProcessor
 
         trust = {"trust_remote_code": self.trust_remote_code}
-        with remote_code_refused(f"reward {self.checkpoint}", TRUST):
+        with remote_code_refused(f"reward {self.checkpoint}", TRUST), without_loading_bars():
             processor = AutoProcessor.from_pretrained(self.checkpoint, **trust)
             model = AutoModel.from_pretrained(self.checkpoint, **trust)
         processor.tokenizer.split_special_tokens = True  # "<|endoftext|>" in an answer is text

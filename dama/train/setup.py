@@ -9,16 +9,26 @@ from typing import Any
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from dama.notices import QUANTIZATION_NOTICES
+from dama.notices import QUANTIZATION_NOTICES, without_build_notices
 
 
 def join_ranks(args: Any) -> None:
-    """Before weights are loaded under ZeRO-3, which spreads them while they are: on CPUs nothing has joined so far."""
+    """Start the ranks' communication before weights are loaded: ZeRO-3 spreads them while they are.
+
+    On CPUs transformers would start DeepSpeed's with the trainer only.
+    """
     _ = args.device
-    if is_deepspeed_zero3_enabled():
+    if is_deepspeed_zero3_enabled() or (args.deepspeed and args.use_cpu):
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
+        with without_build_notices():
+            deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None)
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Recompute activations in the backward pass, by the method's name in the installed transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
 
 
 def precision_of_weights(args: Any) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dama.losses import ViewLogps
 from dama.pairs import PreferencePair
 from dama.train.family import shown_images
+from dama.train.setup import enable_checkpointing
 from dama.train.throughput import PairLength
 from llava.conversation import get_template
 from llava.estimate.fit import memory_of_each, reserved
@@ -79,7 +80,7 @@ def run_one_batch(
     model, tokenizer, processor = setup_model(arguments)
     model = model.to(args.device).train()
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
     batch = first_batch(arguments, items, count, patches, model, tokenizer, processor)
     batch = send_to_device(batch, args.device)
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]

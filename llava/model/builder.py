@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, GenerationConfig, PretrainedConfig
 
 from dama.console import log
+from dama.notices import without_loading_bars
 from dama.train.setup import quantization_config
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import (
@@ -188,9 +189,10 @@ def _model(source: str, checkpoint: Checkpoint, **kwargs: Any) -> LlavaLlamaForC
     folder, tower = checkpoint.config._name_or_path, getattr(checkpoint.config, "mm_vision_tower", None)
     if tower and folder and not Path(source).is_dir() and (Path(folder) / tower / "config.json").is_file():
         checkpoint.config.mm_vision_tower = str(Path(folder) / tower)  # inside a hub repository
-    model = LlavaLlamaForCausalLM.from_pretrained(
-        None, config=checkpoint.config, state_dict=checkpoint.weights, **kwargs
-    )
+    with without_loading_bars():
+        model = LlavaLlamaForCausalLM.from_pretrained(
+            None, config=checkpoint.config, state_dict=checkpoint.weights, **kwargs
+        )
     if folder and (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.generation_config = _valid_generation_config(model.generation_config)
@@ -270,9 +272,10 @@ def check_tower(config: PretrainedConfig) -> None:
 
 
 def _clip(config: Any, weights: dict[str, Tensor], source: str, dtype: torch.dtype) -> CLIPVisionModel:
-    network, report = CLIPVisionModel.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
+    with without_loading_bars():
+        network, report = CLIPVisionModel.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected:
         raise ValueError(

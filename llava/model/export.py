@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dama.console import log, report_error
+from dama.notices import without_loading_bars
 from llava.constants import DEFAULT_IM_START_TOKEN
 from llava.conversation import get_template, image_placeholder
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -93,7 +94,8 @@ def hf_logits(folder: Path, backend: str, device: str) -> Tensor:
     """[T, V'] logits of transformers' own model and processor on the same."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map={"": device})
+    with without_loading_bars():
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map={"": device})
     processor = AutoProcessor.from_pretrained(folder, backend=backend, trust_remote_code=False)
     start_end = DEFAULT_IM_START_TOKEN in processor.tokenizer.get_vocab()
     prompt = sample_prompt(argparse.Namespace(mm_use_im_start_end=start_end))

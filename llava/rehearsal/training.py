@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, is_dee
 
 from dama.console import log, report_error
 from dama.losses import ViewLogps
-from dama.train.setup import precision_of_weights
+from dama.train.setup import enable_checkpointing, precision_of_weights
 from dama.train.throughput import PairLength
 from dama.views import View, by_image
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -155,7 +155,7 @@ def build(plan: Plan, dtype: torch.dtype | None = None) -> Any:
     freeze(llava, plan.arguments)
     if args.gradient_checkpointing:
         llava.enable_input_require_grads()
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        enable_checkpointing(model, args.gradient_checkpointing_kwargs)
     return model.train()
 
 

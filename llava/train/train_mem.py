@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from dama.console import end_on_interrupt, report_error
 from dama.finished import NOT_PATHS, Call
+from dama.notices import without_loading_bars
 from dama.train.checkpoints import log_finished
 from llava.supported import is_hub_model, validate_supported_model, validate_trained_model
 from llava.train.flag_names import check_flags_early
+
+HALF_PRECISIONS = ("bf16", "fp16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,27 +33,24 @@ def run(argv: Sequence[str]) -> None:
     """Parses the flags and trains. What is imported here takes seconds."""
     refuse_missing_gpus(argv)
     check_flags_early(argv)
+    refuse_half_precision_without_gpu(argv)
     model, is_preference = value_of(argv, "model_name_or_path"), value_of(argv, "task") == "DPO"
     (validate_trained_model if is_preference else validate_supported_model)(model, "--model_name_or_path")
     call = training_call(argv)
     if call is not None and call.is_finished():
         log_finished(str(value_of(argv, "output_dir")))
         return
-    import transformers
-
+    from dama.train.builds import watched_builds
     from llava.train import train as sft
     from llava.train import train_dpo, train_hub
     from llava.train.arguments import parse_arguments
 
-    # Loading and saving take a blink or have their own line; the bar that is left is the training's.
-    transformers.utils.logging.disable_progress_bar()
     arguments = parse_arguments(argv)
-    if arguments[2].task != "DPO":
-        sft.run(arguments, call=call)
-    elif is_hub_model(arguments[0].model_name_or_path):
-        train_hub.run(arguments, call=call)
-    else:
-        train_dpo.run(arguments, call=call)
+    of_hub = is_hub_model(arguments[0].model_name_or_path)
+    train = sft.run if arguments[2].task != "DPO" else train_hub.run if of_hub else train_dpo.run
+    # Saving has its own line; the bars that are left are the training's and those of downloads.
+    with without_loading_bars(), watched_builds() if arguments[2].deepspeed else nullcontext():
+        train(arguments, call=call)
 
 
 def refuse_missing_gpus(argv: Sequence[str]) -> None:
@@ -68,6 +69,20 @@ def refuse_missing_gpus(argv: Sequence[str]) -> None:
         raise ValueError(
             f"GPUs: {ranks} ranks need {ranks}, found {found} that torch can use; {fewer}train on CPUs with "
             "DS_ACCELERATOR=cpu in front of the command and --use_cpu True behind it"
+        )
+
+
+def refuse_half_precision_without_gpu(argv: Sequence[str]) -> None:
+    """Raises ValueError for --bf16 or --fp16 on a machine without a GPU, unless --use_cpu says that this is meant."""
+    precision = next((name for name in HALF_PRECISIONS if is_true(argv, name)), None)
+    if precision is None or wants_cpu(argv):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"--{precision} True: expected a GPU, found none that torch can use; leave --{precision} out and add "
+            "--use_cpu True to train a small model on the CPU in float32 (`nvidia-smi` lists this machine's GPUs)"
         )
 
 
@@ -103,10 +118,15 @@ def value_of(argv: Sequence[str], name: str) -> str | None:
 
 
 def wants_cpu(argv: Sequence[str]) -> bool:
-    """Whether the flags choose CPUs: --use_cpu, or --no_cuda as it was called, alone or with a true value."""
+    """Whether the flags choose CPUs: --use_cpu, or --no_cuda as it was called."""
+    return is_true(argv, "use_cpu") or is_true(argv, "no_cuda")
+
+
+def is_true(argv: Sequence[str], name: str) -> bool:
+    """Whether a flag is given alone or with a true value, at its first place."""
     for word, value in zip(argv, [*argv[1:], ""]):
         flag, has_value, given = word.replace("-", "_").partition("=")
-        if flag in ("__use_cpu", "__no_cuda"):
+        if flag == f"__{name}":
             text = (given if has_value else value).lower()
             return text.startswith("--") or text in ("", "true", "t", "yes", "y", "1")
     return False

@@ -1,6 +1,9 @@
 """Flags: LLaVA's old names, all faults at once, help that reads."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -108,6 +111,7 @@ def test_a_misspelt_flag_gets_one_line_with_the_nearest(words, nearest):
         (["--gamma"], "--gamma: expected one argument"),
         (["stray"], "stray: expected a flag before each value"),
         (["--save_strategy", "sometimes"], "--save_strategy: .*sometimes"),
+        (["--modle", "M"], "--modle: no such flag; did you mean --model_name_or_path?"),
         (["--qqqq", "1", "--lr", "2"], "--qqqq: no such flag; --lr: no such flag; did you mean --learning_rate?"),
     ],
 )
@@ -149,6 +153,19 @@ def test_more_ranks_than_gpus_are_refused_before_anything_else(monkeypatch, caps
     assert f"GPUs: {found + 3} ranks need {found + 3}, found {found} that torch can use; " in said
     assert "DS_ACCELERATOR=cpu in front of the command and --use_cpu True behind it" in said
     assert (f"start {found} (--num_gpus {found}" in said) is (found > 0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_without_a_gpu_is_refused_before_anything_loads(precision):
+    def ended(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "llava.train.train_mem", f"--{precision}", "True", *words],
+            capture_output=True, text=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        ).stderr.splitlines()  # fmt: skip
+
+    expected = f"train_mem.py: error: --{precision} True: expected a GPU, found none that torch can use; leave "
+    assert [line[: len(expected)] for line in ended()] == [expected]
+    assert "expected a GPU" not in "".join(ended("--use_cpu", "True", "--output_dir", "o"))
 
 
 @pytest.mark.parametrize("words", [["--use_cpu", "True"], ["--use_cpu"], ["--use-cpu=yes"], ["--no_cuda", "1"]])

@@ -5,22 +5,31 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
+from torch.utils.cpp_extension import load_inline
+from torch.utils.file_baton import FileBaton
 
 from dama.notices import without_build_notices
+from dama.train.builds import watched_builds
 from dama.train.callbacks import duration
 from llava.train.arguments import parse_arguments
 from llava.train.train_dpo import single_pair_warning
 from tests.conftest import GOLDEN
 from tests.llava.tiny import flags
+from tests.models.saved import save
 
 ROOT = GOLDEN.parents[1]
 DATA = {
     "LM": ["--data_path", "sft/records.json"],
     "DPO": ["--data_path", "dama/rlaifv_records.json", "--image_aspect_ratio", "square", "--delta_bar", "0.05"],
 }
-NOTICES = re.compile(r"Warning|\[WARNING\]|deprecat|kernels|pin_memory|CUDA|\[transformers\]", re.I)
+NOTICES = re.compile(
+    r"Warning|\[WARNING\]|deprecat|kernels|pin_memory|CUDA|\[transformers\]|built successfully|extension module|ninja|"
+    r"Loading weights|Writing model shards",
+    re.I,
+)
 
 
 def training(task, out, *more):
@@ -78,12 +87,53 @@ def test_ranks_under_deepspeed_print_no_notices(tmp_path):
     assert out.count("log: loss") == 1 and len(re.findall("^step .* rows/s", out, re.M)) == 2
 
 
+def asked(folder):
+    """Flags of a file with one question."""
+    (folder / "q.jsonl").write_text(json.dumps({"question_id": 1, "image": "wide.png", "text": "What?"}) + "\n")
+    return ["--question-file", str(folder / "q.jsonl"), "--image-folder", "images", "--max-new-tokens", "3"]
+
+
 def test_generation_prints_no_notices(tmp_path):
-    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "image": "wide.png", "text": "What?"}) + "\n")
-    command = [sys.executable, "-m", "llava.eval.generate", "--model-path", "llava-v1.5-tiny", "--question-file",
-               str(tmp_path / "q.jsonl"), "--image-folder", "images", "--max-new-tokens", "3", "--out",
-               str(tmp_path / "out")]  # fmt: skip
-    assert notices(*printed(command)) == []
+    command = [sys.executable, "-m", "llava.eval.generate", "--model-path", "llava-v1.5-tiny", *asked(tmp_path)]
+    assert notices(*printed([*command, "--out", str(tmp_path / "out")])) == []
+
+
+def test_commands_on_a_hub_model_print_no_notices(tmp_path):
+    model, out = tmp_path / "qwen", str(tmp_path / "out")
+    save("qwen2_5_vl", model)
+    config = json.loads((model / "config.json").read_text())  # the class's own ids are beyond the tiny vocabulary
+    config["text_config"] |= {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 259}
+    (model / "config.json").write_text(json.dumps(config))
+    limits = ["--max_pixels", "512"]
+    answers = [sys.executable, "-m", "llava.eval.generate", "--model-path", str(model), *asked(tmp_path)]
+    assert notices(*printed([*answers, *limits, "--out", out])) == []
+    pairs = ["--data", "dama/rlaifv_records.json", "--image_folder", "images", *limits, "--device", "cpu"]
+    reference = [sys.executable, "-m", "dama", "reference", "--model", str(model), *pairs]
+    assert notices(*printed([*reference, "--out", out + "-reference"])) == []
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_start_that_waits_for_a_lock_says_what_for(tmp_path, capsys, holds):
+    lock = tmp_path / "shm_comm" / "lock"
+    lock.parent.mkdir()
+    held = lock.open("x")
+    if not holds:
+        held.close()
+    threading.Timer(1.5, lock.unlink).start()
+    with watched_builds(patience_s=0.2):
+        FileBaton(str(lock)).wait()
+    held.close()
+    lines = capsys.readouterr().err.splitlines()
+    by_another = ["waiting for another process that compiles DeepSpeed's operator shm_comm"]
+    assert lines == by_another if holds else len(lines) == 1
+    assert holds or re.search(rf"^waiting for {lock}, which no process .* rm -r {lock.parent}$", lines[0])
+
+
+def test_a_start_that_compiles_says_so(tmp_path, capfd):
+    with watched_builds(patience_s=0.2):
+        load_inline("tiny_operator", "int one() { return 1; }", functions=["one"], build_directory=str(tmp_path))
+    lines = capfd.readouterr().err.splitlines()
+    assert "compiling DeepSpeed's operator tiny_operator: once on a machine, a minute or more" in lines
 
 
 def test_other_lines_of_a_library_are_printed(capsys):

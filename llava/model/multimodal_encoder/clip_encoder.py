@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dama.notices import without_loading_bars
 from llava.model.utils import validate_no_lfs_pointers, weight_files
 
 
@@ -49,7 +50,10 @@ class CLIPVisionTower(nn.Module):
             weight_files(source)  # transformers would follow whatever names its index has
         validate_tower_type(CLIPVisionConfig.get_config_dict(source)[0].get("model_type"), source)
         self.image_processor = CLIPImageProcessorPil.from_pretrained(source)
-        self.vision_tower = CLIPVisionModel.from_pretrained(source, device_map=device_map, dtype=dtype or torch.float32)
+        with without_loading_bars():
+            self.vision_tower = CLIPVisionModel.from_pretrained(
+                source, device_map=device_map, dtype=dtype or torch.float32
+            )
         self.vision_tower.requires_grad_(False)
         self.is_loaded = True
 
