@@ -136,10 +136,10 @@ METRICS = (
 def score(
     data: BenchmarkData, answers: Iterable[Answer], verdicts: JudgeRun, *, official_quirks: bool = False
 ) -> Score:
-    """Compute METRICS: mean rating (0 to 6), hallucination rate in percent (rating below 3), informativeness, words, by type.
+    """Compute METRICS: mean rating (0 to 6), hallucination rate in percent, informativeness, words, ratings by type.
 
-    Wrong is an answer whose mean rating is below 3. Informativeness is RLHF-V's: how informative the rating says that
-    an answer is, with or without hallucination, 0 to 1.
+    Ratings below 3 say that an answer hallucinates; wrong is one whose mean is. Informativeness is RLHF-V's: how
+    informative the rating says that an answer is, with or without hallucination, 0 to 1.
     """
     return score_verdicts(
         PROTOCOL,

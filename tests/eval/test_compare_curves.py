@@ -73,10 +73,11 @@ def test_images_are_resampled_together_for_all_checkpoints(tmp_path: Path) -> No
 
     def uneven(name: str, recall: float, less: float) -> str:
         rates = [(100.0 if n % 2 else 0.0) + 2 * (recall - 90) - less for n in range(40)]
+        metrics = ("response_level", "chairs", "mention_level")
         rows = [
-            item(n, {"object_recall": [recall, 1.0]} | dict.fromkeys(("response_level", "chairs", "mention_level"), [r, 1.0]))
-            for n, r in enumerate(rates)
-        ]  # fmt: skip
+            item(n, {"object_recall": [recall, 1.0]} | dict.fromkeys(metrics, [rate, 1.0]))
+            for n, rate in enumerate(rates)
+        ]
         return str(results(tmp_path, name, rows))
 
     compared = compare_curves([[uneven(f"a{r}", r, 0) for r in (90, 94)], [uneven(f"b{r}", r, 3) for r in (91, 93)]])
