@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dama.console import digest_of, log, report_error, write_json
-from eval.core.benchmark import Benchmark, Part, SummaryColumn
+from eval.core.benchmark import Benchmark, Part, SummaryColumn, TradeOff
 from eval.core.metrics import Metric, derived
 from eval.core.nouns import FALLBACK, UNLOADABLE, Tagger, nltk_tagger, rule_tagger
 from eval.core.official import field_errors, raise_errors, read_json, read_records
@@ -477,9 +477,11 @@ BENCHMARK = Benchmark(
         SummaryColumn("cover", "Cover"),
         SummaryColumn("hal", "Hal"),
         SummaryColumn("cog", "Cog", rim=None),
+        SummaryColumn("mean_words", "AMBER words", rim=None),
         SummaryColumn("f1", "AMBER F1"),
     ),
     stratum=lambda question: question.kinds[0],
+    trade_off=TradeOff("cover", ("chair", "hal", "cog")),
     table=format_table,
     published_file=Path(__file__).with_name("amber_published.json"),
 )

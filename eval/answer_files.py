@@ -59,7 +59,7 @@ def _read(path: Path) -> list[Any]:
         return [_with_text(row) for row in read_xlsx(path)]
     if path.suffix in (".tsv", ".csv"):
         csv.field_size_limit(_LONGEST_FIELD)
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
     content = read_json(path)
     if isinstance(content, dict):

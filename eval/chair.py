@@ -23,7 +23,7 @@ from typing import Any
 
 from dama.console import digest_of
 from dama.errors import error_list
-from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn
+from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn, TradeOff
 from eval.core.metrics import Metric
 from eval.core.objects import ObjectVocabulary, ground_truth_from_coco
 from eval.core.official import raise_errors, read_json
@@ -242,6 +242,7 @@ BENCHMARK = Benchmark(
         SummaryColumn("chairs", "CHAIRs"),
         SummaryColumn("chairi", "CHAIRi", rim=50),
         SummaryColumn("recall", "CHAIR recall"),
+        SummaryColumn("mean_words", "CHAIR words", rim=None),
     ),
     modes=tuple(
         Mode(
@@ -253,6 +254,7 @@ BENCHMARK = Benchmark(
         )
         for tokens in LENGTHS
     ),
+    trade_off=TradeOff("recall", ("chairs", "chairi")),
     table=format_table,
     published_file=Path(__file__).with_name("chair_published.json"),
     id_of=id_of,

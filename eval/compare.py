@@ -1,11 +1,15 @@
 """Differences between models on one benchmark, with paired bootstrap intervals; on request beside published results.
 
-    python -m eval.compare BASE/results.json ALIGNED/results.json [MORE/results.json ...] [--names A B ...] [--json]
-                           [--published]
+    python -m eval.compare BASE ALIGNED [MORE ...] [--names A B ...] [--json] [--published]
+    python -m eval.compare --curve DPO_1 DPO_2 ... --curve DAMA_1 DAMA_2 ... [--start SFT] [--names DPO DAMA] [--json]
 
-The first is the base: differences are every later result minus the first, on the same items; all models have the same
-images in each resample. Results that were not made the same way (benchmark, protocol, judge, items) are refused, with
-every difference named.
+Each is a results.json or the folder of one. The first is the base: differences are every later result minus the first,
+on the same items; all models have the same images in each resample. Results that were not made the same way (benchmark,
+protocol, judge, items) are refused, with every difference named.
+
+Hallucination falls as a model says less. With --curve, once for each training run, the results of a run's checkpoints
+make a curve of errors against recall (AMBER: coverage; MMHal-Bench: words), and runs are compared where both say as
+much: at each checkpoint the other run's curve is interpolated, and the differences are averaged.
 """
 
 from __future__ import annotations
@@ -20,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import log, report_error
+from eval.compare_curves import compare_curves
 from eval.core.benchmark import Benchmark
-from eval.core.metrics import Metric, from_sums, image_of, resampling_units
+from eval.core.metrics import Metric, image_of, resampled
 from eval.core.published import Published, Standing
 from eval.core.scores import aligned, cell
-from eval.core.statistics import Interval, interval, resample
+from eval.core.statistics import Array, Interval, interval
 from eval.results import Results, read_all, validate_comparable
-
-FEW_IMAGES = 30  # percentile intervals of fewer are too narrow to rely on
-
+from eval.wording import FEW_IMAGES, bounds, count_notes, made_by, signed, verdict
 
 # -------------------------------------------------------------------------------------------------------- comparing
 
@@ -45,8 +48,7 @@ class Row:
 def rows_of(runs: Sequence[Results]) -> list[Row]:
     """Compute every metric that is made of the items' parts, derived ones too. The runs have the same items.
 
-    An image is resampled with all its items, and with the images that share a group with it; an item without image is
-    resampled by itself. Of imported results all metrics are rows, those that their items do not give as stated.
+    Of imported results all metrics are rows, those that their items do not give as stated.
     """
     names = list(dict.fromkeys(metric for run in runs for row in run.items.values() for metric in row["parts"]))
     rows = _resampled_rows(runs, names) if names else {}
@@ -58,29 +60,22 @@ def rows_of(runs: Sequence[Results]) -> list[Row]:
 
 def _resampled_rows(runs: Sequence[Results], names: Sequence[str]) -> dict[str, Row]:
     """Compute the rows of the metrics `names`, which are made of parts, and of those derived from them."""
-    ids, known = list(runs[0].items), runs[0].benchmark.metrics
-    columns = [
-        [run.items[id_]["parts"].get(name, (0.0, 0.0))[side] for id_ in ids]
-        for run in runs
-        for name in names
-        for side in (0, 1)
-    ]
-    totals, sums = resample(columns, resampling_units([runs[0].items[id_] for id_ in ids]))
-    shape = len(runs), len(names), 2
-    values = [from_sums(known, names, run) for run in totals.reshape(shape)]
-    samples = [from_sums(known, names, run) for run in sums.reshape(*shape, -1)]
+    known = runs[0].benchmark.metrics
+    values = resampled(known, names, [run.items for run in runs])
     return {
         metric.name: Row(
             metric.name,
-            tuple(interval(value[metric.name], sample[metric.name]) for value, sample in zip(values, samples)),
-            tuple(
-                interval(value[metric.name] - values[0][metric.name], sample[metric.name] - samples[0][metric.name])
-                for value, sample in zip(values[1:], samples[1:])
-            ),
+            tuple(_interval(value[metric.name]) for value in values),
+            tuple(_interval(value[metric.name] - values[0][metric.name]) for value in values[1:]),
         )
         for metric in known
         if metric.name in values[0]
     }
+
+
+def _interval(values: Array) -> Interval:
+    """Return the value of the data, column 0, with the interval of the resamples."""
+    return interval(values[0], values[1:])
 
 
 def _row_without_interval(runs: Sequence[Results], metric: str) -> Row:
@@ -88,19 +83,6 @@ def _row_without_interval(runs: Sequence[Results], metric: str) -> Row:
     values = [run.metrics.get(metric) for run in runs]
     differences = [None if None in (value, values[0]) else value - values[0] for value in values[1:]]  # type: ignore[operator]
     return Row(metric, *(tuple(Interval(each, None, None) for each in of) for of in (values, differences)))
-
-
-def verdict(benchmark: Benchmark, metric: str, difference: Interval, name: str) -> str:
-    """Say what the interval allows to conclude about the run called `name` against the first."""
-    better = benchmark.metric(metric).better
-    if difference.low is None or difference.high is None:
-        return "undefined" if difference.value is None else "no interval"
-    if difference.low <= 0 <= difference.high:
-        return "no clear difference"
-    up = difference.low > 0
-    if better is None:
-        return f"{name} {'higher' if up else 'lower'}"
-    return f"{name} {'better' if up == (better == 'higher') else 'worse'}"
 
 
 @dataclass(frozen=True)
@@ -190,16 +172,6 @@ def comparison_of(runs: Sequence[Results]) -> Comparison:
     return Comparison(tuple(runs), tuple(rows_of(runs)))
 
 
-def made_by(run: Results) -> str:
-    """Return protocol and judge in words."""
-    if run.judge is None:
-        return f"protocol {run.protocol}"
-    version = run.judge["version"] or "version not named"
-    warmth = run.judge["temperature"]
-    temperature = "its own temperature" if warmth is None else f"temperature {warmth}"
-    return f"protocol {run.protocol}, judge {run.judge['name']} ({version}) at {temperature}"
-
-
 def _difference_table(comparison: Comparison, number: int) -> str:
     first, other = comparison.runs[0], comparison.runs[number]
     lines = [[f"{other.name} - {first.name}", "", first.name, other.name, "difference", "95 % interval"]]
@@ -214,19 +186,6 @@ def _difference_table(comparison: Comparison, number: int) -> str:
     return aligned(lines)
 
 
-def signed(value: float | None, decimals: int) -> str:
-    """Format a difference with its sign, n/a for None."""
-    return "n/a" if value is None else f"{value:+.{decimals}f}"
-
-
-def bounds(of: Interval, decimals: int, *, sign: bool = False) -> str:
-    """Format an interval in brackets; empty where undefined."""
-    if of.low is None or of.high is None:
-        return ""
-    form = f"{'+' if sign else ''}.{decimals}f"
-    return f"[{of.low:{form}}, {of.high:{form}}]"
-
-
 def notes_on(comparison: Comparison) -> list[str]:
     """List what a reader of the metrics must know: everything left out, and every reason to doubt an interval."""
     runs, first = comparison.runs, comparison.runs[0]
@@ -237,7 +196,7 @@ def notes_on(comparison: Comparison) -> list[str]:
     if comparison.images < FEW_IMAGES:
         notes.append(f"Images: only {comparison.images}, too few for reliable intervals.")
     notes += _undefined_notes(comparison)
-    notes += _count_notes(runs)
+    notes += count_notes(runs)
     if first.judge is not None and not first.judge["version"]:
         notes.append("The judge's version is not named: behind one name it may have changed between the runs.")
     for other in runs[1:]:
@@ -256,16 +215,6 @@ def _undefined_notes(comparison: Comparison) -> Iterator[str]:
     apart = [f"{name} {_shown(runs, name)}" for name in listed if name in known and name not in rows]
     if apart:
         yield f"No sums over items, so without interval: {', '.join(apart)}."
-
-
-def _count_notes(runs: Sequence[Results]) -> Iterator[str]:
-    """Name what was counted and left out of metrics, where there was any."""
-    counts = dict.fromkeys(name for run in runs for name in run.provenance["counts"])
-    for count in counts:
-        if count in ("missing", "unparsed", "failed") or count.startswith("incomplete "):
-            numbers = {run.name: run.provenance["counts"].get(count, 0) for run in runs}
-            if any(numbers.values()):
-                yield f"{count.capitalize()}: {', '.join(f'{name} {number}' for name, number in numbers.items())}."
 
 
 def _shown(runs: Sequence[Results], metric: str) -> str:
@@ -333,20 +282,51 @@ def _making(entry: Published, judged: bool) -> str:
 # ---------------------------------------------------------------------------------------------------------- command
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("results", nargs="*", metavar="RESULTS", help="results.json of each model, the base first")
+    parser.add_argument(
+        "--curve", nargs="+", action="append", default=[], metavar="RESULTS",
+        help="results of the checkpoints of one training run, for a comparison at equal recall or coverage; give it "
+        "once for each run, the base first; one of them may be a single result",
+    )  # fmt: skip
+    parser.add_argument(
+        "--start", metavar="RESULTS", help="with --curve: results of the model that all runs started from"
+    )
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME",
+        help="one for each result, then one for each --curve (default: the checkpoint's name, and what those of a run "
+        "begin with)",
+    )  # fmt: skip
+    parser.add_argument("--published", action="store_true", help="show published results below these (--json has them)")
+    parser.add_argument("--json", action="store_true", help="print all of it as one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the comparison of the results, then that of the curves; either may be left out."""
+    if args.start and not args.curve:
+        raise ValueError("--start: expected --curve beside it, got none\nRemedy: give the runs' results by --curve")
+    count = len(args.results)
+    names, curve_names = (args.names[:count] or None, args.names[count:] or None) if args.names else (None, None)
+    plain = compare(args.results, names if args.curve else args.names) if args.results or not args.curve else None
+    curves = compare_curves(args.curve, args.start, curve_names) if args.curve else None
+    if args.json:
+        record = ({} if plain is None else plain.record()) | ({} if curves is None else {"curve": curves.record()})
+        log(json.dumps(record, indent=2, ensure_ascii=False))
+        return
+    reports = [None if plain is None else plain.report(args.published), None if curves is None else curves.report()]
+    log("\n\n".join(report for report in reports if report is not None))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 2 after an error."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", nargs="+", metavar="RESULTS", help="results.json of each model, the base first")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="one for each (default: its checkpoint's)")
-    parser.add_argument("--published", action="store_true", help="show published results below these (--json has them)")
-    parser.add_argument("--json", action="store_true", help="print all of it as one JSON object instead of tables")
+    add_flags(parser)
     args = parser.parse_args(argv)
     try:
-        comparison = compare(args.results, args.names)
-        record = json.dumps(comparison.record(), indent=2, ensure_ascii=False) if args.json else None
-        log(record or comparison.report(args.published))
+        run(args)
     except Exception as error:
         report_error(error, "compare")
         return 2

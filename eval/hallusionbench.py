@@ -48,6 +48,7 @@ _KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
 _FIELDS: Fields = dict.fromkeys((*_KEY, "visual_input", "question", "gt_answer_details", "gt_answer"), (str,)) | {
     "filename": (str, NoneType)
 }
+_INDEX = re.compile(r"(?<![^_])V[DS]_[^_]+_\d+_\d+_\d+$")  # VLMEvalKit puts the benchmark's name before it
 _QUESTIONS = "hallusionbench/HallusionBench.json"
 _PROMPT = "prompts/hallusionbench_judge.txt"
 _SCRIPT = "hallusionbench/utils.py"
@@ -87,9 +88,12 @@ def _id_of(row: Mapping[str, Any]) -> str:
 
 
 def id_of(row: Mapping[str, Any], data: Any = None) -> str | None:
-    """Return the id of a row that has the official file's fields, None for another."""
+    """Return the id of a row that has the official file's fields, or VLMEvalKit's index; None for another."""
     del data
-    return _id_of(row) if all(name in row for name in _KEY) else None
+    if all(name in row for name in _KEY):
+        return _id_of(row)
+    found = _INDEX.search(str(row.get("index", "")))
+    return found[0] if found else None
 
 
 def _row_errors(number: int, row: Mapping[str, Any]) -> list[str]:
@@ -414,6 +418,7 @@ BENCHMARK = Benchmark(
         SummaryColumn("question_accuracy", "HallusionB."),
         SummaryColumn("figure_accuracy", "HallusionB. fig.", rim=None),
         SummaryColumn("pair_accuracy", "HallusionB. pair", rim=None),
+        SummaryColumn("mean_words", "HallusionB. words", rim=None),
     ),
     modes=(
         Mode("rules", "the leading yes or no, no judge", quirks=False),

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dama.chat import ChatRequest
-from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn
+from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn, TradeOff
 from eval.core.judge import JudgeRun, after_thoughts, more_follow
 from eval.core.judged import Judge, score_verdicts
 from eval.core.metrics import Metric
@@ -127,6 +127,7 @@ METRICS = (
     Metric("score", "score (0 to 6)", decimals=2),
     Metric("hallucination_rate", "hallucination %", "lower"),
     Metric("informativeness", "informativeness", decimals=2),
+    Metric("mean_words", "mean words", None),
     *(Metric(f"score_{kind}", f"score {kind}", decimals=2) for kind in KINDS),
     Metric("score_std", "score std", None, 2),
 )
@@ -135,10 +136,10 @@ METRICS = (
 def score(
     data: BenchmarkData, answers: Iterable[Answer], verdicts: JudgeRun, *, official_quirks: bool = False
 ) -> Score:
-    """Compute METRICS: mean rating (0 to 6), hallucination rate in percent (rating below 3), informativeness, by type.
+    """Compute METRICS: mean rating (0 to 6), hallucination rate in percent, informativeness, words, ratings by type.
 
-    Wrong is an answer whose mean rating is below 3. Informativeness is RLHF-V's: how informative the rating says that
-    an answer is, with or without hallucination, 0 to 1.
+    Ratings below 3 say that an answer hallucinates; wrong is one whose mean is. Informativeness is RLHF-V's: how
+    informative the rating says that an answer is, with or without hallucination, 0 to 1.
     """
     return score_verdicts(
         PROTOCOL,
@@ -149,6 +150,7 @@ def score(
         verdicts,
         parts=_parts,
         wrong=lambda ratings: sum(ratings) / len(ratings) < HALLUCINATED_BELOW,
+        of_text=lambda text: {"mean_words": [float(len(text.split())), 1.0]},
         official_quirks=official_quirks,
     )
 
@@ -167,6 +169,8 @@ format_table = Table(
     (
         TableColumn("score", "score", 2, interval=True),
         TableColumn("hallucination_rate", "hallucination %"),
+        TableColumn("informativeness", "informativeness", 2),
+        TableColumn("mean_words", "words"),
         *(TableColumn(f"score_{kind}", kind, 2) for kind in KINDS),
     ),
     protocol=False,
@@ -216,9 +220,11 @@ BENCHMARK = Benchmark(
     columns=(
         SummaryColumn("score", "MMHal", rim=6, decimals=2),
         SummaryColumn("hallucination_rate", "MMHal hal."),
+        SummaryColumn("mean_words", "MMHal words", rim=None),
     ),
     modes=(Mode(judged=True),),
     judge=JUDGE,
+    trade_off=TradeOff("mean_words", ("hallucination_rate", "score")),
     table=format_table,
     published_file=Path(__file__).with_name("mmhal_published.json"),
 )

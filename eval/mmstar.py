@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dama.chat import after_thoughts
 from dama.errors import error_list
 from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn
 from eval.core.metrics import Metric
@@ -83,8 +84,12 @@ def _read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: expected Parquet with {', '.join(columns)}, got another file ({error})") from error
 
 
-def from_rows(rows: Sequence[Mapping[str, Any]], path: Path, mode: str = "image", images: Path = Path()) -> MMStar:
-    """Return the benchmark of rows with the official fields. Raises ValueError that names `path` and every error."""
+def from_rows(rows: Sequence[dict[str, Any]], path: Path, mode: str = "image", images: Path = Path()) -> MMStar:
+    """Return the benchmark of rows with the official fields; an index may be text or a table's 3.0.
+
+    Raises ValueError that names `path` and every error.
+    """
+    rows = [row | {"index": _number(row.get("index"))} for row in rows]
     errors = [error for number, row in enumerate(rows) for error in _row_errors(number, row)]
     if not errors:
         times = Counter(row["index"] for row in rows)
@@ -95,12 +100,18 @@ def from_rows(rows: Sequence[Mapping[str, Any]], path: Path, mode: str = "image"
     return MMStar((*shown, *hidden), "", images, mode=mode)
 
 
+def _number(index: Any) -> Any:
+    """Return an index as a number, as it is where it is none."""
+    text = str(index).removesuffix(".0")
+    return int(text) if text.isascii() and text.isdigit() else index
+
+
 def id_of(row: Mapping[str, Any], data: MMStar | None = None) -> str | None:
     """Return the id of a row by its index (in lmms-eval's samples: question_id), None without one."""
-    index = row.get("index", row.get("question_id"))
-    if not str(index).removesuffix(".0").isdigit():
+    index = _number(row.get("index", row.get("question_id")))
+    if not isinstance(index, int):
         return None
-    return str(index).removesuffix(".0") + _BLIND * (data is not None and data.mode == "text_only")
+    return str(index) + _BLIND * (data is not None and data.mode == "text_only")
 
 
 def _row_errors(number: int, row: Mapping[str, Any]) -> list[str]:
@@ -145,6 +156,7 @@ _ANOTHER = re.compile(
     r"\s+(?:or|and)\b)",
     re.IGNORECASE,
 )
+_BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}")
 _OPTION = re.compile(r"(?:(?<=\s)|(?<=,))(?:([A-D]):|\(([A-D])\))\s*(.*?)(?=,?\s+(?:[A-D]:|\([A-D]\))|$)", re.DOTALL)
 
 
@@ -157,9 +169,11 @@ def read_letter(text: str, question: str = "") -> str | None:
     """Return the option that an answer gives; None where it gives none, or several.
 
     Accepted are its letter by itself, in brackets, before a stop or colon, or as "the answer is ..."; also "B"
-    followed by B's own text.
+    followed by B's own text. A reasoning model's thoughts are left out; its answer may be in tags or in \\boxed{}.
     """
-    text = text.strip()
+    text = after_thoughts(text).strip()
+    if boxed := _BOXED.findall(text):
+        text = " and ".join(dict.fromkeys(boxed))  # several are no answer
     found = {match[1].upper() for match in _STATED.finditer(text) if not _ANOTHER.match(text, match.end())}
     several = any(_ANOTHER.match(text, match.end()) for match in _STATED.finditer(text))
     if leading := _LEADING.match(text):

@@ -27,7 +27,7 @@ from typing import Any
 from dama.chat import ChatRequest, ChatSettings
 from dama.console import log
 from dama.errors import error_list
-from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn
+from eval.core.benchmark import Benchmark, Mode, Part, SummaryColumn, TradeOff
 from eval.core.judge import JudgeRun, after_thoughts, ask_judge
 from eval.core.judged import Judge
 from eval.core.metrics import Metric
@@ -549,12 +549,15 @@ BENCHMARK = Benchmark(
     columns=(
         SummaryColumn("response_level", "ObjHal resp."),
         SummaryColumn("mention_level", "ObjHal ment.", rim=50),
+        SummaryColumn("object_recall", "ObjHal recall"),
+        SummaryColumn("mean_words", "ObjHal words", rim=None),
     ),
     modes=(
         Mode("rules", "the answer's own words, no judge", quirks=False),
         Mode("llm", "a judge extracts the objects; not comparable with rules", judged=True),
     ),
     judge=JUDGE,
+    trade_off=TradeOff("object_recall", ("response_level", "chairs", "mention_level")),
     table=format_table,
     published_file=Path(__file__).with_name("objhal_published.json"),
     aliases=("TinyCOCO captions",),

@@ -18,12 +18,13 @@ from typing import Any
 from dama.console import log, report_error, write_atomic
 from dama.images import ImageFolder
 from dama.pages import render_page
-from eval.compare import Comparison, Row, bounds, comparison_of, made_by, notes_on, signed, verdict
+from eval.compare import Comparison, Row, comparison_of, notes_on
 from eval.core.scores import cell
 from eval.core.statistics import Interval
 from eval.page_images import PageImage, read_images
 from eval.page_items import MISSING, ItemView, item_view, packed
 from eval.results import Results, read_all
+from eval.wording import bounds, made_by, signed, verdict
 
 PAGE = "page.html"
 # What can be filtered by, for one result and for two: state -> its name on the page.

@@ -90,17 +90,24 @@ _REMEDY = "give a results.json that eval.evaluate wrote with this version of the
 
 
 def read_all(paths: Sequence[str | Path], names: Sequence[str] | None = None) -> list[Results]:
-    """Read the files under these names, or under those of their checkpoints; under their paths where these are equal.
+    """Read the files, or those in folders, under these names, or under those of their checkpoints.
 
-    Raises ValueError, naming file and fields, for what is no results.json, for an unknown benchmark, for metrics that
-    the benchmark does not have, and for metrics that do not agree with the items.
+    Where two checkpoints have the same name, the files' paths are the names. Raises ValueError,
+    naming file and fields, for what is no results.json, for an unknown benchmark, for metrics that the benchmark does
+    not have, and for metrics that do not agree with the items.
     """
-    contents = [_read(Path(path)) for path in paths]
+    paths = [results_file(path) for path in paths]
+    contents = [_read(path) for path in paths]
     checkpoints = [Path(content["provenance"]["checkpoint"]).name for content in contents]
     chosen = names or (checkpoints if len(set(checkpoints)) == len(paths) else [str(path) for path in paths])
     if len(set(chosen)) < len(paths) or len(chosen) != len(paths):
         raise ValueError(f"names: expected {len(paths)} different ones, got {', '.join(chosen)}\nRemedy: give --names")
-    return [_named(Path(path), name, content) for path, name, content in zip(paths, chosen, contents)]
+    return [_named(path, name, content) for path, name, content in zip(paths, chosen, contents)]
+
+
+def results_file(path: str | Path) -> Path:
+    """Return the results.json that is meant: the file, or the one in a folder."""
+    return Path(path) / "results.json" if Path(path).is_dir() else Path(path)
 
 
 def _named(path: Path, name: str, content: Mapping[str, Any]) -> Results:

@@ -23,7 +23,7 @@ from dama.console import digest_of, digest_of_file, log, report_error
 from dama.errors import error_list
 from eval import benchmarks
 from eval.answer_files import Row, answers_of, read_rows
-from eval.core.record import data_folder
+from eval.core.record import DownloadError, data_folder
 from eval.core.store import Provenance, write_results
 from eval.download import fetch, unpublished
 from eval.evaluate import Outcome, image_folders, report, scored_with
@@ -89,11 +89,19 @@ def load(task: Task, rows: Sequence[Row], path: Path) -> tuple[Any, str]:
             raise
     try:
         data = makes_questions(rows, path, task.mode.name)
-    except ValueError:  # the rows have no truths
-        folder = fetch([task.name], chosen=(), offline=read_only, judge=task.judged)
-        return task.load(folder), data_label(task)
+    except ValueError as error:  # the rows have no truths, or not all of them
+        return load_official(task, error, read_only)
     log(f"{task.name}: the official files are not in {data_folder()}; questions and truths are those in {path}")
-    return data, ", truths of the answers' file"
+    return data, f", truths of the answers' file, {len(data.questions)} questions"
+
+
+def load_official(task: Task, error: ValueError, read_only: bool) -> tuple[Any, str]:
+    """Fetch and load the official files. error: why the answers' file cannot replace them, named where they fail."""
+    try:
+        folder = fetch([task.name], chosen=(), offline=read_only, judge=task.judged)
+    except DownloadError as missing:
+        raise DownloadError(f"{missing}\n\nThe answers' own file cannot replace them: {error}") from error
+    return task.load(folder), data_label(task)
 
 
 def data_label(task: Task) -> str:

@@ -24,16 +24,21 @@ from eval.results import unknown_metrics
 
 OTHER = "*"  # marks metrics of another protocol or judge than the column's first
 MARKS = {"hallucination": "H", "ability": "A"}
-LEGEND = "H hallucination, A general ability; + higher is better, - lower is better"
+LEGEND = "H hallucination, A general ability; + higher is better, - lower is better, no sign: neither is better"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: a benchmark's metric. lower: whether lower values are better."""
+    """A column of the table: a benchmark's metric. better: "lower", "higher", or None where neither is."""
 
     benchmark: str
     shown: SummaryColumn
-    lower: bool
+    better: str | None
+
+    @property
+    def lower(self) -> bool:
+        """Whether lower values are better."""
+        return self.better == "lower"
 
     @property
     def metric(self) -> str:
@@ -42,14 +47,15 @@ class Column:
 
     @property
     def heading(self) -> str:
-        """Mark of what it measures, title, and + or - for the better direction."""
-        return f"{MARKS[self.shown.kind]} {self.shown.title} {'-' if self.lower else '+'}"
+        """Mark of what it measures, title, and + or - for the better direction if there is one."""
+        sign = {"lower": " -", "higher": " +"}.get(self.better or "", "")
+        return f"{MARKS[self.shown.kind]} {self.shown.title}{sign}"
 
 
 def columns() -> list[Column]:
     """Return the columns of all benchmarks, hallucination before ability, else in the order of the tuple."""
     found = [
-        Column(benchmark.name, shown, benchmark.metric(shown.metric).better == "lower")
+        Column(benchmark.name, shown, benchmark.metric(shown.metric).better)
         for benchmark in benchmarks.BENCHMARKS
         for shown in benchmark.columns
     ]

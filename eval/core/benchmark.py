@@ -68,6 +68,17 @@ class SummaryColumn:
     kind: Literal["hallucination", "ability"] = "hallucination"
 
 
+@dataclass(frozen=True)
+class TradeOff:
+    """Metrics that improve by saying less, and the metric of how much is said, at which runs are compared.
+
+    All of them are ratios of the items' parts. coverage: recall where the benchmark has it, else the mean length.
+    """
+
+    coverage: str
+    metrics: tuple[str, ...]
+
+
 def _requests_of(data: BenchmarkData, part: Part) -> list[Request]:
     return data.requests(part.includes)
 
@@ -81,8 +92,9 @@ class Benchmark:
     of the mode) -> questions; raises ValueError that names file and fields. score: (data, answers, verdicts of the
     judge if the mode is judged, official_quirks= if the mode has them) -> score. metrics: all of them, in the order of
     tables. columns: those in the summary of all benchmarks. stratum: the class of a question; --limit takes the first N
-    of each. requests: (data, part) -> generation requests. table: scores of models -> the benchmark's own table; all
-    metrics if None. published_file: published results. aliases: other names that results.json may have it under.
+    of each. trade_off: how runs of several checkpoints are compared. requests: (data, part) -> generation requests.
+    table: scores of models -> the benchmark's own table; all metrics if None. published_file: published results.
+    aliases: other names that results.json may have it under.
     """
 
     name: str
@@ -98,6 +110,7 @@ class Benchmark:
     modes: tuple[Mode, ...] = (Mode(),)
     judge: Judge | None = None
     stratum: Callable[[Question], str] = lambda question: ""
+    trade_off: TradeOff | None = None
     requests: Callable[[BenchmarkData, Part], list[Request]] = _requests_of
     table: Callable[[Mapping[str, Score]], str] | None = None
     published_file: Path | None = None
@@ -112,6 +125,10 @@ class Benchmark:
         known = [metric.name for metric in self.metrics]
         errors = [f"metric {name!r} is listed twice" for name in sorted({n for n in known if known.count(n) > 1})]
         errors += [f"column {c.metric!r} is no metric" for c in self.columns if c.metric not in known]
+        if self.trade_off is not None:
+            plain = {metric.name for metric in self.metrics if metric.formula is None}
+            chosen = (self.trade_off.coverage, *self.trade_off.metrics)
+            errors += [f"trade-off: {name!r} is no ratio of the items' parts" for name in chosen if name not in plain]
         errors += [
             f"metric {metric.name!r} is derived from {name!r}, which is no metric"
             for metric in self.metrics

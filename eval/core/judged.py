@@ -106,13 +106,14 @@ def score_verdicts(
     *,
     parts: Callable[[Question, Sequence[Any]], Parts],
     wrong: Callable[[Sequence[Any]], bool],
+    of_text: Callable[[str], Parts] = lambda text: {},
     groupings: Sequence[Grouping] = (),
     official_quirks: bool = False,
 ) -> Score:
     """Compute a score from verdicts. Raises ValueError for an answer that has none.
 
     metrics: NAME_std of the first, where it is listed, is its standard deviation over runs of the judge. parts, wrong:
-    of one answer, from the values of its verdicts, at least one.
+    of one answer, from the values of its verdicts, at least one. of_text: parts that do not depend on verdicts.
     """
     first = metrics[0].name
     listed = [metric.name for metric in metrics if metric.formula is None]
@@ -120,7 +121,8 @@ def score_verdicts(
 
     def parts_of(item: _Judged[Any], number: int | None = None) -> Parts:
         values = item.values(number)
-        return {name: [0.0, 0.0] for name in of_items} | (parts(item.question, values) if values else {})
+        judged = parts(item.question, values) if values else {}
+        return {name: [0.0, 0.0] for name in of_items} | judged | of_text(item.answer.text)
 
     items = _read(judge, _joined(data, answers, run), official_quirks)
     runs = sorted({verdict.run for verdict in run.verdicts})

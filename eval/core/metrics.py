@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from eval.core.statistics import Array, ratio
+from eval.core.statistics import Array, ratio, resample
 from eval.core.types import Parts, Question, Record
 
 
@@ -74,6 +74,27 @@ def from_sums(metrics: Sequence[Metric], names: Sequence[str], sums: Array) -> d
         if metric.formula is not None and all(name in plain for name in metric.inputs)
     }
     return made | plain
+
+
+def resampled(
+    metrics: Sequence[Metric], names: Sequence[str], runs: Sequence[Mapping[str, Record]]
+) -> list[dict[str, Array]]:
+    """Compute each run's metric -> values in the same bootstrap resamples for all, [1 + RESAMPLES].
+
+    Column 0 is the data themselves. names: metrics that are made of parts; those derived from them are added. runs: id
+    -> record of each, with the same ids. An image is resampled with all its items, and with the images that share a
+    group with it; an item without image is resampled by itself.
+    """
+    ids = list(runs[0])
+    columns = [
+        [run[id_]["parts"].get(name, (0.0, 0.0))[side] for id_ in ids]
+        for run in runs
+        for name in names
+        for side in (0, 1)
+    ]
+    totals, sums = resample(columns, resampling_units([runs[0][id_] for id_ in ids]))
+    both = np.concatenate([totals[:, None], sums], axis=1).reshape(len(runs), len(names), 2, -1)
+    return [from_sums(metrics, names, run) for run in both]
 
 
 # ---------------------------------------------------------------------------------------------------------- groups

@@ -11,7 +11,7 @@ __all__ = ["doc_to_text", "judged_doc_to_text"]
 OBJHAL = ("response_level", "chairs", "mention_level", "object_recall", "mean_words", "repeated_objects")
 AMBER_G = ("chair", "cover", "hal", "cog", "cog_paper", "cover_unshadowed", "mean_words")
 AMBER_D = ("accuracy", "precision", "recall", "f1", "existence_f1", "attribute_f1", "relation_f1")
-MMHAL = ("score", "hallucination_rate", "informativeness")
+MMHAL = ("score", "hallucination_rate", "informativeness", "mean_words")
 
 objhal_visual, amber_visual, mmhal_visual = (partial(doc_to_visual, name) for name in ("objhal", "amber", "mmhal"))
 objhal_results, amber_g_results, amber_d_results, mmhal_results = (
@@ -44,3 +44,4 @@ amber_relation_f1 = aggregation("amber", "relation_f1")
 mmhal_score = aggregation("mmhal", "score")
 mmhal_hallucination_rate = aggregation("mmhal", "hallucination_rate")
 mmhal_informativeness = aggregation("mmhal", "informativeness")
+mmhal_mean_words = aggregation("mmhal", "mean_words")

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from eval import benchmarks, page, pope
-from eval.compare import compare, main, rows_of, verdict
+from eval.compare import compare, main, rows_of
 from eval.core.metrics import ratios
 from eval.core.published import Published
 from eval.core.statistics import Interval
 from eval.core.store import Provenance, read_answers, write_results
 from eval.results import read_all
+from eval.wording import verdict
 
 pytestmark = pytest.mark.fast
 OBJHAL = benchmarks.named("objhal")

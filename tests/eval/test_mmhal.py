@@ -169,6 +169,7 @@ def test_metrics_on_paper():
         "score": 3.0,
         "hallucination_rate": 50.0,
         "informativeness": pytest.approx(0.5),
+        "mean_words": 3.0,
         "score_attribute": 4.5,
         "score_counting": 2.0,
         "score_other": 1.0,
@@ -176,6 +177,15 @@ def test_metrics_on_paper():
     assert [item["wrong"] for item in score.items] == [False, True, False, True]
     assert set(score.items[0]["parts"]) == {metric.name for metric in mmhal.METRICS} - {"score_std"}
     assert "3.00 [" in mmhal.format_table({"m": score})
+
+
+def test_words_count_whatever_the_verdict():
+    """ "I see im0." and "I see im1.": 3 words each, also where a rating is unreadable; the table shows them."""
+    score = score_of(benchmark_of("other", "other"), "Rating: 6", "I cannot say.")
+    assert score.metrics["mean_words"] == 3.0
+    header, line = mmhal.format_table({"m": score}).splitlines()[:2]
+    assert header.split()[3:5] == ["informativeness", "words"]
+    assert "3.0" in line.split()
 
 
 def test_an_unreadable_rating_is_no_hallucination():

@@ -36,7 +36,11 @@ def answers(data, shown, hidden=()):
         ("Answer: B", "B"), ("**Answer:** C", "C"), ("**B**", "B"), ("B is correct", "B"), ("C, since", "C"),
         ("Because of the cat, the answer is B.", "B"), ("B\n\nExplanation: C is wrong", "B"), ("B The cat.", "B"),
         ("A because B is wrong", "A"), ("The answer is option D: Dogs", "D"), ("  \nB", "B"),
+        ("<answer>B</answer>", "B"), ("<think>A or C?</think> C", "C"), (r"\boxed{D}", "D"),
+        (r"So $\boxed{\text{A}}$.", "A"),
+        ("answer: (b)", "B"), ("Answer: (B) The cat.", "B"),
         # No letter, or not one letter.
+        ("<think>It is A", None), (r"\boxed{A} or \boxed{B}", None), (r"\boxed{12}", None), ("nan", None),
         ("", None), ("E", None), ("Dogs run", None), ("a dog", None), ("A dog", None), ("Can", None),
         ("B The dog", None), ("not A", None), ("The answer is not A", None), ("The answer is a dog", None),
         ("A or B", None), ("A, B", None), ("A and C", None), ("A/B", None), ("Both A and B", None), ("(A)(B)", None),
@@ -142,5 +146,12 @@ def test_all_errors_of_rows_at_once():
         ValueError, match=r"(?s)5 errors.*record 1: field 'answer': expected one of A, B, C, D, got 'E'"
     ):
         from_rows(bad, Path("f"))
+    assert [q.id for q in from_rows([rows("A")[0] | {"index": i} for i in ("07", 8.0, 9)], Path("f")).questions] == [
+        "7",
+        "8",
+        "9",
+    ]
+    with pytest.raises(ValueError, match="record 0: field 'index': expected int, got str"):
+        from_rows([rows("A")[0] | {"index": "x"}], Path("f"))
     with pytest.raises(ValueError, match="field 'index': 0 is used 2 times"):
         from_rows([*rows("A"), *rows("A")], Path("f"))

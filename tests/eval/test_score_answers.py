@@ -140,11 +140,47 @@ def test_a_workbook_has_the_questions_where_the_official_files_are_not(tmp_path,
     assert main(["mmstar", str(path), "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out/answers/mmstar/results.json").read_text())
     assert found["metrics"]["total"] == 50.0
-    assert found["provenance"]["protocol"] == "mmstar, truths of the answers' file"
+    assert found["provenance"]["protocol"] == "mmstar, truths of the answers' file, 2 questions"
     assert "no page: none of the images is in" in capsys.readouterr().out
     path = write_lines(tmp_path / "a.jsonl", [{"question_id": 0, "text": "A"}])
     assert main(["mmstar", str(path), "--out", str(tmp_path / "out")]) == 2
     assert "mmstar/mmstar.parquet" in capsys.readouterr().err
+
+
+def test_a_table_has_the_questions_too_and_what_it_lacks_is_named(tmp_path, monkeypatch, capsys):
+    """A .csv as a spreadsheet saves it, with a byte order mark; numbers are text. Rows used twice are named."""
+    monkeypatch.setenv("DAMA_BENCH_DATA", str(tmp_path))
+    rows = [{"index": i, "question": "Which?\nOptions: A: a, B: b", "answer": "AB"[i], "category": "math",
+             "l2_category": "x", "prediction": "<answer>A</answer>"} for i in range(2)]  # fmt: skip
+    path = tmp_path / "answers.csv"
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert main(["mmstar", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/answers/mmstar/results.json").read_text())["metrics"]["total"] == 50.0
+    path = write_lines(tmp_path / "twice.jsonl", [*rows, rows[0]])
+    assert main(["mmstar", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "mmstar/mmstar.parquet" in error and "field 'index': 0 is used 2 times" in error
+
+
+def test_vlmevalkits_hallusionbench_index_names_the_question(world, tmp_path, scored):
+    """It asks the part with images only, under NAME_CATEGORY_SUBCATEGORY_SET_FIGURE_QUESTION."""
+    keys = ("category", "subcategory", "set_id", "figure_id", "question_id")
+    questions = [
+        row
+        for row in json.loads((world / "hallusionbench/HallusionBench.json").read_text())
+        if row["visual_input"] != "0"
+    ]
+    rows = [
+        {"index": "_".join(["HallusionBench", *(row[key] for key in keys)]), "question": row["question"],
+         "answer": ("No", "Yes")[int(row["gt_answer"])], "prediction": ("No.", "yes")[int(row["gt_answer"])]}
+        for row in questions
+    ]  # fmt: skip
+    found = scored("hallusionbench", write_xlsx(tmp_path / "book.xlsx", rows))
+    assert found["metrics"]["question_accuracy"] == 100.0
+    assert found["provenance"]["counts"]["answers"] == len(rows)
 
 
 def test_the_benchmarks_own_format_and_a_baseline(world, tmp_path, scored, capsys):

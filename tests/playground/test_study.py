@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dama.pairs import read_pairs
+from eval.core import curves
 from playground.tinycoco.__main__ import main
 from playground.tinycoco.study import analysis, grid, mechanism, runner
 from playground.tinycoco.study.analysis import RECALL, RESPONSE, Curve, Point, Study, verdict
@@ -152,8 +153,8 @@ def test_noise_favours_neither_side() -> None:
 
     for _ in range(3):
         ours, theirs = seen([95, 93, 91, 89.5]), seen([94.5, 92.5, 91, 89])
-        one_way.append(np.nanmean(analysis._to_curve(ours.points, theirs)))
-        both_ways.append(np.nanmean(analysis._mean_gaps(ours, theirs)))
+        one_way.append(np.nanmean(ours.trade_off.above(theirs.trade_off)))
+        both_ways.append(np.nanmean(curves.mean_gaps(ours.trade_off, theirs.trade_off)))
     assert np.mean(one_way) < -0.5 and abs(np.mean(both_ways)) < 0.3
 
 

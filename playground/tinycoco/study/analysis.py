@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from eval.core.statistics import Interval, interval, ratio
+from eval.core import curves
+from eval.core.curves import interval_of
+from eval.core.statistics import Array, Interval, ratio
 from playground.tinycoco.study.grid import DAMA, DPO, METHODS, Cell
 
-Array = NDArray[np.float64]
 RESAMPLES = 2000
 METRICS = ("response_level", "mention_level", "object_recall", "mean_words")
 RESPONSE, RECALL = METRICS.index("response_level"), METRICS.index("object_recall")
@@ -77,19 +77,19 @@ class Curve:
     points: Sequence[Point]
     chosen_rate: float | None  # by the validation scenes
 
+    @cached_property
+    def trade_off(self) -> curves.Curve:
+        """Response-level against recall, the start first."""
+        points = (self.start, *self.points)
+        recalls, responses = (np.stack([p.values[metric] for p in points]) for metric in (RECALL, RESPONSE))
+        return curves.Curve(recalls, responses, with_start=True)
+
     def at_recall(self, recall: Array) -> Array:
         """Response-level in every resample at these recalls, [1 + RESAMPLES].
 
         Linear between the points next in recall; NaN where the points do not reach that far.
         """
-        points = (self.start, *self.points)
-        recalls, responses = (np.stack([p.values[metric] for p in points], axis=1) for metric in (RECALL, RESPONSE))
-        order = np.argsort(recalls, axis=1, kind="stable")
-        x, y = (np.take_along_axis(values, order, axis=1) for values in (recalls, responses))
-        right = np.clip((x < recall[:, None]).sum(axis=1), 1, max(1, len(points) - 1))[:, None]
-        (x0, x1), (y0, y1) = ([np.take_along_axis(v, n, axis=1)[:, 0] for n in (right - 1, right)] for v in (x, y))
-        part = np.divide(recall - x0, x1 - x0, out=np.ones_like(x0), where=x1 > x0)
-        return np.where((x[:, 0] <= recall) & (recall <= x[:, -1]), y0 + part * (y1 - y0), np.nan)
+        return self.trade_off.at(recall)
 
     def response_at(self, cost: float) -> Interval:
         """Response-level where so many points of recall are lost."""
@@ -103,13 +103,6 @@ class Curve:
     def chosen(self) -> Point:
         """The last stop at the chosen learning rate."""
         return max((p for p in self.points if p.rate == self.chosen_rate), key=lambda point: point.step)
-
-
-def interval_of(values: Array) -> Interval:
-    """Of row 0, with the percentiles of the others; undefined where a tenth of the resamples is."""
-    if np.isnan(values[1:]).mean() > 0.1:
-        return Interval(None, None, None)
-    return interval(values[0], values[1:])
 
 
 # --- The study's results ----------------------------------------------------------------------------------------------
@@ -243,29 +236,14 @@ def gap_at(ours: Curve, theirs: Curve, cost: float) -> Interval:
 
 
 def mean_gap(ours: Curve, theirs: Curve) -> Interval:
-    """Response-level of ours less theirs at equal recall, averaged over the points of both.
-
-    At each point of one the other is interpolated; points that it does not reach are left out, in each resample. Both
-    ways, because interpolating along a noisy convex curve overstates it, which would favour the side that is not.
-    """
-    return interval_of(_mean_gaps(ours, theirs))
+    """Response-level of ours minus theirs at equal recall, averaged over the points of both (eval.core.curves)."""
+    return interval_of(curves.mean_gaps(ours.trade_off, theirs.trade_off))
 
 
-def pooled_gap(curves: Sequence[tuple[Curve, Curve]]) -> Interval:
+def pooled_gap(pairs: Sequence[tuple[Curve, Curve]]) -> Interval:
     """`mean_gap` averaged over conditions, (ours, theirs) of each: what all of them say together."""
-    return interval_of(np.mean([_mean_gaps(ours, theirs) for ours, theirs in curves], axis=0))
-
-
-def _mean_gaps(ours: Curve, theirs: Curve) -> Array:
-    """In every resample, [1 + RESAMPLES]; NaN where neither reaches a point of the other."""
-    gaps = np.stack([*_to_curve(ours.points, theirs), *(-gap for gap in _to_curve(theirs.points, ours))])
-    defined = ~np.isnan(gaps)
-    return np.where(defined.any(axis=0), np.nansum(gaps, axis=0) / np.maximum(defined.sum(axis=0), 1), np.nan)
-
-
-def _to_curve(points: Sequence[Point], curve: Curve) -> list[Array]:
-    """Response-level of each point less the curve's at its recall, NaN where that does not reach: [1 + RESAMPLES]."""
-    return [point.values[RESPONSE] - curve.at_recall(point.values[RECALL]) for point in points]
+    gaps = [curves.mean_gaps(ours.trade_off, theirs.trade_off) for ours, theirs in pairs]
+    return interval_of(np.mean(gaps, axis=0))
 
 
 def at_equal_work(ours: Curve, theirs: Curve) -> Interval:
