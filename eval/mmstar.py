@@ -166,10 +166,10 @@ def options_of(question: str) -> dict[str, str]:
 
 
 def read_letter(text: str, question: str = "") -> str | None:
-    """Return the option that an answer gives; None where it gives none, or several.
+    r"""Return the option that an answer gives; None where it gives none, or several.
 
     Accepted are its letter by itself, in brackets, before a stop or colon, or as "the answer is ..."; also "B"
-    followed by B's own text. A reasoning model's thoughts are left out; its answer may be in tags or in \\boxed{}.
+    followed by B's own text. A reasoning model's thoughts are left out; its answer may be in tags or in \boxed{}.
     """
     text = after_thoughts(text).strip()
     if boxed := _BOXED.findall(text):

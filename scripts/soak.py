@@ -38,6 +38,7 @@ INPUTS = "../inputs"  # as a run's folder sees it
 DATA = f"{INPUTS}/data"
 OUT, LOG = "out", "log.txt"  # in a run's folder
 SAVE_EVERY = 2  # steps of training
+LOOK, START_LOOK = 0.001, 0.01  # seconds between two looks at a run's signs, and before its first one
 CLOSE = 0.005  # seconds after a sign that still count as the same moment
 NOT_COMPARED = {"training_args.bin"}  # has its own folder and time in it
 TIME_FIELDS = re.compile(r"^speed/|_runtime$|_per_second$")
@@ -276,13 +277,13 @@ class Run:
             if ended or self.seconds > limit:
                 what = f"ended with exit code {self.process.returncode}" if ended else f"hung for {limit:g} s"
                 raise SoakError(f"the command {what}; the end of its log:\n{self.log()[-3000:]}")
-            time.sleep(0.001)
+            time.sleep(START_LOOK if len(self.signs) == 1 else LOOK)
 
     def linger(self, delay: float) -> float:
         """Lets so many seconds of the phase pass that began last, or all of it; returns how many passed."""
         count, began = len(self.signs), self.signs[-1][0]
         while self.seconds < began + delay and len(self.signs) == count and self.process.poll() is None:
-            time.sleep(0.001)
+            time.sleep(LOOK)
             self._look()
         return self.seconds - began
 
@@ -297,7 +298,7 @@ class Run:
         if group := members(self.process.pid):
             os.killpg(self.process.pid, signal.SIGKILL)
         while group:
-            time.sleep(0.001)
+            time.sleep(LOOK)
             group = members(self.process.pid)
         self.process.wait()
 

@@ -20,6 +20,18 @@ if "DAMA_CACHE_HOME" not in os.environ:  # nor what the user's commands have kep
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 LONG = ("gpu", "distributed", "kill", "browser")
+# Files that take half a minute or more each, the longest first.
+LONGEST = (
+    "llava/test_kill.py", "models/test_training.py", "llava/test_distributed.py", "cuda/test_steps.py",
+    "llava/test_resume.py", "llava/test_gradio.py", "test_interrupt.py", "test_bench.py", "eval/test_evaluate.py",
+    "llava/test_chat_page_attacks.py", "playground/test_study.py", "llava/test_console_lines.py",
+    "cuda/test_gpu_check.py", "playground/test_clip.py", "cuda/test_trainings.py", "llava/test_memory.py",
+    "cuda/test_levers.py", "llava/test_reference.py", "llava/test_export.py", "llava/test_base_model.py",
+    "llava/test_invariance.py", "llava/test_signing.py", "llava/test_notices.py", "test_disk_full.py",
+    "cuda/test_stages.py", "test_soak.py", "eval/test_page.py", "cuda/test_device.py", "dama/test_synth.py",
+    "dama/test_synth_models.py", "dama/test_prepare.py", "dama/test_trl.py", "test_upstream.py", "test_scripts.py",
+    "test_architecture.py",
+)  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -31,12 +43,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what drives a browser; files of long tests first, so that no process ends with one while others are idle."""
+    """Mark what drives a browser; long files first, so that no process ends with one while others are idle."""
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
     long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONG)}
-    items.sort(key=lambda item: item.path not in long)
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), item.path not in long))
 
 
 @pytest.fixture(scope="session")

@@ -338,10 +338,10 @@ def validate_reference(pairs: Sequence[PreferencePair], logps: Sequence[Any]) ->
 def validate_token_counts(items: Sequence[PreparedPair]) -> None:
     """Raise ValueError naming pairs whose answers have more or fewer tokens than the stored log-probs per token."""
     errors = [
-        f"pair {item.pair.id}: {row.supervised} answer tokens, {len(known)} in the reference stage"
+        f"pair {item.pair.id}: {item.rows[i].supervised} answer tokens, {len(known)} in the reference stage"
         for item in items
-        for row, known in zip(item.rows, item.reference_tokens)
-        if known is not None and len(known) != row.supervised
+        for i, known in enumerate(item.reference_tokens)
+        if known is not None and len(known) != item.rows[i].supervised
     ]
     if errors:
         raise ValueError(error_list("--reference", errors, "run `python -m dama reference --per_token` again"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -86,8 +87,10 @@ def longest_items(
     views, template, found = views_of(args), get_template(str(model_args.version)), []
     choice, marks = ImageChoice.of(pairs, views, args), bool(model_args.mm_use_im_start_end)
 
+    texts = attrgetter("question", *(view.answer for view in views))
+
     def characters(pair: PreferencePair) -> int:
-        return len(pair.question) + sum(len(answer_of(pair, view)) for view in views)
+        return sum(map(len, filter(None, texts(pair))))
 
     for pair in sorted(pairs, key=characters, reverse=True):
         rows = {

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +50,10 @@ def kept_rows(
 
 def digest_of_texts(pairs: Sequence[PreferencePair], answers: Sequence[str]) -> str:
     """SHA-256 of the questions and these answers, each with its length."""
-    digest = hashlib.sha256(repr(answers).encode())
+    digest, texts = hashlib.sha256(repr(answers).encode()), attrgetter("question", *answers)
     for pair in pairs:
-        for text in (pair.question, *(getattr(pair, answer) for answer in answers)):
-            content = text.encode("utf-8", "surrogatepass")
-            digest.update(b"%d:" % len(content))
-            digest.update(content)
+        contents = [text.encode("utf-8", "surrogatepass") for text in texts(pair)]
+        digest.update(b"".join([b"%d:%b" % (len(content), content) for content in contents]))
     return digest.hexdigest()
 
 

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dama.images import FORMATS, ImageError, load_image, open_image, probe_image
+from dama.images import (
+    FORMATS,
+    ImageError,
+    load_image,
+    open_image,
+    probe_image,
+    resolve_image,
+    resolve_images,
+)
 from dama.pairs import PreferencePair, check_pairs
 from eval.page_images import shrunk
 from llava.generation.answers import check_requests
@@ -161,3 +169,32 @@ def test_skipped_pairs_have_the_same_reason_every_time(tmp_path: Path) -> None:
         _, skipped = check_pairs(pairs, tmp_path / place, "skip")
         reasons.add(json.dumps([pair.reason for pair in skipped]))
     assert len(reasons) == 1 and "0x" not in reasons.pop()
+
+
+NAMES = [
+    "a.png", "sub/a.png", "sub//a.png", "./a.png", "sub/./a.png", "sub/", "sub/.", ".", "", "missing.png",
+    "no/such/a.png", "/a.png", "\\a.png", "c:a.png", "../images/a.png", "sub/../a.png", "..", "link.png", "out.png",
+    "linked/a.png", "away/b.png", "loop/a.png", "loop", "a\0.png", "a\0/b.png", "..a.png", "a.png/b",
+    "x" * 300, f"{'x' * 300}/a.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["one folder", "two folders"])
+def test_many_paths_are_resolved_as_one_by_one(tmp_path: Path, second: bool) -> None:
+    """Whether they share a folder with others, follow links, leave the folder or name nothing."""
+    images, other = tmp_path / "images", tmp_path / "other"
+    (images / "sub").mkdir(parents=True)
+    other.mkdir()
+    for path in (images / "a.png", images / "sub" / "a.png", other / "b.png"):
+        path.write_bytes(b"")
+    links = {"link.png": "sub/a.png", "out.png": "../other/b.png", "linked": "sub", "away": "../other", "loop": "loop"}
+    for name, target in links.items():
+        (images / name).symlink_to(target)
+    folders = [images, other] if second else images
+    inside, outside = resolve_images(NAMES, folders)
+    assert len(inside) + len(outside) == len(NAMES) and len(inside) > 9 and len(outside) > 5
+    for name in NAMES:
+        try:
+            assert resolve_image(folders, name) == inside[name], name
+        except (ValueError, OSError, RuntimeError) as error:
+            assert outside[name] == str(error), name

@@ -49,7 +49,9 @@ def start(tmp_path: Path) -> str:
 
 
 def test_a_gap_on_paper(dpo: list[str], dama: list[str], start: str) -> None:
-    """DAMA goes from (97, 57) over (93, 22) to (89, 9). At 93 DPO has 27, at 89 nothing: -5. At DPO's 95 and 91, DAMA
+    """DAMA goes from (97, 57) over (93, 22) to (89, 9).
+
+    At 93 DPO has 27, at 89 nothing: -5. At DPO's 95 and 91, DAMA
     has 39.5 and 15.5 against 37 and 17: +2.5, -1.5. The mean is -4/3; all images are alike, and so are resamples.
     Without the start DAMA's line does not reach 95: (-5 - 1.5) / 2.
     """
@@ -70,6 +72,7 @@ def test_a_single_result_against_a_curve(tmp_path: Path, dpo: list[str]) -> None
 
 def test_images_are_resampled_together_for_all_checkpoints(tmp_path: Path) -> None:
     """Half of the images are named wrongly, by all models: rates vary from resample to resample, their gap does not.
+
     The curve is 100 * [image is hard] + 2 * (recall - 90) and the other's is 3 less, so the gap is -3 in each.
     """
 

@@ -180,7 +180,7 @@ def test_metrics_on_paper():
 
 
 def test_words_count_whatever_the_verdict():
-    """ "I see im0." and "I see im1.": 3 words each, also where a rating is unreadable; the table shows them."""
+    """Answers of 3 words each: "I see im0." and "I see im1.", also where a rating is unreadable."""
     score = score_of(benchmark_of("other", "other"), "Rating: 6", "I cannot say.")
     assert score.metrics["mean_words"] == 3.0
     header, line = mmhal.format_table({"m": score}).splitlines()[:2]

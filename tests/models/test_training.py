@@ -144,19 +144,28 @@ print(model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] - inp
     assert done.returncode == 0 and int(done.stdout) > 0, done.stderr[-2000:]
 
 
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "internvl"])
+def on_one_rank(request, tmp_path_factory):
+    """(log of a training of 1 x 4 pairs, checkpoint that it started from, flags that other layouts share)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(GOLDEN)
+        model = saved(folder / "model", request.param)
+        reference(model, folder / "reference")
+        common = ["--reference", str(folder / "reference"), "--logp_chunk", "64", "--num_train_epochs", "2"]
+        train_hub.run(parse_arguments(words_of(folder / "one", model, *common)))
+    return training_log(folder / "one"), model, common
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", [2, 3])
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
-def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path, name, zero):
+def test_two_ranks_take_the_steps_of_one(tmp_path, on_one_rank, zero):
     """1 x 4 and 2 x 1 x 2 on 8 pairs; log-probs in chunks whose number differs between the ranks."""
-    model = saved(tmp_path / "model", name)
-    reference(model, tmp_path / "reference")
-    common = ["--reference", str(tmp_path / "reference"), "--logp_chunk", "64", "--num_train_epochs", "2"]
-    train_hub.run(parse_arguments(words_of(tmp_path / "one", model, *common)))
+    rows, model, common = on_one_rank
     two = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    done = launch(words_of(tmp_path / "two", model, *common, *two), zero)
+    done = launch(words_of(tmp_path / "two", model, *common, *two), zero, "torchrun")
     assert done.returncode == 0, done.stderr[-3000:]
-    for single, double in zip(training_log(tmp_path / "one"), training_log(tmp_path / "two"), strict=True):
+    for single, double in zip(rows, training_log(tmp_path / "two"), strict=True):
         for key in ("loss", "grad_norm", "dama/R_bar", "dama/alpha_M", "dama/selected"):
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=5e-5), key
 

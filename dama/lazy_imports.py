@@ -1,0 +1,95 @@
+"""Load libraries that others import at every start when they are first used.
+
+PEFT imports bitsandbytes, which compiles functions with torch's inductor; transformers' trainer imports datasets, and
+with it pandas and pyarrow. Few runs use them, and they take a fifth of every process's start.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+# What the import system, and searches through sys.modules, read of a module that is not loaded.
+KNOWN_BEFORE = {"__class__", "__name__", "__spec__", "__loader__", "__package__", "__file__", "__warningregistry__"}
+LOADING = threading.RLock()
+
+
+class LazyLoader(Loader):
+    """Leave a module unloaded; `loader` loads it later, and answers for everything else."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create what the library's own loader would."""
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Mark the module as unloaded instead of running its file."""
+        module.__class__ = UnloadedModule
+
+
+class UnloadedModule(ModuleType):
+    """A module whose file runs when one of its attributes is first read, set or deleted."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in KNOWN_BEFORE:
+            load(self)
+        return ModuleType.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in KNOWN_BEFORE:
+            load(self)
+        ModuleType.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        load(self)
+        ModuleType.__delattr__(self, name)
+
+
+def load(module: ModuleType) -> None:
+    """Run the module's file, once; other threads wait for its end.
+
+    Raises:
+        Whatever the module raises; it is imported anew after that, as after any failed import.
+    """
+    with LOADING:
+        spec = module.__spec__
+        if type(module) is not UnloadedModule or spec is None or not isinstance(spec.loader, LazyLoader):
+            return
+        spec.loader = module.__loader__ = spec.loader.loader
+        module.__class__ = ModuleType
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            sys.modules.pop(spec.name, None)
+            raise
+
+
+class LazyFinder(MetaPathFinder):
+    """Find the libraries of these names where Python would, with a lazy loader."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = frozenset(names)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Spec of a library that is loaded at its first use; None for all other modules."""
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in self.names else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
+def load_when_used(*names: str) -> None:
+    """Let later imports of these top-level libraries run their files at the first use of an attribute."""
+    sys.meta_path.insert(0, LazyFinder(names))
