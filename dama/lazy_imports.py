@@ -66,7 +66,7 @@ def load(module: ModuleType) -> None:
         if type(module) is not UnloadedModule or spec is None or not isinstance(spec.loader, LazyLoader):
             return
         spec.loader = module.__loader__ = spec.loader.loader
-        module.__class__ = ModuleType
+        module.__class__ = ModuleType  # type: ignore[assignment]  # mypy compares it with what it was
         try:
             spec.loader.exec_module(module)
         except BaseException:

@@ -409,6 +409,6 @@ def _record(
         record[f"{side}_words"] = len(answer.split())
     fallbacks = {side: parts.fallback for side, parts in zip(SIDES, splits) if parts.fallback}
     record |= {"kind": pair.kind, "source": pair.source, "image": pair.image, "question": pair.question}
-    more = {"images": list(pair.own_images) if pair.more_images else [], "context": pair.context}
+    more: Record = {"images": list(pair.own_images) if pair.more_images else [], "context": pair.context}
     more |= {"second_image": pair.second_image, "fallbacks": fallbacks}
     return record | {name: value for name, value in more.items() if value}

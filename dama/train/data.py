@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from dama.checked_pairs import CheckedPairs, check_pair_file, read_pair_file
@@ -58,7 +57,7 @@ class PairDataset(Dataset):
         self,
         prepared: Sequence[PreparedPair],
         image_folder: ImageFolder,
-        prepare_image: Callable[..., Tensor],
+        prepare_image: Callable[..., Any],
     ) -> None:
         self.prepared = list(prepared)
         self.image_folder = image_folder
@@ -70,7 +69,7 @@ class PairDataset(Dataset):
     def __getitem__(self, i: int) -> PreparedPair:
         return self.prepared[i]
 
-    def pixels(self, image: ImageRef) -> Tensor:
+    def pixels(self, image: ImageRef) -> Any:
         """What the family's `prepare_image` makes of a view's images: [3, H, W], or [F, 3, H, W] in crops."""
         return self.prepare_image(*(self._loaded(path, image) for path in image.paths))
 

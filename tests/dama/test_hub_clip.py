@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,11 +100,11 @@ def test_only_siglips_texts_are_padded(folders: dict[str, Path], monkeypatch: py
     """SigLIP pools at the last position of its context; CLIP at the end of the text, so that less is computed."""
     widths: dict[str, set[int]] = {}
     for kind, folder in folders.items():
-        scorer = load_clip(str(folder), None, "cpu")
+        scorer: Any = load_clip(str(folder), None, "cpu")
         assert scorer.pads == kind.startswith("siglip")
         stock = scorer.model.get_text_features
 
-        def noted(input_ids: torch.Tensor, kind=kind, stock=stock, **more: torch.Tensor):  # type: ignore[no-untyped-def]
+        def noted(input_ids: torch.Tensor, kind=kind, stock=stock, **more: torch.Tensor):
             widths.setdefault(kind, set()).add(input_ids.shape[1])
             return stock(input_ids=input_ids, **more)
 
