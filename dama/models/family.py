@@ -140,6 +140,11 @@ class HubFamily:
             patches=0,
         )
 
+    @staticmethod
+    def adapted_processor(processor: Any) -> Any:
+        """The checkpoint's processor with what its files lack, such as a chat template; here as it is."""
+        return processor
+
     def fingerprint(self) -> dict[str, Any]:
         """Whatever a log-prob depends on besides the pairs: weights, tokenizer, template, image preparation."""
         return {

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dama.fingerprint import digest_of_checkpoint
+from dama.models.families import family_of
 from dama.models.files import files_of, listed, validate_complete
 from dama.models.setup import HEAD, load_processor
 from dama.notices import without_loading_bars
@@ -74,12 +75,17 @@ class HubCheckpoint:
         """The checkpoint's own processor; the base's where an adapter has none beside it."""
         own = self.adapter is not None and any((self.adapter / name).is_file() for name in PROCESSOR_FILES)
         with files_of(self.source):
-            return load_processor(str(self.adapter) if own else self.base, options)
+            family = family_of(self.config())
+            return load_processor(str(self.adapter) if own else self.base, options, adapt=family.adapted_processor)
+
+    def config(self) -> Any:
+        """The model's config."""
+        return AutoConfig.from_pretrained(self.base, trust_remote_code=False)
 
     def context(self) -> int | None:
         """Most tokens of prompt, images and answer; None where the config does not say."""
         with files_of(self.source):
-            config = AutoConfig.from_pretrained(self.base, trust_remote_code=False)
+            config = self.config()
         return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def model(self, *, device: str, dtype: torch.dtype, bits: int = 16) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from dama.console import log
+from dama.models.families import family_of
 from dama.models.family import HubFamily
 from dama.models.files import files_of, validate_complete
 from dama.notices import without_loading_bars
@@ -34,7 +35,8 @@ def setup_family(arguments: Any, *, dtype: torch.dtype | None = None) -> HubFami
     set_seed(args.seed)  # new adapters start alike in every run
     options = loading_options(args, [HEAD])
     with files_of(name), without_loading_bars():
-        processor = load_processor(name, model_args, args.cache_dir)
+        kind = family_of(AutoConfig.from_pretrained(name, cache_dir=args.cache_dir, trust_remote_code=False))
+        processor = load_processor(name, model_args, args.cache_dir, adapt=kind.adapted_processor)
         model, found = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype or precision_of_weights(args), cache_dir=args.cache_dir, trust_remote_code=False,
             output_loading_info=True, **options,
@@ -47,7 +49,7 @@ def setup_family(arguments: Any, *, dtype: torch.dtype | None = None) -> HubFami
         choose_trained(model, model_args, args)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    family = HubFamily(
+    family = kind(
         model, processor, args, name=name, image_folder=data_args.image_folder or [], system=model_args.system_prompt
     )
     if args.compile_layers and not args.gradient_checkpointing:
@@ -58,11 +60,24 @@ def setup_family(arguments: Any, *, dtype: torch.dtype | None = None) -> HubFami
     return family
 
 
-def load_processor(name: str, model_args: Any, cache_dir: str | None = None) -> Any:
-    """The checkpoint's processor with the flags' options. Raises ValueError where an option is no NAME=VALUE."""
+def load_processor(
+    name: str,
+    model_args: Any,
+    cache_dir: str | None = None,
+    *,
+    adapt: Callable[[Any], Any] = HubFamily.adapted_processor,
+) -> Any:
+    """The checkpoint's processor with the flags' options.
+
+    Args:
+        adapt: adds what the files lack, `adapted_processor` of the model's family.
+
+    Raises:
+        ValueError: an option is no NAME=VALUE, or it is no processor of images and text.
+    """
     options: dict[str, Any] = {"min_pixels": model_args.min_pixels, "max_pixels": model_args.max_pixels}
     options = {key: value for key, value in options.items() if value is not None} | parsed(model_args.processor_option)
-    processor = AutoProcessor.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False, **options)
+    processor = adapt(AutoProcessor.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False, **options))
     if getattr(processor, "image_token", None) is None or not hasattr(processor, "image_processor"):
         raise ValueError(
             f"processor of '{name}': expected one of images and text, with an image_token, got "
