@@ -100,10 +100,10 @@ def test_only_siglips_texts_are_padded(folders: dict[str, Path], monkeypatch: py
     widths: dict[str, set[int]] = {}
     for kind, folder in folders.items():
         scorer = load_clip(str(folder), None, "cpu")
-        assert scorer.pads == kind.startswith("siglip")  # type: ignore[attr-defined]
+        assert scorer.pads == kind.startswith("siglip")
         stock = scorer.model.get_text_features
 
-        def noted(input_ids: torch.Tensor, kind=kind, stock=stock, **more: torch.Tensor):  # type: ignore[no-untyped-def]
+        def noted(input_ids: torch.Tensor, kind=kind, stock=stock, **more: torch.Tensor):
             widths.setdefault(kind, set()).add(input_ids.shape[1])
             return stock(input_ids=input_ids, **more)
 
@@ -189,7 +189,8 @@ def test_an_interrupted_stage_goes_on(
     monkeypatch.setattr("dama.hardness.score.IMAGES_PER_CHUNK", 1)
     scorer = load_clip(str(folders["siglip"]), None, "cpu")
     run_hardness(pairs, str(images), tmp_path / "whole", scorer, progress=False)
-    stock, calls = ClipScorer.encode_texts, []
+    stock = ClipScorer.encode_texts
+    calls: list[None] = []
 
     def stops(self: ClipScorer, *given: object) -> torch.Tensor:
         calls.append(None)
