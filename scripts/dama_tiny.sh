@@ -28,7 +28,7 @@ case $model-$size in
 llava-full) run=${RUN:-runs/tiny} pairs=1500 scenes=300 epochs=3 ;;
 llava-smoke) run=${RUN:-runs/tiny_smoke} pairs=160 scenes=60 epochs=1 ;;
 vlm-full) run=${RUN:-runs/tiny_vlm} pairs=1500 scenes=300 epochs=2 tuned_on=1600 ;;
-vlm-smoke) run=${RUN:-runs/tiny_vlm_smoke} pairs=48 scenes=16 epochs=1 tuned_on=64 ;;
+vlm-smoke) run=${RUN:-runs/tiny_vlm_smoke} pairs=32 scenes=8 epochs=1 tuned_on=32 ;;
 *)
     echo "--model: expected llava or vlm, got '$model'" >&2
     exit 2

@@ -25,7 +25,7 @@ from dama.models.family import HubFamily
 from dama.pairs import PreferencePair
 from dama.train.data import ImageChoice, PairDataset
 from dama.train.family import PreparedPair, shown_images
-from tests.models.tiny_hub import FAMILIES, build
+from tests.models.tiny_hub import FAMILIES, SUFFIX_FAMILIES, build
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- table: python -m scripts.models_table -->\n", "<!-- end of table -->"
@@ -46,7 +46,7 @@ def main() -> int:
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row_of(name, write_images(Path(folder))) for name in FAMILIES]
+        rows = [row_of(name, write_images(Path(folder))) for name in (*FAMILIES, *SUFFIX_FAMILIES)]
     new = before + BEGIN + table(rows) + END + after
     if args.check:
         return int(new != text)

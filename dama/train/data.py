@@ -210,7 +210,10 @@ def encode_pairs(
             long.append(SkippedPair(pair.id, f"{length} tokens with its image, the model takes {family.max_tokens}"))
     if long and data_args.on_long_pair == "fail":
         errors = [f"pair {skip.id}: {skip.reason}" for skip in long]
-        remedy = "raise --model_max_length as far as the model allows, or --on_long_pair skip"
+        remedy = (
+            "raise --model_max_length as far as the model allows, give a smaller --max_pixels where the resolution "
+            "follows the image, or --on_long_pair skip"
+        )
         raise ValueError(error_list(str(data_args.data_path), errors, remedy))
     return EncodedPairs(rows, images, fits, long)
 

@@ -185,6 +185,14 @@ class Collator:
         return self.processor.apply_chat_template(turns, add_generation_prompt=not answer)
 
 
+class Trainer(hf.Trainer):
+    """transformers' own, which continues from a checkpoint's weights by the names that they have in its files."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        self.model.load_state_dict(read.state_dict())
+
+
 def fine_tune(model: Any, processor: Any, folder: Path, scenes: int, seed: int) -> None:
     """One epoch over so many scenes by transformers' Trainer, from its last checkpoint where there is one."""
     flags = hf.TrainingArguments(
@@ -193,7 +201,7 @@ def fine_tune(model: Any, processor: Any, folder: Path, scenes: int, seed: int) 
         save_steps=CHECKPOINTS, save_total_limit=1, logging_steps=10, remove_unused_columns=False,
         dataloader_num_workers=1, report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    trainer = hf.Trainer(model, flags, Collator(processor), Captions(scenes, seed))
+    trainer = Trainer(model, flags, Collator(processor), Captions(scenes, seed))
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     finished = [path for path in checkpoints if (path / "trainer_state.json").is_file()]  # which is written last
     trainer.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
