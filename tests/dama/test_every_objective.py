@@ -113,6 +113,8 @@ def check_resumed(world, folder, **given):  # noqa: F811
         patch.setattr(PreferenceTrainer, "_save_checkpoint", save_and_die)
         with pytest.raises(Killed):
             trainer_of(world, **given, **SAVED, output_dir=str(folder / "parts")).train()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # of the ranks, only the first one writes most of a checkpoint
     resumed = trainer_of(world, **given, **SAVED, output_dir=str(folder / "parts"))
     resumed.train(resume_from_checkpoint=str(folder / "parts" / "checkpoint-3"))
     for (name, value), (_, again) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
