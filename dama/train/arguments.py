@@ -183,6 +183,11 @@ def objective_errors(args: PreferenceArguments) -> list[str]:
             f"--strategy {Strategy(args.strategy).value}: sets beta, and --loss {loss.name} has none; give --strategy "
             "none, under which --selection still chooses pairs"
         )
+    if args.hardness_from != HardnessSource.CLIP and not args.weighting().uses_delta:
+        errors.append(
+            f"--hardness_from {HardnessSource(args.hardness_from).value}: says where delta comes from, and --strategy "
+            f"{Strategy(args.strategy).value} does not look at delta; give --strategy data or both, or leave it out"
+        )
     if loss.has_state and args.variant == Variant.RELEASED:
         errors.append(
             f"--variant released: decides for each gathered micro-batch, and --loss {loss.name} has a running mean for "

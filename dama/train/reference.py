@@ -336,15 +336,18 @@ def reference_of_pairs(
         return PairValues([zeros] * len(pairs), {"logps": "of the base, on the fly"})
     if data_args.reference:
         return stored_reference(pairs, data_args.reference, args, data, family)
-    if not args.preference_loss().needs_reference and args.weighting().is_static:
+    loss = args.preference_loss()
+    if not loss.needs_reference and args.weighting().is_static:
+        log(f"reference: --loss {loss.name} needs no log-probs of the reference model; metrics take them as 0")
         zeros = (0.0,) * len(family.views)
         return PairValues([zeros] * len(pairs), {"logps": "none: the loss has no reference"})
     without = [pair.id for pair in pairs if pair.reference is None]
-    if without or args.preference_loss().views != PAIR_VIEWS:
+    if without or loss.views != PAIR_VIEWS:
         without = without or [pair.id for pair in pairs]
+        why = "" if loss.needs_reference else f"--loss {loss.name} needs none, but its --strategy or --selection does. "
         raise ValueError(
             f"reference: expected log-probs for every pair, got none for {len(without)} of {len(pairs)} (first: "
-            f"{without[0]}). Run `python -m dama reference` and pass its folder as --reference."
+            f"{without[0]}). {why}Run `python -m dama reference` and pass its folder as --reference."
         )
     if args.token_weights != NONE:
         raise ValueError(

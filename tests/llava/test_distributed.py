@@ -12,6 +12,7 @@ import pytest
 from llava.train import train, train_dpo
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN, ROOT
+from tests.llava.test_reference import reference, world  # noqa: F401  (a fixture)
 from tests.llava.tiny import PAPER, arguments, flags
 
 pytestmark = pytest.mark.distributed
@@ -68,6 +69,24 @@ def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path, ratio):
             assert double[name] == pytest.approx(single[name], rel=2e-4, abs=2e-5), name
     if ratio == "0.75":
         called_again(two)
+
+
+def test_two_ranks_with_all_kinds_of_views_and_reference_log_probs(world):  # noqa: F811
+    """ZeRO-2: a running mean, a second image, and weights of tokens by a reference that is stored per token."""
+    chosen = ["--loss", "mpo", "mdpo:0.5", "--token_weights", "segments:5", "--corruption", "mask_patches"]
+    assert reference(world, *chosen) == 0
+    assert (world / "reference" / "tokens.f32").stat().st_size > 0
+    common = [*PAPER, "--num_train_epochs", "2", "--save_strategy", "no", *chosen, "--data_path",
+              str(world / "pairs.json"), "--reference", str(world / "reference"), "--strategy", "model"]  # fmt: skip
+    train_dpo.run(parse_arguments(flags(world / "one", *common, "--per_device_train_batch_size", "4")))
+    layout = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    done = launch(flags(world / "two", *common, *layout), launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [training_log(world / name / "out") for name in ("one", "two")]
+    assert rows[0][-1]["loss"] < rows[0][0]["loss"]
+    for single, double in zip(*rows, strict=True):
+        for name in ("loss", "grad_norm", "dama/R_bar", "dama/alpha_M", "dama/selected"):
+            assert double[name] == pytest.approx(single[name], rel=2e-4, abs=2e-5), name
 
 
 def called_again(words):
