@@ -80,7 +80,7 @@ def pick_groups(records: Sequence[Record], count: int) -> list[Group]:
     right = [record for record in by_delta if record["delta"] >= 0]
     negative = [record for record in by_delta if record["delta"] < 0]
     groups = [
-        Group("Easiest pairs", "Largest δ: the preferred answer plainly fits the picture better.", right[::-1][:count]),
+        Group("Easiest pairs", "Largest δ: the preferred answer plainly fits the image better.", right[::-1][:count]),
         Group("Hardest pairs", "Smallest δ that is not negative: CLIP hardly tells the answers apart.", right[:count]),
         Group("Negative pairs", "Smallest δ: CLIP prefers the rejected answer.", negative[:count]),
     ]
@@ -102,7 +102,7 @@ def _load_pictures(groups: Sequence[Group], image_folder: ImageFolder) -> dict[s
     try:
         return {name: load_image(resolve_image(image_folder, name)) for name in names}
     except OSError as error:
-        raise StageError(f"{error}\nRemedy: give the folder that holds the pictures now as --image_folder") from error
+        raise StageError(f"{error}\nRemedy: give the folder that contains the images now as --image_folder") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
