@@ -97,7 +97,7 @@ def pick_groups(records: Sequence[Record], count: int) -> list[Group]:
     right = [record for record in by_delta if record["delta"] >= 0]
     negative = [record for record in by_delta if record["delta"] < 0]
     groups = [
-        Group("Easiest pairs", "Largest δ: the preferred answer plainly fits the picture better.", right[::-1][:count]),
+        Group("Easiest pairs", "Largest δ: the preferred answer plainly fits the image better.", right[::-1][:count]),
         Group("Hardest pairs", "Smallest δ that is not negative: CLIP hardly tells the answers apart.", right[:count]),
         Group("Negative pairs", "Smallest δ: CLIP prefers the rejected answer.", negative[:count]),
     ]
@@ -118,7 +118,7 @@ def _load_pictures(names: Sequence[str], image_folder: ImageFolder) -> dict[str,
     try:
         return {name: load_image(resolve_image(image_folder, name)) for name in dict.fromkeys(names)}
     except OSError as error:
-        raise StageError(f"{error}\nRemedy: give the folder that holds the pictures now as --image_folder") from error
+        raise StageError(f"{error}\nRemedy: give the folder that contains the images now as --image_folder") from error
 
 
 def second_images(

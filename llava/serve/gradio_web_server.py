@@ -1,6 +1,7 @@
 """A chat about an image in the browser, with one model or with two side by side, in one process.
 
-`python -m llava.serve.gradio_web_server --model-path BASE --compare ALIGNED`, then open http://127.0.0.1:7860.
+`python -m llava.serve.gradio_web_server --model-path CHECKPOINT --compare BASE`, then open http://127.0.0.1:7860.
+As in eval.evaluate, --compare names the baseline, which is shown first.
 """
 
 from __future__ import annotations
@@ -58,12 +59,18 @@ CSS = """
     .gradio-container { padding: 8px 8px 190px !important; }
     #asking textarea { max-height: 5.5em; }
     #buttons button { font-size: 0.85em; }
-    .chat { height: 44vh !important; min-height: 220px !important; }
+    .chat { height: 40vh !important; min-height: 200px !important; }
+    #preview { height: 112px !important; }
 }
 mark { border-radius: 4px; padding: 0 3px; }
 mark.absent { background: #fecaca; color: #7f1d1d !important; }
 mark.present { background: #d1fae5; color: #064e3b !important; }
 """
+
+# Answers are below the fold of a narrow window, where the columns stand one below the other.
+SHOW_ANSWERS = """() => {
+    if (innerWidth <= 640) document.getElementById("chat-0").scrollIntoView({ behavior: "smooth", block: "start" });
+}"""
 
 # Limits on what one visitor, and all together, may take. Those of the page's fields hold for requests without the page.
 QUESTION_LENGTH, LISTED_LENGTH = 8000, 2000  # characters
@@ -247,7 +254,7 @@ class Page:
     def _build_left(self) -> None:
         import gradio as gr
 
-        self.file = gr.File(label="Picture", file_types=list(SUFFIXES), type="filepath", height=130, elem_id="upload")
+        self.file = gr.File(label="Image", file_types=list(SUFFIXES), type="filepath", height=130, elem_id="upload")
         refuse_addresses(self.file)
         self.notice = gr.Markdown(f"{', '.join(FORMATS)}; at most {MAX_BYTES >> 20} MiB", elem_id="notice")
         self.preview = gr.Image(
@@ -304,7 +311,9 @@ class Page:
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         view = [*self.chats, self.send, self.stop, self.again, self.clear]
         asked = [self.session, self.question, self.listed, *decoding]
-        gr.on([self.question.submit, self.send.click], self.ask, asked, [self.question, *view], **answering).then(
+        sends = [self.question.submit, self.send.click]
+        gr.on([*sends, self.again.click], None, None, None, js=SHOW_ANSWERS, **at_once)
+        gr.on(sends, self.ask, asked, [self.question, *view], **answering).then(
             self.view, self.session, view, **at_once
         )
         self.again.click(self.regenerate, [self.session, self.listed, *decoding], view, **answering).then(
@@ -318,7 +327,7 @@ class Page:
         chosen = [self.file, self.preview, self.notice, *view]
         # Through the queue, for only there can a handler put a warning on the page.
         self.file.upload(self.choose, [self.session, self.file], chosen, concurrency_limit=IMAGES_AT_ONCE,
-                         concurrency_id="pictures", show_progress="hidden", api_visibility="private")  # fmt: skip
+                         concurrency_id="images", show_progress="hidden", api_visibility="private")  # fmt: skip
 
     # Handlers.
 
@@ -489,10 +498,15 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--model-path", required=True, help="checkpoint folder or hub name (or its name at the server)")
     parser.add_argument("--model-base", help="base of a LoRA folder")
-    parser.add_argument("--compare", help="a second checkpoint, which answers beside the first")
-    parser.add_argument("--compare-base", help="its base, if it is a LoRA folder")
     parser.add_argument(
-        "--openai-base-url", nargs="+", metavar="URL", help="server of the models; a second URL for --compare's"
+        "--compare", metavar="BASE", help="the baseline, which answers beside --model-path and is shown first"
+    )
+    parser.add_argument("--compare-base", help="base of a LoRA folder that --compare names")
+    parser.add_argument(
+        "--openai-base-url",
+        nargs="+",
+        metavar="URL",
+        help="server of --model-path; a second URL if --compare's is another",
     )
     parser.add_argument("--vocabulary", help='objects to mark: lines "name, synonym, synonym ..."')
     parser.add_argument(
@@ -516,14 +530,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_models(args: argparse.Namespace) -> list[ChatModel]:
-    """The one or two models that the flags name."""
-    wanted = [(args.model_path, args.model_base)]
+    """The model that the flags name, behind its baseline where --compare names one."""
+    urls = args.openai_base_url or []
+    wanted = [(args.model_path, args.model_base, urls[:1])]
     if args.compare:
-        wanted.append((args.compare, args.compare_base))
-    if args.openai_base_url:
-        urls = args.openai_base_url
-        return [ServerModel(urls[min(i, len(urls) - 1)], name) for i, (name, _) in enumerate(wanted)]
-    return [open_model(args, path, base) for path, base in wanted]
+        wanted.insert(0, (args.compare, args.compare_base, urls[-1:]))
+    if urls:
+        return [ServerModel(url, name) for name, _, (url,) in wanted]
+    return [open_model(args, path, base) for path, base, _ in wanted]
 
 
 def main(argv: list[str] | None = None) -> int:

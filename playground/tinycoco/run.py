@@ -45,7 +45,7 @@ SMOKE = (
     "for any difference below; run the script without --smoke for results."
 )
 HOW_TO_READ = (
-    "Response-level: share of captions with at least one object that is not in the picture; mention-level: share of "
+    "Response-level: share of captions with at least one object that is not in the image; mention-level: share of "
     "named objects that are not there; both should fall while object recall, the share of drawn objects that are "
     "named, stays. Brackets are 95 % bootstrap intervals over scenes."
 )

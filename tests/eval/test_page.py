@@ -516,6 +516,28 @@ def test_wide_there_is_no_hint_and_a_single_run_has_none(browser: Any, two_runs:
     assert Screen(browser, write_page(path, tmp_path / "page.html", images)).find(".sideways") == []
 
 
+def test_on_a_phone_a_single_run_shows_its_values(phone: Any, tmp_path: Path) -> None:
+    path, images = run_of(tmp_path, "pope")
+    screen = Screen(phone, write_page(path, tmp_path / "page.html", images))
+    values = screen.find(".metrics .value, .metrics .interval")
+    assert values and all(0 <= box_of(value)[0] < box_of(value)[1] <= 390 for value in values)
+
+
+def test_the_numbers_of_a_scale_stand_on_one_line_apart(phone: Any, two_runs: Path) -> None:
+    screen = Screen(phone, two_runs)
+    script = "return [...arguments[0].children].map(s => { const r = document.createRange(); r.selectNodeContents(s); "
+    script += "const b = r.getBoundingClientRect(); return [b.left, b.right, r.getClientRects().length]; })"
+    for size in (390, 1280):
+        phone.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": size, "height": 844, "deviceScaleFactor": 1, "mobile": False},
+        )
+        for scale in screen.find(".scale"):
+            low, zero, high = phone.execute_script(script, scale)
+            assert (low[2], zero[2], high[2]) == (1, 1, 1)
+            assert low[1] < zero[0] < zero[1] < high[0], size
+
+
 def test_every_interval_bar_has_a_scale_that_fits_its_numbers(browser: Any, two_runs: Path) -> None:
     """A dot at x percent between the ends -r and +r is the difference: -r + 2 r x / 100."""
     screen = Screen(browser, two_runs)

@@ -141,8 +141,8 @@ def test_the_flags_name_the_models(in_golden):
 
     assert [type(m).__name__ for m in models("--device", "cpu", "--compare", "llava-v1.5-tiny")] == ["LocalModel"] * 2
     urls = ("http://a:1/v1", "http://b:2/v1")
-    served = models("--compare", "aligned", "--openai-base-url", *urls)
-    assert [(m.base_url, m.name) for m in served] == [(urls[0], "llava-v1.5-tiny"), (urls[1], "aligned")]
+    served = models("--compare", "base", "--openai-base-url", *urls)
+    assert [(m.base_url, m.name) for m in served] == [(urls[1], "base"), (urls[0], "llava-v1.5-tiny")]
     with pytest.raises(ValueError, match="server 'a:1': expected a URL such as http://127.0.0.1:8000/v1"):
         models("--openai-base-url", "a:1")
     assert page.build_parser().get_default("host") == "127.0.0.1" and not page.build_parser().get_default("share")
@@ -321,7 +321,7 @@ class Screen:
     def __init__(self, chrome, address):
         self.chrome = chrome
         chrome.get(address)
-        self.until(lambda: self.find("#question textarea") and self.find("#upload input[type=file]"))
+        self.until(lambda: all(map(self.find, ("#question textarea", "#upload input[type=file]", "#clear"))))
 
     def find(self, selector):
         return self.chrome.find_elements("css selector", selector)
@@ -445,6 +445,8 @@ def test_the_question_is_in_sight(window, browser, address, models, picture, siz
     screen.ask(QUESTION)
     screen.until(lambda: len(screen.answers()) == 2 and all(screen.answers()))
     check()
+    first_answer = "#chat-0 [data-testid=bot]"
+    screen.until(lambda: 0 <= box(screen, first_answer)[1] < box(screen, "#asking")[1])  # read without scrolling
     for place in ("document.body.scrollHeight", "0"):
         browser.execute_script(f"window.scrollTo(0, {place})")
         check()

@@ -308,8 +308,9 @@ def test_the_flags_of_the_page_name_the_models(world, in_golden):
         return page.build_models(page.build_parser().parse_args(flags))
 
     found = models("--compare", str(world / "adapter"), "--system_prompt", "Be brief.")
-    assert [type(m) for m in found] == [HubModel, HubModel] and found[1].prompter.chat.system == "Be brief."
-    assert [type(m) for m in models("--compare", "llava-v1.5-tiny")] == [HubModel, LocalModel]
+    assert [m.name for m in found] == ["adapter", "qwen2_5_vl"]
+    assert [type(m) for m in found] == [HubModel, HubModel] and found[0].prompter.chat.system == "Be brief."
+    assert [type(m) for m in models("--compare", "llava-v1.5-tiny")] == [LocalModel, HubModel]
     with pytest.raises(ValueError, match="--conv-mode llava_v1: expected with LLaVA-1.5 only, got .*qwen2_5_vl"):
         models("--conv-mode", "llava_v1")
 
@@ -321,7 +322,7 @@ def test_two_such_models_answer_side_by_side(world, photo):
     session.begin(photo)
     list(session.ask(models, "What is it?", FEW))
     expected = [answerer(world, m).answer([Request("q", "What is it?", "0.png")], world / "images", FEW)[0][0]
-                for m in ("qwen2_5_vl", "adapter")]  # fmt: skip
+                for m in ("adapter", "qwen2_5_vl")]  # fmt: skip
     assert session.turns[0].answers == expected and expected[0] != expected[1]
     list(session.ask(models, "Why?", FEW))
     assert all(session.turns[1].answers) and not session.busy
