@@ -98,7 +98,7 @@ def read_all(paths: Sequence[str | Path], names: Sequence[str] | None = None) ->
     """
     paths = [results_file(path) for path in paths]
     contents = [_read(path) for path in paths]
-    checkpoints = [Path(content["provenance"]["checkpoint"]).name for content in contents]
+    checkpoints = [_name_of(Path(content["provenance"]["checkpoint"])) for content in contents]
     chosen = names or (checkpoints if len(set(checkpoints)) == len(paths) else [str(path) for path in paths])
     if len(set(chosen)) < len(paths) or len(chosen) != len(paths):
         raise ValueError(f"names: expected {len(paths)} different ones, got {', '.join(chosen)}\nRemedy: give --names")
@@ -108,6 +108,13 @@ def read_all(paths: Sequence[str | Path], names: Sequence[str] | None = None) ->
 def results_file(path: str | Path) -> Path:
     """Return the results.json that is meant: the file, or the one in a folder."""
     return Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+
+
+def _name_of(checkpoint: Path) -> str:
+    """Return the last part of a checkpoint's path, and the one before it where it is only the number of a step."""
+    if checkpoint.name.startswith("checkpoint-") and checkpoint.parent.name:
+        return f"{checkpoint.parent.name}_{checkpoint.name}"
+    return checkpoint.name
 
 
 def _named(path: Path, name: str, content: Mapping[str, Any]) -> Results:
