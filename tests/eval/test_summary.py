@@ -88,7 +88,6 @@ def test_an_unknown_metric_of_a_results_file_is_named(tmp_path, capsys):
         ("amber", {"cover", "mean_words"}),
         ("chair", {"recall", "mean_words"}),
         ("mmhal", {"mean_words"}),
-        ("hallusionbench", {"mean_words"}),
     ],
 )
 def test_hallucination_is_shown_with_how_much_is_said(name, shown):
