@@ -92,17 +92,17 @@ _REMEDY = "give a results.json that eval.evaluate wrote with this version of the
 def read_all(paths: Sequence[str | Path], names: Sequence[str] | None = None) -> list[Results]:
     """Read the files, or those in folders, under these names, or under those of their checkpoints.
 
-    Where two checkpoints have the same name, the files' paths are the names. Raises ValueError,
-    naming file and fields, for what is no results.json, for an unknown benchmark, for metrics that the benchmark does
-    not have, and for metrics that do not agree with the items.
+    Where two checkpoints have the same name, the files' paths are the names. Raises ValueError, naming file and fields,
+    for what is no results.json, for an unknown benchmark, for metrics that the benchmark does not have, and for metrics
+    that do not agree with the items.
     """
-    paths = [results_file(path) for path in paths]
-    contents = [_read(path) for path in paths]
+    files = [results_file(path) for path in paths]
+    contents = [_read(file) for file in files]
     checkpoints = [_name_of(Path(content["provenance"]["checkpoint"])) for content in contents]
-    chosen = names or (checkpoints if len(set(checkpoints)) == len(paths) else [str(path) for path in paths])
+    chosen = names or (checkpoints if len(set(checkpoints)) == len(files) else [str(file) for file in files])
     if len(set(chosen)) < len(paths) or len(chosen) != len(paths):
         raise ValueError(f"names: expected {len(paths)} different ones, got {', '.join(chosen)}\nRemedy: give --names")
-    return [_named(path, name, content) for path, name, content in zip(paths, chosen, contents)]
+    return [_named(path, name, content) for path, name, content in zip(files, chosen, contents)]
 
 
 def results_file(path: str | Path) -> Path:
