@@ -8,8 +8,8 @@ on the same items; all models have the same images in each resample. Results tha
 protocol, judge, items) are refused, with every difference named.
 
 Hallucination falls as a model says less. With --curve, once for each training run, the results of a run's checkpoints
-make a curve of errors against recall (AMBER: coverage; MMHal-Bench: words), and runs are compared where both say as
-much: at each checkpoint the other run's curve is interpolated, and the differences are averaged.
+make a curve of errors against recall or coverage, and runs are compared where both say as much: at each checkpoint the
+other run's curve is interpolated, and the differences are averaged.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dama.console import log, report_error
+from eval import benchmarks
 from eval.compare_curves import compare_curves
 from eval.core.benchmark import Benchmark
 from eval.core.metrics import Metric, image_of, resampled
@@ -287,8 +288,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", nargs="*", metavar="RESULTS", help="results.json of each model, the base first")
     parser.add_argument(
         "--curve", nargs="+", action="append", default=[], metavar="RESULTS",
-        help="results of the checkpoints of one training run, for a comparison at equal recall or coverage; give it "
-        "once for each run, the base first; one of them may be a single result",
+        help=f"results of the checkpoints of one training run, for a comparison at equal {_coverages()}; give it once "
+        "for each run, the base first; one of them may be a single result",
     )  # fmt: skip
     parser.add_argument(
         "--start", metavar="RESULTS", help="with --curve: results of the model that all runs started from"
@@ -300,6 +301,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--published", action="store_true", help="show published results below these (--json has them)")
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object instead of tables")
+
+
+def _coverages() -> str:
+    """Name the metrics at which runs are compared, and the benchmarks that have them."""
+    having = [(each, each.trade_off) for each in benchmarks.BENCHMARKS if each.trade_off is not None]
+    names = (f"{each.metric(trade_off.coverage).title.removesuffix(' %')} ({each.name})" for each, trade_off in having)
+    return ", ".join(names)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -73,6 +73,10 @@ class CurveComparison:
         """The metric at which the runs are compared."""
         return self.benchmark.metric(self.trade_off.coverage)
 
+    @property
+    def _coverage_title(self) -> str:
+        return self.coverage.title.removesuffix(" %")
+
     def gap(self, run: Run, metric: str) -> Gap:
         """Compare a run with the first."""
         ours, theirs = (self._curve(each, metric) for each in (run, self.runs[0]))
@@ -120,7 +124,7 @@ class CurveComparison:
                     *counts,
                 ]
             )
-        title = f"{run.name} - {base.name} at equal {self.coverage.title}"
+        title = f"{run.name} - {base.name} at equal {self._coverage_title}"
         heads = [title, "", "difference", "95 % interval", f"compared of {run.name}", f"of {base.name}"]
         return aligned([heads, *lines])
 
@@ -130,7 +134,7 @@ class CurveComparison:
         return verdict(self.benchmark, metric, gap.difference, run.name)
 
     def _notes(self, images: int) -> Iterator[str]:
-        title = self.coverage.title
+        title = self._coverage_title
         yield "Intervals: 95 %, bootstrap over images, the same images for all checkpoints; each metric by itself."
         yield (
             f"Differences: each checkpoint minus the other run's line between its checkpoints next in {title}"

@@ -418,7 +418,6 @@ BENCHMARK = Benchmark(
         SummaryColumn("question_accuracy", "HallusionB."),
         SummaryColumn("figure_accuracy", "HallusionB. fig.", rim=None),
         SummaryColumn("pair_accuracy", "HallusionB. pair", rim=None),
-        SummaryColumn("mean_words", "HallusionB. words", rim=None),
     ),
     modes=(
         Mode("rules", "the leading yes or no, no judge", quirks=False),

@@ -92,14 +92,14 @@ _REMEDY = "give a results.json that eval.evaluate wrote with this version of the
 def read_all(paths: Sequence[str | Path], names: Sequence[str] | None = None) -> list[Results]:
     """Read the files, or those in folders, under these names, or under those of their checkpoints.
 
-    Where two checkpoints have the same name, the files' paths are the names. Raises ValueError,
-    naming file and fields, for what is no results.json, for an unknown benchmark, for metrics that the benchmark does
-    not have, and for metrics that do not agree with the items.
+    Where two checkpoints have the same name, the files' paths are the names. Raises ValueError, naming file and fields,
+    for what is no results.json, for an unknown benchmark, for metrics that the benchmark does not have, and for metrics
+    that do not agree with the items.
     """
     files = [results_file(path) for path in paths]
-    contents = [_read(path) for path in files]
-    checkpoints = [Path(content["provenance"]["checkpoint"]).name for content in contents]
-    chosen = names or (checkpoints if len(set(checkpoints)) == len(files) else [str(path) for path in files])
+    contents = [_read(file) for file in files]
+    checkpoints = [_name_of(Path(content["provenance"]["checkpoint"])) for content in contents]
+    chosen = names or (checkpoints if len(set(checkpoints)) == len(files) else [str(file) for file in files])
     if len(set(chosen)) < len(paths) or len(chosen) != len(paths):
         raise ValueError(f"names: expected {len(paths)} different ones, got {', '.join(chosen)}\nRemedy: give --names")
     return [_named(path, name, content) for path, name, content in zip(files, chosen, contents)]
@@ -108,6 +108,13 @@ def read_all(paths: Sequence[str | Path], names: Sequence[str] | None = None) ->
 def results_file(path: str | Path) -> Path:
     """Return the results.json that is meant: the file, or the one in a folder."""
     return Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+
+
+def _name_of(checkpoint: Path) -> str:
+    """Return the last part of a checkpoint's path, and the one before it where it is only the number of a step."""
+    if checkpoint.name.startswith("checkpoint-") and checkpoint.parent.name:
+        return f"{checkpoint.parent.name}_{checkpoint.name}"
+    return checkpoint.name
 
 
 def _named(path: Path, name: str, content: Mapping[str, Any]) -> Results:

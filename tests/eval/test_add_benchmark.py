@@ -27,8 +27,8 @@ from tests.openai_server import ScriptedServer
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = str(ROOT / "playground/tinycoco/weights/llava")
-GENERIC = ("evaluate", "evaluate_flags", "task", "results", "compare", "page", "page_items", "page_images", "summary",
-           "download")  # fmt: skip
+GENERIC = ("evaluate", "evaluate_flags", "task", "results", "compare", "compare_curves", "wording", "page",
+           "page_items", "page_images", "summary", "download")  # fmt: skip
 
 
 @pytest.fixture

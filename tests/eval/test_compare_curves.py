@@ -148,6 +148,20 @@ def test_every_benchmark_of_free_answers_on_hallucination_has_coverage() -> None
 # -------------------------------------------------------------------------------------------------------- command
 
 
+def test_checkpoints_of_two_runs_are_named_by_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trainer calls both checkpoint-20; the folder above tells them apart."""
+    paths = [
+        checkpoint(tmp_path, f"{name}{step}", 90 + step, 20, checkpoint=f"runs/{name}/checkpoint-{step}")
+        for name in ("dpo", "dama")
+        for step in (1, 2)
+    ]
+    assert main(["--curve", *map(str, paths[:2]), "--curve", *map(str, paths[2:])]) == 0
+    text = capsys.readouterr().out
+    assert "dama - dpo at equal object recall " in text and ["dama", "dama_checkpoint-2"] in [
+        line.split()[:2] for line in text.splitlines()
+    ]
+
+
 def test_the_command(dpo: list[str], dama: list[str], start: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs are named by what their checkpoints' names begin with; folders stand for the results in them."""
     folders = [str(Path(path).parent) for path in dama]
@@ -156,7 +170,7 @@ def test_the_command(dpo: list[str], dama: list[str], start: str, capsys: pytest
     lines = [line.split() for line in text.splitlines()]
     assert ["dama", "dama-1", "93.0", "46.5", "22.0", "22.0", "22.0"] in lines
     assert ["start", "sft", "97.0", "48.5", "57.0", "57.0", "57.0"] in lines
-    assert text.count("dama - dpo at equal object recall %") == 1
+    assert text.count("dama - dpo at equal object recall") == 1
     assert ["CHAIRs", "%", "dama", "better", "-1.3", "[-1.3,", "-1.3]", "1", "of", "2", "2", "of", "2"] in lines
 
 
@@ -166,7 +180,7 @@ def test_beside_the_plain_comparison(
     flags = [dpo[1], dama[1], "--curve", *dpo, "--curve", *dama, "--start", start]
     assert main([*flags, "--names", "before", "after", "DPO", "DAMA"]) == 0
     text = capsys.readouterr().out
-    assert text.index("after - before") < text.index("DAMA - DPO at equal object recall %")
+    assert text.index("after - before") < text.index("DAMA - DPO at equal object recall")
     assert main([*flags, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in record["runs"]] == ["dpo-2", "dama-2"]

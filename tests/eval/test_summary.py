@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval import benchmarks
 from eval.summary import columns, format_table, main, reach
 
 pytestmark = pytest.mark.fast
@@ -78,3 +79,21 @@ def test_an_unknown_metric_of_a_results_file_is_named(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "A/pope/results.json" in error and "metric 'mean_f2': expected a metric of POPE (mean_f1, " in error
     assert "score the answers anew" in error
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("objhal", {"object_recall", "mean_words"}),
+        ("amber", {"cover", "mean_words"}),
+        ("chair", {"recall", "mean_words"}),
+        ("mmhal", {"mean_words"}),
+    ],
+)
+def test_hallucination_is_shown_with_how_much_is_said(name, shown):
+    """In the benchmark's own table and in the summary; words have no better direction, and so no sign."""
+    benchmark = benchmarks.named(name)
+    assert shown <= {column.metric for column in benchmark.table.columns}
+    headings = {column.metric: column.heading for column in columns() if column.benchmark == name}
+    assert shown <= headings.keys() and headings["mean_words"].endswith(" words")
+    assert all(headings[metric].endswith(" +") for metric in shown - {"mean_words"})

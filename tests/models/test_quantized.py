@@ -28,8 +28,7 @@ def quantized(family, layer):
 
 @pytest.mark.parametrize("bits", LAYERS)
 def test_adapters_learn_over_a_quantized_base(in_golden, tmp_path, folder, bits):
-    """The base keeps its bytes; without its adapters it gives the reference's log-probs, so that the first loss is
-    log 2."""
+    """The base keeps its bytes; without adapters it gives the reference's log-probs: the first loss is log 2."""
     words = words_of(tmp_path / "out", folder, *ADAPTERS, "--bits", bits)
     before = setup.setup_family(parse_arguments(words))
     trainer = train_hub.run(parse_arguments(words))
