@@ -1,14 +1,16 @@
 """Load libraries that others import at every start when they are first used.
 
 PEFT imports bitsandbytes, which compiles functions with torch's inductor; transformers' trainer imports datasets, and
-with it pandas and pyarrow. Few runs use them, and they take a fifth of every process's start.
+with it pandas and pyarrow. Few runs use them, and they take a fifth of every process's start. DeepSpeed's ZeRO imports
+its Muon optimizer, whose functions are compiled by inductor, too.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial, wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -74,22 +76,57 @@ def load(module: ModuleType) -> None:
             raise
 
 
-class LazyFinder(MetaPathFinder):
-    """Find the libraries of these names where Python would, with a lazy loader."""
+class DeferredLoader(LazyLoader):
+    """Run a module's file with functions under torch.compile left to be compiled at their first call."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = frozenset(names)
+    def exec_module(self, module: ModuleType) -> None:
+        """Load the module as its own loader does."""
+        import torch
+
+        compile_now = torch.compile
+        torch.compile = partial(compile_when_called, compile_now)  # type: ignore[assignment]
+        try:
+            self.loader.exec_module(module)
+        finally:
+            torch.compile = compile_now
+
+
+def compile_when_called(
+    compile_now: Callable[..., Any], model: Callable[..., Any] | None = None, **options: Any
+) -> Callable[..., Any]:
+    """torch.compile, of a function or as a decorator with options, whose work begins with the function's first call."""
+    if model is None:
+        return partial(compile_when_called, compile_now, **options)
+    compiled = cache(lambda: compile_now(model, **options))
+
+    @wraps(model)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
+
+
+class LazyFinder(MetaPathFinder):
+    """Find modules of these names where Python would, with another loader around their own."""
+
+    def __init__(self, names: Sequence[str], loader: type[LazyLoader] = LazyLoader) -> None:
+        self.names, self.loader = frozenset(names), loader
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Spec of a library that is loaded at its first use; None for all other modules."""
+        """Spec of a module of these names; None for all others."""
         spec = PathFinder.find_spec(fullname, path, target) if fullname in self.names else None
         if spec is not None and spec.loader is not None:
-            spec.loader = LazyLoader(spec.loader)
+            spec.loader = self.loader(spec.loader)
         return spec
 
 
 def load_when_used(*names: str) -> None:
     """Let later imports of these top-level libraries run their files at the first use of an attribute."""
     sys.meta_path.insert(0, LazyFinder(names))
+
+
+def compile_when_used(*names: str) -> None:
+    """Let later imports of these modules compile nothing: their functions under torch.compile are when called."""
+    sys.meta_path.insert(0, LazyFinder(names, DeferredLoader))

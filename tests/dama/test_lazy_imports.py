@@ -6,8 +6,9 @@ import sys
 import threading
 
 import pytest
+import torch
 
-from dama.lazy_imports import LazyFinder, UnloadedModule, load_when_used
+from dama.lazy_imports import LazyFinder, UnloadedModule, compile_when_used, load_when_used
 
 pytestmark = pytest.mark.fast
 
@@ -84,6 +85,39 @@ def test_a_module_that_fails_is_imported_anew(library, tmp_path):
     (tmp_path / NAME / "__init__.py").write_text(f"# mended\n{whole}")
     importlib.invalidate_caches()
     assert importlib.import_module(NAME).VALUE == 3
+
+
+COMPILED = """
+import torch
+made = []
+def backend(graph, inputs):
+    made.append(1)
+    return graph.forward
+@torch.compile(backend=backend)
+def twice(x):
+    "Twice x."
+    return x + x
+@torch.compile
+def never(x):
+    return x
+thrice = torch.compile(lambda x: 3 * x, backend=backend)
+"""
+
+
+def test_functions_are_compiled_at_their_first_call(tmp_path, monkeypatch):
+    """With torch.compile as a decorator, with options and without, and called."""
+    name = "a_module_with_compiled_functions"
+    (tmp_path / f"{name}.py").write_text(COMPILED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    compile_when_used(name)
+    compile_now = torch.compile
+    module = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+    assert torch.compile is compile_now and module.made == [] and module.twice.__doc__ == "Twice x."
+    assert module.twice(torch.tensor(2.0)) == 4 and module.twice(torch.tensor(3.0)) == 6
+    assert module.thrice(torch.tensor(2.0)) == 6
+    assert module.made == [1, 1]
 
 
 def test_a_library_that_is_missing_is_missing():
