@@ -2,7 +2,7 @@
 
 PEFT imports bitsandbytes, which compiles functions with torch's inductor; transformers' trainer imports datasets, and
 with it pandas and pyarrow. Few runs use them, and they take a fifth of every process's start. DeepSpeed's ZeRO imports
-its Muon optimizer, whose functions are compiled by inductor, too.
+its Muon optimizer, whose functions are compiled by inductor, too. transformers reads the source of all models twice.
 """
 
 from __future__ import annotations
@@ -91,6 +91,17 @@ class DeferredLoader(LazyLoader):
             torch.compile = compile_now
 
 
+class ScanningLoader(LazyLoader):
+    """Load transformers.utils.import_utils with a cache for all model folders, where its own holds 128 of them."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Load the module as its own loader does, and replace the cache of what was found in each folder."""
+        self.loader.exec_module(module)
+        scan = getattr(module, "create_import_structure_from_path", None)
+        if hasattr(scan, "cache_info"):
+            module.create_import_structure_from_path = cache(scan.__wrapped__)  # type: ignore[attr-defined]
+
+
 def compile_when_called(
     compile_now: Callable[..., Any], model: Callable[..., Any] | None = None, **options: Any
 ) -> Callable[..., Any]:
@@ -130,3 +141,8 @@ def load_when_used(*names: str) -> None:
 def compile_when_used(*names: str) -> None:
     """Let later imports of these modules compile nothing: their functions under torch.compile are when called."""
     sys.meta_path.insert(0, LazyFinder(names, DeferredLoader))
+
+
+def scan_models_once() -> None:
+    """Let a later import of transformers read each of its model folders once."""
+    sys.meta_path.insert(0, LazyFinder(["transformers.utils.import_utils"], ScanningLoader))

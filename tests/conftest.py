@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import dama  # noqa: F401  # before the libraries whose imports it makes quicker
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "DAMA_CONFIG_HOME" not in os.environ:  # checkpoints are signed with a key of the tests' own, not the user's

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,17 @@ def test_functions_are_compiled_at_their_first_call(tmp_path, monkeypatch):
     assert module.twice(torch.tensor(2.0)) == 4 and module.twice(torch.tensor(3.0)) == 6
     assert module.thrice(torch.tensor(2.0)) == 6
     assert module.made == [1, 1]
+
+
+def test_transformers_reads_a_model_folder_once():
+    """What a folder's files export is known of all models, and is what the files say."""
+    import transformers.models
+    from transformers.utils import import_utils
+
+    scan = import_utils.create_import_structure_from_path
+    assert scan.cache_info().maxsize is None and scan.cache_info().currsize > 300
+    folder = str(Path(transformers.models.__file__).parent / "llama")
+    assert scan(folder) == scan.__wrapped__(folder)
 
 
 def test_a_library_that_is_missing_is_missing():
