@@ -18,7 +18,6 @@ from typing import Any
 
 # What the import system, and searches through sys.modules, read of a module that is not loaded.
 KNOWN_BEFORE = {"__class__", "__name__", "__spec__", "__loader__", "__package__", "__file__", "__warningregistry__"}
-LOADING = threading.RLock()
 
 
 class LazyLoader(Loader):
@@ -26,6 +25,8 @@ class LazyLoader(Loader):
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
+        self.lock = threading.RLock()
+        self.is_loading = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -44,7 +45,8 @@ class UnloadedModule(ModuleType):
 
     def __getattribute__(self, name: str) -> Any:
         if name not in KNOWN_BEFORE:
-            load(self)
+            # An import of a submodule by another thread holds a lock that the load may need.
+            load(self, wait=name != "__path__")
         return ModuleType.__getattribute__(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -57,23 +59,32 @@ class UnloadedModule(ModuleType):
         ModuleType.__delattr__(self, name)
 
 
-def load(module: ModuleType) -> None:
-    """Run the module's file, once; other threads wait for its end.
+def load(module: ModuleType, wait: bool = True) -> None:
+    """Run the module's file, once; what it reads of itself meanwhile is what it has so far.
+
+    Args:
+        wait: whether to wait for the end where another thread loads it.
 
     Raises:
         Whatever the module raises; it is imported anew after that, as after any failed import.
     """
-    with LOADING:
-        spec = module.__spec__
-        if type(module) is not UnloadedModule or spec is None or not isinstance(spec.loader, LazyLoader):
+    spec = module.__spec__
+    loader = spec and spec.loader
+    if spec is None or not isinstance(loader, LazyLoader) or not loader.lock.acquire(blocking=wait):
+        return
+    try:
+        if loader.is_loading or type(module) is not UnloadedModule:
             return
-        spec.loader = module.__loader__ = spec.loader.loader
-        module.__class__ = ModuleType
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            sys.modules.pop(spec.name, None)
-            raise
+        loader.is_loading = True
+        loader.loader.exec_module(module)
+        spec.loader = module.__loader__ = loader.loader
+        object.__setattr__(module, "__class__", ModuleType)
+    except BaseException:
+        loader.is_loading = False
+        sys.modules.pop(spec.name, None)
+        raise
+    finally:
+        loader.lock.release()
 
 
 class DeferredLoader(LazyLoader):
@@ -84,7 +95,7 @@ class DeferredLoader(LazyLoader):
         import torch
 
         compile_now = torch.compile
-        torch.compile = partial(compile_when_called, compile_now)  # type: ignore[assignment]
+        torch.compile = partial(compile_when_called, compile_now)
         try:
             self.loader.exec_module(module)
         finally:
@@ -97,9 +108,9 @@ class ScanningLoader(LazyLoader):
     def exec_module(self, module: ModuleType) -> None:
         """Load the module as its own loader does, and replace the cache of what was found in each folder."""
         self.loader.exec_module(module)
-        scan = getattr(module, "create_import_structure_from_path", None)
+        scan: Any = vars(module).get("create_import_structure_from_path")
         if hasattr(scan, "cache_info"):
-            module.create_import_structure_from_path = cache(scan.__wrapped__)  # type: ignore[attr-defined]
+            vars(module)["create_import_structure_from_path"] = cache(scan.__wrapped__)
 
 
 def compile_when_called(

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.fast
 
 NAME = "a_library_of_this_test"
 PACKAGE = """
-import builtins
+import builtins, time
+time.sleep(0.05)
 builtins.{name} = getattr(builtins, {name!r}, 0) + 1
 VALUE = 3
 from {name}.inner import OTHER
@@ -67,9 +68,14 @@ def test_the_first_use_loads_once(library, use):
     assert module.__loader__ is module.__spec__.loader and not hasattr(module.__loader__, "loader")
 
 
-def test_threads_wait_for_the_load(library):
+@pytest.mark.parametrize(
+    "use",
+    [lambda module: module.OTHER, lambda module: importlib.import_module(f"{NAME}.inner").OTHER],
+    ids=["an attribute", "a submodule"],
+)
+def test_threads_wait_for_the_load(library, use):
     module, found = importlib.import_module(NAME), []
-    threads = [threading.Thread(target=lambda: found.append(module.OTHER)) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(use(module))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
