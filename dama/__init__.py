@@ -3,8 +3,6 @@
 import sys
 
 from dama.console import end_on_interrupt
-from dama.lazy_imports import load_when_used
 
 if sys.argv[:1] == ["-m"]:  # python -m dama...: the module's own long imports follow
     end_on_interrupt()
-load_when_used("bitsandbytes", "datasets")

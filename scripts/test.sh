@@ -31,6 +31,14 @@ else
     compile_collectives
 fi
 ruff check .
-mypy
 lint-imports
-"${pytest[@]}" "$@"
+
+# Types are checked beside the tests, in what those leave of the processors; what mypy finds is printed behind them.
+types=$(mktemp)
+mypy >"$types" 2>&1 &
+mypy=$!
+trap 'kill "$mypy" 2>/dev/null || true; rm -f "$types"' EXIT
+status=0
+"${pytest[@]}" "$@" || status=$?
+wait "$mypy" || { status=1 && cat "$types"; }
+exit "$status"

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,15 +35,16 @@ def launch(words, zero=2, launcher="deepspeed"):
     command = [*map(str, launchers[launcher]), "--master_port", str(port)]
     command += [str(ROOT / "llava/train/train_mem.py"), "--deepspeed", str(ROOT / f"scripts/zero{zero}.json")]
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{binaries}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [*command, *words],
-        cwd=GOLDEN,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=os.environ | environment,
-    )
+    process = subprocess.Popen(
+        [*command, *words], cwd=GOLDEN, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, errors = process.communicate(timeout=800)
+    finally:
+        with suppress(ProcessLookupError):  # the ranks of a launcher that was waited for in vain
+            os.killpg(process.pid, signal.SIGKILL)
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, errors)
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # nothing is left behind, whatever came of it
     return done
 
