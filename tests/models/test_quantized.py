@@ -7,10 +7,9 @@ from dama.models import setup
 from dama.models.loading import HubCheckpoint
 from llava.train import train_hub
 from llava.train.arguments import parse_arguments
-from tests.models.test_packed import logps_of, prepared, world
+from tests.models.packs import logps_of, prepared
 from tests.models.test_training import saved, words_of
 
-__all__ = ["world"]  # a fixture
 LAYERS = {"4": "Linear4bit", "8": "Linear8bitLt"}
 ADAPTERS = ["--lora_enable", "True", "--lora_r", "4", "--reference", "base", "--freeze_mm_mlp_adapter", "True"]
 

@@ -58,6 +58,19 @@ def reference(model, out, *more):
     return {row["id"]: row for row in rows}
 
 
+def mixed(file):
+    """The golden pairs, of which some are of texts alone, one of two images, and one a conversation."""
+    rows = json.loads((GOLDEN / PAIRS).read_text())
+    for number in (0, 1, 4, 7):
+        rows[number] = {name: value for name, value in rows[number].items() if name != "image_path"} | {"images": []}
+    rows[2] |= {"image_path": ["square.png", "wide.png"], "question": "<image> or <image>, which is square?"}
+    turns = [("system", "Be brief."), ("user", "<image>What is it?"), ("assistant", "A dot."), ("user", "Which color?")]
+    rows[3] |= {"prompt": [{"role": role, "content": text} for role, text in turns]}
+    del rows[3]["question"]
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
 @pytest.fixture
 def without_added_rows(monkeypatch):
     """llava-hf's layout has 64 more tokens, among which every probability is shared: here their logits are left out."""
@@ -98,11 +111,14 @@ class Killed(Exception):
     """Stands for a kill right after a save."""
 
 
-@pytest.mark.parametrize("way", [[], ["--lora_enable", "True", "--lora_r", "4"]], ids=["full", "lora"])
-def test_killed_and_resumed_ends_in_the_same_bits(in_golden, qwen, tmp_path, monkeypatch, way):
-    """With mdpo, whose second image is made by the pair; the saved model loads in a fresh process."""
-    views = ["--loss", "mdpo", "--corruption", "mask_patches"]
-    reference(qwen, tmp_path / "reference", *views)
+@pytest.mark.parametrize("kind", ["full", "lora", "mixed"])
+def test_killed_and_resumed_ends_in_the_same_bits(in_golden, qwen, tmp_path, monkeypatch, kind):
+    """With mdpo, whose second image is made by the pair, or mixed pairs; the saved model loads in a fresh process."""
+    data = ["--data", mixed(tmp_path / "pairs.json")] if kind == "mixed" else []
+    views = [] if kind == "mixed" else ["--loss", "mdpo", "--corruption", "mask_patches"]
+    way = ["--lora_enable", "True", "--lora_r", "4"] if kind == "lora" else []
+    reference(qwen, tmp_path / "reference", *views, *data)
+    views += ["--data_path", *data[1:]] if data else []
     common = ["--reference", str(tmp_path / "reference"), *views, *way, "--save_strategy", "steps", "--save_steps", "1"]
     whole = train_hub.run(parse_arguments(words_of(tmp_path / "whole", qwen, *common)))
     words = words_of(tmp_path / "parts", qwen, *common)
@@ -121,7 +137,8 @@ def test_killed_and_resumed_ends_in_the_same_bits(in_golden, qwen, tmp_path, mon
     for (name, value), (_, again) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(value, again), name
     assert train_hub.run(parse_arguments(words)) is None  # finished
-    in_a_fresh_process(tmp_path / "whole", qwen if way else None)
+    if kind != "mixed":
+        in_a_fresh_process(tmp_path / "whole", qwen if way else None)
 
 
 def in_a_fresh_process(folder, base):
@@ -150,9 +167,10 @@ def on_one_rank(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(GOLDEN)
-        model = saved(folder / "model", request.param)
-        reference(model, folder / "reference")
+        model, data = saved(folder / "model", request.param), mixed(folder / "pairs.json")
+        reference(model, folder / "reference", "--data", data)
         common = ["--reference", str(folder / "reference"), "--logp_chunk", "64", "--num_train_epochs", "2"]
+        common += ["--data_path", data]
         train_hub.run(parse_arguments(words_of(folder / "one", model, *common)))
     return training_log(folder / "one"), model, common
 
@@ -160,7 +178,10 @@ def on_one_rank(request, tmp_path_factory):
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_take_the_steps_of_one(tmp_path, on_one_rank, zero):
-    """1 x 4 and 2 x 1 x 2 on 8 pairs; log-probs in chunks whose number differs between the ranks."""
+    """1 x 4 and 2 x 1 x 2 on 8 pairs; log-probs in chunks whose number differs between the ranks.
+
+    Half of the pairs are of texts alone, so that a rank's micro-batch has images where the other's has none.
+    """
     rows, model, common = on_one_rank
     two = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     done = launch(words_of(tmp_path / "two", model, *common, *two), zero, "torchrun")
