@@ -61,7 +61,11 @@ PIXEL_CORRUPTIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.
     "noise": noise,
 }
 OTHER_IMAGE, FIELD = "other_image", "field"
-CORRUPTIONS = (*PIXEL_CORRUPTIONS, OTHER_IMAGE, FIELD)
+
+
+def names() -> list[str]:
+    """All corruptions, as --corruption takes them."""
+    return [*PIXEL_CORRUPTIONS, OTHER_IMAGE, FIELD]
 
 
 def corrupted(image: Image.Image, corruption: str, seed: int, pair: str) -> Image.Image:

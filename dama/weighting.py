@@ -20,7 +20,7 @@ BETA_DPO_KEEP = 0.8  # K / N of beta-DPO's filtering
 
 
 class Strategy(StrEnum):
-    """Which factors set beta. `none` is plain DPO."""
+    """Which factors set beta. `none` is plain DPO. A new one is a name here, a function and a row of STRATEGIES."""
 
     NONE = "none"
     DATA = "data"
@@ -79,17 +79,17 @@ class WeightingConfig:
         """Selection with AUTO resolved: OFF without a model-aware part, else SAMPLE."""
         if self.selection is not Selection.AUTO:
             return self.selection
-        return Selection.OFF if self.strategy in (Strategy.NONE, Strategy.DATA) else Selection.SAMPLE
+        return Selection.SAMPLE if STRATEGIES[self.strategy].uses_gaps else Selection.OFF
 
     @property
     def uses_delta(self) -> bool:
         """Whether beta depends on hardness, so that every pair needs a delta."""
-        return self.strategy in (Strategy.DATA, Strategy.BOTH)
+        return STRATEGIES[self.strategy].uses_delta
 
     @property
     def is_static(self) -> bool:
         """Whether beta is known without looking at R: no selection, and neither alpha_M nor batch statistics."""
-        return self.selects is Selection.OFF and self.strategy in (Strategy.NONE, Strategy.DATA)
+        return self.selects is Selection.OFF and not STRATEGIES[self.strategy].uses_gaps
 
     def count_kept(self, n: int) -> int:
         """K for a step of N pairs: 12 of 16; int(0.8 N) in the released code; never none."""
@@ -249,12 +249,21 @@ def weigh_beta_dpo(config: WeightingConfig, gaps: StepGaps) -> tuple[Tensor, flo
     return torch.ones_like(gaps.R), 1 + config.beta_dpo_a * (float(gaps.selected.mean()) - gaps.R_bar)
 
 
-STRATEGIES: dict[Strategy, Callable[[WeightingConfig, StepGaps], tuple[Tensor, float]]] = {
-    Strategy.NONE: weigh_none,
-    Strategy.DATA: weigh_data,
-    Strategy.MODEL: weigh_model,
-    Strategy.BOTH: weigh_both,
-    Strategy.BETA_DPO: weigh_beta_dpo,
+class StrategyRow(NamedTuple):
+    """What is to be known of a strategy besides its equation."""
+
+    function: Callable[[WeightingConfig, StepGaps], tuple[Tensor, float]]
+    summary: str  # for --help
+    uses_delta: bool = False  # every pair needs its hardness
+    uses_gaps: bool = False  # beta depends on R of the step; pairs are then selected unless --selection says otherwise
+
+
+STRATEGIES: dict[Strategy, StrategyRow] = {
+    Strategy.NONE: StrategyRow(weigh_none, "plain DPO"),
+    Strategy.DATA: StrategyRow(weigh_data, "alpha_D", uses_delta=True),
+    Strategy.MODEL: StrategyRow(weigh_model, "alpha_M", uses_gaps=True),
+    Strategy.BOTH: StrategyRow(weigh_both, "DAMA", uses_delta=True, uses_gaps=True),
+    Strategy.BETA_DPO: StrategyRow(weigh_beta_dpo, "Wu et al. 2024", uses_gaps=True),
 }
 
 
@@ -283,7 +292,7 @@ def weigh(
     # beta-DPO compares with statistics that include this step, DAMA with those of the steps before.
     seen = _moved_beta_dpo(config, state, R) if config.strategy is Strategy.BETA_DPO else state
     index, near_tie = select(config, seen, R) if drawn is None else (torch.tensor(drawn), False)
-    alpha_D, alpha_M = STRATEGIES[config.strategy](config, StepGaps(R, R[index], delta, delta_bar, seen.R_bar))
+    alpha_D, alpha_M = STRATEGIES[config.strategy].function(config, StepGaps(R, R[index], delta, delta_bar, seen.R_bar))
     weights = replace(_weights(config, R, index, alpha_D, alpha_M), near_tie=near_tie)
     after = seen if config.strategy is Strategy.BETA_DPO else _moved(config, state, weights)
     return weights, replace(after, step=state.step + 1)

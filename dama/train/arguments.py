@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import transformers
 
+from dama import corruptions
 from dama.console import log
-from dama.corruptions import CORRUPTIONS
 from dama.hardness.sources import HardnessSource
 from dama.losses import MIXTURES, OBJECTIVES, Loss, LossConfig
 from dama.notices import without_build_notices
 from dama.token_weights import NONE, VISUAL, TokenWeights
 from dama.views import SECOND, View, ordered
-from dama.weighting import Selection, Strategy, Variant, WeightingConfig
+from dama.weighting import STRATEGIES, Selection, Strategy, Variant, WeightingConfig
 
 
 def described(default: Any, text: str, **metadata: Any) -> Any:
@@ -66,8 +66,9 @@ class PreferenceArguments(transformers.TrainingArguments):
         "are divided by the sum of the weights."
     )  # fmt: skip
     corruption: str | None = described(
-        None, f"Second image of losses and token weights that read one: {', '.join(CORRUPTIONS)} (field: the pair's "
-        "own second image). Default: noise for --token_weights visual alone, else crop."
+        None, "Second image of losses and token weights that read one: "
+        f"{', '.join(corruptions.names())} (field: the pair's own second image). "
+        "Default: noise for --token_weights visual alone, else crop."
     )  # fmt: skip
     corruption_seed: int = described(0, "Seed of the corruption's random numbers, for each pair its own.")
     hardness_from: HardnessSource = described(
@@ -75,9 +76,9 @@ class PreferenceArguments(transformers.TrainingArguments):
         "log-probs per token, chosen minus rejected), vote (the mean of both, the second ranked onto the first)."
     )  # fmt: skip
     strategy: Strategy = described(
-        Strategy.BOTH, "What sets beta per pair: none (plain DPO), data (alpha_D), model (alpha_M), both (DAMA), "
-        "beta_dpo (Wu et al. 2024)."
-    )  # fmt: skip
+        Strategy.BOTH,
+        f"What sets beta per pair: {', '.join(f'{name} ({row.summary})' for name, row in STRATEGIES.items())}.",
+    )
     variant: Variant = described(
         Variant.PAPER, "paper: Algorithm 1, defined per optimizer step, whatever the hardware; released: what the "
         "authors' released code computes, per gathered micro-batch."
@@ -214,6 +215,6 @@ def view_errors(loss: Sequence[str], corruption: str, token_weights: str = NONE)
                 f"--token_weights {token_weights}: weights tokens of the chosen and the rejected answer, and --loss "
                 f"{' '.join(loss)} compares a third answer with them; give --token_weights none"
             )
-    if corruption not in CORRUPTIONS:
-        errors.append(f"--corruption {corruption}: expected one of {', '.join(CORRUPTIONS)}")
+    if corruption not in corruptions.names():
+        errors.append(f"--corruption {corruption}: expected one of {', '.join(corruptions.names())}")
     return errors

@@ -1,9 +1,16 @@
-"""A new objective is one function and one row of the table: everything else learns of it from there."""
+"""A new objective is one function and one row of the table: everything else learns of it from there.
+
+So is a new corruption for a view of its own.
+"""
+
+import json
 
 import pytest
 import torch
+from PIL import ImageOps
 from torch.nn.functional import logsigmoid
 
+from dama import corruptions
 from dama.losses import OBJECTIVES, Loss, Objective
 from dama.train.arguments import PreferenceArguments, objective_errors
 from dama.views import CHOSEN, CHOSEN_CORRUPTED, PAIR_VIEWS
@@ -33,3 +40,13 @@ def test_it_trains_with_damas_betas_from_a_reference_stage_of_its_views(objectiv
     assert rows[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[-1]["rewards/chosen"] > rows[-1]["rewards/chosen_corrupted"]
+
+
+def test_it_trains_on_a_new_corruption(objective, world, monkeypatch):  # noqa: F811
+    """`inverted` is a function and a row; the stage records it, and training reads it: red images against cyan ones."""
+    monkeypatch.setitem(corruptions.PIXEL_CORRUPTIONS, "inverted", lambda image, random: ImageOps.invert(image))
+    trainer, rows = train(world, "image_only", per_device_train_batch_size=6, corruption="inverted")
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    manifest = json.loads((world[2] / "reference_image_only/manifest.json").read_text())
+    assert manifest["fingerprint"]["corruption"] == "inverted, seed 0"
+    assert objective_errors(trainer.args) == []
