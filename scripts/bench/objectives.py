@@ -6,7 +6,9 @@ visual weights  (m: w, l) (m': w, l)         --token_weights visual
 symmetric       (m: w, l, w2) (m': w, w2)    symmpo
 
 Every measurement runs in a fresh process, all of one process tree; the ways take turns. Random weights, all but the
-tower trained, no optimizer, no activation checkpointing. What packing saves is set beside the tokens that it saves.
+tower trained, no optimizer, no activation checkpointing. What packing saves is set beside the tokens and the FLOPs that
+it saves: fewer than of the tokens, because every answer token needs its logits either way. In the small model, whose
+output layer is larger than its decoder, that is much of the work; at 7b nearly nothing.
 
     python scripts/bench/objectives.py                     # a small model on one CPU thread, about 5 minutes
     python scripts/bench/objectives.py --shape 7b          # LLaVA-v1.5-7B's shape in bf16 on a GPU
@@ -43,6 +45,7 @@ from dama.shared_prefix import PackedGroup
 from dama.token_weights import TokenWeights
 from dama.train.data import ImageChoice
 from dama.train.family import PreparedPair, group_lengths, shown_images
+from dama.train.throughput import ModelSize, forward_flops
 from dama.views import View, ordered
 from llava.train.dpo_data import PairCollator
 from llava.train.preprocess import EncodedTurns
@@ -64,6 +67,7 @@ class Saved:
     """What packing saves of a pattern: apart over packed."""
 
     tokens: tuple[int, int]  # of a pair: packed, apart
+    flops: float
     time: Spread
     memory: Spread
     logps: float  # largest relative difference of mean log-probs
@@ -105,6 +109,17 @@ def tokens_of(shape: Shape, views: tuple[View, ...]) -> tuple[int, int]:
 
     packed: tuple[PackedGroup, ...] = group_lengths(item.rows, views, tokens)
     return sum(group.positions for group in packed), sum(tokens(len(row.input_ids)) for row in item.rows)
+
+
+def flops_saved(shape: Shape, views: tuple[View, ...]) -> float:
+    """FLOPs of one pair in rows of its own over those of it packed, encoding images left out."""
+    (item,) = pairs_of(shape, views, 1)
+    layer = (4 * shape.width + 3 * shape.intermediate) * shape.width
+    output, attention = shape.width * shape.vocabulary, shape.layers * shape.width
+    size = ModelSize(shape.layers * layer, output, attention, tower=0, projector=0, patches=0)
+    packed: tuple[PackedGroup, ...] = group_lengths(item.rows, views, lambda ids: ids - 1 + shape.patches)
+    apart = [PackedGroup(group.prefix, (answer,)) for group in packed for answer in group.answers]
+    return forward_flops(size, apart) / forward_flops(size, packed)
 
 
 def step_of(settings: Settings, pattern: str, packed: bool) -> tuple[Any, Step]:
@@ -159,6 +174,7 @@ def saved_by(settings: Settings, pattern: str, runs: dict[str, list[Measured]]) 
     means = [torch.tensor(runs[way][0].logps).view(len(PATTERNS[pattern]), -1).mean(1) for way in WAYS]
     return Saved(
         tokens_of(settings.shape, PATTERNS[pattern]),
+        flops_saved(settings.shape, PATTERNS[pattern]),
         Spread.of([seconds(apart) / seconds(packed) for apart, packed in turns]),
         Spread.of([apart.peak / packed.peak for apart, packed in turns]),
         float(((means[0] - means[1]) / means[1]).abs().max()),
@@ -170,7 +186,7 @@ def describe(pattern: str, saved: Saved) -> str:
     packed, apart = saved.tokens
     share = saved.time.median / saved.token_ratio
     return (
-        f"{pattern:<15}{packed:>8,}{apart:>8,}{saved.token_ratio:>8.2f}{str(saved.time):>24}{share:>8.0%}"
+        f"{pattern:<15}{packed:>8,}{apart:>8,}{saved.token_ratio:>8.2f}{saved.flops:>7.2f}{str(saved.time):>24}{share:>8.0%}"
         f"{str(saved.memory):>24}{saved.logps:>10.1e}"
     )
 
@@ -189,7 +205,9 @@ def main() -> None:
             for pattern in args.patterns:
                 for way in WAYS:
                     runs[pattern][way].append(in_a_process(settings, measure, pattern, way))
-    log(f"{'views':<15}{'packed':>8}{'apart':>8}{'tokens':>8}{'time':>24}{'share':>8}{'memory':>24}{'log-probs':>10}")
+    log(
+        f"{'views':<15}{'packed':>8}{'apart':>8}{'tokens':>8}{'FLOPs':>7}{'time':>24}{'share':>8}{'memory':>24}{'log-probs':>10}"
+    )
     figures: dict[str, Saved] = {}
     for pattern, of_pattern in runs.items():
         fitting = {way: [run for run in of_way if run] for way, of_way in of_pattern.items() if all(of_way)}

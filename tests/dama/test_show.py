@@ -283,8 +283,9 @@ def test_every_corruption_stands_beside_its_image(tmp_path: Path) -> None:
     for corruption in CORRUPTIONS:
         args = SimpleNamespace(corruption=corruption, corruption_seed=7, loss=["mdpo"])
         choice = ImageChoice.of(pairs, (CHOSEN, REJECTED, CHOSEN_CORRUPTED), args)
-        data = PairDataset([], tmp_path / "images", lambda image: image)
-        expected = data.pixels(choice.images(pairs[0])[-1])  # of p0, whose delta is the largest
+        as_it_is: Any = lambda image: image  # noqa: E731  (no tensor: the image itself is compared)
+        data = PairDataset([], tmp_path / "images", as_it_is)
+        expected: Any = data.pixels(choice.images(pairs[0])[-1])  # of p0, whose delta is the largest
         assert shown[corruption].size == expected.size
         assert shown[corruption].tobytes() == expected.tobytes(), corruption
     assert len({image.tobytes() for image in shown.values()}) >= len(shown) - 1  # the two files may be one

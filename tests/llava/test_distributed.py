@@ -79,7 +79,7 @@ def test_two_ranks_with_all_kinds_of_views_and_reference_log_probs(world):  # no
     chosen = ["--loss", "mpo", "mdpo:0.5", "--token_weights", "segments:5", "--corruption", "mask_patches"]
     assert reference(world, *chosen) == 0
     assert (world / "reference" / "tokens.f32").stat().st_size > 0
-    common = [*PAPER, "--num_train_epochs", "2", "--save_strategy", "no", *chosen, "--data_path",
+    common = [*PAPER, "--max_steps", "3", "--save_strategy", "no", *chosen, "--data_path",
               str(world / "pairs.json"), "--reference", str(world / "reference"), "--strategy", "model"]  # fmt: skip
     train_dpo.run(parse_arguments(flags(world / "one", *common, "--per_device_train_batch_size", "4")))
     layout = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
