@@ -371,8 +371,8 @@ def deltas_of(encoded: EncodedPairs, hardness: PairValues, reference: PairValues
 
 
 def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[PreparedPair], list[PreparedPair]]:
-    """Split off about `amount` pairs (a share below 1, or a number), keeping all pairs of an image on one side."""
-    wanted = round(amount * len(items)) if amount < 1 else int(amount)
+    """Split off about `amount` pairs (a number, or a share below 1, which is at least one pair), by whole images."""
+    wanted = max(1, round(amount * len(items))) if 0 < amount < 1 else int(amount)
     if wanted == 0:
         return items, []
     images = sorted({place_of(item.pair) for item in items})

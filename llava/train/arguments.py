@@ -107,8 +107,8 @@ class DataArguments:
         "model with its adapters off, computed on the fly. Default: the log-probs inside the data file.",
     )
     eval_pairs: float = described(
-        0.0, "Pairs held out for evaluation during training: a share below 1, or a number. Whole images are held out, "
-        "drawn by --seed."
+        0.0, "Pairs held out for evaluation during training: a share below 1 (at least one pair), or a number. Whole "
+        "images are held out, drawn by --seed."
     )  # fmt: skip
 
 

@@ -46,11 +46,14 @@ def run(argv: Sequence[str]) -> None:
     from llava.train.arguments import parse_arguments
 
     arguments = parse_arguments(argv)
-    of_hub = is_hub_model(arguments[0].model_name_or_path)
-    train = sft.run if arguments[2].task != "DPO" else train_hub.run if of_hub else train_dpo.run
     # Saving has its own line; the bars that are left are the training's and those of downloads.
     with without_loading_bars(), watched_builds() if arguments[2].deepspeed else nullcontext():
-        train(arguments, call=call)
+        if arguments[2].task != "DPO":
+            sft.run(arguments, call=call)
+        elif is_hub_model(arguments[0].model_name_or_path):
+            train_hub.run(arguments, call=call)
+        else:
+            train_dpo.run(arguments, call=call)
 
 
 def refuse_missing_gpus(argv: Sequence[str]) -> None:

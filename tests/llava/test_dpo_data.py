@@ -64,6 +64,8 @@ def test_held_out_pairs_share_no_image_with_the_others(in_golden, tmp_path):
     assert not {item.pair.image for item in train} & {item.pair.image for item in held_out}
     with pytest.raises(ValueError, match="--eval_pairs 8: holds out all 8 pairs"):
         hold_out(data.train.prepared, 8, seed=1)
+    assert len(hold_out(data.train.prepared, 0.01, seed=1)[1]) >= 1  # a few pairs of one's own, to try it
+    assert hold_out(data.train.prepared, 0, seed=1)[1] == []
 
 
 def test_long_pairs_are_named_or_skipped_and_never_cut(in_golden, tmp_path):
