@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 
 from dama.cli import main
 from dama.hardness.clip import ClipError, ClipScorer, clip_errors, load_clip
-from dama.hardness.hub_clip import is_hub_format
+from dama.hardness.hub_clip import HubScorer, is_hub_format
 from dama.hardness.score import run_hardness
 from dama.pairs import PreferencePair
 from dama.stage import read_stage
@@ -100,8 +100,8 @@ def test_only_siglips_texts_are_padded(folders: dict[str, Path], monkeypatch: py
     """SigLIP pools at the last position of its context; CLIP at the end of the text, so that less is computed."""
     widths: dict[str, set[int]] = {}
     for kind, folder in folders.items():
-        scorer: Any = load_clip(str(folder), None, "cpu")
-        assert scorer.pads == kind.startswith("siglip")
+        scorer = load_clip(str(folder), None, "cpu")
+        assert isinstance(scorer, HubScorer) and scorer.pads == kind.startswith("siglip")
         stock = scorer.model.get_text_features
 
         def noted(input_ids: torch.Tensor, kind=kind, stock=stock, **more: torch.Tensor):

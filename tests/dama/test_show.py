@@ -16,7 +16,7 @@ from PIL import Image
 
 from dama.cli import main
 from dama.console import USER_ERROR
-from dama.corruptions import CORRUPTIONS
+from dama.corruptions import names
 from dama.hardness.score import hardness_delta, run_hardness, summarize
 from dama.hardness.show import by_field, correlations, draw_sheet, pick_groups, sheet_text, write_hardness_page
 from dama.pairs import PreferencePair
@@ -279,8 +279,8 @@ def test_every_corruption_stands_beside_its_image(tmp_path: Path) -> None:
     run_hardness(pairs, tmp_path / "images", tmp_path / "own", None, progress=False)
     page, _ = write_hardness_page(tmp_path / "own", tmp_path / "out", tmp_path / "images", 1, corruption_seed=7)
     shown = pictures_by_name(page.read_text())
-    assert list(shown) == ["own image", *CORRUPTIONS]
-    for corruption in CORRUPTIONS:
+    assert list(shown) == ["own image", *names()]
+    for corruption in names():
         args = SimpleNamespace(corruption=corruption, corruption_seed=7, loss=["mdpo"])
         choice = ImageChoice.of(pairs, (CHOSEN, REJECTED, CHOSEN_CORRUPTED), args)
         as_it_is: Any = lambda image: image  # noqa: E731  (no tensor: the image itself is compared)
