@@ -133,7 +133,7 @@ def second_images(
     Args:
         shown: the pairs. pictures: at least theirs, by name.
     """
-    names = list(dict.fromkeys(record["image"] for record in records))
+    names = list(dict.fromkeys(name for record in records for name in record.get("images", [record["image"]])))
     found = []
     for record in shown:
         own, images = pictures[record["image"]], {"own image": pictures[record["image"]]}
@@ -248,6 +248,7 @@ def random_warning(manifest: Record) -> str:
 
 def _pair_view(record: Record, sources: dict[str, str]) -> dict[str, Any]:
     words = [word for word in (record["kind"], record["source"]) if word]
+    words += [f"the first of {len(record['images'])} images"] if "images" in record else []
     words += [f"{side} split by rules ({reason})" for side, reason in record.get("fallbacks", {}).items()]
     sides = []
     for side, name in zip(SIDES, ("Preferred", "Rejected")):

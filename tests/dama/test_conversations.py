@@ -12,6 +12,7 @@ import pytest
 from dama.checked_pairs import _pair
 from dama.hardness.clip import load_clip
 from dama.hardness.score import delta_bar, load_hardness, run_hardness
+from dama.hardness.show import sheet_text
 from dama.pairs import PreferencePair, fields_of, pair_from_row, pairs_fingerprint, read_pairs, text_errors
 from dama.train.data import hardness_of_pairs, place_of
 from tests.dama.prepare_sets import card, lines, picture, prepare, write_lines
@@ -179,6 +180,7 @@ def test_hardness_takes_the_image_that_fits_and_leaves_texts_alone_out(tmp_path:
         one, other = records["a"][side], records["b"][side]
         assert one != other and records["both"][side] == pytest.approx(list(map(max, one, other)), abs=2e-8)
     assert records["both"]["images"] == ["a", "b"] and "images" not in records["a"]
+    assert "the first of 2 images" in sheet_text(records["both"]) and "the first" not in sheet_text(records["a"])
     made_from = load_hardness(tmp_path / "out").fingerprint
     found = hardness_of_pairs(pairs, str(tmp_path / "out"), {"pairs": made_from["pairs"]}, needed=True).values
     assert found[1] == delta_bar([records[name]["delta"] for name in ("both", "a", "b")])
