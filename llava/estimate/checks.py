@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from dama.train.data import ImageChoice
 from dama.train.provenance import version_of
 from llava.conversation import get_template
 from llava.estimate import machine
-from llava.estimate.configs import configs_of
 from llava.estimate.lengths import views_of
 from llava.estimate.machine import format_bytes, gpu_problem
 from llava.estimate.memory import trained_parameters, weight_bytes
 from llava.estimate.plan import Plan, backends
+from llava.estimate.shapes import shape_of
 from llava.estimate.sizes import FP32, ModelShape, Training, Zero
 from llava.train.sft_data import Row, read_rows
 
@@ -90,8 +91,9 @@ def check_data(plan: Plan) -> list[PreferencePair] | list[Row]:
         plan.errors.append(f"data: {error}")
     for pair in pairs[:SHOWN]:
         try:
-            width, height = load_image(resolve_image(images, pair.image)).size
-            shown = f"{pair.image} {width} x {height}"
+            widths = [load_image(resolve_image(images, name)).size for name in pair.own_images]
+            named = [f"{name} {width} x {height}" for name, (width, height) in zip(pair.own_images, widths)]
+            shown = ", ".join(named) or "texts alone"
         except (ValueError, OSError) as error:
             shown = f"{pair.image}: {error}"
             if data_args.on_bad_image == "fail":
@@ -114,7 +116,7 @@ def check_rows(plan: Plan, data: Path, images: ImageFolder) -> list[Row]:
     return rows
 
 
-def check_model(plan: Plan) -> ModelShape | None:
+def check_model(plan: Plan, items: Sequence[PreferencePair] | Sequence[Row] = ()) -> ModelShape | None:
     """Check that model and CLIP weights are available, and return the model's sizes where they are known."""
     from huggingface_hub import constants
 
@@ -124,14 +126,14 @@ def check_model(plan: Plan) -> ModelShape | None:
     if not there:
         plan.errors.append(
             f"model: '{source}' is no folder, is not in the local cache, and the hub did not answer; set MODEL, or "
-            "--model_name_or_path, to a LLaVA-v1.5 checkpoint folder"
+            "--model_name_or_path, to a checkpoint's folder"
         )
     if plan.clip and not has_clip_weights(*plan.clip):
         weights = ":".join(plan.clip)
         plan.errors.append(f"CLIP: the weights {weights} are not in the local cache, and the hub did not answer")
     constants.HF_HUB_OFFLINE |= not there  # what is asked below would be asked five more times, with pauses
     try:
-        shape = ModelShape.of(*configs_of(model_args, args.cache_dir))
+        shape = shape_of(plan.arguments, items)
     except (OSError, ValueError) as error:
         plan.note("model", f"sizes not known ({str(error).splitlines()[0]})")
         return None

@@ -30,7 +30,7 @@ def examine(plan: Plan) -> None:
     check_libraries(plan)
     check_machine(plan)
     items = check_data(plan)
-    shape = check_model(plan)
+    shape = check_model(plan, items)
     if shape is not None:
         try:
             check_memory(plan, shape, *lengths_of(plan.arguments, items, shape.patches))

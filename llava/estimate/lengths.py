@@ -15,6 +15,8 @@ from dama.train.family import PreparedPair, group_lengths
 from dama.train.throughput import PairLength
 from dama.views import PAIR_VIEWS, View, by_image
 from llava.conversation import get_template
+from llava.estimate.hub import hub_lengths, longest_of
+from llava.supported import is_hub_model
 from llava.tokenization import load_tokenizer
 from llava.train.arguments import Arguments
 from llava.train.dpo_data import encode_answer
@@ -34,6 +36,10 @@ def lengths_of(
     """
     model_args, _, args = arguments
     limit = args.model_max_length
+    if is_hub_model(model_args.model_name_or_path):
+        if items and (longest_pairs := longest_of(arguments, cast("Sequence[PreferencePair]", items))):
+            return hub_lengths(arguments, longest_pairs), "tokenized, of those looked at"
+        return without_data(arguments, patches), "--model_max_length"
     try:
         tokenizer = load_tokenizer(str(model_args.model_name_or_path), model_max_length=limit, padding_side="right")
     except (OSError, ValueError):
@@ -49,11 +55,17 @@ def lengths_of(
     elif items and tokenizer:
         rows = longest_rows(cast("Sequence[Row]", items), patches)
         return [row_length(row, arguments, tokenizer, patches) for row in rows], "tokenized"
-    answer = max(1, limit - patches - PROMPT)
+    return without_data(arguments, patches), "--model_max_length"
+
+
+def without_data(arguments: Arguments, patches: int) -> list[PairLength]:
+    """Return the longest item that --model_max_length allows."""
+    args = arguments[2]
+    answer = max(1, args.model_max_length - patches - PROMPT)
     if args.task != "DPO":
-        return [PairLength.of(patches + PROMPT + answer)], "--model_max_length"
+        return [PairLength.of(patches + PROMPT + answer)]
     groups = [PackedGroup(patches + PROMPT, (answer,) * len(group)) for group in by_image(views_of(args))]
-    return [PairLength(tuple(groups))], "--model_max_length"
+    return [PairLength(tuple(groups))]
 
 
 def views_of(args: Any) -> tuple[View, ...]:

@@ -85,10 +85,14 @@ def attention_bytes(shape: ModelShape, run: Training, pairs: Sequence[PairLength
     """Saved by one layer's attention: queries, keys, values, output, and a logsumexp for each head and position.
 
     With the shared prefix its keys and values are there once for each answer; torch's attention, unlike varlen kernels,
-    also has a mask for every answer but a group's first and joins outputs. Padded rows need no mask: they are causal.
+    also has a mask for every answer but a group's first and joins outputs. Padded rows need no mask: they are causal. A
+    dense mask is [groups, T, T].
     """
     t, b = tokens_of(run, pairs), run.factor
     queries, keys, sums = t * shape.queries * b, 2 * t * shape.keys * b, t * shape.heads * FP32
+    if shape.dense_mask and run.shared_prefix:  # a key for every query's head, and the mask as numbers
+        rows = groups_of(pairs)
+        return 4 * queries + sums + len(rows) * max(group.positions for group in rows) ** 2 * b
     if not run.shared_prefix:
         return 2 * queries + keys + sums
     further = [(group.prefix, answer) for group in groups_of(pairs) for answer in group.answers[1:]]
@@ -106,7 +110,7 @@ def layer_bytes(shape: ModelShape, run: Training, pairs: Sequence[PairLength]) -
     factor. With dropout each of LoRA's seven matrices has an input of its own, and a mask.
     """
     t, d, f = tokens_of(run, pairs), shape.width, shape.intermediate
-    norms = 2 * (FP32 * d + run.weight * d * (run.method == "full") + FP32)
+    norms = (shape.normed or 2 * d) * (FP32 + run.weight * (run.method == "full")) + 2 * FP32
     of_each = 5 * d + f  # queries, keys, values, gate, up; down
     if run.method == "lora" and run.lora_dropout > 0:
         inputs = (of_each + shape.queries) * (run.factor + (1 if run.cuda else run.adapter))

@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 from dama.losses import ViewLogps
+from dama.models.setup import setup_family
 from dama.pairs import PreferencePair
+from dama.train.data import PairDataset
 from dama.train.family import shown_images
 from dama.train.setup import enable_checkpointing
 from dama.train.throughput import PairLength
 from llava.conversation import get_template
 from llava.estimate.fit import memory_of_each, reserved
+from llava.estimate.hub import longest_of
 from llava.estimate.lengths import lengths_of, longest_items, longest_rows, views_of
 from llava.estimate.machine import format_bytes
 from llava.estimate.measure import TensorPeak
 from llava.estimate.memory import estimate
 from llava.estimate.plan import Plan
 from llava.estimate.sizes import ModelShape, Training, Zero
+from llava.supported import is_hub_model
 from llava.train.arguments import Arguments
 from llava.train.dpo_data import DPODataset, PairCollator
 from llava.train.family import ImagePreparation
@@ -77,13 +81,17 @@ def run_one_batch(
     from llava.train.setup_model import setup_model
 
     args = arguments[2]
-    model, tokenizer, processor = setup_model(arguments)
-    model = model.to(args.device).train()
+    if is_hub_model(arguments[0].model_name_or_path):
+        model, batch = hub_batch(arguments, items, count)
+    else:
+        model, tokenizer, processor = setup_model(arguments)
+        model = model.to(args.device).train()
+        batch = first_batch(arguments, items, count, patches, model, tokenizer, processor)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
-    batch = first_batch(arguments, items, count, patches, model, tokenizer, processor)
     batch = send_to_device(batch, args.device)
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    tensors += [value for image in batch.get("images", ()) if isinstance(image, dict) for value in image.values()]
     began = time.perf_counter()
     with (
         TensorPeak(args.device, [*model.parameters(), *model.buffers(), *tensors]) as used,
@@ -93,6 +101,15 @@ def run_one_batch(
         loss.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
     return loss.item(), norm, used.peak, time.perf_counter() - began
+
+
+def hub_batch(arguments: Arguments, items: Sequence[Any], count: int) -> tuple[Any, dict[str, Any]]:
+    """A Hugging Face model on its device, and the keywords of its call for the `count` longest pairs."""
+    family = setup_family(arguments)
+    pairs = longest_of(arguments, items)[:count]
+    data = PairDataset(pairs, arguments[1].image_folder or [], family.prepare_image)
+    images = [data.pixels(image) for image in shown_images(pairs)]
+    return family.module.to(arguments[2].device).train(), family.collate(pairs) | {"images": images}
 
 
 def first_batch(
@@ -113,7 +130,8 @@ def first_batch(
 
 def first_loss(model: Any, batch: dict[str, Tensor], args: Any) -> Tensor:
     """The loss of a model that is its own reference, with the gradient of a first step: log 2 for DPO."""
-    sums = model(**batch, logp_chunk=args.logp_chunk)
+    chunk = {"chunk" if "pairs" in batch else "logp_chunk": args.logp_chunk}
+    sums = model(**batch, **chunk)
     loss = args.preference_loss()
     policy, tokens = (values.view(len(loss.views), -1) for values in sums)
     logps = ViewLogps(loss.views, policy, policy.detach(), tokens)

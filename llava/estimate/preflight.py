@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 from dama.console import log
 from dama.pairs import PreferencePair
-from llava.estimate.configs import configs_of
 from llava.estimate.disk import check_disk
 from llava.estimate.fit import check_memory
 from llava.estimate.lengths import lengths_of
 from llava.estimate.plan import Plan, backends, error_text
-from llava.estimate.sizes import ModelShape
+from llava.estimate.shapes import shape_of
 from llava.train.arguments import Arguments
 from llava.train.sft_data import Row
 
@@ -31,7 +30,7 @@ def preflight(arguments: Arguments, items: Sequence[PreferencePair] | Sequence[R
     args = arguments[2]
     plan = Plan(arguments, args.world_size, args.device.type == "cuda")
     try:
-        shape = ModelShape.of(*configs_of(arguments[0], args.cache_dir))
+        shape = shape_of(arguments, items)
     except (OSError, ValueError) as error:
         shape = None
         plan.note("memory", f"not estimated: {str(error).splitlines()[0]}")

@@ -50,7 +50,7 @@ class LayerSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LLaVA."""
+    """Sizes of a model."""
 
     layers: int
     width: int  # D
@@ -67,6 +67,8 @@ class ModelShape:
     tower_intermediate: int
     patches: int  # positions of an image
     pixels: int  # numbers of an image
+    normed: int = 0  # numbers of a token that a layer's norms read; 0: two norms of the width
+    dense_mask: bool = False  # attention by a mask of a row for each group
 
     @staticmethod
     def of(config: Any, tower: Any) -> ModelShape:
