@@ -38,12 +38,24 @@ def resume_point(args: Any) -> Path | None:
                 f"--resume_from_checkpoint '{checkpoint}': expected a complete checkpoint of this trainer, found no "
                 f"whole {missing[0]}; its save was interrupted, or other software wrote it. Name another one."
             )
+    checkpoint = of_first_rank(checkpoint)
     if checkpoint is None:
         return None
     validate_world_size(checkpoint)
     validate_optimizer_states(checkpoint)
     validate_signature(checkpoint, trust=args.trust_checkpoint)
     return checkpoint
+
+
+def of_first_rank(checkpoint: Path | None) -> Path | None:
+    """The first rank's choice: another rank that looks earlier, or through another machine's cache, may see less."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return checkpoint
+    chosen = [checkpoint]
+    distributed.broadcast_object_list(chosen, src=0)
+    return chosen[0]
 
 
 def validate_optimizer_states(checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 
-from dama.train.checkpoints import seal_checkpoint
+from dama.train.checkpoints import of_first_rank, seal_checkpoint
 from dama.train.provenance import PROVENANCE_FILE
 from llava.model.utils import read_file
 from llava.train import train, train_dpo
@@ -215,6 +215,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     os.chdir(GOLDEN)  # the golden configs name their vision tower relative to that folder
     torch.distributed.init_process_group("gloo")
+    assert of_first_rank(Path(str(torch.distributed.get_rank()))) == Path("0")
     for sampler in ON_TWO_RANKS:
         check_sampler(sampler, place / sampler, place / "rows.json", ranks=2, epochs=2)
         sys.stdout.write(f"same bits on rank {torch.distributed.get_rank()}: {sampler}\n")
