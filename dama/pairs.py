@@ -216,7 +216,7 @@ def image_paths(row: NamedRow) -> tuple[str, ...]:
     if "images" not in row:
         return (text_of(row, "image_path", "image"),)
     name = row.name("images")
-    return tuple(checked_text(name, path["path"] if isinstance(path, dict) else path) for path in row["images"])
+    return tuple(checked_text(name, path) for path in row["images"])
 
 
 def placed_images(row: NamedRow, images: int) -> tuple[str, Conversation]:

@@ -212,13 +212,13 @@ TABLE = {
         reason=UNREADABLE,
         detail="field chosen_logits: expected a list of finite numbers",
     ),
-    "a conversation of three turns": Case(
-        rows(OTHER | {"chosen": [*TURN, TURN[0]]}), reason=UNREADABLE, detail="one question and one answer"
+    "a conversation without answer": Case(
+        rows(OTHER | {"chosen": [*TURN, TURN[0]]}), reason=UNREADABLE, detail="the last one the answer"
     ),
-    "two pictures": Case(
-        rows({"prompt": "?", "chosen": "A", "rejected": "B", "images": ["good.png"] * 2}),
+    "two images, one placeholder": Case(
+        rows({"prompt": "<image> ?", "chosen": "A", "rejected": "B", "images": ["good.png"] * 2}),
         reason=UNREADABLE,
-        detail="a list of one picture, got 2",
+        detail="expected as many <image> as images, 2, or none, got 1",
     ),
     "a CSV row of too many cells": Case(
         lambda folder: [

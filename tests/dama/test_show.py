@@ -171,7 +171,7 @@ def test_the_command_by_both_names_and_its_errors(tmp_path: Path, capsys: pytest
     assert "--pairs 0: expected 1 or more" in capsys.readouterr().err
     (tmp_path / "images").rename(tmp_path / "moved")
     assert main(["hardness", "show", str(folder), "--image_folder", str(tmp_path / "images")]) == USER_ERROR
-    assert "give the folder that holds the pictures now as --image_folder" in capsys.readouterr().err
+    assert "give the folder that contains the images now as --image_folder" in capsys.readouterr().err
     assert main(["hardness", "show", str(folder), "--image-folder", str(tmp_path / "moved")]) == 0
     with pytest.raises(StageError, match="no manifest.json"):
         write_hardness_page(tmp_path, tmp_path)
