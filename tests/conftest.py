@@ -23,14 +23,14 @@ LONG = ("gpu", "distributed", "kill", "browser")
 # Files that take half a minute or more each, the longest first.
 LONGEST = (
     "playground/test_tiny_vlm.py", "llava/test_kill.py", "models/test_training.py", "llava/test_distributed.py",
-    "cuda/test_steps.py", "llava/test_resume.py", "llava/test_gradio.py", "test_interrupt.py", "test_bench.py", "eval/test_evaluate.py",
-    "llava/test_chat_page_attacks.py", "playground/test_study.py", "llava/test_console_lines.py",
-    "cuda/test_gpu_check.py", "playground/test_clip.py", "cuda/test_trainings.py", "llava/test_memory.py",
-    "cuda/test_levers.py", "llava/test_reference.py", "llava/test_export.py", "llava/test_base_model.py",
-    "llava/test_invariance.py", "llava/test_signing.py", "llava/test_notices.py", "test_disk_full.py",
-    "cuda/test_stages.py", "test_soak.py", "eval/test_page.py", "cuda/test_device.py", "dama/test_synth.py",
-    "dama/test_synth_models.py", "dama/test_prepare.py", "dama/test_trl.py", "test_upstream.py", "test_scripts.py",
-    "test_architecture.py",
+    "cuda/test_steps.py", "llava/test_resume.py", "llava/test_gradio.py", "test_interrupt.py", "test_bench.py",
+    "eval/test_evaluate.py", "llava/test_chat_page_attacks.py", "playground/test_study.py",
+    "llava/test_console_lines.py", "cuda/test_gpu_check.py", "playground/test_clip.py", "cuda/test_trainings.py",
+    "llava/test_memory.py", "cuda/test_levers.py", "llava/test_reference.py", "llava/test_export.py",
+    "llava/test_base_model.py", "llava/test_invariance.py", "llava/test_signing.py", "llava/test_notices.py",
+    "test_disk_full.py", "cuda/test_stages.py", "test_soak.py", "eval/test_page.py", "cuda/test_device.py",
+    "dama/test_synth.py", "dama/test_synth_models.py", "dama/test_prepare.py", "dama/test_trl.py", "test_upstream.py",
+    "test_scripts.py", "test_architecture.py",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.images import resolve_image, size_of_image
 from dama.models.chat import ChatTemplate
@@ -33,11 +34,15 @@ TYPICAL = (640, 480)  # pixels of an image, without data
 @cache
 def skeleton(name: str, cache_dir: str | None = None) -> Any:
     """The model on the meta device, without weights. Raises OSError or ValueError where its config is not at hand."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
     config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"'{name}' is of type {config.model_type}, which transformers does not load for images and text"
+        )
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
 
 
 @cache
@@ -68,10 +73,12 @@ def hub_shape(arguments: Arguments, pairs: Sequence[PreferencePair]) -> ModelSha
     """Sizes of a model, with the numbers of the largest image that is looked at.
 
     Raises:
-        ValueError: its vision encoder is trained, or its layers are not plain attention: their activations are not
-            counted. OSError: it is not at hand.
+        ValueError: ZeRO-3 is on; or its vision encoder is trained, or its layers are not plain attention, whose
+            activations are not counted. OSError: it is not at hand.
     """
     model_args, data_args, args = arguments
+    if is_deepspeed_zero3_enabled():  # transformers would spread the parts of the meta model over the ranks
+        raise ValueError("under ZeRO-3 the sizes of this kind of model are not counted")
     if not model_args.freeze_vision:
         raise ValueError("the activations of a vision encoder that is trained (--freeze_vision False) are not counted")
     model = skeleton(str(model_args.model_name_or_path), args.cache_dir)
