@@ -371,9 +371,9 @@ def results(out: Path) -> dict[str, Path]:
 def compare(one: Path, other: Path) -> tuple[int, list[str]]:
     """(files compared, what differs): bytes, or JSON without its time fields where a file has such."""
     mine, theirs = results(one), results(other)
-    faults = [f"{name}: only in {one if name in mine else other}" for name in sorted(mine.keys() ^ theirs.keys())]
+    differences = [f"{name}: only in {one if name in mine else other}" for name in sorted(mine.keys() ^ theirs.keys())]
     both = sorted(mine.keys() & theirs.keys())
-    return len(both), faults + [f"{name}: differs" for name in both if not same(mine[name], theirs[name])]
+    return len(both), differences + [f"{name}: differs" for name in both if not same(mine[name], theirs[name])]
 
 
 def same(one: Path, other: Path) -> bool:
@@ -427,9 +427,9 @@ def soak(job: Job, work: Path, kills: int, seed: int) -> str:
     remove_stale_locks(work)
     with Run(job, killed) as last:
         last.wait_for(None, limit=limit)
-    files, faults = compare(undisturbed / OUT, killed / OUT)
-    if faults:
-        raise SoakError("\n".join([f"{len(faults)} of {files} files differ:", *faults]))
+    files, differences = compare(undisturbed / OUT, killed / OUT)
+    if differences:
+        raise SoakError("\n".join([f"{len(differences)} of {files} files differ:", *differences]))
     hit = ", ".join(f"{plan.count(kind)} {kind}" for kind in job.phases)
     return f"{kills} kills ({hit}; {cut_short} left something cut short): {files} files as undisturbed, bit by bit"
 

@@ -35,7 +35,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class ClipError(ValueError):
-    """A CLIP that cannot be had or would give wrong scores."""
+    """A CLIP that is unavailable or would give wrong scores."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def load_hub_clip(model: str, device: torch.device, precision: str = "fp32") -> 
         model: folder, or ORG/NAME on the hub.
 
     Raises:
-        ClipError: it cannot be had, lacks weights, or has no features of images and texts.
+        ClipError: it is unavailable, has no weights, or has no features of images and texts.
         RemoteCodeError: it needs code that comes with it.
     """
     with remote_code_refused(f"CLIP {model}", "give a CLIP that transformers itself runs"):

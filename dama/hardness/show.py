@@ -83,12 +83,12 @@ def write_hardness_page(
         raise StageError(f"{folder}: its records have no {', '.join(missing)}\nRemedy: {remedy}")
     groups = pick_groups(records, count)
     source = image_folder or _own_image_folder(Path(folder), manifest)
-    pictures = _load_pictures([record["image"] for group in groups for record in group.records], source)
-    seconds = second_images(records, [group.records[0] for group in groups], pictures, source, corruption_seed)
-    page, picture = Path(out) / "hardness.html", Path(out) / "hardness.png"
-    write_atomic(page, render(manifest, records, groups, pictures, seconds))
-    write_atomic(picture, draw_sheet(manifest, records, groups, pictures))
-    return page, picture
+    loaded_images = _load_images([record["image"] for group in groups for record in group.records], source)
+    seconds = second_images(records, [group.records[0] for group in groups], loaded_images, source, corruption_seed)
+    page, image = Path(out) / "hardness.html", Path(out) / "hardness.png"
+    write_atomic(page, render(manifest, records, groups, loaded_images, seconds))
+    write_atomic(image, draw_sheet(manifest, records, groups, loaded_images))
+    return page, image
 
 
 def pick_groups(records: Sequence[Record], count: int) -> list[Group]:
@@ -114,7 +114,7 @@ def _own_image_folder(folder: Path, manifest: Record) -> Path:
     return Path(named)
 
 
-def _load_pictures(names: Sequence[str], image_folder: ImageFolder) -> dict[str, Image.Image]:
+def _load_images(names: Sequence[str], image_folder: ImageFolder) -> dict[str, Image.Image]:
     try:
         return {name: load_image(resolve_image(image_folder, name)) for name in dict.fromkeys(names)}
     except OSError as error:
@@ -124,25 +124,25 @@ def _load_pictures(names: Sequence[str], image_folder: ImageFolder) -> dict[str,
 def second_images(
     records: Sequence[Record],
     shown: Sequence[Record],
-    pictures: dict[str, Image.Image],
+    loaded_images: dict[str, Image.Image],
     image_folder: ImageFolder,
     seed: int,
 ) -> list[SecondImages]:
     """Every corruption of some pairs' images, as a training on all `records` with this seed makes them.
 
     Args:
-        shown: the pairs. pictures: at least theirs, by name.
+        shown: the pairs. loaded_images: at least theirs, by name.
     """
     names = list(dict.fromkeys(name for record in records for name in record.get("images", [record["image"]])))
     found = []
     for record in shown:
-        own, images = pictures[record["image"]], {"own image": pictures[record["image"]]}
+        own, images = loaded_images[record["image"]], {"own image": loaded_images[record["image"]]}
         images |= {name: corrupted(own, name, seed, record["id"]) for name in PIXEL_CORRUPTIONS}
         files = {FIELD: record["second_image"]} if record.get("second_image") else {}
         if len(names) > 1:
             number = other_number(names.index(record["image"]), len(names), seed, record["id"])
             files = {OTHER_IMAGE: names[number]} | files
-        loaded = _load_pictures(list(files.values()), image_folder)
+        loaded = _load_images(list(files.values()), image_folder)
         found.append(SecondImages(record["id"], images | {name: loaded[file] for name, file in files.items()}))
     return found
 
@@ -209,7 +209,7 @@ def render(
     manifest: Record,
     records: Sequence[Record],
     groups: Sequence[Group],
-    pictures: dict[str, Image.Image],
+    loaded_images: dict[str, Image.Image],
     seconds: Sequence[SecondImages] = (),
 ) -> str:
     """The page, with images and plots inside."""
@@ -217,7 +217,7 @@ def render(
     deltas |= {f"source {name}": values for name, values in by_field(records, "source").items()}
     deltas |= {f"kind {name}": values for name, values in by_field(records, "kind").items()}
     rows = {name: spread(values) for name, values in deltas.items()}
-    sources = {name: url_of(picture) for name, picture in pictures.items()}
+    sources = {name: url_of(image) for name, image in loaded_images.items()}
     return render_page(
         "hardness.html.jinja",
         report={"title": "Hardness of the preference pairs", "how_to_read": LEAD, "warning": random_warning(manifest)},
@@ -270,7 +270,7 @@ _LINES = 7  # of text for each answer, which is what fits beside an image
 
 
 def draw_sheet(
-    manifest: Record, records: Sequence[Record], groups: Sequence[Group], pictures: dict[str, Image.Image]
+    manifest: Record, records: Sequence[Record], groups: Sequence[Group], loaded_images: dict[str, Image.Image]
 ) -> bytes:
     """A PNG: the four plots, and below them each group's pairs, two in a row."""
     rows = [-(-len(group.records) // 2) for group in groups]
@@ -289,13 +289,13 @@ def draw_sheet(
             axes.set_title(plot.title, fontsize=9)
             axes.legend(fontsize=7)
         for part, group, count in zip(parts[1:], groups, rows):
-            _draw_group(part, group, count, pictures)
+            _draw_group(part, group, count, loaded_images)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _draw_group(part: Figure, group: Group, rows: int, pictures: dict[str, Image.Image]) -> None:
+def _draw_group(part: Figure, group: Group, rows: int, loaded_images: dict[str, Image.Image]) -> None:
     height = _HEADING + _PAIR * rows
     part.suptitle(f"{group.title}. {group.note}", fontsize=9, x=0.01, y=1 - 0.1 / height, ha="left")
     edges = {"left": 0.01, "right": 0.99, "bottom": 0.0, "top": 1 - _HEADING / height, "hspace": 0.06, "wspace": 0.04}
@@ -303,11 +303,11 @@ def _draw_group(part: Figure, group: Group, rows: int, pictures: dict[str, Image
     for axes in cells.flat:
         axes.axis("off")
     for number, record in enumerate(group.records):
-        picture, text = cells[number // 2, 2 * (number % 2) : 2 * (number % 2) + 2]
-        small = pictures[record["image"]].copy()
+        image, text = cells[number // 2, 2 * (number % 2) : 2 * (number % 2) + 2]
+        small = loaded_images[record["image"]].copy()
         small.thumbnail((240, 240))
-        picture.imshow(small)
-        picture.set_anchor("NW")
+        image.imshow(small)
+        image.set_anchor("NW")
         text.text(0, 1, sheet_text(record), fontsize=7, va="top", parse_math=False, transform=text.transAxes)
 
 

@@ -61,7 +61,7 @@ missing, truncated or a decompression bomb, when the picture is one of Object Ha
 names another model, and when the same pair or the same id came before.
 
 Writes OUT/pairs.jsonl      --data of the other commands, --data_path of training
-       OUT/held_out.jsonl   the pairs of --hold_out's pictures
+       OUT/held_out.jsonl   the pairs of --hold_out's images
        OUT/images/          --image_folder; named by SHA-256 of their bytes, each there once
        OUT/dropped.jsonl    every row left out: place, id, reason, what was wrong
        OUT/data_card.md     and .json: counts, lengths, picture sizes, sources
@@ -93,7 +93,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=min(8, os.cpu_count() or 1),
         metavar="N",
-        help="threads that check and write pictures. Default: CPU cores, at most 8 (%(default)s)",
+        help="threads that check and write images. Default: CPU cores, at most 8 (%(default)s)",
     )
 
 
@@ -124,7 +124,7 @@ def _add_row_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--image_folder",
         metavar="DIR",
-        help="where image paths start, for pictures that are not inside the rows. Default: each file's own folder",
+        help="where image paths start, for images that are not inside the rows. Default: each file's own folder",
     )
 
 
@@ -134,7 +134,7 @@ def _add_card_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.0,
         metavar="N",
-        help="pictures whose pairs are held out: below 1 their share, else their number. Default: none",
+        help="images whose pairs are held out: below 1 their share, else their number. Default: none",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice. Default: %(default)s")
     group.add_argument(

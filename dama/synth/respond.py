@@ -102,11 +102,11 @@ class HfResponder:
         import torch
 
         processor, model = self._loaded
-        pictures = [load_image(resolve_image(images, question.image)) for question in questions]
+        shown = [load_image(resolve_image(images, question.image)) for question in questions]
         texts = [escaped(question.text, processor.tokenizer, *placeholders(processor)) for question in questions]
         turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
         prompts = processor.apply_chat_template(turns, add_generation_prompt=True)
-        inputs = processor(text=prompts, images=pictures, padding=True, return_tensors="pt").to(model.device)
+        inputs = processor(text=prompts, images=shown, padding=True, return_tensors="pt").to(model.device)
         torch.manual_seed(seed)
         with torch.inference_mode():
             ids = model.generate(**inputs, **self._options(sampling))

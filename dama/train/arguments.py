@@ -187,7 +187,7 @@ def objective_errors(args: PreferenceArguments) -> list[str]:
     if args.hardness_from != HardnessSource.CLIP and not args.weighting().uses_delta:
         errors.append(
             f"--hardness_from {HardnessSource(args.hardness_from).value}: says where delta comes from, and --strategy "
-            f"{Strategy(args.strategy).value} does not look at delta; give --strategy data or both, or leave it out"
+            f"{Strategy(args.strategy).value} does not use delta; give --strategy data or both, or leave it out"
         )
     if loss.has_state and args.variant == Variant.RELEASED:
         errors.append(

@@ -87,7 +87,7 @@ def run_reference(
     """Compute log-probs of every pair and write them to `out`.
 
     Returns the manifest, or None while other shards are missing. Where `out` is finished for the same inputs, only the
-    views that it lacks are computed, and added to it.
+    missing views are computed, and added to it.
 
     Args:
         family: whose `module`, on its device and in evaluation mode, is pi_ref.
@@ -106,7 +106,7 @@ def run_reference(
         if shard.index == 0:
             remove_additions(out)
     elif parts := parts_of_same_inputs(out, inputs):
-        wanted = lacking(parts, family, args, per_token)
+        wanted = missing_parts(parts, family, args, per_token)
         if not wanted.views:
             log(f"{STAGE}: complete in {out} ({'; '.join(map(str, parts))}), skipped")
             return read_stage(out, STAGE)[0]
@@ -127,7 +127,7 @@ def run_reference(
         return stage.conclude(summarize, facts)
 
 
-def lacking(parts: Sequence[Part], family: ModelFamily, args: Any, per_token: bool) -> Wanted:
+def missing_parts(parts: Sequence[Part], family: ModelFamily, args: Any, per_token: bool) -> Wanted:
     """Views that the family reads and the parts of a finished folder lack; no views where they have all."""
     choice = ImageChoice(family.views, args.corruption, args.corruption_seed)
     wanted = Wanted(family.views, choice.made_by, per_token)
@@ -182,7 +182,7 @@ class ReferenceWork:
         return [logps_of_batch(self.family, self.load([item]), [item], self.args)[0][0] for item in items]
 
     def fill(self, stage: Stage, progress: bool) -> None:
-        """Append every batch that the stage lacks. Raises ValueError where the first does not match its pairs alone."""
+        """Append every batch that is missing. Raises ValueError where the first does not match its pairs alone."""
         with tqdm(total=stage.total, initial=stage.records_done, desc=STAGE, unit="pair", disable=not progress) as bar:
             for number, batch in zip(stage.to_do, self.loader(stage.to_do)):
                 items = self.batches[number]
@@ -306,7 +306,7 @@ def token_bytes(found: AnswerTokenLogps, pairs: int) -> bytes:
 
 
 def validate_parts(folder: str, parts: Sequence[Part], wanted: Wanted, args: Any) -> None:
-    """Raise ValueError where a folder lacks views that training needs, with the command that adds them."""
+    """Raise ValueError where views that training needs are missing in a folder, with the command that adds them."""
     missing = missing_views(parts, wanted)
     if not missing:
         return

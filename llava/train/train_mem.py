@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> None:
     """Parses the flags and trains. What is imported here takes seconds."""
-    refuse_missing_gpus(argv)
+    validate_gpu_count(argv)
     check_flags_early(argv)
-    refuse_half_precision_without_gpu(argv)
+    validate_half_precision(argv)
     model, is_preference = value_of(argv, "model_name_or_path"), value_of(argv, "task") == "DPO"
     (validate_trained_model if is_preference else validate_supported_model)(model, "--model_name_or_path")
     call = training_call(argv)
@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
             train_dpo.run(arguments, call=call)
 
 
-def refuse_missing_gpus(argv: Sequence[str]) -> None:
+def validate_gpu_count(argv: Sequence[str]) -> None:
     """Raises ValueError where a launcher started more ranks on this machine than it has GPUs, unless they are on CPUs.
 
     Ranks that shared a GPU, or met on none, would end in an error of NCCL's or wait for each other.
@@ -75,7 +75,7 @@ def refuse_missing_gpus(argv: Sequence[str]) -> None:
         )
 
 
-def refuse_half_precision_without_gpu(argv: Sequence[str]) -> None:
+def validate_half_precision(argv: Sequence[str]) -> None:
     """Raises ValueError for --bf16 or --fp16 on a machine without a GPU, unless --use_cpu says that this is meant."""
     precision = next((name for name in HALF_PRECISIONS if is_true(argv, name)), None)
     if precision is None or wants_cpu(argv):

@@ -43,7 +43,7 @@ from measure import (
     reject_flags,
     time_of,
     write_checkpoint,
-    write_pictures,
+    write_images,
 )
 from torch import Tensor
 from tqdm import tqdm
@@ -320,7 +320,7 @@ def train_fully(settings: Settings) -> Training | None:
     try:
         model, tokenizer, processor = setup_model(arguments)
         pairs = random_pairs(settings.shape, PAIRS_A_STEP)
-        write_pictures(settings.folder, settings.shape, PAIRS_A_STEP)
+        write_images(settings.folder, settings.shape, PAIRS_A_STEP)
         dataset = DPODataset(pairs, folder, ImagePreparation(processor, model.config))
         trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=dataset)
         trainer.remove_callback(PrinterCallback)

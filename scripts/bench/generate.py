@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from measure import SHAPES, TOKENIZER, Shape, Spread, Timed, time_of, write_checkpoint, write_pictures
+from measure import SHAPES, TOKENIZER, Shape, Spread, Timed, time_of, write_checkpoint, write_images
 from torch import Tensor
 from tqdm import tqdm
 
@@ -130,7 +130,7 @@ def tinycoco(folder: Path, count: int) -> Iterator[Request]:
 
 def noise(folder: Path, shape: Shape, count: int) -> Iterator[Request]:
     """Write `count` random images and yield a question about each."""
-    write_pictures(folder, shape, count)
+    write_images(folder, shape, count)
     for i in range(count):
         yield Request(str(i), QUESTIONS[i % len(QUESTIONS)], f"{i}.png")
 

@@ -170,12 +170,12 @@ def random_images(shape: Shape, count: int) -> Tensor:
     return torch.randn(count, 3, shape.image, shape.image, generator=torch.Generator().manual_seed(2))
 
 
-def write_pictures(folder: Path, shape: Shape, count: int) -> None:
+def write_images(folder: Path, shape: Shape, count: int) -> None:
     """The files that random pairs name: noise, of the size that the tower wants."""
     from PIL import Image
 
-    for number, picture in enumerate(random_images(shape, count)):
-        pixels = (255 * picture.sigmoid()).byte().permute(1, 2, 0)
+    for number, image in enumerate(random_images(shape, count)):
+        pixels = (255 * image.sigmoid()).byte().permute(1, 2, 0)
         Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import SHAPES, Shape, random_pairs, write_checkpoint, write_pictures
+from measure import SHAPES, Shape, random_pairs, write_checkpoint, write_images
 
 from dama.console import end_on_interrupt, log, write_json
 from dama.train.throughput import PairLength
@@ -194,7 +194,7 @@ def main() -> None:
         folder, shape = Path(name), SHAPES[args.shape]
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         write_checkpoint(folder / "checkpoint", shape, torch.device("cpu"), dtype)
-        write_pictures(folder, shape, PAIRS)
+        write_images(folder, shape, PAIRS)
         log(f"{'MiB on the rank that needs most':<42}{'measured':>10}{'estimated':>11}{'error':>9}  peak in")
         table = {}
         for case in (case for case in CASES if args.only in case):

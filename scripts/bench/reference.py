@@ -99,11 +99,11 @@ def work(model: Any, shape: Shape, case: Case, args: argparse.Namespace, shared_
         device=model.device, logp_chunk=1024, dpo_beta=0.1, preference_loss=lambda: Loss.parse(["dpo"])
     )
     batches = plan_batches(random_pairs(replace(shape, pair=case.length), case.pairs), args.batch_size)
-    pictures = random_images(shape, args.batch_size)
+    images = random_images(shape, args.batch_size)
 
     def run() -> None:
         for items in batches:
-            batch = send_to_device(collate(items) | {"images": pictures[: len(items)]}, model.device)
+            batch = send_to_device(collate(items) | {"images": images[: len(items)]}, model.device)
             if args.step:
                 first_loss(model, batch, settings).backward()
             else:

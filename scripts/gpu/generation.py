@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import image_processor_of, time_of, write_pictures, write_tokenizer
+from measure import image_processor_of, time_of, write_images, write_tokenizer
 
 from llava.generation.local import Answerer
 from llava.generation.request import Decoding, Request
@@ -27,7 +27,7 @@ def measure(report: Report) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         answerer = answerer_in(folder)
-        write_pictures(folder, shape_of(), max(BATCHES))
+        write_images(folder, shape_of(), max(BATCHES))
         requests = [Request(str(i), PROMPT, f"{i}.png") for i in range(max(BATCHES))]
         for batch in BATCHES:
             with report.case(f"batch {batch}") as found:

@@ -93,8 +93,8 @@ class PairSource:
         labels = [torch.cat([i.chosen.labels, i.rejected.labels[-shape.pair.rejected :]]) for i in items]
         tails = [(shape.pair.chosen, shape.pair.rejected)] * count
         plan = ForwardPlan.of_groups(ids, labels, [[i] for i in range(count)], [shape.patches] * count, tails)
-        pictures = random_images(shape, PAIRS)[start : start + count]
-        return {"plan": plan.to(torch.device("cuda", 0)), "images": pictures.to("cuda")}
+        images = random_images(shape, PAIRS)[start : start + count]
+        return {"plan": plan.to(torch.device("cuda", 0)), "images": images.to("cuda")}
 
 
 def compare(logps: dict[str, Tensor], head: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from llava.train.arguments import help_text, parse_arguments
 from llava.train.flag_names import translate_flags
-from llava.train.train_mem import main, refuse_half_precision_without_gpu, refuse_missing_gpus
+from llava.train.train_mem import main, validate_gpu_count, validate_half_precision
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.fast
@@ -163,17 +163,17 @@ def test_half_precision_without_a_gpu_is_refused_before_anything_loads(precision
     )  # fmt: skip
     expected = f"train_mem.py: error: --{precision} True: expected a GPU, found none that torch can use; leave "
     assert done.returncode == 2 and [line[: len(expected)] for line in done.stderr.splitlines()] == [expected]
-    refuse_half_precision_without_gpu([f"--{precision}", "True", "--use_cpu", "True"])
-    refuse_half_precision_without_gpu([f"--{precision}", "False"])
+    validate_half_precision([f"--{precision}", "True", "--use_cpu", "True"])
+    validate_half_precision([f"--{precision}", "False"])
 
 
 @pytest.mark.parametrize("words", [["--use_cpu", "True"], ["--use_cpu"], ["--use-cpu=yes"], ["--no_cuda", "1"]])
 def test_ranks_on_cpus_need_no_gpus(monkeypatch, words):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    refuse_missing_gpus(words)
+    validate_gpu_count(words)
     for others in ([], ["--use_cpu", "False"], ["--use_cpu=false", "--bf16", "True"], ["--output_dir", "--no_cuda_x"]):
         with pytest.raises(ValueError, match="GPUs: 64 ranks need 64"):
-            refuse_missing_gpus(others)
+            validate_gpu_count(others)
 
 
 @pytest.mark.parametrize(
