@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,27 +47,22 @@ def skeleton(name: str, cache_dir: str | None = None) -> Any:
 
 
 @cache
-def processor_of(name: str, cache_dir: str | None, options: tuple[Any, ...]) -> Any:
+def processor_of(
+    name: str, cache_dir: str | None, min_pixels: int | None, max_pixels: int | None, *processor_option: str
+) -> Any:
     """The checkpoint's processor with --min_pixels, --max_pixels and --processor_option."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
-    flags = Options(*options)
+    flags = SimpleNamespace(min_pixels=min_pixels, max_pixels=max_pixels, processor_option=processor_option)
     return load_processor(name, flags, cache_dir, adapt=family_of(config).adapted_processor)
-
-
-class Options:
-    """The flags that a processor depends on."""
-
-    def __init__(self, min_pixels: int | None, max_pixels: int | None, *processor_option: str) -> None:
-        self.min_pixels, self.max_pixels, self.processor_option = min_pixels, max_pixels, processor_option
 
 
 def own_processor(arguments: Arguments) -> Any:
     """The processor that a training with these arguments loads."""
     model_args, _, args = arguments
-    options = (model_args.min_pixels, model_args.max_pixels, *model_args.processor_option)
-    return processor_of(str(model_args.model_name_or_path), args.cache_dir, options)
+    pixels = model_args.min_pixels, model_args.max_pixels
+    return processor_of(str(model_args.model_name_or_path), args.cache_dir, *pixels, *model_args.processor_option)
 
 
 def hub_shape(arguments: Arguments, pairs: Sequence[PreferencePair]) -> ModelShape:

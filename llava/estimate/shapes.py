@@ -22,5 +22,8 @@ def shape_of(arguments: Arguments, items: Sequence[PreferencePair] | Sequence[Ro
     """
     model_args, _, args = arguments
     if is_hub_model(model_args.model_name_or_path):
-        return hub_shape(arguments, cast("Sequence[PreferencePair]", items))
+        try:
+            return hub_shape(arguments, cast("Sequence[PreferencePair]", items))
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:  # of a model built in another way
+            raise ValueError(f"the sizes of this model are not known ({type(error).__name__}: {error})") from error
     return ModelShape.of(*configs_of(model_args, args.cache_dir))

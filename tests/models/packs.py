@@ -74,3 +74,11 @@ def gradients(model, total):
 
 
 WEIGHTS = torch.tensor([[1.0, 0.7, -0.3], [-0.6, 0.2, 1.1]])
+
+
+def assert_same_gradients(found, wanted):
+    """Every parameter's gradient, to 1e-5 of the largest number in any of them."""
+    assert found.keys() == wanted.keys() and found
+    scale = max(float(g.abs().max()) for g in wanted.values())
+    for parameter, gradient in wanted.items():
+        assert torch.allclose(found[parameter], gradient, atol=1e-5 * scale, rtol=1e-4), parameter

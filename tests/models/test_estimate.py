@@ -85,6 +85,14 @@ def test_a_training_takes_the_micro_batch_that_fits(in_golden, tmp_path, monkeyp
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 2)
 
 
+def test_a_model_that_cannot_be_counted_trains_all_the_same(in_golden, tmp_path, monkeypatch, capsys):
+    """Its config has other fields than those of the models that are known."""
+    arguments = parse_arguments(words_of(tmp_path / "out", saved(tmp_path / "model", "llava")))
+    monkeypatch.setattr("llava.estimate.hub.parts_of", lambda *_: {}["layers"])
+    preflight(arguments, read_pairs(PAIRS))
+    assert "not estimated: the sizes of this model are not known (KeyError: 'layers')" in capsys.readouterr().out
+
+
 def test_the_pairs_that_are_looked_at_are_the_same_again():
     pairs = read_pairs("tests/golden/" + PAIRS) * 40
     numbered = [pair.__class__(**{**fields(pair), "id": str(number)}) for number, pair in enumerate(pairs)]

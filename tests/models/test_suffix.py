@@ -11,7 +11,7 @@ from dama.models.head import finish_of, logits_of, unchanged
 from dama.models.suffix import suffix_template
 from dama.models.way import Way, way_of
 from dama.pairs import pair_from_row
-from tests.models.packs import WEIGHTS, family_of, gradients, logps_of, prepared
+from tests.models.packs import WEIGHTS, assert_same_gradients, family_of, gradients, logps_of, prepared
 from tests.models.tiny_hub import FAMILIES, SUFFIX_FAMILIES, build
 
 IMAGES = 4  # tokens of an image
@@ -46,10 +46,7 @@ def test_pairs_are_rows_of_the_processor(name, shared, world):
     found, (expected, stock) = logps_of(family, items, world[1]), stock_logps(name, world, items, family.views)
     assert torch.allclose(found, expected, atol=1e-4, rtol=1e-5)
     own, wanted = gradients(family.module, (found * WEIGHTS).sum()), gradients(stock, (expected * WEIGHTS).sum())
-    assert own.keys() == wanted.keys() and own
-    scale = max(float(g.abs().max()) for g in wanted.values())
-    for parameter, gradient in wanted.items():
-        assert torch.allclose(own[parameter], gradient, atol=1e-5 * scale, rtol=1e-4), parameter
+    assert_same_gradients(own, wanted)
 
 
 @pytest.mark.parametrize("name", SUFFIX_FAMILIES)
