@@ -21,13 +21,8 @@ def resolve_below(folder: Path, relative: str) -> Path:
     parent, name = os.path.split(relative)
     if name in ("", ".", ".."):
         return (folder / relative).resolve()
-    path = f"{resolved_parent(folder, parent)}/{name}"
+    path = f"{_resolved(os.path.join(folder, parent)) if parent else folder}/{name}"
     return Path(path).resolve() if os.path.islink(path) else Path(path)
-
-
-def resolved_parent(folder: Path, parent: str) -> Path:
-    """The real path of a file's parent folder below a folder that is resolved already; links are followed once."""
-    return _resolved(os.path.join(folder, parent)) if parent else folder
 
 
 @lru_cache(maxsize=1 << 16)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dama.image_roots import resolve_below, resolved_folders, resolved_parent
+from dama.image_roots import resolve_below, resolved_folders
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 """Formats that are accepted, by Pillow's names. Some others start foreign programs (EPS runs Ghostscript)."""
@@ -109,6 +109,8 @@ def _resolve_below(roots: Sequence[Path], relative: str) -> Path:
     if not relative or "\0" in relative:
         raise ValueError(f"image path {relative!r} names no file")
     plain = _is_plain(relative)
+    if plain and len(roots) == 1 and _is_inside(path := resolve_below(roots[0], relative), roots):
+        return path  # most images, quickly
     if not plain and (PurePosixPath(relative).is_absolute() or PureWindowsPath(relative).is_absolute()):
         raise ValueError(f"image path {relative} is absolute, expected one relative to the image folder")
     climbs = not plain and ".." in PurePosixPath(relative).parts
@@ -226,32 +228,12 @@ def resolve_images(names: Sequence[str], folder: ImageFolder) -> tuple[dict[str,
     inside: dict[str, Path] = {}
     outside: dict[str, str] = {}
     roots = resolved_folders(folders_of(folder)[::-1])
-    parents: dict[str, Path | None] = {}
     for name in names:
         try:
-            inside[name] = _resolve_in_parent(roots, name, parents) or _resolve_below(roots, name)
+            inside[name] = _resolve_below(roots, name)
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError, OSError: a loop of links, a name too long
             outside[name] = str(error)
     return inside, outside
-
-
-def _resolve_in_parent(roots: Sequence[Path], relative: str, parents: dict[str, Path | None]) -> Path | None:
-    """`_resolve_below` for a file that is no link, in a folder inside the only root; None for all others.
-
-    Args:
-        parents: the folders of earlier files, None for those outside the root; most files share a few folders.
-    """
-    if len(roots) > 1 or not relative or "\0" in relative or not _is_plain(relative):
-        return None
-    parent, _, name = relative.rpartition("/")
-    if parent not in parents:
-        folder = resolved_parent(roots[0], parent)
-        parents[parent] = folder if _is_inside(folder, roots) else None
-    known = parents[parent]
-    if known is None or name in ("", "."):
-        return None
-    path = f"{known}/{name}"
-    return None if os.path.islink(path) else Path(path)
 
 
 def find_image_errors(

@@ -80,6 +80,11 @@ class PreferencePair:
         return self.conversation or ((USER, IMAGE_TOKEN * len(self.own_images) + self.question),)
 
     @property
+    def place(self) -> str:
+        """What keeps pairs together when some are held out, see `place_of`."""
+        return place_of(self.image, self.id)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it asks one question about one image, as the pairs of LLaVA-1.5's papers do."""
         return bool(self.image) and not self.more_images and not self.conversation
@@ -325,6 +330,11 @@ def distinct_images(pairs: Iterable[PreferencePair]) -> list[str]:
 def all_images(pairs: Iterable[PreferencePair]) -> list[str]:
     """Relative paths of all images, second ones included, in order of first use."""
     return list(dict.fromkeys(image for pair in pairs for image in pair.images))
+
+
+def place_of(image: str, id_: str) -> str:
+    """What a pair is held out with: its (first) image, or itself where it is of texts alone."""
+    return image or f"text {id_}"
 
 
 def image_digests(pairs: Sequence[PreferencePair], image_folder: ImageFolder, workers: int = 4) -> dict[str, str]:

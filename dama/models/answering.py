@@ -65,15 +65,11 @@ class Prompter:
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """A conversation as the template writes it, the last turn without its answer, and a placeholder an image."""
-        said = [
-            message
-            for turn in turns
-            for message in (
-                (USER, IMAGE_TOKEN * turn.images + self.literal(turn.question)),
-                (ASSISTANT, self.literal(turn.answer)),
-            )
-        ]
-        return self.chat.prompts([tuple(said[:-1])])[0]
+        messages: list[tuple[str, str]] = []
+        for turn in turns:
+            messages.append((USER, IMAGE_TOKEN * turn.images + self.literal(turn.question)))
+            messages.append((ASSISTANT, self.literal(turn.answer)))
+        return self.chat.prompts([tuple(messages[:-1])])[0]
 
     def token_ids(self, prompts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
         """Ids of prompts, all tokens of their images included.

@@ -21,16 +21,11 @@ class HubTrainer(PreferenceTrainer):
     family: HubFamily
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """All weights by from_pretrained, which knows the names that a class gives them in files.
-
-        transformers' trainer takes the file's names for the model's: where they differ it would go on from the base.
-        """
+        """Load all weights by the names that the model's class gives them in files, see `read_weights`."""
         if self.args.lora_enable or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        whole = self.accelerator.unwrap_model(self.model)
-        read = type(whole).from_pretrained(resume_from_checkpoint, dtype=whole.dtype)
-        whole.load_state_dict(read.state_dict())
+        read_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -40,6 +35,15 @@ class HubTrainer(PreferenceTrainer):
         keep_vocabulary(self.family.name, folder)
         if self.provenance is not None:
             write_model_card(folder, self.provenance, model="vision-language model", library="transformers")
+
+
+def read_weights(model: Any, folder: str) -> None:
+    """Load a checkpoint's weights into a model by from_pretrained of its class.
+
+    transformers' trainer takes the file's names for the model's: where they differ it would go on from the base.
+    """
+    read = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(read.state_dict())
 
 
 def keep_vocabulary(base: str, folder: Path) -> None:

@@ -13,10 +13,10 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from dama.console import digest_of_file, open_fresh, write_atomic, write_json, writing
-from dama.pairs import PairsError
+from dama.pairs import PairsError, place_of
 from dama.prepare.card import Tally, images_of, markdown
 from dama.prepare.images import ImageStore
-from dama.prepare.rows import REPEATED_ID, REPEATED_PAIR, Record, pair_key, place_of, written
+from dama.prepare.rows import REPEATED_ID, REPEATED_PAIR, Record, pair_key, written
 from dama.stage import Stage
 
 IMAGES, PAIRS, HELD_OUT, DROPPED, SUMS = "images", "pairs.jsonl", "held_out.jsonl", "dropped.jsonl", "SHA256SUMS"
@@ -103,7 +103,7 @@ def write_outputs(stage: Stage, store: ImageStore, split: Split, facts: Record) 
     for record in settled(stage.records_path):
         if "reason" not in record:
             images |= dict.fromkeys(images_of(record))
-            places[place_of(record)] = None
+            places[place_of(record["image"], record["idx"])] = None
     tally, sums = _write_lines(stage, split.held_out(list(places)))
     if not tally.pairs_of[False]:
         (out / PAIRS).unlink()
@@ -131,7 +131,7 @@ def _write_lines(stage: Stage, held_out: frozenset[str]) -> tuple[Tally, dict[st
             tally.add_left_out(record)
             files[DROPPED].write(record)
             continue
-        held = place_of(record) in held_out
+        held = place_of(record["image"], record["idx"]) in held_out
         tally.add_pair(record, held)
         files[HELD_OUT if held else PAIRS].write(written(record))
     return tally, {name: file.finish() for name, file in files.items()}

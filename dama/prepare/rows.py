@@ -187,11 +187,6 @@ def pair_key(record: Record) -> str:
     return digest_of([record["image"], *(visible_text(record[name]) for name in names), *more])
 
 
-def place_of(record: Record) -> str:
-    """What a pair is held out with: its first image, or itself where it is of texts alone."""
-    return record["image"] or f"text {record['idx']}"
-
-
 def written(record: Record) -> Record:
     """The row of a pair in pairs.jsonl, each thing under one name."""
     row = {name: value for name, value in record.items() if name not in OF_THE_CARD}

@@ -375,11 +375,11 @@ def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[
     wanted = max(1, round(amount * len(items))) if 0 < amount < 1 else int(amount)
     if wanted == 0:
         return items, []
-    images = sorted({place_of(item.pair) for item in items})
+    images = sorted({item.pair.place for item in items})
     random.Random(seed).shuffle(images)
     counts = {image: 0 for image in images}
     for item in items:
-        counts[place_of(item.pair)] += 1
+        counts[item.pair.place] += 1
     held: set[str] = set()
     taken = 0
     for image in images:
@@ -387,12 +387,7 @@ def hold_out(items: list[PreparedPair], amount: float, seed: int) -> tuple[list[
             break
         held.add(image)
         taken += counts[image]
-    train = [item for item in items if place_of(item.pair) not in held]
+    train = [item for item in items if item.pair.place not in held]
     if not train:
         raise ValueError(f"--eval_pairs {amount}: holds out all {len(items)} pairs; leave some to train on")
-    return train, [item for item in items if place_of(item.pair) in held]
-
-
-def place_of(pair: PreferencePair) -> str:
-    """What keeps pairs together when some are held out: the (first) image; a pair of texts alone goes by itself."""
-    return pair.image or f"text {pair.id}"
+    return train, [item for item in items if item.pair.place in held]

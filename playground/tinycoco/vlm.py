@@ -24,6 +24,7 @@ from transformers.models.llava_onevision.video_processing_llava_onevision import
 
 from dama.console import digest_of, digest_of_file, log
 from dama.logps import IGNORE_INDEX
+from dama.models.trainer import read_weights
 from dama.stage import open_stage
 from playground.tinycoco.captions import QUESTIONS, noisy_caption
 from playground.tinycoco.scenes import draw, sample_scene
@@ -189,8 +190,7 @@ class Trainer(hf.Trainer):
     """transformers' own, which continues from a checkpoint's weights by the names that they have in its files."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        read = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-        self.model.load_state_dict(read.state_dict())
+        read_weights(self.model, resume_from_checkpoint)
 
 
 def fine_tune(model: Any, processor: Any, folder: Path, scenes: int, seed: int) -> None:

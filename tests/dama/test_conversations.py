@@ -14,7 +14,7 @@ from dama.hardness.clip import load_clip
 from dama.hardness.score import delta_bar, load_hardness, run_hardness
 from dama.hardness.show import sheet_text
 from dama.pairs import PreferencePair, fields_of, pair_from_row, pairs_fingerprint, read_pairs, text_errors
-from dama.train.data import hardness_of_pairs, place_of
+from dama.train.data import hardness_of_pairs
 from tests.dama.prepare_sets import card, lines, picture, prepare, write_lines
 from tests.dama.tiny_clip import write_tiny_clip
 
@@ -113,7 +113,7 @@ def test_order_and_turns_are_part_of_a_pair() -> None:
 
 def test_texts_alone_are_held_out_one_by_one() -> None:
     pairs = [replace(pair_of("texts alone"), id=str(number)) for number in range(3)]
-    assert len({place_of(pair) for pair in pairs}) == 3 and place_of(pair_of("two images first")) == "a"
+    assert len({pair.place for pair in pairs}) == 3 and pair_of("two images first").place == "a"
 
 
 def test_an_image_that_nobody_names_is_an_error() -> None:
