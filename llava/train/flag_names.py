@@ -149,10 +149,7 @@ def nearest_flag(flag: str, known: Sequence[str]) -> str:
     if name in SHORT_NAMES:
         return f"; did you mean --{SHORT_NAMES[name]}?"
     names = [other.removeprefix("--") for other in known if "-" not in other.removeprefix("--")]
-    close = [
-        SHORT_NAMES.get(other, other)
-        for other in difflib.get_close_matches(name, [*names, *SHORT_NAMES], n=1, cutoff=0.7)
-    ]
+    close = difflib.get_close_matches(name, [*names, *SHORT_NAMES], n=1, cutoff=0.7)
     parts = sorted((other for other in names if name in other or other in name), key=len) if len(name) > 2 else []
     best = [SHORT_NAMES.get(other, other) for other in [*close, *parts]][:1]
     return f"; did you mean --{best[0]}?" if best else ""
