@@ -48,9 +48,12 @@ def hold_back_quantization_notices() -> None:
 # in all of them. PEFT and this repository's flags use them.
 RENAMED_IN_TRANSFORMERS = r"`(gradient_checkpointing|is_gradient_checkpointing)\w*` is deprecated and will be removed"
 RENAMED_IN_TORCH = r"`torch\.distributed\.\w+` is deprecated"  # collectives that DeepSpeed and accelerate call
-NOT_ABOUT_THIS_RUN = {  # logger -> the beginning of a message about GPUs that a run on CPUs does not look for
+NOTHING_TO_DO = {  # logger -> the beginning of a message that asks nothing of the user
+    # About GPUs that a run on CPUs does not look for.
     "DeepSpeed": "Setting accelerator to CPU",
     "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # Every training of a checkpoint whose config and tokenizer name other ends of an answer, as many on the hub do.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
 }
 
 
@@ -74,7 +77,7 @@ def leave_out_library_notices() -> None:
     if not os.environ.get("PYTHONWARNINGS"):
         for message in (RENAMED_IN_TRANSFORMERS, RENAMED_IN_TORCH):
             warnings.filterwarnings("ignore", message, FutureWarning)
-    for name, beginning in NOT_ABOUT_THIS_RUN.items():
+    for name, beginning in NOTHING_TO_DO.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, Unprinted) for known in logger.filters):
             logger.addFilter(Unprinted(beginning))

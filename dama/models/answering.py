@@ -65,11 +65,14 @@ class Prompter:
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """A conversation as the template writes it, the last turn without its answer, and a placeholder an image."""
-        messages: list[tuple[str, str]] = []
-        for turn in turns:
-            messages.append((USER, IMAGE_TOKEN * turn.images + self.literal(turn.question)))
-            messages.append((ASSISTANT, self.literal(turn.answer)))
-        return self.chat.prompts([tuple(messages[:-1])])[0]
+        return self.rendered(
+            [(IMAGE_TOKEN * turn.images + self.literal(turn.question), self.literal(turn.answer)) for turn in turns]
+        )
+
+    def rendered(self, turns: Sequence[tuple[str, str | None]]) -> str:
+        """The same of questions and answers whose texts are literal already, images written as IMAGE_TOKEN."""
+        said = [(role, text or "") for turn in turns for role, text in zip((USER, ASSISTANT), turn)]
+        return self.chat.prompts([tuple(said[:-1])])[0]
 
     def token_ids(self, prompts: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
         """Ids of prompts, all tokens of their images included.

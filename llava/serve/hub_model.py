@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dama.models.answering import Turn
 from dama.models.loading import ProcessorOptions
+from dama.texts import IMAGE_TOKEN
 from llava.generation.hub import HubAnswerer
 from llava.generation.request import Decoding
 from llava.serve.chat import History
@@ -23,9 +23,14 @@ class HubModel:
     Args:
         model_path: folder or hub name of a full model or a PEFT adapter. model_base: the model under an adapter.
         options: of the processor. device: cuda or cpu; what is there when None.
+
+    Attributes:
+        roles: what the terminal calls the user and the model.
+        after_image: nothing; the chat template says what stands between an image and the question.
     """
 
     roles = ("USER", "ASSISTANT")
+    after_image = ""
 
     def __init__(
         self,
@@ -59,10 +64,24 @@ class HubModel:
 
         A special token that a text spells, a placeholder of an image among them, stays text.
         """
-        asked = [*((question, answer) for question, answer in history if answer), (question, "")]
-        return self.prompter.prompt(
-            [Turn(text, answer, int(has_image and number == 0)) for number, (text, answer) in enumerate(asked)]
-        )
+        turns: list[tuple[str, str | None]] = [(asked, answer) for asked, answer in history if answer]
+        turns.append((question, None))
+        turns = [(self.literal(asked), answer and self.literal(answer)) for asked, answer in turns]
+        if has_image:
+            turns[0] = (self.image_tokens() + turns[0][0], turns[0][1])
+        return self.render(turns)
+
+    def literal(self, text: str) -> str:
+        """A user's text for a prompt: the spelling of a special token in it stays text."""
+        return self.prompter.literal(text)
+
+    def image_tokens(self) -> str:
+        """What stands for an image in the turns of `render`, for every model."""
+        return IMAGE_TOKEN
+
+    def render(self, turns: Sequence[tuple[str, str | None]]) -> str:
+        """Return the turns, of literal texts and images, as this model's prompt."""
+        return self.prompter.rendered(turns)
 
     def stream(self, prompt: str, images: Sequence[Image.Image], decoding: Decoding, stop: Event) -> Iterator[str]:
         """The answer to a rendered prompt so far, whenever it has grown (with beams, only at its end).
@@ -78,7 +97,7 @@ class HubModel:
         options = decoding.options() | {"max_new_tokens": min(room, decoding.max_new_tokens)}
         yield from stream_texts(
             self.model.generate,
-            self.generator.call([ids], [self.prompter.images(image) for image in images], **options),
+            self.generator.call([ids], [self.prompter.images(*images)] if images else [], **options),
             lambda new: self.prompter.texts([new])[0],
             stop,
             at_end=decoding.num_beams > 1,

@@ -26,7 +26,12 @@ class LocalModel:
     Args:
         model_path: checkpoint folder or hub name. model_base: the base of a LoRA folder.
         conv_mode: prompt template. device: cuda or cpu; what is there when None.
+
+    Attributes:
+        after_image: what a prompt has between an image at its start and the question.
     """
+
+    after_image = "\n"
 
     def __init__(
         self,
@@ -66,7 +71,7 @@ class LocalModel:
             raise ValueError(f"the text holds {DEFAULT_IMAGE_TOKEN}, which stands for an image; write it differently")
         turns = [(self.literal(asked), answer and self.literal(answer)) for asked, answer in turns]
         if has_image:
-            turns[0] = (f"{self.image_tokens()}\n{turns[0][0]}", turns[0][1])
+            turns[0] = (self.image_tokens() + self.after_image + turns[0][0], turns[0][1])
         return self.render(turns)
 
     def literal(self, text: str) -> str:

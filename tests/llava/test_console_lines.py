@@ -1,7 +1,6 @@
 """What people read on the console: readable lines with a legend, warnings that concern them, no library's notices."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from dama.train.builds import watched_builds
 from dama.train.callbacks import duration
 from llava.train.arguments import parse_arguments
 from llava.train.train_dpo import single_pair_warning
+from tests import warm
 from tests.conftest import GOLDEN
 from tests.llava.tiny import flags
 from tests.models.saved import save
@@ -27,7 +27,7 @@ DATA = {
 }
 NOTICES = re.compile(
     r"Warning|\[WARNING\]|deprecat|kernels|pin_memory|CUDA|\[transformers\]|built successfully|extension module|ninja|"
-    r"Loading weights|Writing model shards",
+    r"Loading weights|Writing model shards|tokenizer has new",
     re.I,
 )
 
@@ -40,11 +40,11 @@ def training(task, out, *more):
     ]  # fmt: skip
 
 
-def printed(command, **environment):
-    """(standard output, standard error) of a command with nothing silenced from outside."""
-    plain = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+def printed(command, stdin="", **environment):
+    """(standard output, standard error) of a command with nothing silenced from outside, imports included."""
+    plain = {name: value for name, value in warm.cold().items() if name != "PYTHONWARNINGS"}
     plain |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=plain, cwd=GOLDEN)
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=500, env=plain, cwd=GOLDEN)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -102,14 +102,20 @@ def test_commands_on_a_hub_model_print_no_notices(tmp_path):
     model, out = tmp_path / "qwen", str(tmp_path / "out")
     save("qwen2_5_vl", model)
     config = json.loads((model / "config.json").read_text())  # the class's own ids are beyond the tiny vocabulary
-    config["text_config"] |= {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 259}
+    # An end of answers that is not the tokenizer's, which transformers would say at every training.
+    config["text_config"] |= {"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 259}
     (model / "config.json").write_text(json.dumps(config))
     limits = ["--max_pixels", "512"]
     answers = [sys.executable, "-m", "llava.eval.generate", "--model-path", str(model), *asked(tmp_path)]
     assert notices(*printed([*answers, *limits, "--out", out])) == []
-    pairs = ["--data", "dama/rlaifv_records.json", "--image_folder", "images", *limits, "--device", "cpu"]
-    reference = [sys.executable, "-m", "dama", "reference", "--model", str(model), *pairs]
-    assert notices(*printed([*reference, "--out", out + "-reference"])) == []
+    pairs = ["--model", str(model), "--data", "dama/rlaifv_records.json", "--image_folder", "images", *limits]
+    reference = [sys.executable, "-m", "dama", "reference", *pairs, "--device", "cpu", "--out", out + "-reference"]
+    assert notices(*printed(reference)) == []
+    training = [sys.executable, "-m", "dama", "train", *pairs, "--reference", out + "-reference", "--delta_bar", "0.05"]
+    assert notices(*printed([*training, "--use_cpu", "True", "--max_steps", "1", "--out", out + "-dama"])) == []
+    chat = [sys.executable, "-m", "llava.serve.cli", "--model-path", out + "-dama", "--image-file", "images/wide.png"]
+    said = printed([*chat, *limits, "--device", "cpu", "--max-new-tokens", "3"], stdin="What is it?\n")
+    assert notices(*said) == [] and "ASSISTANT: " in said[0]
 
 
 @pytest.mark.parametrize("holds", [True, False])

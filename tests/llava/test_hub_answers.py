@@ -9,8 +9,9 @@ import time
 import pytest
 from PIL import Image
 
+from dama.console import printable
 from dama.stage import Shard
-from llava.eval import generate, model_vqa
+from llava.eval import generate, model_vqa, run_llava
 from llava.eval.responder import open_checkpoint
 from llava.generation.answers import generate_answers, run_answers
 from llava.generation.hub import HubAnswerer
@@ -339,3 +340,40 @@ def test_a_conversation_in_the_terminal(world, monkeypatch, capsys, model, photo
     assert repr(model.prompt([("What is it?", first)], "Why?", True)) in said
     assert cli.main(cli.build_parser().parse_args([*flags, "--conv-mode", "v1"])) == 2
     assert "--conv-mode v1: expected with LLaVA-1.5 only" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- run_llava
+
+
+def one_question(world, *flags, images="0.png", query="What is it?", model="qwen2_5_vl"):
+    files = ",".join(str(world / "images" / name) for name in images.split(","))
+    base = ["--model-path", str(world / model), "--image-file", files, "--query", query, "--temperature", "0"]
+    return run_llava.main([*base, "--max_new_tokens", "8", *flags])
+
+
+def test_run_llava_answers_as_generate_does(world, capsys):
+    for model in ("qwen2_5_vl", "adapter"):
+        assert one_question(world, model=model) == 0
+        expected = answerer(world, model).answer([Request("q", "What is it?", "0.png")], world / "images", FEW)[0][0]
+        assert capsys.readouterr().out.splitlines()[-1] == printable(expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "llava_onevision"])
+def test_run_llava_takes_several_images_where_the_query_has_them(world, tmp_path, capsys, family):
+    save(family, tmp_path / family)
+    placed = "From <image-placeholder> to <image-placeholder>: what changed?"
+    answers = []
+    for images, query in (("0.png,1.png", placed), ("1.png,0.png", placed), ("0.png,1.png", "What changed?")):
+        assert one_question(world, images=images, query=query, model=tmp_path / family) == 0
+        answers.append(capsys.readouterr().out.splitlines()[-1])
+    assert len(set(answers)) == 3
+    assert one_question(world, images="0.png", query=placed) == 2
+    assert "--query: expected 1 <image-placeholder>, got 2" in capsys.readouterr().err
+
+
+def test_run_llava_validates_its_flags(world, capsys):
+    assert one_question(world, "--conv-mode", "v1") == 2
+    assert "--conv-mode v1: expected with LLaVA-1.5 only" in capsys.readouterr().err
+    assert one_question(world, "--system_prompt", "Be brief.", "--max_pixels", "4096") == 0
+    assert one_question(world, "--max_pixels", "4096", model=GOLDEN / "llava-v1.5-tiny") == 2
+    assert "--max_pixels: expected with models other than LLaVA-1.5" in capsys.readouterr().err

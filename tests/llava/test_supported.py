@@ -18,7 +18,7 @@ from tests.conftest import GOLDEN
 
 EXPECTED = r"expected a LLaVA-1.5 model .*llava-hf's .*got model_type qwen2_5_vl"
 # Commands that run any model of images and text; what is no such model they refuse in other words.
-ANY_VLM = ("align", "reference", "generate", "page", "cli")
+ANY_VLM = ("align", "reference", "generate", "page", "cli", "chat")
 
 
 def checkpoint(folder, model_type="qwen2_5_vl", name="config.json", **fields):
