@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "DAMA_CONFIG_HOME" not in os.environ:  # checkpoints are signed with a key of the tests' own, not the user's
@@ -32,6 +34,15 @@ LONGEST = (
     "dama/test_synth.py", "dama/test_synth_models.py", "dama/test_prepare.py", "dama/test_trl.py", "test_upstream.py",
     "test_scripts.py", "test_architecture.py",
 )  # fmt: skip
+
+
+warm.use()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With several processes, which is many tests, child processes fork from one that has imported the libraries."""
+    if getattr(config.option, "numprocesses", None) and config.option.markexpr != "fast":
+        warm.start()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.conftest import GOLDEN
 from tests.llava.tiny import flags_of
 
@@ -36,7 +37,7 @@ class Started:
 
     def __init__(self, words, log):
         self.log = log
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        environment = warm.cold() | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *words], cwd=GOLDEN, env=environment, stdin=subprocess.DEVNULL, stdout=file,

@@ -1,0 +1,51 @@
+"""Child processes of tests that do not import torch, transformers and DeepSpeed anew: `python` beside `server.py`.
+
+A Python that trains spends twelve seconds of processor time on importing libraries, and the tests start hundreds.
+`start()` starts two processes that have imported the libraries, and nothing of this repository, and lets
+`sys.executable` name a stand-in. The stand-in asks one of them to fork, which takes milliseconds; the fork becomes the
+command, with the caller's arguments, environment, folder, limits, standard streams and signals, and with a process id
+of its own. What the libraries read from the environment at import must be the same; else, and for everything that is no
+command of this repository, the stand-in becomes a real Python. DAMA_COLD=1 asks for that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.warm.protocol import COLD, PYTHON, SERVERS, SOCKET
+
+STAND_IN = Path(__file__).with_name("bin") / "python"
+
+
+def start() -> None:
+    """Start the servers, unless they run or DAMA_COLD is set, and let sys.executable name the stand-in."""
+    if os.environ.get(COLD) or os.environ.get(SOCKET):
+        return
+    folder = tempfile.TemporaryDirectory(prefix="dama-warm-")
+    atexit.register(folder.cleanup)
+    end, ours = os.pipe()  # the servers end when this process does, however that happens
+    address, script = f"{folder.name}/socket", str(Path(__file__).with_name("server.py"))
+    servers = [
+        subprocess.Popen([sys.executable, script, f"{address}{i}", str(end)], pass_fds=(end,), start_new_session=True)
+        for i in range(SERVERS)
+    ]
+    os.close(end)
+    atexit.register(lambda: (os.close(ours), [server.wait() for server in servers]))
+    os.environ |= {SOCKET: address, PYTHON: sys.executable}
+    use()
+
+
+def use() -> None:
+    """Let sys.executable name the stand-in where servers run."""
+    if SOCKET in os.environ and not os.environ.get(COLD):
+        sys.executable = str(STAND_IN)
+
+
+def cold(environment: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a child process that must import everything itself."""
+    return (dict(os.environ) if environment is None else environment) | {COLD: "1"}
