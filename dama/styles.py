@@ -16,7 +16,7 @@ FIELDS = (
     *("history", "messages", "rejected_messages", "conversations", "rejected_conversations", "text"),
     *("image", "image_path", "images", "idx", "id", "origin_dataset", "origin_split", "generator", "kind"),
     *("logps", "chosen_logits", "rejected_logits"),
-    *("context", "answer", "first_error", "correction"),
+    *("context", "answer", "first_error", "correction", "rejected_images", "second"),
 )
 """Every field that is read, in any layout."""
 

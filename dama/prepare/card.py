@@ -96,8 +96,9 @@ class Tally:
 
 
 def images_of(record: Record) -> list[str]:
-    """The stored images of a pair."""
-    return record["images"] if "images" in record else [record["image"]]
+    """The stored images of a pair, its second one behind its own."""
+    own = record["images"] if "images" in record else [record["image"]]
+    return [*own, *record.get("rejected_images", ())]
 
 
 def sizes_of(record: Record) -> list[list[int]]:

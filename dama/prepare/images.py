@@ -48,6 +48,15 @@ def images_of_row(row: dict[str, Any]) -> tuple[RowImage, ...]:
     return (_image(row, "image", row.get("image"), row.get("image_path")),)
 
 
+def second_image_of_row(row: dict[str, Any]) -> tuple[RowImage, ...]:
+    """The image in `rejected_images`, or none. Raises ValueError as `images_of_row` does, and for several images."""
+    value = row.get("rejected_images")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if len(values) > 1:
+        raise ValueError(f"field rejected_images: expected one image, or a list of one, got {len(values)}")
+    return tuple(_image(row, "rejected_images", image, None) for image in values)
+
+
 def _image(row: dict[str, Any], name: str, image: Any, path: Any) -> RowImage:
     """RLAIF-V's {bytes, path}, or bytes or a path alone."""
     data = None

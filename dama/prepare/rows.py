@@ -15,7 +15,7 @@ from dama.images import ImageError
 from dama.pairs import TOO_DEEP, PreferencePair, id_of_row, pair_of_fields, text_errors
 from dama.prepare.card import NOT_STATED
 from dama.prepare.contamination import Benchmarks, contamination
-from dama.prepare.images import ImageStore, RowImage, image_bytes, images_of_row, sha256
+from dama.prepare.images import ImageStore, RowImage, image_bytes, images_of_row, second_image_of_row, sha256
 from dama.styles import NamedRow, named_fields
 from dama.texts import visible_text
 
@@ -100,7 +100,8 @@ def clean(text: str) -> str:
 
 
 def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) -> Record:
-    row, images, generator = _readable(row)
+    row, own, second, generator = _readable(row)
+    images = own + second
     if rules.generators and folded(generator) not in rules.generators:
         raise LeftOutError(OTHER_GENERATOR, generator)
     dataset = row.get("origin_dataset")
@@ -111,52 +112,56 @@ def _pair_record(row: Any, rules: Rules, image_folder: Path, store: ImageStore) 
     try:
         found = [image_bytes(image, image_folder) for image in images]
         digests = [sha256(data) for data in found]
-        pair = _checked_pair(row, digests)
+        pair = _checked_pair(row, digests[: len(own)], digests[len(own) :])
         stored = [store.add(data, digest) for data, digest in zip(found, digests, strict=True)]
     except ImageError as error:
         raise LeftOutError(BAD_IMAGE, str(error)) from error
     sizes = [[image.width, image.height, image.bytes] for image in stored]
+    names = [image.name for image in stored[: len(own)]]
     return {
         "idx": pair.id,
-        "image": stored[0].name if stored else "",
-        **({} if len(stored) == 1 else {"images": [image.name for image in stored]}),
+        "image": names[0] if names else "",
+        **({} if len(names) == 1 else {"images": names}),
+        **({"rejected_images": [image.name for image in stored[len(own) :]]} if second else {}),
         "question": pair.question,
         **({"prompt": [{"role": r, "content": text} for r, text in pair.conversation]} if pair.conversation else {}),
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         **({"context": pair.context} if pair.context else {}),
+        **({"second": pair.second} if pair.second else {}),
         "kind": pair.kind,
         "origin_dataset": pair.source,
         "generator": "" if generator == NOT_STATED else generator,
-        "origin_image": clean(" ".join(image.names[0] for image in images if image.names)),
+        "origin_image": clean(" ".join(image.names[0] for image in own if image.names)),
         **_scores(row),
         **({"size": sizes[0]} if len(sizes) == 1 else {"sizes": sizes}),
         "contaminated": evaluated,
     }
 
 
-def _readable(row: Any) -> tuple[NamedRow, tuple[RowImage, ...], str]:
-    """The row under our names, its images and its generator."""
+def _readable(row: Any) -> tuple[NamedRow, tuple[RowImage, ...], tuple[RowImage, ...], str]:
+    """The row under our names, its images, its second image where it has one, and its generator."""
     try:
         if isinstance(row, ValueError):
             raise row
         if not isinstance(row, dict):
             raise ValueError(f"expected a record with named fields, got {type(row).__name__}")
         row = named_fields(row)
-        return row, images_of_row(row), generator_of(row)
+        return row, images_of_row(row), second_image_of_row(row), generator_of(row)
     except ValueError as error:
         raise LeftOutError(UNREADABLE, str(error)) from error
 
 
-def _checked_pair(row: NamedRow, digests: Sequence[str]) -> PreferencePair:
+def _checked_pair(row: NamedRow, digests: Sequence[str], second: Sequence[str]) -> PreferencePair:
     """The pair with its images' digests for names, so that an absent id is the digest of pair and images."""
     named = {"images": list(digests)} if "images" in row else {"image_path": digests[0]}
+    named |= {"rejected_images": list(second)} if second else {}
     try:
         pair = pair_of_fields(row.replaced(**named))
     except ValueError as error:
         raise LeftOutError(UNREADABLE, str(error)) from error
     texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected, "id": pair.id}
-    texts |= {"context": pair.context} if pair.context else {}
+    texts |= {name: text for name in ("context", "second") if (text := getattr(pair, name))}
     texts |= {"earlier turns": "".join(text for _, text in pair.conversation)}
     long = [f"{name}: {len(text)} characters" for name, text in texts.items() if len(text) > MAX_CHARACTERS]
     errors = [f"{error}, more than {MAX_CHARACTERS}" for error in long] or list(text_errors(pair))
@@ -181,10 +186,12 @@ def add_lengths(records: Sequence[Record], count: CountTokens) -> None:
 
 def pair_key(record: Record) -> str:
     """The same for rows of the same image whose question and answers look the same."""
-    names = [name for name in ("question", "chosen", "rejected", "context") if name in record]
+    names = [name for name in ("question", "chosen", "rejected", "context", "second") if name in record]
     told = [[turn["role"], visible_text(turn["content"])] for turn in record.get("prompt", ())]
     more = [record.get("images", []), told] if "images" in record or told else []
-    return digest_of([record["image"], *(visible_text(record[name]) for name in names), *more])
+    return digest_of([
+        record["image"], *record.get("rejected_images", ()), *(visible_text(record[name]) for name in names), *more
+    ])  # fmt: skip
 
 
 def written(record: Record) -> Record:

@@ -159,6 +159,38 @@ def test_the_released_scores_are_kept(tmp_path: Path) -> None:
         assert (pair.reference, pair.clip_scores) == (before[pair.id].reference, before[pair.id].clip_scores)
 
 
+@pytest.mark.parametrize("form", ["parquet", "paths"])
+def test_second_images_and_their_answers_are_kept(tmp_path: Path, form: str) -> None:
+    """Inside the rows or beside them; checked, stored and counted like the others."""
+    images = [picture(number) for number in (7, 8)]
+    if form == "parquet":
+        second = {"rejected_images": [{"bytes": images[1], "path": "8.png"}], "second": "A dog."}
+        source = write_parquet(tmp_path / "in/set.parquet", [rlaifv_row(7, **second)], schema=None)
+    else:
+        for number, image in zip((7, 8), images, strict=True):
+            (tmp_path / f"{number}.png").write_bytes(image)
+        row = {"image_path": "7.png", "question": "What is it?", "chosen": "Cat 7.", "rejected": "It is dog 7."}
+        source = write_lines(tmp_path / "set.jsonl", [row | {"rejected_images": ["8.png"], "second": "A dog."}])
+    prepare(source, "--image_folder", tmp_path, "--out", tmp_path / "out")
+    (pair,) = read_pairs(tmp_path / "out/pairs.jsonl")
+    found = [(tmp_path / "out/images" / str(name)).read_bytes() for name in (pair.image, pair.second_image)]
+    assert found == images and pair.second == "A dog."
+    assert card(tmp_path / "out")["images"]["distinct"] == 2
+    check_pairs([pair], tmp_path / "out/images")
+
+
+def test_a_second_image_that_is_bad_leaves_the_pair_out(tmp_path: Path) -> None:
+    rows = [rlaifv_row(1, rejected_images=["absent.png"]), rlaifv_row(2, rejected_images=["2.png", "3.png"])]
+    (tmp_path / "2.png").write_bytes(picture(2))
+    source = write_parquet(tmp_path / "in/set.parquet", [*rows, rlaifv_row(3, rejected_images=["2.png"])], schema=None)
+    prepare(source, "--image_folder", tmp_path, "--out", tmp_path / "out")
+    assert [(row["reason"], row["detail"]) for row in lines(tmp_path / "out/dropped.jsonl")] == [
+        ("unusable image", "image is missing: absent.png"),
+        ("unreadable row", "field rejected_images: expected one image, or a list of one, got 2"),
+    ]
+    assert len(read_pairs(tmp_path / "out/pairs.jsonl")) == 1
+
+
 def test_what_it_wrote_can_be_prepared_again(tmp_path: Path) -> None:
     """Ids, kinds, data sets and generators survive; so a set can be filtered later."""
     source = write_parquet(tmp_path / "a.parquet", [rlaifv_row(n, origin_dataset=None) for n in range(3)])
