@@ -16,7 +16,8 @@ pytestmark = pytest.mark.fast
 PAGE = (Path(__file__).resolve().parents[1] / "docs/data.md").read_text(encoding="utf-8")
 KINDS = PAGE.partition("## Kinds of rows\n")[2].partition("\n## ")[0]
 ROWS = {
-    name: json.loads(row) for name, row in re.findall(r"^### (.+?)\n(?:(?!^### ).*\n)*?```json\n(.*?)```", KINDS, re.M | re.S)
+    section.split("\n", 1)[0]: json.loads(section.partition("```json\n")[2].partition("```")[0])
+    for section in re.split(r"^### ", KINDS, flags=re.M)[1:]
 }
 QUESTION, SHORT, DOG = "What is in this image?", "A street.", "A street and a dog."
 PEOPLE, DOGS = "A street with people.", "A street with people and two dogs."
