@@ -89,8 +89,8 @@ def test_an_example_row_gives_the_pair_that_the_page_describes(kind: str) -> Non
 
 
 def test_all_rows_together_are_a_file_that_passes_the_checks(folder: Path) -> None:
-    """Rows that say the same in other layouts have the same digest for an id, so that each gets an id here."""
-    rows = [{"id": str(number)} | row for number, row in enumerate(ROWS.values())]
+    """Rows with the same content in other layouts have the same digest as id, so each gets an id of its own here."""
+    rows = [row | {"idx": f"row-{number}"} for number, row in enumerate(ROWS.values())]
     pairs = read_pairs(write_lines(folder / "pairs.jsonl", rows))
     assert check_pairs(pairs, folder) == (pairs, [])
     listed = folder / "pairs.json"
