@@ -49,7 +49,7 @@ def test_every_logged_metric_is_explained_and_no_other():
     of_views = {name for name in metrics_of(ALL_VIEWS) - of_pair}
     held_out = {f"eval_{name}" for name in of_pair if not name.startswith("dama/")} | {"eval_loss"}
     logged = of_pair | speeds("pairs") | speeds("rows") | held_out | OF_TRANSFORMERS
-    assert EXPLAINED == logged | {"rewards/VIEW", "logps/VIEW"}
+    assert logged | {"rewards/VIEW", "logps/VIEW"} == EXPLAINED
     assert {name.partition("/")[2] for name in of_views} == {view.name for view in ALL_VIEWS} - {"chosen", "rejected"}
     (listed,) = re.findall(r"^\| `rewards/VIEW` \| .*?: (.+?) \|", TABLES, re.M)
     assert set(re.findall(r"`(\w+)`", listed)) == {view.name for view in ALL_VIEWS} - {"chosen", "rejected"}
