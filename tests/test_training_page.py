@@ -31,7 +31,8 @@ OF_TRANSFORMERS = {
 
 def metrics_of(views) -> set[str]:
     """Names that a step of 4 pairs with these views logs."""
-    logps = ViewLogps(views, *torch.randn(2, len(views), 4).double(), torch.ones(len(views), 4))
+    policy, reference = torch.randn(2, len(views), 4, dtype=torch.float64)
+    logps = ViewLogps(views, policy, reference, torch.ones(len(views), 4))
     table = StepTable(torch.arange(4), torch.zeros(4), logps)
     weights, state = weigh(WeightingConfig(), WeightingState(), table.R, table.delta)
     return {*preference_metrics(table, 0.1), *weighting_metrics(weights, state.R_bar)}
