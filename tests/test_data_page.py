@@ -99,15 +99,14 @@ def test_all_rows_together_are_a_file_that_passes_the_checks(folder: Path) -> No
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_prepare_keeps_prompt_answers_and_context(kind: str, folder: Path) -> None:
+def test_prepare_keeps_prompt_answers_context_and_second_image(kind: str, folder: Path) -> None:
     prepare(write_lines(folder / "rows.jsonl", [ROWS[kind]]), "--image_folder", folder, "--out", folder / "out")
     assert not lines(folder / "out/dropped.jsonl")
     (pair,) = read_pairs(folder / "out/pairs.jsonl")
     prompt, images, chosen, rejected, other = EXPECTED[kind]
     assert (pair.prompt, pair.chosen, pair.rejected, pair.context) == (prompt, chosen, rejected, other.get("context"))
     assert len(pair.own_images) == len(images)
-    # The page says that these are not carried over.
-    assert (pair.second_image, pair.second) == (None, None)
+    assert (pair.second_image is not None) is ("second_image" in other) and pair.second == other.get("second")
 
 
 def test_the_page_names_every_reason_and_column_of_prepare() -> None:
