@@ -443,11 +443,11 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Ca
     assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
 
 
-def test_readme_quotes_the_committed_study() -> None:
+def test_the_page_on_tinycoco_quotes_the_committed_study() -> None:
     """Of every declared cell; the page beside it says the same."""
     page, text = (ROOT / "docs/study.html").read_text(), (ROOT / "docs/study.json").read_text()
     data = json.loads(text)
-    assert summary(data) in (ROOT / "README.md").read_text()
+    assert summary(data) in (ROOT / "docs/tinycoco.md").read_text()
     assert set(data["cells"]) == {cell.name for cell in declare()} and not data["missing"] and not data["failed"]
     for row in data["claims"]:
         assert row["figures"].replace("'", "&#39;") in page
