@@ -431,7 +431,8 @@ def parser_named(name: str) -> argparse.ArgumentParser | None:
 
 def extra_errors(command: Command) -> list[str]:
     """Extras of this package that an installation names and that it does not have."""
-    declared = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("setup.py", "pyproject.toml"))
+    files = [path for name in ("setup.py", "pyproject.toml") if (path := ROOT / name).is_file()]
+    declared = "".join(path.read_text(encoding="utf-8") for path in files)
     named = [
         extra.strip()
         for word in command.words

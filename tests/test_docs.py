@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -146,34 +147,44 @@ def test_readme_is_short():
 
 
 def figure_tables(path):
-    """(line, line above) of each table whose cells are mostly figures, fenced or of Markdown."""
-    found = []
-    for block in blocks_of(path):
-        if not block.language and len(re.findall(r"\d\.\d", block.text)) >= 3:
-            found.append((block.line - 1, block.comment))
-    lines, inside = path.read_text(encoding="utf-8").splitlines(), False
+    """(line, text of its section above it) of each table whose cells are mostly figures, fenced or of Markdown."""
+    lines, found, inside = path.read_text(encoding="utf-8").splitlines(), [], False
+    starts = [block.line - 2 for block in blocks_of(path) if not block.language and has_figures(block.text)]
     for number, line in enumerate(lines):
         inside ^= bool(docs_commands.FENCE.match(line))
-        if inside or not re.fullmatch(r"\|[ :|-]+\|", line.strip()) or number == 0:
-            continue
-        rows = [row.strip("| ").split(" | ")[1:] for row in lines[number + 1 :]]
-        end = next((n for n, row in enumerate(lines[number + 1 :]) if not row.startswith("|")), len(rows))
-        cells = [cell.strip() for row in rows[:end] for cell in row if cell.strip()]
-        if cells and sum(bool(FIGURE.match(cell)) for cell in cells) * 2 >= len(cells):
-            found.append((number, lines[number - 2].strip()))
+        if not inside and number and re.fullmatch(r"\|[ :|-]+\|", line.strip()):
+            rows = list(itertools.takewhile(lambda row: row.startswith("|"), lines[number + 1 :]))
+            cells = [cell.strip() for row in rows for cell in row.strip("| ").split(" | ")[1:] if cell.strip()]
+            if sum(bool(FIGURE.match(cell)) for cell in cells) * 2 >= max(1, len(cells)):
+                starts.append(number - 1)
+    for start in sorted(starts):
+        above = itertools.takewhile(lambda line: not line.startswith("#"), reversed(lines[:start]))
+        found.append((start + 1, "\n".join(list(above)[::-1])))
     return found
+
+
+def has_figures(text):
+    return len(re.findall(r"\d\.\d", text)) >= 3
+
+
+def names_a_command(text):
+    return bool(re.search(r"(python3? (-m )?|bash |dama )[\w./]+|scripts/[\w/]+\.(py|sh)", text))
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_table_of_figures_names_its_command(page):
-    """In a comment right above it: `<!-- table: COMMAND -->`."""
-    assert [line for line, above in figure_tables(ROOT / page) if not docs_commands.TABLE_COMMENT.search(above)] == []
+    """In the text of its section, best in a comment right above it: `<!-- table: COMMAND -->`."""
+    assert [line for line, above in figure_tables(ROOT / page) if not names_a_command(above)] == []
 
 
 def test_tables_of_figures_are_recognized(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("| a | b |\n|---|---|\n| x | 1.5 |\n\nText\n\n| a | b |\n|---|---|\n| x | words |\n\n```\n1.0 2.0 3.0\n```\n")
-    assert [line for line, _ in figure_tables(page)] == [11, 1]
+    page.write_text(
+        "| a | b |\n|---|---|\n| x | 1.5 |\n\n| a | b |\n|---|---|\n| x | words |\n\n## Title\n\nFrom `bash a.sh`\n"
+        "```\n1.0 2.0 3.0\n```\n"
+    )
+    found = figure_tables(page)
+    assert [(line, names_a_command(above)) for line, above in found] == [(1, False), (12, True)]
 
 
 @functools.cache
