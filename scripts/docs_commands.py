@@ -4,7 +4,7 @@ python -m scripts.docs_commands           # prints each command with its place, 
 python -m scripts.docs_commands --list    # prints the commands only
 
 Commands are those of the bash blocks of README.md, CONTRIBUTING.md and docs/, and those that the comments
-`<!-- table: COMMAND -->` above tables of figures name. tests/test_docs.py runs the same checks, and the commands that
+`<!-- table: COMMAND -->` above tables of numbers name. tests/test_docs.py runs the same checks, and the commands that
 are short and need no download.
 """
 
@@ -373,12 +373,12 @@ def unknown_flags(name: str, words: Sequence[str]) -> list[str]:
 
 def parsing_errors(parse: Callable[[], object]) -> list[str]:
     """The error that argparse prints before it exits; none where it exits after its help."""
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
             parse()
     except SystemExit as end:
-        return said.getvalue().strip().splitlines()[-1:] if end.code else []
+        return stderr.getvalue().strip().splitlines()[-1:] if end.code else []
     return []
 
 
@@ -456,7 +456,7 @@ def source_text() -> str:
 
 
 def syntax_error(block: Block) -> str:
-    """What `bash -n` says of a block; an empty string where it can be read."""
+    """The error that `bash -n` prints for a block; an empty string for none."""
     done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
     return f"{block.page}:{block.line}: {done.stderr.strip()}" if done.returncode or done.stderr else ""
 

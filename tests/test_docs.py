@@ -18,7 +18,7 @@ from scripts import docs_commands, docs_links
 from scripts.docs_commands import ROOT, Block, bash_blocks, blocks_of, commands, commands_of, errors_of, pages
 
 PAGES = [path.relative_to(ROOT).as_posix() for path in pages()]
-FIGURE = re.compile(r"[-+~]?\d[\d,.]*(\s|%|$|/|\[|\()")
+NUMBER = re.compile(r"[-+~]?\d[\d,.]*(\s|%|$|/|\[|\()")
 
 
 # ------------------------------------------------------------------------------------------------------- commands
@@ -146,16 +146,16 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
-def figure_tables(path):
-    """(line, text of its section above it) of each table whose cells are mostly figures, fenced or of Markdown."""
+def number_tables(path):
+    """(line, text of its section above it) of each table whose cells are mostly numbers, fenced or of Markdown."""
     lines, found, inside = path.read_text(encoding="utf-8").splitlines(), [], False
-    starts = [block.line - 2 for block in blocks_of(path) if not block.language and has_figures(block.text)]
+    starts = [block.line - 2 for block in blocks_of(path) if not block.language and has_numbers(block.text)]
     for number, line in enumerate(lines):
         inside ^= bool(docs_commands.FENCE.match(line))
         if not inside and number and re.fullmatch(r"\|[ :|-]+\|", line.strip()):
             rows = list(itertools.takewhile(lambda row: row.startswith("|"), lines[number + 1 :]))
             cells = [cell.strip() for row in rows for cell in row.strip("| ").split(" | ")[1:] if cell.strip()]
-            if sum(bool(FIGURE.match(cell)) for cell in cells) * 2 >= max(1, len(cells)):
+            if sum(bool(NUMBER.match(cell)) for cell in cells) * 2 >= max(1, len(cells)):
                 starts.append(number - 1)
     for start in sorted(starts):
         above = itertools.takewhile(lambda line: not line.startswith("#"), reversed(lines[:start]))
@@ -163,7 +163,7 @@ def figure_tables(path):
     return found
 
 
-def has_figures(text):
+def has_numbers(text):
     return len(re.findall(r"\d\.\d", text)) >= 3
 
 
@@ -172,18 +172,18 @@ def names_a_command(text):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_table_of_figures_names_its_command(page):
+def test_every_table_of_numbers_names_its_command(page):
     """In the text of its section, best in a comment right above it: `<!-- table: COMMAND -->`."""
-    assert [line for line, above in figure_tables(ROOT / page) if not names_a_command(above)] == []
+    assert [line for line, above in number_tables(ROOT / page) if not names_a_command(above)] == []
 
 
-def test_tables_of_figures_are_recognized(tmp_path):
+def test_tables_of_numbers_are_recognized(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
         "| a | b |\n|---|---|\n| x | 1.5 |\n\n| a | b |\n|---|---|\n| x | words |\n\n## Title\n\nFrom `bash a.sh`\n"
         "```\n1.0 2.0 3.0\n```\n"
     )
-    found = figure_tables(page)
+    found = number_tables(page)
     assert [(line, names_a_command(above)) for line, above in found] == [(1, False), (12, True)]
 
 
