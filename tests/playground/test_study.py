@@ -443,7 +443,7 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Ca
     assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
 
 
-def test_the_page_on_tinycoco_quotes_the_committed_study() -> None:
+def test_the_docs_quote_the_committed_study() -> None:
     """Of every declared cell; the page beside it says the same."""
     page, text = (ROOT / "docs/study.html").read_text(), (ROOT / "docs/study.json").read_text()
     data = json.loads(text)
