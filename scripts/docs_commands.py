@@ -29,7 +29,7 @@ from dama import cli
 from dama.console import log
 from dama.flag_table import rebuild
 from llava.commands.train import training_flags
-from llava.train.flag_names import check_flags_early
+from llava.train.flag_names import reject_unknown_flags, translate_flags
 from scripts import flag_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,8 +46,8 @@ LAUNCHERS = {"python", "python3", "bash", "sbatch", "srun", "deepspeed", "torchr
 OTHERS = {
     "apptainer", "cat", "cd", "chmod", "cp", "curl", "dama", "docker", "echo", "export", "find", "git", "grep", "head",
     "hf", "jq", "jupyter", "jupytext", "kill", "less", "lint-imports", "ls", "mkdir", "mkdocs", "mv", "mypy",
-    "nvidia-smi", "pip", "printf", "pytest", "rm", "rsync", "ruff", "scancel", "scontrol", "set", "singularity",
-    "source", "squeue", "sinfo", "ssh", "tail", "tar", "tensorboard", "tmux", "transformers", "unset", "uv", "vllm",
+    "nvidia-smi", "pip", "pre-commit", "printf", "pytest", "rm", "rsync", "ruff", "scancel", "scontrol", "set",
+    "singularity", "source", "squeue", "sinfo", "ssh", "tail", "tar", "tensorboard", "tmux", "transformers", "unset", "uv", "vllm",
     "wait", "wc", "wget",
 }  # fmt: skip
 # Variables of libraries and of the shell.
@@ -232,8 +232,23 @@ def _expanded(word: str, known: dict[str, str]) -> str:
 
 
 def errors_of(command: Command) -> list[str]:
-    """What is wrong with a command, without running it."""
-    errors = [f"variable {name}: nothing reads it" for name in command.variables if not is_read(name, command)]
+    """What is wrong with a command, without running it; a page may call the files that it tells its reader to write."""
+    written = files_written_on(command.page)
+    known = [text for file in written for text in (f"{file}: no such file", f"invalid choice: '{Path(file).stem}'")]
+    return [error for error in all_errors(command) if not any(text in error for text in known)]
+
+
+@functools.cache
+def files_written_on(page: str) -> tuple[str, ...]:
+    """Files that a page gives in whole: blocks whose first line is a comment with the path."""
+    blocks = blocks_of(ROOT / page) if (ROOT / page).is_file() else []
+    firsts = [re.match(r"# ([\w./]+\.(?:py|sh))\n", block.text) for block in blocks if block.language != "bash"]
+    return tuple(match[1] for match in firsts if match)
+
+
+def all_errors(command: Command) -> list[str]:
+    """Errors of variables, program, script or module, and flags."""
+    errors = [f"variable {name}: nothing reads it" for name in command.variables if not is_read(name)]
     program = command.words[0].rpartition("/")[2] if "/" in command.words[0] else command.words[0]
     if program == "dama":
         return errors + parse_errors("dama", command.words[1:])
@@ -315,14 +330,22 @@ def read_with_sources(script: str) -> str:
 
 def training_errors(words: Sequence[str]) -> list[str]:
     """Errors of flags of train_mem.py."""
+    if set(words) & {"--help", "--help_all", "-h"}:
+        return []
+    translated, _ = translate_flags(words)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            check_flags_early(list(words))
+        reject_unknown_flags(translated, training_parser())
     except ValueError as error:
-        return [] if open_values(words) and "no such flag" not in str(error) else [str(error)]
-    except SystemExit:
-        pass
-    return []
+        return [str(error)]
+    errors = parsing_errors(lambda: training_parser().parse_known_args(translated))
+    return [] if open_values(words) else errors
+
+
+@functools.cache
+def training_parser() -> argparse.ArgumentParser:
+    """The parser of train_mem.py, from the table that answers its --help."""
+    table = json.loads((ROOT / "llava/flags.json").read_text(encoding="utf-8"))
+    return rebuild(table[flag_tables.TRAINING]["parser"])
 
 
 def parse_errors(name: str, words: Sequence[str]) -> list[str]:
@@ -336,9 +359,7 @@ def parse_errors(name: str, words: Sequence[str]) -> list[str]:
         return []
     errors = parsing_errors(lambda: parser.parse_args(list(words)))
     if errors and open_values(words):
-        return [
-            f"{name} {flag}: no such flag" for flag in given_flags(words) if normal(flag) not in flags_in(parser)
-        ]
+        return [f"{name} {flag}: no such flag" for flag in given_flags(words) if normal(flag) not in flags_in(parser)]
     return errors
 
 
@@ -443,7 +464,7 @@ def extra_errors(command: Command) -> list[str]:
 
 
 @functools.cache
-def is_read(name: str, command: Command) -> bool:
+def is_read(name: str) -> bool:
     """Whether a variable in front of a command is one of a library, or is read by a script or module here."""
     return name in VARIABLES or re.search(rf"\b{name}\b", source_text()) is not None
 

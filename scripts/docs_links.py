@@ -1,4 +1,4 @@
-"""A hook of mkdocs: links of a page to files of the repository that are not in docs/.
+"""Hooks of mkdocs: links of a page to files of the repository that are not in docs/, and short code that does not wrap.
 
 In the repository such a link is relative, as in `[SECURITY.md](../SECURITY.md)`. On the site it leads to the repository
 where `extra.repository` names its address, and is plain text otherwise. A file that does not exist is a warning, which
@@ -15,12 +15,18 @@ from typing import Any
 
 log = logging.getLogger("mkdocs.hooks.docs_links")
 LINK = re.compile(r"(?<!!)\[([^\]\[]+)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
+SHORT_CODE = re.compile(r"<code>([^<]{1,24}|[^<\s]{1,40})</code>")  # such as a flag with its value
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """The page with its links out of docs/ rewritten."""
     return rewrite(markdown, page.file.src_uri, str(config.extra.get("repository") or ""))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """The page's HTML with short code marked for the style sheet: a line does not end behind the `--` of a flag."""
+    return SHORT_CODE.sub(r'<code class="short">\1</code>', html)
 
 
 def rewrite(markdown: str, source: str, repository: str) -> str:
