@@ -47,8 +47,8 @@ OTHERS = {
     "apptainer", "cat", "cd", "chmod", "cp", "curl", "dama", "docker", "echo", "export", "find", "git", "grep", "head",
     "hf", "jq", "jupyter", "jupytext", "kill", "less", "lint-imports", "ls", "mkdir", "mkdocs", "mv", "mypy",
     "nvidia-smi", "pip", "pre-commit", "printf", "pytest", "rm", "rsync", "ruff", "scancel", "scontrol", "set",
-    "singularity", "source", "squeue", "sinfo", "ssh", "tail", "tar", "tensorboard", "tmux", "transformers", "unset", "uv", "vllm",
-    "wait", "wc", "wget",
+    "singularity", "sinfo", "source", "squeue", "ssh", "tail", "tar", "tensorboard", "tmux", "transformers", "unset",
+    "uv", "vllm", "wait", "wc", "wget",
 }  # fmt: skip
 # Variables of libraries and of the shell.
 VARIABLES = {
@@ -354,6 +354,8 @@ def parse_errors(name: str, words: Sequence[str]) -> list[str]:
         return training_errors(words)
     if name == "dama":
         return dama_errors(list(words))
+    if not words and name.startswith("scripts"):  # imports of seconds, and nothing to parse
+        return []
     parser = parser_named(name)
     if parser is None:
         return []
