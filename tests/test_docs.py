@@ -57,7 +57,7 @@ def test_commands_are_found_on_the_pages_that_have_them():
         ("torchrun --nproc_per_node 2 -m dama train --modell a", "--modell: no such flag"),
         ("python -m dama.nothing", "python -m dama.nothing: no such module"),
         ("python -m eval.compare a b --curves x", "unrecognized arguments: --curves x"),
-        ("pyhton -m dama train", "pyhton: no such program is known"),
+        ("pythons -m dama train", "pythons: no such program is known"),
         ('pip install ".[evals]"', "extra evals: not declared"),
         ('python -m llava.eval.generate --model-path "$M" --nothing 1', "--nothing: no such flag"),
     ],
