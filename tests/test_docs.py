@@ -67,6 +67,7 @@ def test_a_wrong_command_is_found(line, error):
     assert any(error in found for found in errors_of(command))
 
 
+@pytest.mark.fast
 def test_a_block_is_split_into_its_commands():
     text = """\
 # the user's own
@@ -143,6 +144,7 @@ def test_the_quick_start_without_a_gpu_runs(block, tmp_path):
 # -------------------------------------------------------------------------------------------------- pages as text
 
 
+@pytest.mark.fast
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
@@ -172,12 +174,14 @@ def names_a_command(text):
     return bool(re.search(r"(python3? (-m )?|bash |dama )[\w./]+|scripts/[\w/]+\.(py|sh)", text))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("page", PAGES)
 def test_every_table_of_numbers_names_its_command(page):
     """In the text of its section, best in a comment right above it: `<!-- table: COMMAND -->`."""
     assert [line for line, above in number_tables(ROOT / page) if not names_a_command(above)] == []
 
 
+@pytest.mark.fast
 def test_tables_of_numbers_are_recognized(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
@@ -212,6 +216,7 @@ def test_the_code_has_the_messages_that_the_page_on_errors_explains(message):
     assert [part for part in parts if part not in messages()] == []
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("page", PAGES)
 def test_python_examples_import_what_exists(page):
     """But for blocks that begin with the path of a file, which tests/test_howtos.py runs."""
@@ -227,6 +232,7 @@ def test_python_examples_import_what_exists(page):
                     assert known or (base / f"{name}.py").is_file(), f"{node.module}.{name}"
 
 
+@pytest.mark.fast
 def test_links_out_of_docs_lead_to_the_repository(caplog):
     text = "[a](../SECURITY.md) [b](../docs/faq.md) [c](../nothing.md)"
     assert docs_links.rewrite(text, "security.md", "") == "a [b](../docs/faq.md) c"
@@ -235,6 +241,7 @@ def test_links_out_of_docs_lead_to_the_repository(caplog):
     assert linked == "[a](https://host/dama/blob/main/SECURITY.md#what)"
 
 
+@pytest.mark.fast
 def test_links_of_the_readme_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
