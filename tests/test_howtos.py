@@ -1,0 +1,85 @@
+"""Each page of docs/howto that adds something: its code in a copy of the packages, its commands, and what they make."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.howto import Example, blocks, examples
+
+HOWTO = ROOT / "docs/howto"
+PACKAGES = ("dama", "llava", "eval", "playground")
+
+
+@pytest.fixture
+def follow(tmp_path):
+    """A function that follows a page in a copy of the packages, and returns the copy and what was printed."""
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("data"))
+    python = tmp_path / "bin/python"  # `python` of the commands
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+
+    def run(page):
+        for example in examples(HOWTO / page):
+            example.apply(tmp_path)
+        changed = sorted({example.file for example in examples(HOWTO / page)})
+        for check in (["check", "--quiet"], ["format", "--check", "--quiet"]):
+            line = [sys.executable, "-m", "ruff", *check, "--config", str(ROOT / "pyproject.toml"), *changed]
+            done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+        script = "\n".join(["set -euo pipefail", *blocks(HOWTO / page, "bash")])
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+        return tmp_path / "runs/howto", done.stdout
+
+    return run
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_objective_and_its_corruption(follow):
+    runs, printed = follow("add_objective.md")
+    log = json.loads((runs / "image_only/trainer_state.json").read_text())["log_history"]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert len(losses) == 12 and losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.01
+    assert all("rewards/chosen_corrupted" in row for row in log if "loss" in row)
+    assert "loss image_only" in printed and "| `--loss` | ['image_only'] |" in (runs / "image_only/README.md").read_text()
+    manifest = json.loads((runs / "reference/manifest.json").read_text())
+    assert manifest["fingerprint"]["corruption"] == "inverted, seed 0"
+
+
+def test_the_benchmark(follow):
+    runs, printed = follow("add_benchmark.md")
+    results = json.loads((runs / "eval/llava/toy/results.json").read_text())
+    counts = results["provenance"]["counts"]
+    assert (counts["answers"], counts["missing"], counts["incomplete images"]) == (6, 0, 0)
+    assert results["metrics"]["silent"] == pytest.approx(100 * counts["unparsed"] / 6)
+    assert "toy score" in printed and (runs / "eval/llava/toy/page.html").is_file()
+
+
+def test_the_model_family(follow):
+    runs, _ = follow("add_model_family.md")
+    assert len(rows_of(runs / "reference/reference.jsonl")) == 16
+    answers = rows_of(runs / "answers/answers.jsonl")
+    assert len(answers) == 8 and all(len(row["text"].split()) > 5 for row in answers)
+
+
+def test_a_line_that_is_not_there_is_an_error(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\nx = 2\n")
+    for line, count in (("y", 0), ("x", 2)):
+        with pytest.raises(ValueError, match=f"a.py: expected one line that begins with '{line}', got {count}"):
+            Example("a.py", "below", line, "z = 3\n").apply(tmp_path)
