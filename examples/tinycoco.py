@@ -35,6 +35,7 @@ from dama.cli import main as dama
 from dama.report import url_of
 from dama.stage import read_stage
 from dama.weighting import alpha_data
+from eval.core.scores import Score
 from eval.core.types import Answer
 from eval.objhal import format_table, score_captions
 from llava.generation.local import Answerer
@@ -192,7 +193,7 @@ display(gallery(changed[:5], {"before": before, "after": after}))
 
 
 # %%
-def score(captions: dict[str, str]):
+def score(captions: dict[str, str]) -> Score:
     """Object HalBench's metrics by rules, against what is drawn."""
     answers = [Answer(image, image, "", text) for image, text in captions.items()]
     return score_captions(answers, {image: scene_of(image).categories for image in captions}, vocabulary())

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -57,7 +56,8 @@ def test_the_objective_and_its_corruption(follow):
     assert len(losses) == 12 and losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert sum(losses[-3:]) / 3 < losses[0] - 0.01
     assert all("rewards/chosen_corrupted" in row for row in log if "loss" in row)
-    assert "loss image_only" in printed and "| `--loss` | ['image_only'] |" in (runs / "image_only/README.md").read_text()
+    assert "loss image_only" in printed
+    assert "| `--loss` | ['image_only'] |" in (runs / "image_only/README.md").read_text()
     manifest = json.loads((runs / "reference/manifest.json").read_text())
     assert manifest["fingerprint"]["corruption"] == "inverted, seed 0"
 
