@@ -2,8 +2,9 @@
 
     python examples/hardness_page.py --data pairs.jsonl --image_folder images --out runs/hardness
 
-Writes OUT/hardness.html and logs the hardest pairs, whose beta DAMA lowers most. A second call with the same inputs only
-reads the result. It runs on a GPU if there is one; on a CPU a smaller --clip, such as ViT-B-32-quickgelu, is faster.
+Writes OUT/hardness.html and logs the hardest pairs, whose beta DAMA lowers most. A second call with the same inputs
+only reads the result. It runs on a GPU if there is one; on a CPU a smaller --clip, such as ViT-B-32-quickgelu, is
+faster.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage and its page; return the exit status."""
     args = build_parser().parse_args(argv)
-    inputs = ["--data", args.data, "--image_folder", args.image_folder]
-    status = dama(["hardness", *inputs, "--clip", args.clip, "--out", args.out]) or dama(["hardness", "show", args.out])
+    images = ["--image_folder", args.image_folder]
+    status = dama(["hardness", "--data", args.data, *images, "--clip", args.clip, "--out", args.out])
+    status = status or dama(["hardness", "show", args.out, *images])
     if status == 0:
         log_hardest(args.out, args.hardest)
     return status

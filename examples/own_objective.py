@@ -1,12 +1,12 @@
-"""DAMA with an objective of your own, without a change to the repository.
+r"""DAMA with an objective of your own, without a change to the repository.
 
 This script is `python -m dama` with one more row in the table of objectives. Every command and flag works with it:
 
     python examples/own_objective.py hardness  --data pairs.jsonl --image_folder images --out runs/hardness
-    python examples/own_objective.py reference --data pairs.jsonl --image_folder images --loss dpop \\
+    python examples/own_objective.py reference --data pairs.jsonl --image_folder images --loss dpop \
         --model liuhaotian/llava-v1.5-7b --precision bf16 --out runs/reference
-    deepspeed --num_gpus 4 examples/own_objective.py train --deepspeed scripts/zero2.json \\
-        --data pairs.jsonl --image_folder images --loss dpop --model liuhaotian/llava-v1.5-7b \\
+    deepspeed --num_gpus 4 examples/own_objective.py train --deepspeed scripts/zero2.json \
+        --data pairs.jsonl --image_folder images --loss dpop --model liuhaotian/llava-v1.5-7b \
         --hardness runs/hardness --reference runs/reference --bf16 True --out runs/dpop
 
 --strategy and --selection set beta and choose pairs for it as for DPO. A model that has finished is not trained again

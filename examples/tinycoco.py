@@ -66,8 +66,8 @@ plt.show()
 
 # %% [markdown]
 # ## What the model says before alignment
-# The model was fine-tuned on captions that name objects which usually go with what is there. Objects that are not in the
-# scene are marked in red.
+# The model was fine-tuned on captions that name objects which usually go with what is there. Objects that are not in
+# the scene are marked in red.
 
 
 # %%
@@ -147,8 +147,8 @@ plt.show()
 # %% [markdown]
 # ## Training
 # First the log-probs of both answers under the model that training starts from, then a short training: 24 steps of 16
-# pairs, of which 12 are selected in each. The learning rate is five times that of `scripts/dama_tiny.sh`, so that so few
-# steps show something.
+# pairs, of which 12 are selected in each. The learning rate is five times that of `scripts/dama_tiny.sh`, so that a few
+# steps show an effect.
 
 # %%
 model = ["--model", str(SFT), "--model_max_length", "512"]
@@ -164,8 +164,8 @@ assert dama(["train", *data, *model, *words, "--out", f"{OUT}/dama"]) == 0
 # %% [markdown]
 # ## How beta varies
 # `--pair_log True` writes R, alpha_D, beta and the selection of every pair in every step. Left: the reward gap R of all
-# pairs; those far from its running mean are rarely selected (hollow). Right: beta of each pair. Its spread within a step
-# is alpha_D, the data-aware part; its drift over steps is alpha_M, the model-aware part.
+# pairs; those far from its running mean are rarely selected (hollow). Right: beta of each pair. Its spread within a
+# step is alpha_D, the data-aware part; its drift over steps is alpha_M, the model-aware part.
 
 # %%
 rows = [json.loads(line) for line in (OUT / "dama/pair_log.jsonl").read_text().splitlines()]
@@ -203,5 +203,5 @@ print(format_table({"before": score(before), "after": score(after)}))  # noqa: T
 
 # %% [markdown]
 # So few scenes leave wide intervals. `bash scripts/dama_tiny.sh` trains on all 1,500 pairs, compares with plain DPO on
-# 300 scenes, and writes a report; `python -m playground.tinycoco study` repeats it over learning rates and seeds. There,
-# at equal recall, DAMA and plain DPO do not differ clearly.
+# 300 scenes, and writes a report; `python -m playground.tinycoco study` repeats it over learning rates and seeds.
+# There, at equal recall, DAMA and plain DPO do not differ clearly.

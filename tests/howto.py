@@ -1,7 +1,7 @@
 """The examples of docs/howto: blocks of Python that name their file, and the commands that run them.
 
-The first line of a block is a comment: the path of a new file, or a path with the line that the code goes above, below or
-in place of.
+The first line of a block is a comment: the path of a new file, or a path with the line that the code goes above, below
+or in place of.
 """
 
 from __future__ import annotations
