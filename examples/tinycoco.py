@@ -15,13 +15,15 @@
 
 TinyCOCO is a miniature world in this repository: drawn scenes, a CLIP and a LLaVA of 2.5 million parameters, and
 preference pairs. This notebook goes through DAMA once, from captions that name missing objects to a model that names
-fewer of them. It needs no download and no GPU, and takes less than a minute on a CPU.
+fewer of them. It needs no download and no GPU, and takes about a minute on a CPU.
 """
 
 # %%
+import io
 import json
 import sys
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 # The repository's folder, from which `playground` is imported.
@@ -34,7 +36,7 @@ from IPython.display import HTML, Markdown, display
 from dama.cli import main as dama
 from dama.report import url_of
 from dama.stage import read_stage
-from dama.weighting import alpha_data
+from dama.weighting import alpha_data, update_R_bar
 from eval.core.scores import Score
 from eval.core.types import Answer
 from eval.objhal import format_table, score_captions
@@ -47,8 +49,17 @@ from playground.tinycoco.vocabulary import find_mentions
 
 torch.set_num_threads(1)
 OUT = Path(tempfile.mkdtemp(prefix="tinycoco-"))
-PAIRS, SCENES = 192, 24
+PAIRS, SCENES = 128, 24
 KINDS = {"sampled": "tab:blue", "edit": "tab:orange", "unrelated": "tab:green"}
+
+
+def run(*words: object) -> None:
+    """Run a command, such as `python -m dama hardness ...`, without its progress bars."""
+    with redirect_stderr(io.StringIO()) as errors:
+        status = dama([str(word) for word in words])
+    if status != 0:
+        raise RuntimeError(errors.getvalue())
+
 
 # %% [markdown]
 # ## Scenes
@@ -99,7 +110,8 @@ def captions_of(model: Path) -> dict[str, str]:
     return {str(request.image): text for request, (text,) in zip(requests, answers)}
 
 
-prepare(OUT / "data", PAIRS, SCENES, "test")
+with redirect_stderr(io.StringIO()):
+    prepare(OUT / "data", PAIRS, SCENES, "test")
 before = captions_of(SFT)
 images = list(before)
 display(gallery(images[:5], {"before": before}))
@@ -124,8 +136,8 @@ for kind in KINDS:
 # multiplies beta by $\alpha_D = \sigma(\delta) / \sigma(\bar\delta)$: less pull to the reference for hard pairs.
 
 # %%
-data = ["--data", f"{OUT}/data/pairs.json", "--image_folder", f"{OUT}/data/images"]
-assert dama(["hardness", *data, "--clip", str(CLIP), "--workers", "0", "--out", f"{OUT}/hardness"]) == 0
+data = ["--data", OUT / "data/pairs.json", "--image_folder", OUT / "data/images"]
+run("hardness", *data, "--clip", CLIP, "--workers", 0, "--out", OUT / "hardness")
 manifest, records = read_stage(OUT / "hardness", "hardness")
 delta_bar = manifest["summary"]["delta_bar"]
 
@@ -146,36 +158,50 @@ plt.show()
 
 # %% [markdown]
 # ## Training
-# First the log-probs of both answers under the model that training starts from, then a short training: 24 steps of 16
-# pairs, of which 12 are selected in each. The learning rate is five times that of `scripts/dama_tiny.sh`, so that a few
+# First the log-probs of both answers under the model that training starts from, then a short training: 16 steps of 16
+# pairs, of which 12 are selected in each. The learning rate is ten times that of `scripts/dama_tiny.sh`, so that a few
 # steps show an effect.
 
 # %%
-model = ["--model", str(SFT), "--model_max_length", "512"]
-assert dama(["reference", *data, *model, "--device", "cpu", "--workers", "0", "--out", f"{OUT}/reference"]) == 0
+model = ["--model", SFT, "--model_max_length", 512]
+run("reference", *data, *model, "--device", "cpu", "--workers", 0, "--out", OUT / "reference")
 
 # %%
 flags = {"hardness": OUT / "hardness", "reference": OUT / "reference", "use_cpu": True, "pair_log": True,
-         "per_device_train_batch_size": 16, "learning_rate": 5e-5, "lr_scheduler_type": "cosine", "num_train_epochs": 2,
-         "logging_steps": 4, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}  # fmt: skip
-words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-assert dama(["train", *data, *model, *words, "--out", f"{OUT}/dama"]) == 0
+         "per_device_train_batch_size": 16, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "num_train_epochs": 2,
+         "logging_steps": 4, "save_strategy": "no", "report_to": "none"}  # fmt: skip
+run(
+    "train",
+    *data,
+    *model,
+    *(word for name, value in flags.items() for word in (f"--{name}", value)),
+    "--out",
+    OUT / "dama",
+)
 
 # %% [markdown]
 # ## How beta varies
 # `--pair_log True` writes R, alpha_D, beta and the selection of every pair in every step. Left: the reward gap R of all
-# pairs; those far from its running mean are rarely selected (hollow). Right: beta of each pair. Its spread within a
-# step is alpha_D, the data-aware part; its drift over steps is alpha_M, the model-aware part.
+# pairs with its running mean R_bar; pairs far from it are rarely selected (hollow). Right: beta of each pair. Its
+# spread within a step is alpha_D, the data-aware part; its drift over steps is alpha_M, the model-aware part.
 
 # %%
 rows = [json.loads(line) for line in (OUT / "dama/pair_log.jsonl").read_text().splitlines()]
+steps = sorted({row["step"] for row in rows})
+R_bar = [0.0]
+for step in steps[:-1]:
+    selected = [row["R"] for row in rows if row["step"] == step and row["selected"]]
+    R_bar.append(update_R_bar(R_bar[-1], sum(selected) / len(selected), gamma=0.9))
+
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
 for kind, color in KINDS.items():
     own = [row for row in rows if row["id"].startswith(kind)]
     faces = [color if row["selected"] else "none" for row in own]
-    steps = [row["step"] for row in own]
-    left.scatter(steps, [row["R"] for row in own], s=16, edgecolors=color, facecolors=faces, label=kind)
-    right.scatter(steps, [row["beta"] for row in own], s=16, edgecolors=color, facecolors=faces, label=kind)
+    for axes, name in ((left, "R"), (right, "beta")):
+        axes.scatter([row["step"] for row in own], [row[name] for row in own], s=16, edgecolors=color, facecolors=faces)
+        axes.scatter([], [], s=16, color=color, label=kind)
+left.plot(steps, R_bar, color="black", label="R_bar")
+left.legend(fontsize=8)
 right.axhline(0.1, color="black", linestyle="--", label="beta of plain DPO")
 left.set(xlabel="step", ylabel="R")
 right.set(xlabel="step", ylabel="beta")

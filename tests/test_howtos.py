@@ -69,7 +69,7 @@ def test_the_objective_and_its_corruption(follow):
     runs, printed = follow("add_objective.md")
     log = json.loads((runs / "image_only/trainer_state.json").read_text())["log_history"]
     losses = [row["loss"] for row in log if "loss" in row]
-    assert len(losses) == 12 and losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert len(losses) == 8 and losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert sum(losses[-3:]) / 3 < losses[0] - 0.01
     assert all("rewards/chosen_corrupted" in row for row in log if "loss" in row)
     flags = json.loads((runs / "image_only/dama_provenance.json").read_text())["flags"]

@@ -13,6 +13,7 @@ from dama.models import families
 from dama.models.family import HubFamily
 from llava.generation.hub import HubAnswerer
 from llava.generation.request import Decoding, Request
+from llava.model.write_hf import chat_template
 from llava.train import train_hub
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN
@@ -67,6 +68,22 @@ def test_its_file_is_enough_to_train_and_to_answer(in_golden, checkpoint, family
     question = Request("0", "What is this?", image)
     assert answerer.prompter.texts(answerer.token_ids([question], GOLDEN / "images"))[0].endswith("? ASSISTANT:")
     assert len(answerer.answer([question], GOLDEN / "images", Decoding(4))[0]) == 1
+
+
+def test_its_template_is_that_of_the_export():
+    """The page's template writes what llava.model.export puts beside the weights, so log-probs are the same."""
+    names = {"__name__": "page"}
+    exec(code_of("add_model_family.md", "dama/models/families/llava.py"), names)
+    _, processor = build("llava")
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    answer, system = ({"role": role, "content": [{"type": "text", "text": "Yes."}]} for role in ("assistant", "system"))
+    for turns in ([asked], [asked, answer], [system, asked, answer, asked]):
+        for asks in (True, False):
+            texts = [
+                processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=asks)
+                for template in (names["TEMPLATE"], chat_template())
+            ]
+            assert texts[0] == texts[1] and "USER: <image>\nWhat" in texts[0]
 
 
 @pytest.mark.parametrize("model_type", ["os", "../llava", "a.b", "", "no-such-model"])
