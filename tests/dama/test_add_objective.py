@@ -1,31 +1,34 @@
-"""A new objective is one function and one row of the table: everything else learns of it from there.
+"""A new objective is one function and one row of the table, as docs/howto/add_objective.md writes them.
 
-So is a new corruption for a view of its own.
+Everything else reads the table. So it is with a new corruption.
 """
 
 import json
 
 import pytest
 import torch
-from PIL import ImageOps
-from torch.nn.functional import logsigmoid
 
-from dama import corruptions
-from dama.losses import OBJECTIVES, Loss, Objective
+from dama import corruptions, losses
+from dama.losses import Loss
 from dama.train.arguments import PreferenceArguments, objective_errors
-from dama.views import CHOSEN, CHOSEN_CORRUPTED, PAIR_VIEWS
+from dama.views import CHOSEN_CORRUPTED, PAIR_VIEWS
 from tests.dama.test_family import train, world  # noqa: F401  (a fixture)
+from tests.howto import code_of
+
+PAGE = "add_objective.md"
 
 
-def image_only(y, b, c):
-    """-log s(b [r(w, m) - r(w, m')]): the chosen answer on its own image against another one."""
-    return -logsigmoid(b * (y.r(CHOSEN) - y.r(CHOSEN_CORRUPTED)))
+def row_of(module, file):
+    """The row that the page adds to a module's table, by its name there."""
+    names = dict(vars(module))
+    exec(code_of(PAGE, file, "above"), names)
+    return eval("{" + code_of(PAGE, file, "below") + "}", names)
 
 
 @pytest.fixture
 def objective(monkeypatch):
-    row = Objective(image_only, "prefers the pair's own image", (*PAIR_VIEWS, CHOSEN_CORRUPTED))
-    monkeypatch.setitem(OBJECTIVES, "image_only", row)
+    ((name, row),) = row_of(losses, "dama/losses.py").items()
+    monkeypatch.setitem(losses.OBJECTIVES, name, row)
 
 
 def test_it_is_known_by_its_name(objective, tmp_path):
@@ -44,7 +47,8 @@ def test_it_trains_with_damas_betas_from_a_reference_stage_of_its_views(objectiv
 
 def test_it_trains_on_a_new_corruption(objective, world, monkeypatch):  # noqa: F811
     """`inverted` is a function and a row; the stage records it, and training reads it: red images against cyan ones."""
-    monkeypatch.setitem(corruptions.PIXEL_CORRUPTIONS, "inverted", lambda image, random: ImageOps.invert(image))
+    ((name, inverted),) = row_of(corruptions, "dama/corruptions.py").items()
+    monkeypatch.setitem(corruptions.PIXEL_CORRUPTIONS, name, inverted)
     trainer, rows = train(world, "image_only", per_device_train_batch_size=6, corruption="inverted")
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     manifest = json.loads((world[2] / "reference_image_only/manifest.json").read_text())

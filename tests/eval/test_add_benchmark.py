@@ -1,10 +1,14 @@
-"""A benchmark costs one file and one line: a toy goes through every command, and none of these names a benchmark."""
+"""A benchmark costs one file and one line: that of docs/howto/add_benchmark.md goes through every command.
+
+None of these names a benchmark.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +17,15 @@ from typing import Any
 import pytest
 
 from eval import benchmarks, compare, download, evaluate, page, summary
-from eval.core.benchmark import SummaryColumn
+from eval.core.benchmark import Benchmark, SummaryColumn
 from eval.core.metrics import Metric, resampling_units
 from eval.core.scores import Score
 from eval.core.statistics import Interval
 from eval.core.types import Answer
 from eval.page_items import unpacked
 from eval.results import read_all
-from playground.tinycoco.vocabulary import SYNONYMS
 from tests.eval import tiny_bench
-from tests.eval.toy_benchmark import BENCHMARK
+from tests.howto import code_of
 from tests.openai_server import ScriptedServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,20 +34,24 @@ GENERIC = ("evaluate", "evaluate_flags", "task", "results", "compare", "compare_
            "page_items", "page_images", "summary", "download")  # fmt: skip
 
 
+def run_page(file: str) -> dict[str, Any]:
+    """The names in a file of the page."""
+    names: dict[str, Any] = {"__name__": Path(file).stem}
+    exec(code_of("add_benchmark.md", file), names)
+    return names
+
+
+BENCHMARK: Benchmark = run_page("eval/toy.py")["BENCHMARK"]
+
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tuple with the toy in it, and a data folder: three scenes with a question about a thing and a missing one."""
     monkeypatch.setattr(benchmarks, "BENCHMARKS", (*benchmarks.BENCHMARKS, BENCHMARK))
     folder = tmp_path / "data"
     monkeypatch.setenv("DAMA_BENCH_DATA", str(folder))
-    scenes = tiny_bench.scenes(3)
-    tiny_bench.paint(folder / "toy/images", {f"{i}.png": scene for i, scene in enumerate(scenes)})
-    rows = []
-    for i, scene in enumerate(scenes):
-        absent = next(word for word in SYNONYMS if word not in scene.categories)
-        for thing, truth in ((sorted(scene.categories)[0], "yes"), (absent, "no")):
-            rows.append({"id": f"{i}{truth}", "image": f"{i}.png", "question": f"A {thing}?", "truth": truth})
-    tiny_bench.write(folder / "toy/questions.jsonl", tiny_bench.lines(rows))
+    monkeypatch.setattr(sys, "argv", ["make_toy.py", str(folder)])
+    run_page("make_toy.py")
     tiny_bench.record(folder)
     return folder
 

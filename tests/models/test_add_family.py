@@ -1,8 +1,9 @@
-"""A model that needs more than its config says costs one file in dama/models/families: nothing else names it."""
+"""A model that needs more than its config says costs one file, as docs/howto/add_model_family.md writes it.
+
+Nothing else names it.
+"""
 
 import json
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +13,13 @@ from dama.models import families
 from dama.models.family import HubFamily
 from llava.generation.hub import HubAnswerer
 from llava.generation.request import Decoding, Request
+from llava.model.write_hf import chat_template
 from llava.train import train_hub
 from llava.train.arguments import parse_arguments
 from tests.conftest import GOLDEN
+from tests.howto import code_of
 from tests.models.test_training import PAIRS, words_of
 from tests.models.tiny_hub import build
-
-TOY = Path(__file__).with_name("toy_families") / "llava.py"
 
 
 @pytest.fixture
@@ -33,9 +34,10 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def family_file(tmp_path, monkeypatch):
-    """The toy's file, copied to where the package looks for families."""
+    """The page's file, where the package looks for families."""
     (tmp_path / "families").mkdir()
-    shutil.copy(TOY, tmp_path / "families/llava.py")
+    code = code_of("add_model_family.md", "dama/models/families/llava.py")
+    (tmp_path / "families/llava.py").write_text(code)
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "families")])
     yield
     families.__dict__.pop("llava", None)
@@ -61,10 +63,27 @@ def test_its_file_is_enough_to_train_and_to_answer(in_golden, checkpoint, family
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[0] == pytest.approx(0.6931472, abs=1e-4) and losses[-1] < 0.5 * losses[0]
     image = json.loads((GOLDEN / PAIRS).read_text())[0]["image_path"]
+    assert (tmp_path / "out/chat_template.jinja").is_file()
     answerer = HubAnswerer(str(tmp_path / "out"), device="cpu")
     question = Request("0", "What is this?", image)
-    assert answerer.prompter.texts(answerer.token_ids([question], GOLDEN / "images"))[0].endswith("assistant:")
+    assert answerer.prompter.texts(answerer.token_ids([question], GOLDEN / "images"))[0].endswith("? ASSISTANT:")
     assert len(answerer.answer([question], GOLDEN / "images", Decoding(4))[0]) == 1
+
+
+def test_its_template_is_that_of_the_export():
+    """The page's template writes what llava.model.export puts beside the weights, so log-probs are the same."""
+    names = {"__name__": "page"}
+    exec(code_of("add_model_family.md", "dama/models/families/llava.py"), names)
+    _, processor = build("llava")
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    answer, system = ({"role": role, "content": [{"type": "text", "text": "Yes."}]} for role in ("assistant", "system"))
+    for turns in ([asked], [asked, answer], [system, asked, answer, asked]):
+        for asks in (True, False):
+            texts = [
+                processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=asks)
+                for template in (names["TEMPLATE"], chat_template())
+            ]
+            assert texts[0] == texts[1] and "USER: <image>\nWhat" in texts[0]
 
 
 @pytest.mark.parametrize("model_type", ["os", "../llava", "a.b", "", "no-such-model"])
