@@ -1,4 +1,4 @@
-"""For tools that expect this file, as LLaVA users do: everything is in pyproject.toml, exact versions in constraints.txt."""
+"""For people and tools that expect this file: the package is described in pyproject.toml, see also constraints.txt."""
 
 from setuptools import setup
 

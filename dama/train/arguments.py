@@ -20,7 +20,6 @@ from dama.token_weights import NONE, VISUAL, TokenWeights
 from dama.views import SECOND, View, ordered
 from dama.weighting import STRATEGIES, Selection, Strategy, Variant, WeightingConfig
 
-
 ZERO = ("zero2", "zero3", "zero3_offload")  # DeepSpeed's files beside this one; scripts/ has links to them
 
 
