@@ -37,12 +37,12 @@ def check_libraries(plan: Plan) -> None:
     for name, least in NEEDED.items():
         if tuple(int(part) for part in found[name].split("+")[0].split(".")[:2]) < least:
             plan.errors.append(
-                f"{name}: expected {least[0]}.{least[1]} or newer, got {found[name]}; run scripts/setup.sh"
+                f"{name}: expected {least[0]}.{least[1]} or newer, got {found[name]}; run scripts/setup.sh, or pip"
             )
     wanted = {"deepspeed": args.deepspeed, "peft": args.lora_enable, "bitsandbytes": args.bits < 16}
     for name, flag in wanted.items():
         if flag and found[name] == "absent":
-            plan.errors.append(f"{name}: not installed, and the flags need it; run scripts/setup.sh")
+            plan.errors.append(f"{name}: not installed, and the flags need it; run scripts/setup.sh, or pip")
     if args.deepspeed and not Path(args.deepspeed).is_file():
         expected = f"a JSON file such as scripts/zero2.json, or one of {', '.join(ZERO)}"
         plan.errors.append(f"--deepspeed: expected {expected}, got {args.deepspeed!r}")

@@ -603,7 +603,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             report_error(error, "gradio_web_server")
             if isinstance(error, ImportError):
-                log("The page needs Gradio: pip install -e '.[serve]'")
+                log("The page needs Gradio: pip install -e '.[serve]' in a clone, else pip install 'gradio>=6.31,<7'")
             return 2
     return 0
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-# Both run in the browser, with what `as_json` returns. Without https or a local address a page has no clipboard: a field
-# is selected and copied there.
+# Both run in the browser, with what `as_json` returns. Without https or a local address a page has no clipboard: there
+# a field is selected and copied.
 COPY = """async (conversation) => {
     const { text } = JSON.parse(conversation);
     try {
