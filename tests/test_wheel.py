@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email import message_from_bytes
 from pathlib import Path
@@ -82,8 +83,12 @@ def installed(wheel, tmp_path_factory):
 def trained(installed):
     """One step of DAMA, after the stages that it needs."""
     data = ("--data", "data/pairs.json", "--image_folder", "data/images")
-    installed("dama", "hardness", *data, "--clip", "weights/clip", "--workers", "0", "--out", "hardness")
-    installed("dama", "reference", *data, "--model", "weights/llava", "--model_max_length", "512", "--out", "reference")
+    stages = (
+        ("hardness", *data, "--clip", "weights/clip", "--workers", "0", "--out", "hardness"),
+        ("reference", *data, "--model", "weights/llava", "--model_max_length", "512", "--out", "reference"),
+    )
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda stage: installed("dama", *stage), stages))
     installed(
         "dama", "train", *data, "--model", "weights/llava", "--hardness", "hardness", "--reference", "reference",
         "--version", "v1", "--image_aspect_ratio", "pad", "--model_max_length", "512", "--use_cpu", "True",

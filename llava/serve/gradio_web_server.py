@@ -52,7 +52,7 @@ CSS = """
 #head h1 { margin: 0; }
 #notice { font-size: 0.9em; opacity: 0.8; }
 /* The question stays in sight, however long the page is; the padding lets the page scroll past it. */
-#asking { position: fixed; bottom: 0; left: 0; right: 0; z-index: 20; gap: 8px; width: auto;
+#asking { position: fixed; bottom: 0; left: 0; right: 0; z-index: 60; gap: 8px; width: auto;
     padding: 8px max(16px, calc(50vw - 734px)); background: var(--body-background-fill);
     border-top: 1px solid var(--border-color-primary); }
 .gradio-container { padding-bottom: 190px !important; }
@@ -278,7 +278,7 @@ class Page:
         with gr.Row(elem_id="examples"):
             self.example_buttons = [gr.Button(e.title, elem_id=f"example-{i}") for i, e in enumerate(self.examples)]
         self.preview = gr.Image(
-            show_label=False, interactive=False, format="jpeg", height=280, buttons=[], visible=False, elem_id="preview"
+            show_label=False, interactive=False, format="jpeg", height=220, buttons=[], visible=False, elem_id="preview"
         )
         self.listed = gr.Textbox(
             label="Objects in the image", placeholder="dog, bench, traffic light", elem_id="listed",
