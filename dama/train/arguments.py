@@ -23,8 +23,8 @@ from dama.weighting import STRATEGIES, Selection, Strategy, Variant, WeightingCo
 ZERO = ("zero2", "zero3", "zero3_offload")  # DeepSpeed's files beside this one; scripts/ has links to them
 
 
-def zero_file(config: str) -> str:
-    """The path of a DeepSpeed file that is given by a name of ZERO; any other path as it is."""
+def zero_file(config: Any) -> Any:
+    """The path of a DeepSpeed file that is given by a name of ZERO; any other value as it is."""
     return str(Path(__file__).with_name(f"{config}.json")) if config in ZERO else config
 
 
@@ -120,8 +120,7 @@ class PreferenceArguments(transformers.TrainingArguments):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         self.optim = self.optim or ("adamw_torch_fused" if on_gpu else "adamw_torch")
         self.corruption = self.corruption or default_corruption(self.loss, self.token_weights)
-        if isinstance(self.deepspeed, str):
-            self.deepspeed = zero_file(self.deepspeed)
+        self.deepspeed: Any = zero_file(self.deepspeed)
         self.dataloader_pin_memory: bool = self.dataloader_pin_memory and on_gpu  # memory to copy to GPUs from
         super().__post_init__()
 
