@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dama import __version__
 from dama.console import USER_ERROR, end_on_interrupt, report_error
 from dama.flags import FlagParser, Help
 
@@ -19,6 +20,10 @@ DESCRIPTION = """\
 Data- and model-aware preference alignment of multimodal LLMs, stage by stage. Each stage writes a folder: records as
 JSONL and a manifest.json. A stage is skipped if it is complete for the same inputs, continued if it was interrupted,
 and refused, with the difference named, if its inputs changed.
+"""
+EPILOG = """\
+Benchmarks: python -m eval.evaluate. Chat: python -m llava.serve.cli, python -m llava.serve.gradio_web_server. A wheel
+has all of these; the shell scripts and TinyCOCO (scripts/, playground/) come with the repository only.
 """
 
 
@@ -68,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(called: str = "") -> argparse.ArgumentParser:
     """Build the parser of all commands, with flags for the one that is called."""
-    parser = FlagParser("dama", description=DESCRIPTION, formatter_class=Help)
+    parser = FlagParser("dama", description=DESCRIPTION, epilog=EPILOG, formatter_class=Help)
+    parser.add_argument("--version", action="version", version=f"dama {__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher also sets LOCAL_RANK
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():

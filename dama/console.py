@@ -24,6 +24,7 @@ MIB = 2**20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED = 130  # exit status of a command that was ended by Ctrl-C
 USER_ERROR = 2  # exit status after a wrong flag, file or value
+OWN = ("dama", "llava", "eval", "playground", "scripts", "tools", "tests")  # folders whose errors need no traceback
 
 # Characters that command a terminal (C0 but tab and line feed, DEL, C1), turn the direction of the text around, are not
 # shown, or cannot be encoded: in a file's or a server's text they could forge what the screen shows.
@@ -183,15 +184,19 @@ def report_error(error: BaseException, program: str) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    here = Path(__file__).resolve().parents[1]
-    own = Path(frame.filename).resolve().is_relative_to(here) and "site-packages" not in frame.filename
-    if not own:
+    if not _is_own(Path(frame.filename).resolve()):
         sys.stderr.write(printable("".join(traceback.format_exception(error))))
     message = str(error) or type(error).__name__
     if rank:
         message = f"(rank {rank}) {message.splitlines()[0]}"
     sys.stderr.write(printable(f"{program}: error: {message}\n"))
     sys.stderr.flush()
+
+
+def _is_own(source: Path) -> bool:
+    """Whether a file is of this repository's packages, in a checkout or where a wheel installed them."""
+    here = Path(__file__).resolve().parents[1]
+    return source.is_relative_to(here) and source.relative_to(here).parts[0] in OWN
 
 
 def end_on_interrupt() -> None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv with the exact versions of constraints.txt, and this repository installed in it. About 90 s and 6 GB the
-# first time; nothing when the files below have not changed since. PYTHON names the interpreter (default: python3). Where
-# there is no .venv yet, an active virtual or conda environment that holds these versions is used: .venv becomes a link to
-# it. TORCH_INDEX_URL names an index of PyTorch's wheels for an older CUDA, such as cu126, where the driver is too old for
-# CUDA 13 (below 580; `nvidia-smi` shows it).
+# Makes .venv with the exact versions of constraints.txt, and this repository installed in it, with what its tests and
+# its documentation need. About 90 s and 6 GB the first time; nothing when the files below have not changed since. PYTHON
+# names the interpreter (default: python3). Where there is no .venv yet, an active virtual or conda environment that holds
+# these versions is used: .venv becomes a link to it. TORCH_INDEX_URL names an index of PyTorch's wheels for an older
+# CUDA, such as cu126, where the driver is too old for CUDA 13 (below 580; `nvidia-smi` shows it).
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
@@ -68,7 +68,7 @@ fi
 
 # Another build of torch, remembered for later calls: `===` in constraints.txt would refuse 2.13.0+cu126, `==` takes it.
 index=${TORCH_INDEX_URL:-$(cat .venv/.torch_index 2>/dev/null || true)}
-wanted=$({ cat setup.py constraints.txt && echo "$index"; } | sha256sum | cut -c1-16)
+wanted=$({ cat setup.py pyproject.toml constraints.txt && echo "$index"; } | sha256sum | cut -c1-16)
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
     echo "setup: installing into .venv (once; about 90 s and 6 GB)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
@@ -79,7 +79,7 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
         sed 's/^torch===/torch==/' constraints.txt >.venv/constraints.txt
         "${install[@]}" --index-url "$index" torch torchvision
     fi
-    "${install[@]}" --editable '.[dev]'
-    "${install[@]}" --no-deps gradio # see setup.py
+    "${install[@]}" --editable '.[dev,docs]'
+    "${install[@]}" --no-deps gradio # see pyproject.toml
     echo "$wanted" >.venv/.installed
 fi

@@ -180,7 +180,7 @@ def test_help_is_the_head_of_the_script_and_starts_nothing(script, words, tmp_pa
 
 def set_up(folder, **environment):
     """scripts/setup.sh in a copy of what it reads, where pip can install nothing."""
-    for name in ("scripts/setup.sh", "scripts/help.sh", "setup.py", "constraints.txt"):
+    for name in ("scripts/setup.sh", "scripts/help.sh", "setup.py", "pyproject.toml", "constraints.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     usual = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from dama.notices import without_build_notices
 from dama.token_weights import NONE, VISUAL, TokenWeights
 from dama.views import SECOND, View, ordered
 from dama.weighting import STRATEGIES, Selection, Strategy, Variant, WeightingConfig
+
+ZERO = ("zero2", "zero3", "zero3_offload")  # DeepSpeed's files beside this one; scripts/ has links to them
+
+
+def zero_file(config: Any) -> Any:
+    """The path of a DeepSpeed file that is given by a name of ZERO; any other value as it is."""
+    return str(Path(__file__).with_name(f"{config}.json")) if config in ZERO else config
 
 
 def described(default: Any, text: str, **metadata: Any) -> Any:
@@ -112,6 +120,7 @@ class PreferenceArguments(transformers.TrainingArguments):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         self.optim = self.optim or ("adamw_torch_fused" if on_gpu else "adamw_torch")
         self.corruption = self.corruption or default_corruption(self.loss, self.token_weights)
+        self.deepspeed: Any = zero_file(self.deepspeed)
         self.dataloader_pin_memory: bool = self.dataloader_pin_memory and on_gpu  # memory to copy to GPUs from
         super().__post_init__()
 

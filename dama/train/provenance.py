@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dama import __version__
 from dama.console import write_atomic, write_json
 from dama.stage import differences
 from dama.train.checkpoints import PROVENANCE_FILE, last_complete_checkpoint, log_finished, validate_world_size
@@ -216,13 +217,14 @@ def step_settings(args: Any) -> dict[str, Any]:
 
 
 def repository_revision() -> str:
-    """The commit that this code is of, with a + where files differ from it; 'unknown' outside a repository."""
+    """The commit that this code is of, with a + where files differ from it; outside a repository its version."""
     root = Path(__file__).resolve().parents[2]
     try:
+        _git(root, "ls-files", "--error-unmatch", __file__)  # an environment may lie in another repository
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
         return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"version {__version__}"
 
 
 def _git(root: Path, *words: str) -> str:

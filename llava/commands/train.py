@@ -19,7 +19,7 @@ EXAMPLES = """\
 examples:
   python -m dama train --model Qwen/Qwen2.5-VL-3B-Instruct --data pairs.jsonl --image_folder images \\
       --hardness runs/hardness --reference runs/reference --bf16 True --out runs/dama
-  deepspeed --include localhost:0,1,2,3 --module dama train --deepspeed scripts/zero2.json --model M ...
+  deepspeed --include localhost:0,1,2,3 --module dama train --deepspeed zero2 --model M ...
   python -m dama train --help_all      all flags
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dama.images import ImageFolder, load_image, missing_folders, resolve_image
 from dama.pairs import PairsError, PreferencePair, distinct_images, parse_pairs
+from dama.train.arguments import ZERO
 from dama.train.data import ImageChoice
 from dama.train.provenance import version_of
 from llava.conversation import get_template
@@ -36,14 +37,15 @@ def check_libraries(plan: Plan) -> None:
     for name, least in NEEDED.items():
         if tuple(int(part) for part in found[name].split("+")[0].split(".")[:2]) < least:
             plan.errors.append(
-                f"{name}: expected {least[0]}.{least[1]} or newer, got {found[name]}; run scripts/setup.sh"
+                f"{name}: expected {least[0]}.{least[1]} or newer, got {found[name]}; run scripts/setup.sh, or pip"
             )
     wanted = {"deepspeed": args.deepspeed, "peft": args.lora_enable, "bitsandbytes": args.bits < 16}
     for name, flag in wanted.items():
         if flag and found[name] == "absent":
-            plan.errors.append(f"{name}: not installed, and the flags need it; run scripts/setup.sh")
+            plan.errors.append(f"{name}: not installed, and the flags need it; run scripts/setup.sh, or pip")
     if args.deepspeed and not Path(args.deepspeed).is_file():
-        plan.errors.append(f"--deepspeed: expected a JSON file such as scripts/zero2.json, got {args.deepspeed!r}")
+        expected = f"a JSON file such as scripts/zero2.json, or one of {', '.join(ZERO)}"
+        plan.errors.append(f"--deepspeed: expected {expected}, got {args.deepspeed!r}")
         args.deepspeed = None
 
 

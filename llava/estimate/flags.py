@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dama.train.arguments import zero_file
 from llava.estimate.plan import Plan
 from llava.train.arguments import dataclasses_of
 from llava.train.flag_checks import find_errors
@@ -80,5 +81,5 @@ def plan_of_flags(words: Sequence[str], ranks: int, written: Sequence[str] = ())
     later = tuple(f"--{name}:" for name, folder in vars(arguments[1]).items() if folder in written)
     said_below = ("--data_path:", "--image_folder:", *later)
     errors = [error for error in find_errors(*arguments) if not error.startswith(said_below)]
-    arguments[2].deepspeed = config
+    arguments[2].deepspeed = zero_file(config)
     return Plan(arguments, ranks, cuda, errors=errors)

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -32,10 +33,12 @@ from llava.generation.flags import Given, add_processor_flags
 from llava.generation.request import Decoding
 from llava.serve.chat import DEFAULT_CONV_MODE, ChatModel, History, replies_together
 from llava.serve.checkpoints import open_model
+from llava.serve.examples import Example, read_examples, style_of
 from llava.serve.guard import Guard, is_loopback
 from llava.serve.images import MAX_BYTES, SUFFIXES, read_image
 from llava.serve.mentions import ObjectVocabulary, read_vocabulary
 from llava.serve.server_model import ServerModel
+from llava.serve.transcript import COPY, DOWNLOAD, as_json
 
 EPILOG = """With --openai-base-url the models are those of a server, for which a checkpoint is exported first:
   python -m llava.model.export --to hf CHECKPOINT EXPORTED
@@ -49,10 +52,16 @@ CSS = """
 #head h1 { margin: 0; }
 #notice { font-size: 0.9em; opacity: 0.8; }
 /* The question stays in sight, however long the page is; the padding lets the page scroll past it. */
-#asking { position: fixed; bottom: 0; left: 0; right: 0; z-index: 20; gap: 8px; width: auto;
+#asking { position: fixed; bottom: 0; left: 0; right: 0; z-index: 60; gap: 8px; width: auto;
     padding: 8px max(16px, calc(50vw - 734px)); background: var(--body-background-fill);
     border-top: 1px solid var(--border-color-primary); }
 .gradio-container { padding-bottom: 190px !important; }
+#examples { gap: 8px; flex-wrap: nowrap; }
+#examples button { min-width: 0; height: 76px; padding: 0 0 2px; align-items: flex-end; font-size: 0.8em; color: white;
+    background-size: cover; background-position: center; text-shadow: 0 0 3px black, 0 0 3px black, 0 0 3px black; }
+#keep { gap: 8px; justify-content: flex-end; }
+#keep button { flex: 0 0 auto; min-width: 130px; }
+#copy.done::after { content: " \2713"; }
 #buttons { gap: 8px; flex-wrap: nowrap; }
 #buttons button { min-width: 0; padding-left: 4px; padding-right: 4px; }
 @media (max-width: 640px) {
@@ -103,6 +112,7 @@ class Session:
 
     def __init__(self) -> None:
         self.image: Image.Image | None = None
+        self.image_name = ""
         self.turns: list[Turn] = []
         self.listed = ""  # objects in the image, as the user lists them
         self.stop = Event()
@@ -115,10 +125,10 @@ class Session:
         """Return one model's earlier questions and answers."""
         return [(turn.question, turn.answers[model]) for turn in self.turns]
 
-    def begin(self, image: Image.Image | None) -> None:
+    def begin(self, image: Image.Image | None, name: str = "") -> None:
         """A new conversation, the running answer of the old one stopped."""
         self.stop.set()
-        self.image, self.turns = image, []
+        self.image, self.image_name, self.turns = image, name, []
 
     def ask(self, models: Sequence[ChatModel], question: str, decoding: Decoding) -> Iterator[None]:
         """Adds a turn whose answers grow, all at the same time; yields when they have. ValueError: cannot be asked."""
@@ -187,10 +197,15 @@ def open_upload(path: str) -> tuple[Image.Image, str]:
     file = Path(path)
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file.name}: more than {MAX_BYTES >> 20} MiB")
-    image = read_image(file.read_bytes(), file.name)
+    return open_content(file.read_bytes(), file.name)
+
+
+def open_content(content: bytes, name: str) -> tuple[Image.Image, str]:
+    """As `open_upload`, of a file's bytes."""
+    image = read_image(content, name)
     small = shrink(image, *IMAGE_SIDE)
     shrunk = "" if small.size == image.size else f", shrunk from {image.width} x {image.height}"
-    return small, f"{file.name}, {small.width} x {small.height}{shrunk}, shown as the model sees it"
+    return small, f"{name}, {small.width} x {small.height}{shrunk}, shown as the model sees it"
 
 
 def decoding_of(temperature: float, top_p: float, max_tokens: float) -> Decoding:
@@ -223,6 +238,7 @@ class Page:
 
     def __init__(self, models: Sequence[ChatModel], vocabulary: ObjectVocabulary | None, concurrency_count: int):
         self.models, self.vocabulary, self.concurrency_count = models, vocabulary, concurrency_count
+        self.examples = read_examples()
         # Threads of their own: each one's heap keeps the size of its largest image.
         self.preparing = ThreadPoolExecutor(IMAGES_AT_ONCE)
 
@@ -230,7 +246,7 @@ class Page:
         """Lays the page out and ties it up, inside a `gr.Blocks`."""
         import gradio as gr
 
-        gr.Markdown("# LLaVA\n" + self._introduction(), elem_id="head")
+        gr.Markdown("# Chat about an image\n" + self._introduction(), elem_id="head")
         self.session = gr.State(Session(), time_to_live=SESSION_S)
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
@@ -242,14 +258,16 @@ class Page:
         self._connect()
 
     def _introduction(self) -> str:
-        side_by_side = " The models answer side by side." if len(self.models) > 1 else ""
+        side_by_side = ""
+        if len(self.models) > 1:
+            side_by_side = " Two models answer the same question side by side, the baseline first."
         marks = ""
         if self.vocabulary is not None:
             marks = (
                 " List what is in the image, and objects in the answers are marked:"
                 ' <mark class="present">listed</mark> or <mark class="absent">not listed</mark>.'
             )
-        return f"Choose an image and ask about it.{side_by_side}{marks}"
+        return f"Choose an image or one of the examples, and ask about it.{side_by_side}{marks}"
 
     def _build_left(self) -> None:
         import gradio as gr
@@ -257,8 +275,10 @@ class Page:
         self.file = gr.File(label="Image", file_types=list(SUFFIXES), type="filepath", height=130, elem_id="upload")
         refuse_addresses(self.file)
         self.notice = gr.Markdown(f"{', '.join(FORMATS)}; at most {MAX_BYTES >> 20} MiB", elem_id="notice")
+        with gr.Row(elem_id="examples"):
+            self.example_buttons = [gr.Button(e.title, elem_id=f"example-{i}") for i, e in enumerate(self.examples)]
         self.preview = gr.Image(
-            show_label=False, interactive=False, format="jpeg", height=280, buttons=[], visible=False, elem_id="preview"
+            show_label=False, interactive=False, format="jpeg", height=220, buttons=[], visible=False, elem_id="preview"
         )
         self.listed = gr.Textbox(
             label="Objects in the image", placeholder="dog, bench, traffic light", elem_id="listed",
@@ -284,6 +304,10 @@ class Page:
                 )
                 for i, model in enumerate(self.models)
             ]  # fmt: skip
+        with gr.Row(elem_id="keep"):
+            self.copy = gr.Button("Copy", size="sm", interactive=False, elem_id="copy")
+            self.save = gr.Button("Download", size="sm", interactive=False, elem_id="download")
+        self.conversation = gr.Textbox(visible="hidden", elem_id="conversation")
 
     def _build_question(self) -> None:
         import gradio as gr
@@ -309,7 +333,7 @@ class Page:
             "api_visibility": "private",
         }  # fmt: skip
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        view = [*self.chats, self.send, self.stop, self.again, self.clear]
+        view = [*self.chats, self.send, self.stop, self.again, self.clear, self.copy, self.save, self.conversation]
         asked = [self.session, self.question, self.listed, *decoding]
         sends = [self.question.submit, self.send.click]
         gr.on([*sends, self.again.click], None, None, None, js=SHOW_ANSWERS, **at_once)
@@ -323,11 +347,19 @@ class Page:
         self.stop.click(lambda session: session.stop.set(), self.session, None, **at_once)
         clears = [self.clear.click, *(chat.clear for chat in self.chats)]
         gr.on(clears, self.clear_history, self.session, view, **at_once)
-        gr.on([self.listed.submit, self.listed.blur], self.relist, [self.session, self.listed], self.chats, **at_once)
+        relisted = [*self.chats, self.conversation]
+        gr.on([self.listed.submit, self.listed.blur], self.relist, [self.session, self.listed], relisted, **at_once)
+        for button, script in ((self.copy, COPY), (self.save, DOWNLOAD)):
+            button.click(None, self.conversation, None, js=script, **at_once)
         chosen = [self.file, self.preview, self.notice, *view]
         # Through the queue, for only there can a handler put a warning on the page.
         self.file.upload(self.choose, [self.session, self.file], chosen, concurrency_limit=IMAGES_AT_ONCE,
                          concurrency_id="images", show_progress="hidden", api_visibility="private")  # fmt: skip
+        for button, example in zip(self.example_buttons, self.examples):
+            button.click(
+                partial(self.choose_example, example), [self.session, self.question],
+                [self.question, self.listed, self.preview, self.notice, *view], **at_once,
+            )  # fmt: skip
 
     # Handlers.
 
@@ -337,8 +369,17 @@ class Page:
 
         chats = [messages(session, i, self.vocabulary) for i in range(len(self.models))]
         idle, has_turns = not session.busy, bool(session.turns)
-        active = (idle, session.busy, idle and has_turns, idle and has_turns)
-        return [*chats, *(gr.update(interactive=value) for value in active)]
+        active = (idle, session.busy, *[idle and has_turns] * 4)
+        return [*chats, *(gr.update(interactive=value) for value in active), self.transcript(session)]
+
+    def transcript(self, session: Session) -> Any:
+        """The conversation to copy and download, once its last answer is complete."""
+        import gradio as gr
+
+        if session.busy:
+            return gr.skip()
+        turns = [(turn.question, turn.answers) for turn in session.turns]
+        return as_json(session.image_name, session.listed, [model.name for model in self.models], turns)
 
     def ask(
         self, session: Session, question: str, listed: str | None, temperature: float, top_p: float, max_tokens: int
@@ -374,18 +415,17 @@ class Page:
 
     def clear_history(self, session: Session) -> list[Any]:
         """Begin a new conversation about the same image."""
-        session.begin(session.image)
+        session.begin(session.image, session.image_name)
         return self.view(session)
 
     def objects(self, listed: str | None) -> str:
         """The list that a visitor typed. A page without vocabulary does not show its field, and sends None for it."""
         return "" if listed is None else limited("the list of objects", listed, LISTED_LENGTH)
 
-    def relist(self, session: Session, listed: str | None) -> Any:
+    def relist(self, session: Session, listed: str | None) -> list[Any]:
         """Mark the answers by another list of objects."""
         session.listed = self.objects(listed)
-        chats = [messages(session, i, self.vocabulary) for i in range(len(self.models))]
-        return chats if len(chats) > 1 else chats[0]
+        return [*(messages(session, i, self.vocabulary) for i in range(len(self.models))), self.transcript(session)]
 
     def choose(self, session: Session, path: str) -> list[Any]:
         """Another image begins another conversation; a file that is refused changes nothing."""
@@ -398,8 +438,18 @@ class Page:
             return [None, gr.skip(), as_text(f"Refused: {error}"), *self.view(session)]
         finally:
             Path(path).unlink(missing_ok=True)  # Gradio's own copy of what was uploaded
-        session.begin(image)
+        session.begin(image, Path(path).name)
         return [None, gr.update(value=image, visible=True), as_text(notice), *self.view(session)]
+
+    def choose_example(self, example: Example, session: Session, question: str) -> list[Any]:
+        """Begin a conversation about an example; its question does not replace one that the user has typed."""
+        import gradio as gr
+
+        image, notice = open_content(example.content(), example.file)
+        session.begin(image, example.file)
+        session.listed = example.objects if self.vocabulary is not None else ""
+        asked = gr.skip() if isinstance(question, str) and question.strip() else example.question
+        return [asked, session.listed, gr.update(value=image, visible=True), as_text(notice), *self.view(session)]
 
 
 def refuse_addresses(component: Any) -> None:
@@ -462,8 +512,8 @@ def serve(
     _, address, shared = demo.launch(
         server_name=host, server_port=port, share=share, max_file_size=MAX_BYTES, allowed_paths=[], footer_links=[],
         show_error=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, quiet=True,
-        prevent_thread_lock=True, inbrowser=False, theme=theme, css=CSS, state_session_capacity=SESSIONS,
-        app_kwargs={"lifespan": guarded},
+        prevent_thread_lock=True, inbrowser=False, theme=theme, css=CSS + style_of(read_examples()),
+        state_session_capacity=SESSIONS, app_kwargs={"lifespan": guarded},
     )  # fmt: skip
     if shared:
         allowed.add(urlsplit(shared).netloc.lower())
@@ -553,7 +603,7 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             report_error(error, "gradio_web_server")
             if isinstance(error, ImportError):
-                log("The page needs Gradio: pip install -e '.[serve]'")
+                log("The page needs Gradio: pip install -e '.[serve]' in a clone, else pip install 'gradio>=6.31,<7'")
             return 2
     return 0
 

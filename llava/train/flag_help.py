@@ -25,7 +25,8 @@ example (what scripts/dama_7b.sh runs after the stages `python -m dama hardness`
 # transformers' own flags that most runs set; the others are listed by --help_all.
 OFTEN_USED = {
     "output_dir": "Folder for checkpoints and the final model.",
-    "deepspeed": "DeepSpeed's JSON file: scripts/zero2.json.",
+    "deepspeed": "DeepSpeed's JSON file, such as scripts/zero2.json; or the name of an installed one: zero2, zero3 or "
+    "zero3_offload.",
     "num_train_epochs": "Passes over the data.",
     "max_steps": "Optimizer steps; overrides epochs.",
     "per_device_train_batch_size": "Rows or pairs in one forward pass on each GPU.",

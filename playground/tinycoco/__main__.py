@@ -1,6 +1,6 @@
 """The miniature world.
 
-python -m playground.tinycoco scenes | vlm | report | benchmarks | judge | study | build | figures
+python -m playground.tinycoco scenes | vlm | report | benchmarks | judge | study | build | figures | examples
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, default=Path(__file__).parent, help="for weights/ and pairs.json")
     build.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
     build.add_argument("--seed", type=int, default=0)
+    examples = commands.add_parser("examples", help="write the example images of the chat page")
+    examples.add_argument("--out", type=Path, help="folder (default: llava/serve/example_images)")
     figures = commands.add_parser("figures", help="measure the shipped files against their marks (1 minute)")
     figures.add_argument("--out", type=Path, default=Path(__file__).parent, help="has weights/ and pairs.json")
     figures.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
@@ -87,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from playground.tinycoco.judge import serve
 
             serve(args.port)
+        elif args.command == "examples":
+            from playground.tinycoco.examples import FOLDER, write_examples
+
+            write_examples(args.out or FOLDER)
         elif args.command == "figures":
             from playground.tinycoco.build import judge, measure
 

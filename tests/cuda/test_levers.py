@@ -84,7 +84,7 @@ def test_setup_takes_torch_of_an_older_cuda(tmp_path):
 
     A later call without the variable leaves it as it is.
     """
-    for name in ("setup.py", "constraints.txt"):
+    for name in ("setup.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / ".venv/bin").mkdir(parents=True)

@@ -4,14 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from dama.train.arguments import ZERO, zero_file
+from llava.estimate.flags import plan_of_flags
 from llava.train.arguments import help_text, parse_arguments
 from llava.train.flag_names import translate_flags
 from llava.train.train_mem import main, validate_gpu_count, validate_half_precision
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, ROOT
 
 pytestmark = pytest.mark.fast
 
@@ -247,3 +250,10 @@ def test_is_multimodal_has_no_effect_and_says_so(capsys):
     """As in LLaVA, which switches it on where there is a vision tower."""
     assert parse_arguments([*GOOD, "--is_multimodal", "False"])[1].is_multimodal
     assert "warning: --is_multimodal False is ignored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_an_installed_deepspeed_file_by_its_name(name):
+    assert Path(zero_file(name)).read_bytes() == (ROOT / f"scripts/{name}.json").read_bytes()
+    assert zero_file(f"scripts/{name}.json") == f"scripts/{name}.json"
+    assert plan_of_flags([*GOOD, "--deepspeed", name], ranks=1).arguments[2].deepspeed == zero_file(name)

@@ -23,11 +23,14 @@ from PIL import Image
 
 from llava.generation.request import Decoding
 from llava.serve import gradio_web_server as page
+from llava.serve.examples import FOLDER, INDEX, read_examples
 from llava.serve.gradio_web_server import Session, Turn
 from llava.serve.images import load_image
 from llava.serve.local_model import LocalModel
 from llava.serve.mentions import ObjectVocabulary
 from llava.serve.server_model import ServerModel
+from llava.serve.transcript import as_json
+from playground.tinycoco.examples import write_examples
 from tests.conftest import GOLDEN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +136,27 @@ def test_upload(tmp_path):
         file.truncate(page.MAX_BYTES + 1)
     with pytest.raises(ValueError, match="b.png: more than 20 MiB"):
         page.open_upload(str(tmp_path / "b.png"))
+
+
+def test_the_examples_are_scenes_of_tinycoco(tmp_path):
+    """As `python -m playground.tinycoco examples` writes them; small, since every visitor loads them."""
+    write_examples(tmp_path)
+    assert (FOLDER / INDEX).read_bytes() == (tmp_path / INDEX).read_bytes()
+    assert {path.name for path in FOLDER.iterdir()} == {INDEX, *(example.file for example in read_examples())}
+    for example in read_examples():
+        with Image.open(FOLDER / example.file) as shipped, Image.open(tmp_path / example.file) as drawn:
+            assert shipped.tobytes() == drawn.tobytes()
+        assert len(example.content()) < 8000
+
+
+def test_a_conversation_to_keep():
+    whole = json.loads(as_json("a.png", "dog", ["base", "aligned"], [("why?", ["A 1", "B\n2"]), ("so?", ["A 3", ""])]))
+    assert whole["record"]["turns"][0] == {
+        "question": "why?", "answers": [{"model": "base", "answer": "A 1"}, {"model": "aligned", "answer": "B\n2"}],
+    }  # fmt: skip
+    paragraphs = ["Image: a.png", "Objects: dog", "User: why?", "base: A 1", "aligned: B\n2", "User: so?", "base: A 3"]
+    assert whole["text"] == "\n\n".join([*paragraphs, "aligned: \n"])
+    assert json.loads(as_json("", "", ["m"], []))["record"] == {"image": "", "objects": "", "turns": []}
 
 
 def test_the_flags_name_the_models(in_golden):
@@ -267,6 +291,7 @@ def greedy(model, question, picture, tokens=32):
 
 
 QUESTION = "What is in the picture?"
+FIELDS = ("#question textarea", "#listed input, #listed textarea")
 
 
 @pytest.fixture(scope="module")
@@ -437,6 +462,8 @@ def test_the_question_is_in_sight(window, browser, address, models, picture, siz
             assert 0 <= left < right <= width and 0 <= top < bottom <= height, selector
 
     check()
+    last = len(read_examples()) - 1
+    assert 0 <= box(screen, "#example-0")[0] < box(screen, f"#example-{last}")[2] <= size[0]
     assert browser.execute_script("return scrollY") == 0
     assert "Your question to both models" in screen.text("#question label")
     screen.upload(GOLDEN / "images" / "wide.png")
@@ -460,6 +487,46 @@ def test_greedy_is_the_default_for_both(screen, models, picture):
     screen.ask(QUESTION)
     expected = [letters(greedy(model, QUESTION, picture, tokens=512)) for model in models]
     screen.until(lambda: [letters(text) for text in screen.answers()] == expected)
+
+
+def test_an_example_to_ask_about_and_the_conversation_to_keep(screen, models, words, tmp_path):
+    """A click chooses image, question and objects; what was said is copied as text and downloaded as JSON."""
+    allowed = {"origin": screen.chrome.current_url.rstrip("/"), "permissions": ["clipboardReadWrite"]}
+    screen.chrome.execute_cdp_cmd("Browser.grantPermissions", allowed)
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    screen.chrome.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    set_decoding(screen, "0", "32")
+    assert not screen.enabled("copy") and not screen.enabled("download")
+    example = read_examples()[1]
+    assert "data:image/png" in screen.find("#example-1")[0].value_of_css_property("background-image")
+    screen.click("example-1")
+    screen.until(lambda: screen.find("#preview img"))
+    assert example.file in screen.text("#notice")
+    shown = {selector: screen.find(selector)[0].get_attribute("value") for selector in FIELDS}
+    assert list(shown.values()) == [example.question, example.objects]
+    screen.click("send")
+    picture = load_image(str(FOLDER / example.file))
+    answers = [greedy(model, example.question, picture) for model in models]
+    screen.until(lambda: [letters(text) for text in screen.answers()] == [letters(answer) for answer in answers])
+
+    screen.click("copy")
+    screen.until(lambda: "done" in screen.find("#copy")[0].get_attribute("class"))
+    copied = screen.chrome.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert f"User: {example.question}\n\nbase: {answers[0]}\n\naligned: {answers[1]}\n" in copied
+    screen.click("download")
+    file = tmp_path / "conversation.json"
+    screen.until(file.is_file)
+    (turn,) = json.loads(file.read_text())["turns"]
+    assert turn == {
+        "question": example.question,
+        "answers": [{"model": model.name, "answer": answer} for model, answer in zip(models, answers)],
+    }
+
+    screen.find("#question textarea")[0].send_keys("And now?")
+    screen.click("example-0")
+    screen.until(lambda: read_examples()[0].file in screen.text("#notice"))
+    assert screen.find("#question textarea")[0].get_attribute("value") == "And now?"  # typed, so it stays
+    screen.until(lambda: not screen.answers() and not screen.enabled("copy"))
 
 
 class Visits(BaseHTTPRequestHandler):
