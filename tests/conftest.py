@@ -24,7 +24,8 @@ GOLDEN = ROOT / "tests" / "golden"
 LONG = ("gpu", "distributed", "kill", "browser")
 # Files that take half a minute or more each, the longest first.
 LONGEST = (
-    "playground/test_tiny_vlm.py", "llava/test_kill.py", "models/test_training.py", "llava/test_distributed.py",
+    "playground/test_tiny_vlm.py", "test_docs.py", "test_wheel.py", "test_howtos.py", "test_notebook.py",
+    "test_examples.py", "llava/test_kill.py", "models/test_training.py", "llava/test_distributed.py",
     "cuda/test_steps.py", "llava/test_resume.py", "llava/test_gradio.py", "test_interrupt.py", "test_bench.py",
     "eval/test_evaluate.py", "llava/test_chat_page_attacks.py", "playground/test_study.py",
     "llava/test_console_lines.py", "cuda/test_gpu_check.py", "playground/test_clip.py", "cuda/test_trainings.py",

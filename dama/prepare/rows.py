@@ -154,8 +154,9 @@ def _readable(row: Any) -> tuple[NamedRow, tuple[RowImage, ...], tuple[RowImage,
 
 def _checked_pair(row: NamedRow, digests: Sequence[str], second: Sequence[str]) -> PreferencePair:
     """The pair with its images' digests for names, so that an absent id is the digest of pair and images."""
-    named = {"images": list(digests)} if "images" in row else {"image_path": digests[0]}
-    named |= {"rejected_images": list(second)} if second else {}
+    named: Record = {"images": list(digests)} if "images" in row else {"image_path": digests[0]}
+    if second:
+        named["rejected_images"] = list(second)
     try:
         pair = pair_of_fields(row.replaced(**named))
     except ValueError as error:

@@ -164,7 +164,7 @@ def test_second_images_and_their_answers_are_kept(tmp_path: Path, form: str) -> 
     """Inside the rows or beside them; checked, stored and counted like the others."""
     images = [picture(number) for number in (7, 8)]
     if form == "parquet":
-        second = {"rejected_images": [{"bytes": images[1], "path": "8.png"}], "second": "A dog."}
+        second: dict[str, Any] = {"rejected_images": [{"bytes": images[1], "path": "8.png"}], "second": "A dog."}
         source = write_parquet(tmp_path / "in/set.parquet", [rlaifv_row(7, **second)], schema=None)
     else:
         for number, image in zip((7, 8), images, strict=True):

@@ -106,7 +106,8 @@ class Server:
     def close(self, caller: socket.socket) -> None:
         """In a fork: let go of everything that is the server's."""
         signal.set_wakeup_fd(-1)
-        for each in (self.listener, self.selector, caller, *self.callers.values()):
+        self.selector.close()
+        for each in (self.listener, caller, *self.callers.values()):
             each.close()
         for descriptor in (self.owner, self.ended, self.wakeup):
             os.close(descriptor)
@@ -172,9 +173,10 @@ def take_streams(streams: list[int], unbuffered: bool) -> None:
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.__stdin__ = sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), sys.stdin.encoding, "strict")
-    sys.__stdout__ = sys.stdout = output(1, sys.stdout, unbuffered, os.isatty(1))
-    sys.__stderr__ = sys.stderr = output(2, sys.stderr, unbuffered, True)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), sys.stdin.encoding, "strict")
+    sys.stdout = output(1, sys.stdout, unbuffered, os.isatty(1))
+    sys.stderr = output(2, sys.stderr, unbuffered, True)
+    vars(sys).update({f"__{name}__": getattr(sys, name) for name in ("stdin", "stdout", "stderr")})
 
 
 def output(descriptor: int, like: Any, unbuffered: bool, by_lines: bool) -> io.TextIOWrapper:
