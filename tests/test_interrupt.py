@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dama.train.checkpoints import last_complete_checkpoint
 from tests import warm
 from tests.conftest import GOLDEN
 from tests.llava.tiny import flags_of
@@ -47,7 +48,9 @@ class Started:
     def wait_until(self, holds):
         deadline = time.monotonic() + 120
         while self.process.poll() is None and not holds():
-            assert time.monotonic() < deadline, self.log.read_text()
+            if time.monotonic() > deadline:
+                os.killpg(self.process.pid, signal.SIGKILL)  # or it would go on after the test
+                pytest.fail(self.log.read_text())
             time.sleep(0.02)
         assert self.process.poll() is None, self.log.read_text()
 
@@ -77,7 +80,7 @@ def test_interrupted_in_training(tmp_path, workers):
                      "1", "--save_total_limit", "1", "--dataloader_num_workers", workers, "--max_steps")  # fmt: skip
     command = [str(ROOT / "llava/train/train_mem.py"), *flags]
     started = Started([*command, "5000"], tmp_path / "log")
-    started.wait_until(lambda: list((tmp_path / "out").glob("checkpoint-*/trainer_state.json")))
+    started.wait_until(lambda: last_complete_checkpoint(tmp_path / "out"))
     code, log = started.interrupt()
     assert code == 130 and log.count(LINE) == 1 and "Traceback" not in log, log
     started = Started([*command, "5000"], tmp_path / "again")
