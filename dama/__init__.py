@@ -3,8 +3,9 @@
 import sys
 
 from dama.console import end_on_interrupt
+from dama.version import __version__
 
-__version__ = "0.2.0"  # the only place: pyproject.toml reads it here
+__all__ = ["__version__"]
 
 if sys.argv[:1] == ["-m"]:  # python -m dama...: the module's own long imports follow
     end_on_interrupt()

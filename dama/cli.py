@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dama import __version__
 from dama.console import USER_ERROR, end_on_interrupt, report_error
 from dama.flags import FlagParser, Help
+from dama.version import __version__
 
 DESCRIPTION = """\
 Data- and model-aware preference alignment of multimodal LLMs, stage by stage. Each stage writes a folder: records as

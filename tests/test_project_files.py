@@ -26,7 +26,7 @@ def loaded(name):
 def test_one_version():
     """Of the package, of the citation, and of the newest release, on the same day."""
     assert CONFIG["project"]["dynamic"] == ["version"]
-    assert CONFIG["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "dama.__version__"}}
+    assert CONFIG["tool"]["setuptools"]["dynamic"] == {"version": {"attr": "dama.version.__version__"}}
     releases = RELEASE.findall((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
     citation = loaded("CITATION.cff")
     assert releases[0] == (dama.__version__, citation["date-released"].isoformat())

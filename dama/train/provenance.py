@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dama import __version__
 from dama.console import write_atomic, write_json
 from dama.stage import differences
 from dama.train.checkpoints import PROVENANCE_FILE, last_complete_checkpoint, log_finished, validate_world_size
+from dama.version import __version__
 
 Defaults = dict[str, tuple[Any, ...]]  # values of each flag that is not given
 FLAGS = {  # what to call the fields of a provenance in errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from eval.core.judge import VERDICTS
 from eval.evaluate import main
 from playground.tinycoco.benchmarks import write_benchmarks
 from playground.tinycoco.hallusionbench import judge_prompt
+from tests import warm
 from tests.openai_server import Scripted, ScriptedServer, completion
 
 pytestmark = pytest.mark.kill
@@ -42,7 +42,7 @@ def command(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "eval.evaluate", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = warm.cold() | {"OMP_NUM_THREADS": "1"}  # what is killed is the process itself, at once
     return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -1,4 +1,4 @@
-"""Child processes of tests that do not import torch, transformers and DeepSpeed anew: `python` beside `server.py`.
+"""Child processes of tests that do not import torch, transformers and DeepSpeed anew: `stand_in.py` beside `server.py`.
 
 A Python that trains spends twelve seconds of processor time on importing libraries, and the tests start hundreds.
 `start()` starts two processes that have imported the libraries, and nothing of this repository, and lets
@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tests.warm.protocol import COLD, PYTHON, SERVERS, SOCKET
 
-STAND_IN = Path(__file__).with_name("bin") / "python"
+HOME = Path(__file__).parent
+LAUNCHERS = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
 
 
 def start() -> None:
@@ -29,7 +30,8 @@ def start() -> None:
     folder = tempfile.TemporaryDirectory(prefix="dama-warm-")
     atexit.register(folder.cleanup)
     end, ours = os.pipe()  # the servers end when this process does, however that happens
-    address, script = f"{folder.name}/socket", str(Path(__file__).with_name("server.py"))
+    address, script = f"{folder.name}/socket", str(HOME / "server.py")
+    write_programs(Path(folder.name) / "bin")
     servers = [
         subprocess.Popen([sys.executable, script, f"{address}{i}", str(end)], pass_fds=(end,), start_new_session=True)
         for i in range(SERVERS)
@@ -40,10 +42,22 @@ def start() -> None:
     use()
 
 
+def write_programs(folder: Path) -> None:
+    """Write the stand-in and the launchers of ranks beside it; they need nothing on PATH."""
+    folder.mkdir()
+    stand_in = f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(HOME)!r})\nimport stand_in\n"
+    programs = {"python": stand_in} | {
+        name: f'#!/bin/sh\nexec "{folder}/python" -m {module} "$@"\n' for name, module in LAUNCHERS.items()
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+
+
 def use() -> None:
     """Let sys.executable name the stand-in where servers run."""
     if SOCKET in os.environ and not os.environ.get(COLD):
-        sys.executable = str(STAND_IN)
+        sys.executable = str(Path(os.environ[SOCKET]).with_name("bin") / "python")
 
 
 def cold(environment: dict[str, str] | None = None) -> dict[str, str]:

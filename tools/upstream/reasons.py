@@ -149,6 +149,7 @@ CHANGED: Mapping[str, str] = {
     "scripts/extract_mm_projector.py:--output": _NAME_THE_FILE,
     "llava/eval/model_vqa*.py:--image-folder": _SEVERAL_FOLDERS,
     "llava/eval/model_vqa*.py:--conv-mode": _OWN_TEMPLATE,
+    "llava/eval/run_llava.py:--conv-mode": _OWN_TEMPLATE,
     "llava/serve/cli.py:--conv-mode": _OWN_TEMPLATE,
     "llava/train/train.py:TrainingArguments.optim": _FUSED,
     "llava/train/train.py:ModelArguments.version": _V1_5,

@@ -1,4 +1,3 @@
-#!/usr/bin/env -S python3 -I -S
 """Stands in for Python in the tests: a fork of a process that has imported the libraries, or a real Python."""
 
 import os
@@ -7,8 +6,8 @@ import signal
 import socket
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # protocol.py, without the package around it
-from protocol import COLD, PYTHON, RELAYED, SERVERS, SOCKET, at_import, is_command, receive, send  # noqa: E402
+from protocol import COLD, PYTHON, RELAYED, SERVERS, SOCKET, at_import, is_command, receive, send
+
 
 def real() -> None:
     """Become the real Python."""
