@@ -19,6 +19,12 @@ def limits() -> dict[str, list[int]]:
     return {name: list(resource.getrlimit(getattr(resource, name))) for name in dir(resource) if name[:7] == "RLIMIT_"}
 
 
+def umask() -> int:
+    """Of this process, which can only be read by setting it."""
+    os.umask(mask := os.umask(0))
+    return mask
+
+
 def warm() -> int | None:
     """The status of the command, or None where the server is gone or of another environment."""
     server = socket.socket(socket.AF_UNIX)
@@ -27,8 +33,13 @@ def warm() -> int | None:
         ignored = [number for number in RELAYED if signal.getsignal(number) == signal.SIG_IGN]
         for number in RELAYED:  # what comes before the process id is known waits
             signal.pthread_sigmask(signal.SIG_BLOCK, [number])
-        request = {"words": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ), "ignored": ignored}
-        request |= {"at_import": at_import(dict(os.environ)), "limits": limits(), "umask": os.umask(0)}
+        request: dict[str, object] = {
+            "words": sys.argv[1:],
+            "folder": os.getcwd(),
+            "environment": dict(os.environ),
+            "ignored": ignored,
+        }
+        request |= {"at_import": at_import(dict(os.environ)), "limits": limits(), "umask": umask()}
         send(server, request, (0, 1, 2))
         answer, _ = receive(server)
     except OSError:
@@ -51,8 +62,9 @@ if os.environ.get(COLD) or SOCKET not in os.environ or not is_command(sys.argv[1
 status = warm()
 if status is None:
     real()
-elif status < 0:
-    signal.signal(-status, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [-status])
-    os.kill(os.getpid(), -status)
-os._exit(status)
+else:
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [-status])
+        os.kill(os.getpid(), -status)
+    os._exit(status)
