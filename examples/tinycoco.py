@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-"""# DAMA in pictures, on TinyCOCO.
+"""# DAMA in images, on TinyCOCO.
 
 TinyCOCO is a miniature world in this repository: drawn scenes, a CLIP and a LLaVA of 2.5 million parameters, and
 preference pairs. This notebook goes through DAMA once, from captions that name missing objects to a model that names
@@ -97,8 +97,8 @@ def gallery(images: list[str], models: dict[str, dict[str, str]]) -> HTML:
     rows = []
     for image in images:
         lines = "".join(f"<p><i>{name}:</i> {marked(image, captions[image])}</p>" for name, captions in models.items())
-        picture = f"<img width=112 src='{url_of(draw(scene_of(image)))}'>"
-        rows.append(f"<tr><td>{picture}</td><td style='text-align:left'>{lines}</td></tr>")
+        shown = f"<img width=112 src='{url_of(draw(scene_of(image)))}'>"
+        rows.append(f"<tr><td>{shown}</td><td style='text-align:left'>{lines}</td></tr>")
     return HTML(f"<table>{''.join(rows)}</table>")
 
 

@@ -21,19 +21,19 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dama import cli
-from dama.console import log
+from dama.console import OWN, log
 from dama.flag_table import rebuild
 from llava.commands.train import training_flags
 from llava.train.flag_names import reject_unknown_flags, translate_flags
 from scripts import flag_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("dama", "llava", "eval", "playground", "scripts", "tools", "tests")
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<language>[^\s`{]*)[^`]*$")
 TABLE_COMMENT = re.compile(r"<!-- table: (.+?) -->")
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
@@ -89,11 +89,8 @@ class Command:
 
 
 def pages() -> list[Path]:
-    """README.md, CONTRIBUTING.md where there is one, and every page below docs/."""
-    return [
-        *(path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.is_file()),
-        *sorted((ROOT / "docs").rglob("*.md")),
-    ]
+    """README.md, CONTRIBUTING.md, and every page below docs/."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks_of(path: Path) -> list[Block]:
@@ -277,7 +274,7 @@ def launched_errors(command: Command) -> list[str]:
 
 def module_errors(module: str, words: Sequence[str]) -> list[str]:
     """Errors of `python -m module words`."""
-    if module.split(".")[0] not in OURS:
+    if module.split(".")[0] not in OWN:
         return [] if importlib.util.find_spec(module.split(".")[0]) else [f"python -m {module}: no such module"]
     file = ROOT / (module.replace(".", "/") + ".py")
     if not file.is_file() and not (file.with_suffix("") / "__main__.py").is_file():
@@ -454,15 +451,14 @@ def parser_named(name: str) -> argparse.ArgumentParser | None:
 
 def extra_errors(command: Command) -> list[str]:
     """Extras of this package that an installation names and that it does not have."""
-    files = [path for name in ("setup.py", "pyproject.toml") if (path := ROOT / name).is_file()]
-    declared = "".join(path.read_text(encoding="utf-8") for path in files)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = [
         extra.strip()
         for word in command.words
         for extras in re.findall(r"(?:^\.|dama-mllm)\[([^\]]+)\]", word)
         for extra in extras.split(",")
     ]
-    return [f"extra {name}: not declared" for name in named if not re.search(rf"\b{name}\"?'?\s*[:=]", declared)]
+    return [f"extra {name}: not declared" for name in named if name not in project["optional-dependencies"]]
 
 
 @functools.cache
@@ -474,7 +470,7 @@ def is_read(name: str) -> bool:
 @functools.cache
 def source_text() -> str:
     """Text of all scripts and modules."""
-    files = [path for folder in OURS[:6] for path in sorted((ROOT / folder).rglob("*"))]
+    files = [path for folder in OWN if folder != "tests" for path in sorted((ROOT / folder).rglob("*"))]
     return "\n".join(path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".sh"))
 
 

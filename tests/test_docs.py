@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dama.console import OWN
 from scripts import docs_commands, docs_links
 from scripts.docs_commands import ROOT, Block, bash_blocks, blocks_of, commands, commands_of, errors_of, pages
 
@@ -223,7 +224,7 @@ def test_python_examples_import_what_exists(page):
     examples = [block for block in blocks_of(ROOT / page) if block.language == "python"]
     for block in (block for block in examples if not re.match(r"# [\w/]+\.\w+", block.text)):
         for node in ast.walk(ast.parse(block.text)):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in docs_commands.OURS:
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OWN:
                 base = ROOT / node.module.replace(".", "/")
                 file = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
                 text = file.read_text(encoding="utf-8")

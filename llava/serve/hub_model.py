@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dama.models.answering import Turn
 from dama.models.loading import ProcessorOptions
 from dama.texts import IMAGE_TOKEN
 from llava.generation.hub import HubAnswerer
@@ -64,12 +65,10 @@ class HubModel:
 
         A special token that a text spells, a placeholder of an image among them, stays text.
         """
-        turns: list[tuple[str, str | None]] = [(asked, answer) for asked, answer in history if answer]
-        turns.append((question, None))
-        turns = [(self.literal(asked), answer and self.literal(answer)) for asked, answer in turns]
-        if has_image:
-            turns[0] = (self.image_tokens() + turns[0][0], turns[0][1])
-        return self.render(turns)
+        asked = [*((question, answer) for question, answer in history if answer), (question, "")]
+        return self.prompter.prompt(
+            [Turn(text, answer, int(has_image and number == 0)) for number, (text, answer) in enumerate(asked)]
+        )
 
     def literal(self, text: str) -> str:
         """A user's text for a prompt: the spelling of a special token in it stays text."""

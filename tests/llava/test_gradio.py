@@ -505,8 +505,8 @@ def test_an_example_to_ask_about_and_the_conversation_to_keep(screen, models, wo
     shown = {selector: screen.find(selector)[0].get_attribute("value") for selector in FIELDS}
     assert list(shown.values()) == [example.question, example.objects]
     screen.click("send")
-    picture = load_image(str(FOLDER / example.file))
-    answers = [greedy(model, example.question, picture) for model in models]
+    image = load_image(str(FOLDER / example.file))
+    answers = [greedy(model, example.question, image) for model in models]
     screen.until(lambda: [letters(text) for text in screen.answers()] == [letters(answer) for answer in answers])
 
     screen.click("copy")

@@ -60,6 +60,6 @@ def use() -> None:
         sys.executable = str(Path(os.environ[SOCKET]).with_name("bin") / "python")
 
 
-def cold(environment: dict[str, str] | None = None) -> dict[str, str]:
+def cold() -> dict[str, str]:
     """The environment of a child process that must import everything itself."""
-    return (dict(os.environ) if environment is None else environment) | {COLD: "1"}
+    return dict(os.environ) | {COLD: "1"}

@@ -8,8 +8,6 @@ import signal
 import sys
 import time
 
-ENDS = ("exit 3", "message", "error", "term", "interrupt", "sleep")
-
 
 def main(how: str) -> None:
     """Print what this process is, and end."""

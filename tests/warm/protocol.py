@@ -18,7 +18,7 @@ AT_IMPORT = (
     "PYTHONHASHSEED", "PYTHONIOENCODING", "PYTHONUTF8", "PYTHONOPTIMIZE", "PYTHONSAFEPATH", "PYTHONHOME",
     "PYTHONNOUSERSITE", "PYTHONDEVMODE", "PYTHONPROFILEIMPORTTIME", "CUDA_HOME", "TRITON_", "BNB_", "GRADIO_",
 )  # fmt: skip
-NOT_AT_IMPORT = ("TORCH_NCCL_", "TORCH_DISTRIBUTED_", "TORCHELASTIC_")
+NOT_AT_IMPORT = ("TORCH_NCCL_", "TORCH_DISTRIBUTED_")
 
 
 def at_import(environment: dict[str, str]) -> dict[str, str]:
@@ -36,11 +36,11 @@ def is_command(words: list[str]) -> bool:
         words = words[1:]
     if words[:1] == ["-m"] and len(words) > 1:
         return words[1] in LAUNCHERS or words[1].split(".")[0] in PACKAGES
-    return bool(words) and words[0].endswith(".py") and not words[0].startswith("-") and is_ours(words[0])
+    return bool(words) and words[0].endswith(".py") and is_ours(words[0])
 
 
 def is_ours(script: str) -> bool:
-    """Whether a script lies in this repository, or is the launcher of ranks of a library."""
+    """Whether a script lies in a package of this repository."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
     place = os.path.relpath(os.path.realpath(script), root)
     return place.split(os.sep)[0] in PACKAGES
