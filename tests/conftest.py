@@ -46,6 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
         warm.start()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many child processes were spared their imports."""
+    if line := warm.counts():
+        terminalreporter.write_line(line)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m fast`, leave files without that marker unread: what they import costs more than the fast tests."""
     if config.option.markexpr != "fast" or collection_path.suffix != ".py":

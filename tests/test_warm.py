@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from tests import warm
 from tests.conftest import ROOT
-from tests.warm.protocol import PYTHON, SOCKET, is_command
+from tests.warm.protocol import PYTHON, SERVERS, SOCKET, at_import, is_command
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,25 @@ def test_it_ends_as_a_real_python_does(stand_in, how, code, message):
         done = run(python, how)
         assert done.returncode == code and done.stderr.endswith(message), (python, done.stderr)
         assert json.loads(done.stdout)["warm"] is (python == stand_in)
+
+
+def test_stand_ins_killed_at_any_moment_leave_the_servers_alive(stand_in):
+    """Before their request is whole, before and after they read the answer: every later command still forks."""
+    words = ["-m", "tests.warm.echo", ""]
+    for server in range(SERVERS):
+        for part in (0, 1, 2000, None):
+            caller = socket.socket(socket.AF_UNIX)
+            caller.connect(f"{os.environ[SOCKET]}{server}")
+            with open(os.devnull, "r+") as null:
+                request = {"words": words, "folder": "/", "environment": dict(os.environ), "ignored": [], "limits": {},
+                           "umask": 0, "at_import": at_import(dict(os.environ))}  # fmt: skip
+                line = json.dumps(request).encode() + b"\n"
+                if part != 0:
+                    socket.send_fds(caller, [line[:part]], [null.fileno()] * 3)
+            caller.close()
+    for rank in range(SERVERS):
+        for _ in range(2):
+            assert json.loads(run(stand_in, "", LOCAL_RANK=str(rank)).stdout)["warm"], warm.counts()
 
 
 @pytest.mark.parametrize("changed", [{"OMP_NUM_THREADS": "3"}, {"PYTHONHASHSEED": "1"}, {"DAMA_COLD": "1"}])

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from eval.compare import compare
 from eval.core.answering import AnsweringError, spawn
 from eval.evaluate import main
 from eval.page_items import unpacked
+from tests import warm
 from tests.eval import tiny_bench
 from tests.models.saved import save, save_adapter
 from tests.openai_server import VERSION, Scripted, ScriptedServer, failure
@@ -334,11 +334,10 @@ def kill_after(answers, world, out):
     """Starts the command as a process of its own and kills it when it has written so many answers."""
     line = [sys.executable, "-m", "eval.evaluate", "objhal", CHECKPOINT, "--out", str(out), *SHORT, "--batch-size", "1"]
     environment = os.environ | {"DAMA_BENCH_DATA": str(world), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while process.poll() is None and answers_in(out).count(b"\n") < answers:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    warm.kill(process)
 
 
 @pytest.mark.kill

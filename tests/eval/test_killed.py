@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -42,8 +42,8 @@ def command(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "eval.evaluate", *arguments]
-    environment = warm.cold() | {"OMP_NUM_THREADS": "1"}  # what is killed is the process itself, at once
-    return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 def kill_when(done: Callable[[], bool], arguments: list[str]) -> None:
@@ -51,8 +51,7 @@ def kill_when(done: Callable[[], bool], arguments: list[str]) -> None:
     process = start(arguments)
     while process.poll() is None and not done():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    warm.kill(process)
 
 
 def answered(run: Path) -> int:

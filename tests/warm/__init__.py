@@ -4,20 +4,23 @@ A Python that trains spends twelve seconds of processor time on importing librar
 `start()` starts two processes that have imported the libraries, and nothing of this repository, and lets
 `sys.executable` name a stand-in. The stand-in asks one of them to fork, which takes milliseconds; the fork becomes the
 command, with the caller's arguments, environment, folder, limits, standard streams and signals, and with a process id
-of its own. What the libraries read from the environment at import must be the same; else, and for everything that is no
-command of this repository, the stand-in becomes a real Python. DAMA_COLD=1 asks for that.
+of its own. Bash scripts find the stand-in where they call `python`. What the libraries read from the environment at
+import must be the same; else, and for everything that is no command of this repository, the stand-in becomes a real
+Python. DAMA_COLD=1 asks for that.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
-from tests.warm.protocol import COLD, PYTHON, SERVERS, SOCKET
+from tests.warm.protocol import COLD, COUNTS, PYTHON, SERVERS, SOCKET
 
 HOME = Path(__file__).parent
 LAUNCHERS = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
@@ -55,9 +58,28 @@ def write_programs(folder: Path) -> None:
 
 
 def use() -> None:
-    """Let sys.executable name the stand-in where servers run."""
+    """Let sys.executable, and `python` in bash scripts, name the stand-in where servers run."""
     if SOCKET in os.environ and not os.environ.get(COLD):
         sys.executable = str(Path(os.environ[SOCKET]).with_name("bin") / "python")
+        os.environ["BASH_FUNC_python%%"] = f'() {{ "{sys.executable}" "$@"; }}'  # noqa: SIM112
+
+
+def counts() -> str:
+    """How many processes forked, and why the others did not; empty where no server ran."""
+    path = Path(os.environ.get(SOCKET, "") + COUNTS)
+    if not path.exists():
+        return ""
+    became = Counter(line.split("\t")[0] for line in path.read_text().splitlines())
+    return f"{became.pop('forked', 0)} processes forked; real Pythons: " + (
+        ", ".join(f"{count} ({why})" for why, count in became.most_common()) or "none"
+    )
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process whose standard output is a pipe, and wait until its fork has ended, which holds that pipe too."""
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
 
 
 def cold() -> dict[str, str]:

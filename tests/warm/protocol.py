@@ -9,6 +9,7 @@ import socket
 
 RELAYED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SOCKET, PYTHON, COLD = "DAMA_WARM_SOCKET", "DAMA_WARM_PYTHON", "DAMA_COLD"
+COUNTS = ".counts"  # behind the address: the file of what stand-ins became
 SERVERS = 2  # the ranks of a group have hash seeds of their own, as real processes have
 PACKAGES = ("dama", "llava", "eval", "playground", "scripts", "tools", "tests")
 LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
@@ -28,6 +29,11 @@ def at_import(environment: dict[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name.startswith(AT_IMPORT) and not name.startswith(NOT_AT_IMPORT)
     }
+
+
+def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """The names of variables that two environments do not share."""
+    return sorted({name for name, _ in one.items() ^ other.items()})
 
 
 def is_command(words: list[str]) -> bool:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent)  # protocol.py, without the package around it
-from protocol import PYTHON, RELAYED, at_import, is_command, receive, send  # noqa: E402
+from protocol import PYTHON, RELAYED, at_import, differing, receive, send  # noqa: E402
 
 # What the commands of this repository import; nothing of this repository itself.
 LIBRARIES = (
@@ -80,25 +80,34 @@ class Server:
                 elif key.fileobj is self.listener:
                     if request := self.answer(self.listener.accept()[0]):
                         return request
-                elif key.data in self.callers and not self.callers[key.data].recv(1):  # the stand-in is dead
+                elif key.data in self.callers and is_dead(self.callers[key.data]):
                     kill_group(key.data)
                     self.selector.unregister(self.callers[key.data])
 
     def answer(self, caller: socket.socket) -> dict[str, Any] | None:
-        """Fork, or say that this process cannot be what is asked for; in the fork, return the request."""
-        request, streams = receive(caller, 3)
-        if isinstance(request, dict) and request["at_import"] == self.known and is_command(request["words"]):
+        """Fork, or say why this process cannot be what is asked for; in the fork, return the request.
+
+        A stand-in may be killed at any moment: whatever it no longer sends or takes is left at that.
+        """
+        request, streams = None, []
+        with suppress(OSError, ValueError):
+            request, streams = receive(caller, 3)
+        if not isinstance(request, dict):
+            caller.close()
+        elif differ := differing(request["at_import"], self.known):
+            with suppress(OSError):
+                send(caller, {"differ": differ})
+            caller.close()
+        else:
             if (pid := os.fork()) == 0:
                 self.close(caller)
                 return request | {"environment": self.added | request["environment"], "streams": streams}
             with suppress(PermissionError, ProcessLookupError):
                 os.setpgid(pid, pid)  # as the fork does: whoever comes first
-            send(caller, {"pid": pid})
+            with suppress(OSError):
+                send(caller, {"pid": pid})
             self.callers[pid] = caller
             self.selector.register(caller, selectors.EVENT_READ, pid)
-        else:
-            send(caller, {})
-            caller.close()
         for descriptor in streams:
             os.close(descriptor)
         return None
@@ -134,6 +143,14 @@ def import_libraries() -> None:
     logging.disable(logging.NOTSET)
     gc.collect()
     gc.freeze()  # or the first collection of a fork would copy every page
+
+
+def is_dead(caller: socket.socket) -> bool:
+    """Whether the process at the other end of a connection, which says nothing more, has ended."""
+    try:
+        return not caller.recv(1)
+    except OSError:
+        return True
 
 
 def kill_group(group: int) -> None:

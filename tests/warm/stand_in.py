@@ -5,13 +5,22 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 
-from protocol import COLD, PYTHON, RELAYED, SERVERS, SOCKET, at_import, is_command, receive, send
+from protocol import COLD, COUNTS, PYTHON, RELAYED, SERVERS, SOCKET, at_import, is_command, receive, send
 
 
-def real() -> None:
+def real(why: str) -> None:
     """Become the real Python."""
+    count(why)
     os.execv(os.environ[PYTHON], [os.environ[PYTHON], *sys.argv[1:]])
+
+
+def count(what: str) -> None:
+    """Write a line for the summary of the tests."""
+    if SOCKET in os.environ:
+        with suppress(OSError), open(os.environ[SOCKET] + COUNTS, "ab", buffering=0) as file:
+            file.write(f"{what}\t{os.environ.get('PYTEST_CURRENT_TEST', '')}\t{sys.argv[1:][:3]}\n".encode())
 
 
 def limits() -> dict[str, list[int]]:
@@ -25,8 +34,8 @@ def umask() -> int:
     return mask
 
 
-def warm() -> int | None:
-    """The status of the command, or None where the server is gone or of another environment."""
+def warm() -> int | str:
+    """The status of the command, or why there is no fork: the server is gone or of another environment."""
     server = socket.socket(socket.AF_UNIX)
     try:
         server.connect(f"{os.environ[SOCKET]}{(int(os.environ.get('LOCAL_RANK', os.getpid()))) % SERVERS}")
@@ -43,10 +52,11 @@ def warm() -> int | None:
         send(server, request, (0, 1, 2))
         answer, _ = receive(server)
     except OSError:
-        return None
+        answer = None
     if not answer or "pid" not in answer:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, RELAYED)
-        return None
+        return "the server is gone" if answer is None else f"{', '.join(answer['differ'])} differ"
+    count("forked")
     for number in RELAYED:
         if number not in ignored:
             signal.signal(number, lambda number, frame: os.kill(answer["pid"], number))
@@ -57,11 +67,13 @@ def warm() -> int | None:
     return ended["status"]
 
 
-if os.environ.get(COLD) or SOCKET not in os.environ or not is_command(sys.argv[1:]):
-    real()
+if os.environ.get(COLD):
+    real("asked for")
+if SOCKET not in os.environ or not is_command(sys.argv[1:]):
+    real("no command of the repository")
 status = warm()
-if status is None:
-    real()
+if isinstance(status, str):
+    real(status)
 else:
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
