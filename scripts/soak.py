@@ -7,6 +7,7 @@ log, a new checkpoint folder, a grown file of records. Half of them come within 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import filecmp
 import json
 import os
@@ -244,6 +245,7 @@ class Run:
         self.signs: list[tuple[float, Sign]] = [(0.0, START)]  # seconds since the start
         self._began = time.monotonic()
         with open(folder / LOG, "wb") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)  # until the last process that writes to it has ended
             self.process = subprocess.Popen(
                 job.command, cwd=folder, env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -294,13 +296,15 @@ class Run:
         self.signs += [(self.seconds, sign) for sign in fresh]
 
     def kill(self) -> None:
-        """Send SIGKILL to the whole group; return when none of it is left."""
+        """Send SIGKILL to the whole group; return when none of it is left, nor anybody who writes to the log."""
         if group := members(self.process.pid):
             os.killpg(self.process.pid, signal.SIGKILL)
         while group:
             time.sleep(LOOK)
             group = members(self.process.pid)
         self.process.wait()
+        with open(self.folder / LOG, "rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH)
 
     def log(self) -> str:
         """Output of the command so far."""

@@ -36,9 +36,9 @@ IMPORTING = {
 class Started:
     """A command in a process and a session of its own, from tests/golden."""
 
-    def __init__(self, words, log):
+    def __init__(self, words, log, environment):
         self.log = log
-        environment = warm.cold() | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        environment = environment | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *words], cwd=GOLDEN, env=environment, stdin=subprocess.DEVNULL, stdout=file,
@@ -66,7 +66,7 @@ class Started:
 
 @pytest.mark.parametrize("name", IMPORTING)
 def test_interrupted_in_its_imports(tmp_path, name):
-    started = Started(IMPORTING[name], tmp_path / "log")
+    started = Started(IMPORTING[name], tmp_path / "log", warm.cold())
     started.wait_until(started.is_importing)
     code, log = started.interrupt()
     assert (code, log.split("\n")[-2:]) == (130, [LINE, ""]), log
@@ -79,17 +79,17 @@ def test_interrupted_in_training(tmp_path, workers):
     flags = flags_of(tmp_path / "out", "--per_device_train_batch_size", "2", "--save_strategy", "steps", "--save_steps",
                      "1", "--save_total_limit", "1", "--dataloader_num_workers", workers, "--max_steps")  # fmt: skip
     command = [str(ROOT / "llava/train/train_mem.py"), *flags]
-    started = Started([*command, "5000"], tmp_path / "log")
+    started = Started([*command, "5000"], tmp_path / "log", os.environ)
     started.wait_until(lambda: last_complete_checkpoint(tmp_path / "out"))
     code, log = started.interrupt()
     assert code == 130 and log.count(LINE) == 1 and "Traceback" not in log, log
-    started = Started([*command, "5000"], tmp_path / "again")
+    started = Started([*command, "5000"], tmp_path / "again", os.environ)
     started.wait_until(lambda: "continuing from" in started.log.read_text())
     assert started.interrupt()[0] == 130
 
 
 def test_other_ranks_are_silent(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    started = Started(IMPORTING["generate"], tmp_path / "log")
+    started = Started(IMPORTING["generate"], tmp_path / "log", warm.cold())
     started.wait_until(started.is_importing)
     assert started.interrupt() == (130, "")

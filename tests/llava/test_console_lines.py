@@ -1,6 +1,7 @@
 """What people read on the console: readable lines with a legend, warnings that concern them, no library's notices."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,9 +41,10 @@ def training(task, out, *more):
     ]  # fmt: skip
 
 
-def printed(command, stdin="", **environment):
-    """(standard output, standard error) of a command with nothing silenced from outside, imports included."""
-    plain = {name: value for name, value in warm.cold().items() if name != "PYTHONWARNINGS"}
+def printed(command, stdin="", imports=False, **environment):
+    """(standard output, standard error) of a command with nothing silenced from outside; `imports`: those as well."""
+    plain = warm.cold() if imports else dict(os.environ)
+    plain.pop("PYTHONWARNINGS", None)
     plain |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=500, env=plain, cwd=GOLDEN)
     assert done.returncode == 0, done.stderr
@@ -55,7 +57,7 @@ def notices(*texts):
 
 @pytest.mark.parametrize("task", DATA)
 def test_a_training_has_readable_lines_one_legend_and_no_notices(tmp_path, task):
-    out, err = printed([sys.executable, *training(task, tmp_path / "out")])
+    out, err = printed([sys.executable, *training(task, tmp_path / "out")], imports=task == "DPO")
     assert notices(out, err) == []
     unit = {"LM": "rows", "DPO": "pairs"}[task]
     lines = [line for line in out.splitlines() if line.startswith("step  ")]
@@ -112,9 +114,10 @@ def test_commands_on_a_hub_model_print_no_notices(tmp_path):
     reference = [sys.executable, "-m", "dama", "reference", *pairs, "--device", "cpu", "--out", out + "-reference"]
     assert notices(*printed(reference)) == []
     training = [sys.executable, "-m", "dama", "train", *pairs, "--reference", out + "-reference", "--delta_bar", "0.05"]
-    assert notices(*printed([*training, "--use_cpu", "True", "--max_steps", "1", "--out", out + "-dama"])) == []
+    training += ["--use_cpu", "True", "--max_steps", "1", "--out", out + "-dama"]
+    assert notices(*printed(training, imports=True)) == []
     chat = [sys.executable, "-m", "llava.serve.cli", "--model-path", out + "-dama", "--image-file", "images/wide.png"]
-    said = printed([*chat, *limits, "--device", "cpu", "--max-new-tokens", "3"], stdin="What is it?\n")
+    said = printed([*chat, *limits, "--device", "cpu", "--max-new-tokens", "3"], stdin="What is it?\n", imports=True)
     assert notices(*said) == [] and "ASSISTANT: " in said[0]
 
 
@@ -137,7 +140,9 @@ def test_a_start_that_waits_for_a_lock_says_what_for(tmp_path, capsys, holds):
 
 def test_a_start_that_compiles_says_so(tmp_path, capfd):
     with watched_builds(patience_s=0.2):
-        load_inline("tiny_operator", "int one() { return 1; }", functions=["one"], build_directory=str(tmp_path))
+        slow = '#include <regex>\nbool is_one(const char* text) { return std::regex_match(text, std::regex("1")); }'
+        load_inline("tiny_operator", slow, functions=None, no_implicit_headers=True,
+                    is_python_module=False, build_directory=str(tmp_path))  # fmt: skip
     lines = capfd.readouterr().err.splitlines()
     assert "compiling DeepSpeed's operator tiny_operator: once on a machine, a minute or more" in lines
 

@@ -17,15 +17,8 @@ from llava.train import train_mem
 from llava.train.checkpoints import is_finished, keep_tower_inside
 from playground.tinycoco import __main__ as tinycoco
 from scripts.soak import OUT, Run, compare, free_port, jobs, make_folder, remove_shared_memory
-from tests.warm.protocol import COLD
 
 KILLS = 2  # of the job table: sets how large its jobs are
-
-
-@pytest.fixture(autouse=True)
-def cold(monkeypatch):
-    """What is killed is the process itself, at once: its ports and files are free when it starts again."""
-    monkeypatch.setenv(COLD, "1")
 
 
 @pytest.fixture(autouse=True)

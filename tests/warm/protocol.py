@@ -19,7 +19,8 @@ AT_IMPORT = (
     "PYTHONHASHSEED", "PYTHONIOENCODING", "PYTHONUTF8", "PYTHONOPTIMIZE", "PYTHONSAFEPATH", "PYTHONHOME",
     "PYTHONNOUSERSITE", "PYTHONDEVMODE", "PYTHONPROFILEIMPORTTIME", "CUDA_HOME", "TRITON_", "BNB_", "GRADIO_",
 )  # fmt: skip
-NOT_AT_IMPORT = ("TORCH_NCCL_", "TORCH_DISTRIBUTED_")
+# Gradio's import sets the last one, in whatever process of the tests that happens; nothing asks a hub here.
+NOT_AT_IMPORT = ("TORCH_NCCL_", "TORCH_DISTRIBUTED_", "HF_HUB_DISABLE_TELEMETRY")
 
 
 def at_import(environment: dict[str, str]) -> dict[str, str]:

@@ -212,6 +212,7 @@ def run(words: list[str]) -> None:
     sys.modules["__main__"] = module
     if words[0] == "-m":
         sys.argv[:], sys.path[0] = words[1:], os.getcwd()
+        sys.modules.pop(words[1], None)  # a launcher among the libraries: runpy warns of a module that is there
         runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
     else:
         sys.argv[:], sys.path[0] = words, os.path.dirname(os.path.realpath(words[0]))
