@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dama.console import USER_ERROR, end_on_interrupt, report_error
 from dama.flags import FlagParser, Help
@@ -82,11 +83,10 @@ def build_parser(called: str = "") -> argparse.ArgumentParser:
             commands.add_parser(name, help=command.help)
             continue
         module = importlib.import_module(command.module)
-        texts = {"description": module.DESCRIPTION, "epilog": getattr(module, "EXAMPLES", None)}
-        abbreviate = not command.passes_on  # an abbreviation could be another program's flag
-        module.add_flags(
-            commands.add_parser(name, help=command.help, formatter_class=Help, allow_abbrev=abbreviate, **texts)
-        )
+        texts: dict[str, Any] = {"description": module.DESCRIPTION, "epilog": getattr(module, "EXAMPLES", None)}
+        if command.passes_on:  # an abbreviation could be another program's flag, whose help may be added
+            texts |= {"allow_abbrev": False, "conflict_handler": "resolve"}
+        module.add_flags(commands.add_parser(name, help=command.help, formatter_class=Help, **texts))
     return parser
 
 

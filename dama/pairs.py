@@ -406,10 +406,9 @@ def check_pairs(
     blocking = outside if on_bad_image == "skip" else outside | bad
     errors += [_error(pair, blocking[name], name) for pair in pairs for name in pair.images if name in blocking]
     if errors:
-        remedy = FILE_REMEDY
-        if not outside and bad and on_bad_image == "fail":
-            remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
-        raise PairsError(error_list(subject, errors, remedy))
+        every = len({name for pair in pairs for name in pair.images})
+        remedies = [FILE_REMEDY, *image_remedies(len(bad) if on_bad_image == "fail" else 0, every)]
+        raise PairsError(error_list(subject, errors, "; ".join(remedies)))
     if not bad and pairs:
         return list(pairs), []
     first_bad = [(pair, next((name for name in pair.images if name in bad), None)) for pair in pairs]
@@ -419,6 +418,14 @@ def check_pairs(
         reasons = [f"row {skip.id}: {skip.reason}" for skip in skipped]
         raise PairsError(error_list(subject, reasons, "no pair is left; is this the right image folder?"))
     return good, skipped
+
+
+def image_remedies(bad: int, every: int) -> list[str]:
+    """What helps where `bad` of `every` image are missing or unreadable."""
+    if not bad:
+        return []
+    wrong = ["is this the right --image_folder? None of its images can be used"] if bad == every > 1 else []
+    return [*wrong, "--on_bad_image skip leaves out rows whose image cannot be used"]
 
 
 def validate_folders(image_folder: ImageFolder) -> None:

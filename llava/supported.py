@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dama.hub import go_offline_without_hub
+
 OWN = ("llava_llama", "llama")  # LLaVA's layout, and a language model to start LLaVA from
 SUPPORTED = ("llava_llama", "llava", "llama")  # LLaVA's layout, llava-hf's, and a language model to start LLaVA from
 
@@ -131,4 +133,5 @@ def download(source: str, name: str) -> Path:
         raise FileNotFoundError(source)
     from huggingface_hub import hf_hub_download
 
+    go_offline_without_hub(source)
     return Path(hf_hub_download(source, name))

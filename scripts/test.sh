@@ -7,6 +7,7 @@ source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+unset PYTHONDONTWRITEBYTECODE # or every child process would compile the whole repository
 pytest=(pytest --numprocesses auto --dist loadfile --no-loadscope-reorder)
 
 install_chromium() { # the pages are tested in a real browser

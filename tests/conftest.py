@@ -1,6 +1,7 @@
 """Shared places and settings: the golden vectors, one thread, no network."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -42,8 +43,15 @@ warm.use()
 
 def pytest_configure(config: pytest.Config) -> None:
     """With several processes, which is many tests, child processes fork from one that has imported the libraries."""
+    gc.disable()  # till all tests are known: a third of the time that takes
     if getattr(config.option, "numprocesses", None) and config.option.markexpr != "fast":
         warm.start()
+
+
+def pytest_collection_finish() -> None:
+    """What thousands of tests are made of stays: no later collection need look at it."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

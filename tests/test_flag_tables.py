@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dama import cli
 from dama.flag_table import describe, find_entry, rebuild
 from llava.train.arguments import dataclasses_of, help_text
+from llava.train.flag_help import USAGE
 from llava.train.flag_names import TABLE, check_flags_early, translate_flags
 from scripts import flag_tables
 
@@ -65,6 +67,13 @@ def test_help_and_a_misspelt_flag_need_no_long_import(command):
     done, errors, imported = start(command, "--no_such_flag=1")
     assert done.returncode == 2 and imported == []
     assert "no such flag" in errors or "required" in errors or "unrecognized arguments" in errors
+
+
+def test_help_of_the_command_lists_the_flags_of_training(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: dama train") and said.endswith(help_text().removeprefix(USAGE) + "\n")
 
 
 def test_help_is_that_of_the_dataclasses(capsys):

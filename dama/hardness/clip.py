@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dama.console import digest_of
+from dama.hub import go_offline_without_hub
 from dama.images import load_image
 from dama.remote_code import remote_code_refused
 
@@ -269,6 +270,8 @@ def _load_clip(model: str, pretrained: str | None, device: torch.device, precisi
         warnings.filterwarnings("error", message="QuickGELU mismatch")
         torch.manual_seed(RANDOM_SEED)
         weights = {"require_pretrained": False} if tag == RANDOM else {"pretrained": tag, "require_pretrained": True}
+        if weights["require_pretrained"] and not (tag and Path(tag).exists()):
+            go_offline_without_hub(model.removeprefix(HUB))
         try:
             # The weights stay on the CPU until their digest is taken.
             network = open_clip.create_model(name, precision=precision, output_dict=False, **weights)

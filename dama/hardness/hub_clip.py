@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dama.console import digest_of
 from dama.hardness.clip import PRECISIONS, ClipError, ClipScorer, TextTokens, weights_digest
+from dama.hub import go_offline_without_hub
 from dama.remote_code import remote_code_refused
 
 CONFIG_NAME = "config.json"
@@ -135,6 +136,7 @@ def _load(model: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoProcessor
 
     remedy = "a folder or hub name of a CLIP or SigLIP in Hugging Face format, with all weights and its processor"
+    go_offline_without_hub(model)
     try:
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
         network, found = AutoModel.from_pretrained(

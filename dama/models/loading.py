@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dama.fingerprint import digest_of_checkpoint
+from dama.hub import go_offline_without_hub
 from dama.models.families import family_of
 from dama.models.files import files_of, listed, validate_complete
 from dama.models.setup import HEAD, load_processor
@@ -117,6 +118,7 @@ def adapter_folder(source: str) -> Path | None:
         return Path(source) if (Path(source) / ADAPTER_CONFIG).is_file() else None
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    go_offline_without_hub(source)
     try:
         hf_hub_download(source, ADAPTER_CONFIG)
     except (OSError, ValueError):  # none there, or out of reach: the loading of a full model names the reason

@@ -368,6 +368,6 @@ def log_card(out: Path) -> None:
         log(f"{count:>9}  {reason}")
     if counts["evaluation_images_kept"]:
         log(f"WARNING: {counts['evaluation_images_kept']} pairs show evaluation images (--keep_contaminated)")
-    log(f"pictures {images['distinct']}, {images['pairs_per_image']} pairs each, {images['bytes'] / 1e6:.1f} MB")
+    log(f"images {images['distinct']}, {images['pairs_per_image']} pairs each, {images['bytes'] / 1e6:.1f} MB")
     log(f"written to {out}: data_card.md, dropped.jsonl lists every row left out")
     log(f"checksum {card['checksum']}")

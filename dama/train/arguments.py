@@ -38,6 +38,7 @@ class PreferenceArguments(transformers.TrainingArguments):
     """transformers' training arguments and those of the losses, DAMA's weighting, adapters and the log."""
 
     optim: str | None = described(None, "Optimizer. Default: adamw_torch_fused on GPUs, adamw_torch on CPUs.")
+    logging_steps: float = described(10, "Steps between log lines.")
     logging_nan_inf_filter: bool = described(
         False, "Log a loss of NaN or infinity as the loss of the step before (it hides a training that failed, and the "
         "host waits for the GPU twice in every micro-batch)."

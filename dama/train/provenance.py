@@ -29,7 +29,7 @@ NOT_RECORDED = re.compile(
     r"|^model_name_or_path$|^data_path$|^hardness$|^reference$|^image_folder$|^deepspeed$|^use_cpu$"
     r"|^resume_from_checkpoint$|^trust_checkpoint$"
     # How a step is computed, not what.
-    r"|^auto_checkpointing$|^gradient_checkpointing$|^activation_checkpointing$|^check_memory$|^debug_sync$|^compile_layers$|^float32_logits$"
+    r"|^auto_micro_batch$|^auto_checkpointing$|^gradient_checkpointing$|^activation_checkpointing$|^check_memory$|^debug_sync$|^compile_layers$|^float32_logits$"
 )
 # transformers' flags that every result depends on; its others are recorded where they are not at their default.
 ALWAYS_RECORDED = (
@@ -95,12 +95,12 @@ def is_finished(
     folder, defaults = Path(output_dir), default_flags(groups)
     last = resumed or last_complete_checkpoint(folder)
     if last is not None:
-        validate_provenance(last, provenance, defaults)
+        validate_provenance(last, provenance, defaults, folder)
     if not (folder / PROVENANCE_FILE).is_file():
         if last is not None:
             validate_world_size(last)
         return False
-    validate_provenance(folder, provenance, defaults)
+    validate_provenance(folder, provenance, defaults, folder)
     log_finished(folder)
     return True
 
@@ -113,8 +113,8 @@ def version_of(library: str) -> str:
         return "absent"
 
 
-def validate_provenance(folder: Path, provenance: dict[str, Any], defaults: Defaults) -> None:
-    """Raise ValueError unless the model in the folder comes from the same base, data and flags."""
+def validate_provenance(folder: Path, provenance: dict[str, Any], defaults: Defaults, output_dir: Path) -> None:
+    """Raise ValueError unless the model in the folder, a part of output_dir, is of the same base, data and flags."""
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         return
@@ -126,7 +126,7 @@ def validate_provenance(folder: Path, provenance: dict[str, Any], defaults: Defa
     if changed:
         raise ValueError(
             f"--output_dir: {folder} holds a model of other inputs ({'; '.join(changed)}). "
-            "Give another --output_dir, or remove that folder."
+            f"Give another --output_dir, or remove {output_dir} to train anew."
         )
 
 

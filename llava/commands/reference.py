@@ -99,7 +99,8 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 def _add_view_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--loss", nargs="+", default=["dpo"], metavar="NAME",
-        help="loss of the training, as there: which views of a pair need log-probs (default: dpo)",
+        help="loss of the training, as there (`dama train --help` lists the names): which views of a pair need "
+        "log-probs (default: dpo)",
     )  # fmt: skip
     group.add_argument(
         "--token_weights", default="none", metavar="NAME",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
+
+from dama.console import log
 
 DESCRIPTION = """\
 Preference training of a vision-language model with DAMA or any objective of docs/objectives.md, on pairs whose hardness
@@ -20,22 +23,34 @@ examples:
   python -m dama train --model Qwen/Qwen2.5-VL-3B-Instruct --data pairs.jsonl --image_folder images \\
       --hardness runs/hardness --reference runs/reference --bf16 True --out runs/dama
   deepspeed --include localhost:0,1,2,3 --module dama train --deepspeed zero2 --model M ...
-  python -m dama train --help_all      all flags
+  python -m dama train --help_all      also every flag of transformers' TrainingArguments
 """
 
 SHORT = {"--model": "--model_name_or_path", "--data": "--data_path", "--out": "--output_dir"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add none: those of training are passed on."""
-    parser.add_argument("--help_all", action="store_true", help="list the flags of training")
+    """Add help: the flags of training are passed on."""
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this page and the flags of training")
+    parser.add_argument("--help_all", action="store_true", help="list every flag of transformers too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Pass the flags on to training and return its exit status."""
     from llava.train.train_mem import main
 
-    return main(["--help"] if args.help_all else training_flags(args.rest))
+    words = ["--help_all"] if args.help_all else training_flags(args.rest)
+    return main(words, program="dama train")
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from llava.train.flag_help import USAGE
+        from llava.train.flag_names import training_help
+
+        parser.print_help()
+        log(training_help().removeprefix(USAGE))
+        parser.exit()
 
 
 def training_flags(words: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from dama.hub import go_offline_without_hub
 from llava.model.utils import files_of_index, read_json, stays_inside, validate_no_lfs_pointers, weight_files
 from llava.supported import validate_supported_model
 
@@ -58,6 +59,7 @@ def _download(source: str, cache_dir: str | None) -> Path:
     """A hub repository's files in the cache, as far as they are needed: pickles only where there is nothing else."""
     from huggingface_hub import snapshot_download
 
+    go_offline_without_hub(source)
     folder = Path(snapshot_download(source, allow_patterns=SMALL_FILES, cache_dir=cache_dir))
     for wanted in _weights_wanted(folder):
         snapshot_download(source, allow_patterns=wanted, cache_dir=cache_dir)

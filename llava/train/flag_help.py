@@ -74,7 +74,7 @@ def describe_flags(model: type, data: type, training: type) -> str:
         "data": data.__annotations__,
         "model": model.__annotations__,
         "LoRA and quantization": lora,
-        "training": [*rest, *OFTEN_USED],
+        "training": list(dict.fromkeys([*rest, *OFTEN_USED])),
     }
     lines = [USAGE]
     for title, names in groups.items():

@@ -197,6 +197,15 @@ def check_flags_early(argv: Sequence[str], table: Path = TABLE) -> None:
     parser.parse_known_args(words)
 
 
+def training_help() -> str:
+    """What --help of training prints, from the table where that is of these sources."""
+    if entry := find_entry(TABLE, "llava.train"):
+        return str(entry["help"])
+    from llava.train.arguments import help_text
+
+    return help_text()
+
+
 def check_command_flags() -> None:
     """In a process that runs train.py or train_dpo.py, whose long imports follow: end with help or a flag's error."""
     script = Path(sys.argv[0]) if sys.argv else Path()

@@ -14,7 +14,7 @@ from typing import Any
 from dama.errors import error_list
 from dama.image_table import table_of_images
 from dama.images import ImageFolder, missing_folders
-from dama.pairs import FILE_REMEDY, PairsError, read_rows
+from dama.pairs import FILE_REMEDY, PairsError, image_remedies, read_rows
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Template, default_conversation
 from llava.records import Row, image_of_record
@@ -161,10 +161,8 @@ def checked_rows(
     blocking = outside if on_bad_image == "skip" else outside | bad
     errors += [f"{name}: image {image}: {blocking[image]}" for name, image in shown if image in blocking]
     if errors:
-        remedy = FILE_REMEDY
-        if bad and on_bad_image == "fail":
-            remedy += ", supply the images, or leave such rows out with --on_bad_image skip"
-        raise PairsError(error_list(str(data_path), errors, remedy))
+        remedies = [FILE_REMEDY, *image_remedies(len(bad) if on_bad_image == "fail" else 0, len(images))]
+        raise PairsError(error_list(str(data_path), errors, "; ".join(remedies)))
     good = [(name, row) for name, row in named if row.get("image") not in bad]
     skipped = [(name, f"{bad[image]}: {image}") for name, image in shown if image in bad]
     if not good:

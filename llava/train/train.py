@@ -134,6 +134,7 @@ def train_and_save(trainer: Any, checkpoint: Path | None) -> None:
     trainer.save_state()
     trainer.model.config.use_cache = True
     trainer.save_final(str(folder))
+    log(f"training: {trainer.state.global_step} steps -> {folder}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def announce(arguments: Arguments, data: PreferenceData, skipped: int) -> None:
     n = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     held_out = len(data.held_out) if data.held_out else 0
     kept = n if config.selects == "off" else config.count_kept(n)
-    log(f"pairs: {len(data.train)} to train on, {held_out} held out, {skipped} skipped; delta_bar {data.delta_bar:.6f}")
+    hardness = f"; delta_bar {data.delta_bar:.6f}" if config.uses_delta else ""
+    log(f"pairs: {len(data.train)} to train on, {held_out} held out, {skipped} skipped{hardness}")
     log(
         f"step: {n} pairs = {args.per_device_train_batch_size} x {args.world_size} rank(s) x "
         f"{args.gradient_accumulation_steps} micro-batch(es), {kept} selected"

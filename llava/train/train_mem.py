@@ -17,14 +17,14 @@ from llava.train.flag_names import check_flags_early
 HALF_PRECISIONS = ("bf16", "fp16")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
+def main(argv: Sequence[str] | None = None, program: str = "train_mem.py") -> int:
+    """Run the command and return its exit status; `program` is what its errors begin with."""
     if argv is None:
         end_on_interrupt()
     try:
         run(sys.argv[1:] if argv is None else argv)
     except Exception as error:
-        report_error(error, "train_mem.py")
+        report_error(error, program)
         return 2
     return 0
 

@@ -210,6 +210,14 @@ def test_only_the_first_twenty_faults_are_shown(images: Path) -> None:
     assert "row 20 " not in str(caught.value)
 
 
+@pytest.mark.parametrize(("good", "suspected"), [(0, True), (1, False)])
+def test_the_folder_is_suspected_where_no_image_is_there(images: Path, good: int, suspected: bool) -> None:
+    pairs = [pair(id="1", image="none.png"), pair(id="2", image="a.png" if good else "nothing.png")]
+    with pytest.raises(PairsError, match="image is missing") as caught:
+        check_pairs(pairs, images)
+    assert ("is this the right --image_folder? None of its images" in str(caught.value)) is suspected
+
+
 def test_bad_images_are_skipped_only_on_request(images: Path) -> None:
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:900])
     pairs = [pair(id=str(index)) for index in range(1, 5)]

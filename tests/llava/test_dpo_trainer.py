@@ -200,7 +200,8 @@ def test_an_interrupted_run_does_not_go_on_with_other_flags(in_golden, tmp_path)
     train_dpo.run(parse_arguments(flags(tmp_path, *more)))
     (tmp_path / "out" / "dama_provenance.json").unlink()
     with pytest.raises(
-        ValueError, match=r"checkpoint-2 holds a model of other inputs \(--strategy: .both. -> .none.\)"
+        ValueError,
+        match=r"checkpoint-2 holds a model of other inputs \(--strategy: .both. -> .none.\).*remove .*/out to",
     ):
         train_dpo.run(parse_arguments(flags(tmp_path, *more, "--strategy", "none")))
 
@@ -209,6 +210,7 @@ def test_what_is_recorded_holds_no_secret_and_no_rank(in_golden, tmp_path):
     arguments = parse_arguments(flags(tmp_path, "--hub_token", "hf_SECRET", "--local_rank", "1"))
     recorded = recorded_flags(*arguments)
     assert "hf_SECRET" not in json.dumps(recorded) and "local_rank" not in recorded
+    assert "auto_micro_batch" not in recorded and "per_device_train_batch_size" in recorded  # what it has chosen
     assert recorded["gamma"] == 0.9 and recorded["learning_rate"] == 1e-3
 
 
