@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks: ruff, mypy, import-linter, pytest on all cores. Arguments go to pytest (`-n 0` runs in one process). With
-# --fast only the tests marked fast, within about a minute. Checks against the official benchmark files run when
+# --fast only the tests marked fast, within two minutes. Checks against the official benchmark files run when
 # DAMA_BENCH_DATA names their folder.
 set -euo pipefail
 source "$(dirname "$0")/help.sh"

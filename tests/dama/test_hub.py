@@ -19,8 +19,10 @@ def hub_at(monkeypatch):
     monkeypatch.setattr(hub, "_asked", [])
 
     def move(port):
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-        monkeypatch.setattr(hf_api.api, "endpoint", f"http://127.0.0.1:{port}")
+        address, files = f"http://127.0.0.1:{port}", constants.HUGGINGFACE_CO_URL_TEMPLATE
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files.replace(constants.ENDPOINT, address))
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(hf_api.api, "endpoint", address)
 
     return move
 
