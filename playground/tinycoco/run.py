@@ -42,7 +42,7 @@ PANELS = {
 }
 SMOKE = (
     "Smoke run: it shows that the stages work and nothing about the methods. There are too few pairs, steps and scenes "
-    "for any difference below; run the script without --smoke for results."
+    "for a difference to mean anything; run the script without --smoke for results."
 )
 HOW_TO_READ = (
     "Response-level: share of captions with at least one object that is not in the image; mention-level: share of "
