@@ -7,6 +7,7 @@ from pathlib import Path
 from dama.console import log
 
 TIMEOUT_S = 10.0
+_asked: list[str] = []  # at most one name: what the hub was asked for
 
 
 def go_offline_without_hub(source: str) -> None:
@@ -31,6 +32,3 @@ def go_offline_without_hub(source: str) -> None:
         constants.HF_HUB_OFFLINE = True
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log(f"warning: {constants.ENDPOINT} does not answer ({reason}); only what its local cache holds can be loaded")
-
-
-_asked: list[str] = []

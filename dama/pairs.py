@@ -406,8 +406,7 @@ def check_pairs(
     blocking = outside if on_bad_image == "skip" else outside | bad
     errors += [_error(pair, blocking[name], name) for pair in pairs for name in pair.images if name in blocking]
     if errors:
-        every = len({name for pair in pairs for name in pair.images})
-        remedies = [FILE_REMEDY, *image_remedies(len(bad) if on_bad_image == "fail" else 0, every)]
+        remedies = [FILE_REMEDY, *image_remedies(len(bad) if on_bad_image == "fail" else 0, len(all_images(pairs)))]
         raise PairsError(error_list(subject, errors, "; ".join(remedies)))
     if not bad and pairs:
         return list(pairs), []
@@ -421,11 +420,11 @@ def check_pairs(
 
 
 def image_remedies(bad: int, every: int) -> list[str]:
-    """What helps where `bad` of `every` image are missing or unreadable."""
+    """What helps where `bad` of all, `every`, images are missing or unreadable."""
     if not bad:
         return []
     wrong = ["is this the right --image_folder? None of its images can be used"] if bad == every > 1 else []
-    return [*wrong, "--on_bad_image skip leaves out rows whose image cannot be used"]
+    return [*wrong, "--on_bad_image skip leaves out rows whose image is missing or unreadable"]
 
 
 def validate_folders(image_folder: ImageFolder) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dama.hub import TIMEOUT_S, go_offline_without_hub
 from dama.images import ImageFolder, load_image, missing_folders, resolve_image
 from dama.pairs import PairsError, PreferencePair, distinct_images, parse_pairs
 from dama.train.arguments import ZERO
@@ -120,8 +121,6 @@ def check_rows(plan: Plan, data: Path, images: ImageFolder) -> list[Row]:
 
 def check_model(plan: Plan, items: Sequence[PreferencePair] | Sequence[Row] = ()) -> ModelShape | None:
     """Check that model and CLIP weights are available, and return the model's sizes where they are known."""
-    from huggingface_hub import constants
-
     model_args, _, args = plan.arguments
     source = str(model_args.model_name_or_path)
     there = Path(source).is_dir() or hub_has(source)
@@ -133,7 +132,6 @@ def check_model(plan: Plan, items: Sequence[PreferencePair] | Sequence[Row] = ()
     if plan.clip and not has_clip_weights(*plan.clip):
         weights = ":".join(plan.clip)
         plan.errors.append(f"CLIP: the weights {weights} are not in the local cache, and the hub did not answer")
-    constants.HF_HUB_OFFLINE |= not there  # what is asked below would be asked five more times, with pauses
     try:
         shape = shape_of(plan.arguments, items)
     except (OSError, ValueError) as error:
@@ -162,11 +160,12 @@ def check_host(plan: Plan, shape: ModelShape) -> None:
 
 
 def hub_has(name: str, file: str = "config.json") -> bool:
-    """Whether a hub model can be had: from the local cache, or from the hub within 10 seconds."""
+    """Whether a hub model can be had: from the local cache, or from the hub."""
     from huggingface_hub import model_info, try_to_load_from_cache
 
+    go_offline_without_hub(name)
     try:
-        return isinstance(try_to_load_from_cache(name, file), str) or model_info(name, timeout=10).id is not None
+        return isinstance(try_to_load_from_cache(name, file), str) or model_info(name, timeout=TIMEOUT_S).id is not None
     except Exception:  # any failure means the same to the user: not to be had from here
         return False
 

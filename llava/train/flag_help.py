@@ -44,7 +44,6 @@ OFTEN_USED = {
     "save_strategy": "When checkpoints are written: no, steps, epoch or best.",
     "save_total_limit": "Checkpoints kept; the best by --metric_for_best_model is kept beside the last.",
     "metric_for_best_model": "eval_loss, eval_rewards/accuracies, ...",
-    "logging_steps": "Steps between log lines.",
     "report_to": "none, tensorboard or wandb.",
     "seed": "Of initialization, dropout and held-out pairs.",
     "data_seed": "Of the order of the data and of DAMA's selection. Default: --seed.",
@@ -74,7 +73,7 @@ def describe_flags(model: type, data: type, training: type) -> str:
         "data": data.__annotations__,
         "model": model.__annotations__,
         "LoRA and quantization": lora,
-        "training": list(dict.fromkeys([*rest, *OFTEN_USED])),
+        "training": [*rest, *OFTEN_USED],
     }
     lines = [USAGE]
     for title, names in groups.items():
