@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DAMA from preference pairs to a table and a report, on TinyCOCO: no download, no GPU, 2 cores.
-#   bash scripts/dama_tiny.sh               1,500 pairs, 300 held-out scenes: about 6 minutes after set-up
+#   bash scripts/dama_tiny.sh               1,500 pairs, 300 held-out scenes: 6 to 10 minutes after set-up
 #   bash scripts/dama_tiny.sh --model vlm   a tiny LLaVA-OneVision, first fine-tuned, then DAMA: 12 minutes of CPU time
 #   bash scripts/dama_tiny.sh --smoke       the same stages on less data, which shows only that they work: 3 minutes
 # A second call skips what is finished. RUN names the output folder; further arguments go to the trainings.
