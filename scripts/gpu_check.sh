@@ -6,6 +6,7 @@
 #               estimate, MFU, synchronizations, a profiler trace; gradient checkpointing, --compile_layers,
 #               --float32_logits and fused AdamW on and off; against padded rows and TRL
 #   lora7b      LoRA of rank 128 at 1, 4 and 16 pairs
+#   qlora7b     QLoRA of rank 128 over 4 bits at 1, 4 and 8 pairs
 #   vlm7b       forward and backward of Qwen2.5-VL-7B's shape at 4 pairs: packed, compiled, rows apart, TRL
 #   noise       log-probs and R of pairs packed and alone, with logits in bf16 and fp32, and the limits that follow
 #   zero2       DeepSpeed's ZeRO-2 engine with NCCL on 8 layers: peak memory against the estimate, fused AdamW or not
@@ -17,7 +18,8 @@
 #   bash scripts/gpu_check.sh --rehearse     small shapes on a simulated GPU, on any Linux machine; times mean nothing
 # Runs in .venv where it exists, else with python3, which needs torch, transformers, accelerate, peft, sentencepiece,
 # pillow and pytest. Blocks whose package is missing are left out and named: deepspeed (zero2), trl and datasets (a case
-# of step7b), open_clip_torch (hardness). To bring packages along without installing them:
+# of step7b), open_clip_torch (hardness), bitsandbytes (qlora7b, a case of tiny). Packages can be brought along without
+# being installed:
 #   pip install --no-deps --target site deepspeed hjson msgpack py-cpuinfo einops
 #   PYTHONPATH=site bash scripts/gpu_check.sh
 # From the environment: REVISION, of a copy without .git; PYTHON, the interpreter.

@@ -145,6 +145,8 @@ def build(plan: Plan, dtype: torch.dtype | None = None) -> Any:
         tower.vision_tower = of_type(half, lambda: CLIPVisionModel(tower_config)).requires_grad_(False)
         tower.is_loaded = True
         projector = of_type(dtype, lambda: build_vision_projector(config))
+        if args.bits == 4:
+            quantize(model.model.layers, args)
     llava = model
     llava.float32_logits = args.float32_logits
     llava.config.use_cache = False
@@ -157,6 +159,21 @@ def build(plan: Plan, dtype: torch.dtype | None = None) -> Any:
         llava.enable_input_require_grads()
         enable_checkpointing(model, args.gradient_checkpointing_kwargs)
     return model.train()
+
+
+def quantize(layers: torch.nn.Module, args: Any) -> None:
+    """Put linear layers of 4 bits in the place of all linear layers, as `--bits 4` loads a checkpoint."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    compute = torch.bfloat16 if args.bf16 else torch.float16
+    stored = {"quant_type": args.quant_type, "compress_statistics": args.double_quant}
+    for parent in [*layers.modules()]:
+        for name, layer in [*parent.named_children()]:
+            if isinstance(layer, torch.nn.Linear):
+                bias = layer.bias is not None
+                small = Linear4bit(layer.in_features, layer.out_features, bias, compute, device="meta", **stored)
+                small.weight = Params4bit(layer.weight.data, requires_grad=False, module=small, **stored)
+                setattr(parent, name, small.to(layer.weight.device))
 
 
 def of_type(dtype: torch.dtype, make: Callable[[], Any]) -> Any:

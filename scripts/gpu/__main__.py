@@ -40,6 +40,7 @@ BLOCKS = {
     "tiny": Block("trainings of the golden checkpoint against the CPU's losses", 90),
     "step7b": Block("step of the 7B shape: phases, memory, levers, padded rows, TRL", 180),
     "lora7b": Block("LoRA on the 7B shape at 1, 4 and 16 pairs", 75),
+    "qlora7b": Block("QLoRA on the 7B shape at 1, 4 and 8 pairs", 75, ("bitsandbytes",)),
     "vlm7b": Block("step of Qwen2.5-VL-7B's shape: packed, compiled, rows apart, TRL", 120),
     "noise": Block("rounding noise of log-probs and R", 60),
     "zero2": Block("ZeRO-2 engine with NCCL on 8 layers", 75, ("deepspeed",)),
