@@ -15,7 +15,7 @@ from dama.models.families import family_of
 from dama.models.family import HubFamily
 from dama.models.files import files_of, validate_complete
 from dama.notices import without_loading_bars
-from dama.train.setup import join_ranks, loading_options, precision_of_weights
+from dama.train.setup import join_ranks, loading_options, precision_of_weights, with_adapters
 
 HEAD = "lm_head"
 
@@ -157,10 +157,8 @@ def choose_trained(model: Any, model_args: Any, args: Any) -> None:
 
 def with_lora(model: Any, args: Any) -> Any:
     """The model under LoRA adapters on all linear layers of its language model; nothing else trains."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig
 
-    if args.bits != 16:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     prefix, names = adapted_layers(model)
     config = LoraConfig(
         r=args.lora_r,
@@ -170,7 +168,7 @@ def with_lora(model: Any, args: Any) -> Any:
         bias=args.lora_bias,
     )
     log(f"LoRA: rank {config.r} on {', '.join(names)}")
-    return get_peft_model(model, config)
+    return with_adapters(model, config, args)
 
 
 def adapted_layers(model: Any) -> tuple[str, list[str]]:

@@ -84,3 +84,16 @@ def loading_options(args: Any, skipped: Sequence[str]) -> dict[str, Any]:
         args.bits == 8, skipped, compute_dtype=compute_dtype, double_quant=args.double_quant, quant_type=args.quant_type
     )
     return {"device_map": {"": args.device}, "quantization_config": config}
+
+
+def with_adapters(model: Any, config: Any, args: Any) -> Any:
+    """The model under PEFT's adapters of `config`, over a base that --bits may have quantized.
+
+    PEFT keeps adapters in fp32 over a base in half precision. ZeRO-3 joins the shares of all parameters in one buffer,
+    which has one precision, and keeps fp32 copies of what is trained itself.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if args.bits != 16:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from dama.images import resolve_image, size_of_image
 from dama.models.chat import ChatTemplate
@@ -46,6 +51,19 @@ def skeleton(name: str, cache_dir: str | None = None) -> Any:
         return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
 
 
+@contextmanager
+def whole_weights(args: Any) -> Iterator[None]:
+    """Make models of whole parameters, where transformers would spread those of some parts over ZeRO-3's ranks."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
 @cache
 def processor_of(
     name: str, cache_dir: str | None, min_pixels: int | None, max_pixels: int | None, *processor_option: str
@@ -69,15 +87,14 @@ def hub_shape(arguments: Arguments, pairs: Sequence[PreferencePair]) -> ModelSha
     """Sizes of a model, with the numbers of the largest image that is looked at.
 
     Raises:
-        ValueError: ZeRO-3 is on; or its vision encoder is trained, or its layers are not plain attention, whose
-            activations are not counted. OSError: it is not at hand.
+        ValueError: its vision encoder is trained, or its layers are not plain attention, whose activations are not
+            counted. OSError: it is not at hand.
     """
     model_args, data_args, args = arguments
-    if is_deepspeed_zero3_enabled():  # transformers would spread the parts of the meta model over the ranks
-        raise ValueError("under ZeRO-3 the sizes of this kind of model are not counted")
     if not model_args.freeze_vision:
         raise ValueError("the activations of a vision encoder that is trained (--freeze_vision False) are not counted")
-    model = skeleton(str(model_args.model_name_or_path), args.cache_dir)
+    with whole_weights(args):
+        model = skeleton(str(model_args.model_name_or_path), args.cache_dir)
     config, decoder, vision = model.config.get_text_config(decoder=True), decoder_of(model), vision_of(model)
     capped = "attention with a soft cap" if getattr(config, "attn_logit_softcapping", None) else None
     if obstacle := next(obstacles(model), capped):

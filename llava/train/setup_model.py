@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.console import log
-from dama.train.setup import join_ranks, loading_options, precision_of_weights
+from dama.train.setup import join_ranks, loading_options, precision_of_weights, with_adapters
 from llava.model.attention import SHARED_PREFIX
 from llava.model.builder import WHOLE_MODULES, load_llava
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -109,10 +109,8 @@ def setup_vision(
 
 def with_lora(model: LlavaLlamaForCausalLM, args: Any) -> Any:
     """The model under LoRA adapters on all linear layers of the language model."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig
 
-    if args.bits != 16:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -122,7 +120,7 @@ def with_lora(model: LlavaLlamaForCausalLM, args: Any) -> Any:
         task_type="CAUSAL_LM",
     )
     log(f"LoRA: rank {config.r} on {', '.join(sorted(config.target_modules))}")
-    return get_peft_model(model, config)
+    return with_adapters(model, config, args)
 
 
 def find_all_linear_names(model: torch.nn.Module) -> list[str]:

@@ -1,10 +1,11 @@
 """The estimate of a training step's peak memory (llava/estimate/memory.py) against what real steps need.
 
-Two steps of the trainer, on random weights of 46 million parameters and pairs of 636 + 120 + 110 positions, each case
-in fresh processes: bytes of tensors, counted by PyTorch's allocator. ZeRO runs on two real ranks over gloo.
+Two steps of the trainer, on random weights of 46 million parameters (a Qwen2.5-VL: 48) and pairs of 636 + 120 + 110
+positions, each case in fresh processes: bytes of tensors, counted by PyTorch's allocator. ZeRO runs on two real ranks
+over gloo.
 
-    python scripts/bench/memory.py                          # one CPU thread a rank, about 8 minutes
-    python scripts/bench/memory.py --shape 7b --only lora   # LLaVA-v1.5-7B's shape on a GPU
+    PYTHONPATH=. python scripts/bench/memory.py                          # one CPU thread a rank, about 10 minutes
+    PYTHONPATH=. python scripts/bench/memory.py --shape 7b --only lora   # LLaVA-v1.5-7B's shape on a GPU
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import vlm_step
 from measure import SHAPES, Shape, random_pairs, write_checkpoint, write_images
+from PIL import Image
 
 from dama.console import end_on_interrupt, log, write_json
 from dama.train.throughput import PairLength
@@ -47,6 +50,7 @@ class Case(NamedTuple):
     accumulation: int = 1
     zero: int = 0  # stage, on two ranks; 0: one rank without DeepSpeed
     long_answers: bool = False
+    hub: bool = False  # a Qwen2.5-VL instead of LLaVA-1.5
 
 
 CASES = {
@@ -78,6 +82,10 @@ CASES = {
     "ZeRO-2, full, 2 micro-batches a step": Case([], accumulation=2, zero=2),
     "ZeRO-2, LoRA": Case(LORA, zero=2),
     "ZeRO-3, full, bf16": Case(BF16, zero=3),
+    "Qwen2.5-VL, full": Case([], hub=True),
+    "Qwen2.5-VL, full, checkpointing": Case(CHECKPOINTING, hub=True),
+    "Qwen2.5-VL, full, padded rows": Case(PLAIN, hub=True),
+    "Qwen2.5-VL, LoRA": Case(LORA, hub=True),
 }
 
 
@@ -92,13 +100,13 @@ def shape_of(name: str, case: Case) -> Shape:
 
 def flags_of(case: Case, folder: Path) -> list[str]:
     """Training flags of the case."""
-    checkpoint = folder / "checkpoint"
+    checkpoint = folder / ("qwen" if case.hub else "checkpoint")
     common = {
         "--task": "DPO", "--model_name_or_path": checkpoint, "--data_path": checkpoint / "config.json",
-        "--image_folder": folder, "--output_dir": folder / "out", "--max_steps": STEPS, "--save_strategy": "no",
-        "--per_device_train_batch_size": case.micro_batch, "--gradient_accumulation_steps": case.accumulation,
-        "--use_cpu": not torch.cuda.is_available(), "--check_reference": False, "--disable_tqdm": True,
-        "--report_to": "none",
+        "--image_folder": checkpoint if case.hub else folder, "--output_dir": folder / "out", "--max_steps": STEPS,
+        "--save_strategy": "no", "--per_device_train_batch_size": case.micro_batch,
+        "--gradient_accumulation_steps": case.accumulation, "--use_cpu": not torch.cuda.is_available(),
+        "--check_reference": False, "--disable_tqdm": True, "--report_to": "none",
     }  # fmt: skip
     deepspeed = ["--deepspeed", str(ROOT / f"scripts/zero{case.zero}.json")] if case.zero else []
     return [str(word) for pair in common.items() for word in pair] + deepspeed + case.flags
@@ -106,36 +114,77 @@ def flags_of(case: Case, folder: Path) -> list[str]:
 
 def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
     """Bytes that this rank needed and the estimate, by phase."""
+    from llava.estimate.measure import TensorPeak
+    from llava.estimate.memory import estimate_step
+    from llava.train.arguments import parse_arguments
+
+    arguments = parse_arguments(flags_of(case, folder))
+    made = hub_training(arguments, folder) if case.hub else llava_training(arguments, folder, shape)
+    trainer, sizes, length = made
+    model = trainer.model
+    with TensorPeak(arguments[2].device, [*model.parameters(), *model.buffers()]) as needed:
+        trainer.train()
+    layout = case.micro_batch, case.accumulation
+    cuda, ranks = torch.cuda.is_available(), arguments[2].world_size
+    estimated = estimate_step(arguments, sizes, [length], ranks, cuda, layout)
+    return {"measured": needed.peak, "estimated": estimated.peak, "phases": estimated.phases}
+
+
+def llava_training(arguments: Any, folder: Path, shape: Shape) -> tuple[Any, Any, PairLength]:
+    """A trainer of LLaVA-1.5, its sizes, and a pair's length."""
     from transformers import CLIPVisionConfig
 
     from llava.estimate.lengths import length_of, views_of
-    from llava.estimate.measure import TensorPeak
-    from llava.estimate.memory import estimate_step
     from llava.estimate.sizes import ModelShape
     from llava.model.language_model.llava_llama import LlavaConfig
-    from llava.train.arguments import parse_arguments
     from llava.train.dpo_data import DPODataset
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
     from llava.train.family import ImagePreparation
     from llava.train.setup_model import setup_model
 
-    arguments = parse_arguments(flags_of(case, folder))
     model, tokenizer, processor = setup_model(arguments)
     views = views_of(arguments[2])
     items = random_pairs(shape, PAIRS, views)
     pairs = DPODataset(items, folder, ImagePreparation(processor, model.config))
-    trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=pairs)
-    with TensorPeak(arguments[2].device, [*model.parameters(), *model.buffers()]) as needed:
-        trainer.train()
     sizes = ModelShape.of(
         LlavaConfig.from_pretrained(folder / "checkpoint"),
         CLIPVisionConfig.from_pretrained(folder / "checkpoint/vision_tower"),
     )
-    estimated = estimate_step(
-        arguments, sizes, [length_of(items[0], shape.patches, views)], arguments[2].world_size,
-        torch.cuda.is_available(), (case.micro_batch, case.accumulation),
-    )  # fmt: skip
-    return {"measured": needed.peak, "estimated": estimated.peak, "phases": estimated.phases}
+    trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=pairs)
+    return trainer, sizes, length_of(items[0], shape.patches, views)
+
+
+def hub_training(arguments: Any, folder: Path) -> tuple[Any, Any, PairLength]:
+    """A trainer of a Qwen2.5-VL whose images have about as many tokens, its sizes, and a pair's length."""
+    from dama.models.setup import setup_family
+    from dama.models.trainer import HubTrainer
+    from dama.pairs import PreferencePair
+    from dama.train.data import PairDataset
+    from llava.estimate.hub import hub_lengths, hub_shape
+
+    family = setup_family(arguments)
+    items = vlm_step.random_items(vlm_step.SHAPES["cpu"], PAIRS)
+    sizes = hub_shape(arguments, [PreferencePair(str(n), f"{n}.png", "?", "a", "b") for n in range(PAIRS)])
+    trainer = HubTrainer(
+        family,
+        family.processor,
+        arguments[2],
+        train_dataset=PairDataset(items, [folder / "qwen"], family.prepare_image),
+    )
+    return trainer, sizes, hub_lengths(arguments, items)[0]
+
+
+def write_qwen(folder: Path) -> None:
+    """A Qwen2.5-VL of random weights in the shape of scripts/bench/vlm_step.py, its processor and images."""
+    shape = vlm_step.SHAPES["cpu"]
+    vlm_step.random_model(shape, torch.device("cpu"), torch.float32).save_pretrained(folder)
+    processor, side = vlm_step.qwen_processor(vlm_step.tokenizer()), shape.grid * vlm_step.PATCH
+    processor.image_processor = type(processor.image_processor)(
+        patch_size=vlm_step.PATCH, merge_size=vlm_step.MERGE, min_pixels=side**2, max_pixels=side**2
+    )
+    processor.save_pretrained(folder)
+    for number in range(PAIRS):
+        Image.effect_noise((side, side), 50).convert("RGB").save(folder / f"{number}.png")
 
 
 def results_of(name: str, folder: Path) -> Path:
@@ -194,6 +243,7 @@ def main() -> None:
         folder, shape = Path(name), SHAPES[args.shape]
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         write_checkpoint(folder / "checkpoint", shape, torch.device("cpu"), dtype)
+        write_qwen(folder / "qwen")
         write_images(folder, shape, PAIRS)
         log(f"{'MiB on the rank that needs most':<42}{'measured':>10}{'estimated':>11}{'error':>9}  peak in")
         table = {}

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from llava.train import train, train_dpo
 from llava.train.arguments import parse_arguments
@@ -72,6 +74,19 @@ def test_two_ranks_take_the_steps_of_one(in_golden, tmp_path, ratio):
             assert double[name] == pytest.approx(single[name], rel=2e-4, abs=2e-5), name
     if ratio == "0.75":
         called_again(two)
+
+
+def test_adapters_over_half_precision_under_zero3(in_golden, tmp_path):
+    """DeepSpeed joins the shares of base and adapters in one buffer. Its steps are those of one rank."""
+    common = [*COMMON, "--bf16", "True", "--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0"]
+    train_dpo.run(parse_arguments(flags(tmp_path / "one", *common, "--per_device_train_batch_size", "4")))
+    done = launch(flags(tmp_path / "two", *common, "--per_device_train_batch_size", "2"), 3, "torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[row["loss"] for row in training_log(tmp_path / name / "out")] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    adapters = load_file(tmp_path / "two" / "out" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in adapters.values()} == {torch.bfloat16}
+    assert any(weight.any() for name, weight in adapters.items() if "lora_B" in name)  # zero before the first step
 
 
 def test_two_ranks_with_all_kinds_of_views_and_reference_log_probs(world):  # noqa: F811

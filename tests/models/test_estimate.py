@@ -4,12 +4,14 @@ import re
 
 import pytest
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dama.pairs import read_pairs
 from llava.estimate.doctor import main as doctor
 from llava.estimate.hub import count, hub_shape, looked_at, skeleton
 from llava.estimate.preflight import preflight
 from llava.train.arguments import parse_arguments
+from tests.conftest import ROOT
 from tests.models.test_training import PAIRS, mixed, saved, words_of
 from tests.models.tiny_hub import FAMILIES, SUFFIX_FAMILIES
 
@@ -45,6 +47,17 @@ def test_other_ways_need_what_is_estimated(in_golden, tmp_path, capsys, way):
     said = page(capsys, *words_of(tmp_path / "out", saved(tmp_path / "model", "qwen2_5_vl"), *way))[1]
     used, estimated = re.search(r"([\d.]+) MiB at the peak without optimizer, estimated ([\d.]+) MiB", said).groups()
     assert float(estimated) == pytest.approx(float(used), rel=0.2)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_model_is_counted_under_zero(in_golden, tmp_path, zero):
+    """Its parts are not spread over ranks while they are counted; then training's loading spreads them again."""
+    words = words_of(tmp_path / "out", saved(tmp_path / "model", "qwen2_5_vl"))
+    alone = hub_shape(parse_arguments(words), read_pairs(PAIRS))
+    skeleton.cache_clear()
+    arguments = parse_arguments([*words, "--deepspeed", str(ROOT / "scripts" / f"zero{zero}.json")])
+    assert hub_shape(arguments, read_pairs(PAIRS)) == alone
+    assert is_deepspeed_zero3_enabled() == (zero == 3)
 
 
 def test_pairs_of_any_form_are_measured(in_golden, tmp_path, capsys):

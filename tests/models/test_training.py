@@ -191,6 +191,23 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, on_one_rank, zero):
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=5e-5), key
 
 
+@pytest.mark.distributed
+def test_adapters_over_half_precision_under_zero3(in_golden, qwen, tmp_path):
+    """As for LLaVA-1.5 in tests/llava/test_distributed.py; the adapters can be loaded again."""
+    lora = ["--bf16", "True", "--lora_enable", "True", "--lora_r", "4", "--freeze_mm_mlp_adapter", "True"]
+    common = [*lora, "--lora_dropout", "0", "--num_train_epochs", "2", "--reference", "base"]
+    train_hub.run(parse_arguments(words_of(tmp_path / "one", qwen, *common)))
+    two = words_of(tmp_path / "two", qwen, *common, "--per_device_train_batch_size", "2")
+    done = launch(two, 3, "torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[row["loss"] for row in training_log(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    asked = ["--model-path", str(tmp_path / "two"), "--question-file", str(tmp_path / "q.jsonl"), "--image-folder",
+             "images", "--max-new-tokens", "4", "--out", str(tmp_path / "answers")]  # fmt: skip
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "image": "wide.png", "text": "What is it?"}))
+    assert generate(asked) == 0
+
+
 def test_an_aligned_llava_hf_answers(in_golden, tmp_path):
     """It keeps what LLaVA's own code, through which that layout answers, needs of the base."""
     export(["--to", "hf", "llava-v1.5-tiny", str(tmp_path / "hf")])
