@@ -108,9 +108,10 @@ def run(script, folder, **variables):
 
 def printing():
     """Commands that only print: dry runs, help and lists."""
-    words = ("--dry-run", "--help", "--help_all", "--list", "--left-out", "--version")
+    words = ("--dry-run", "--help", "--help_all", "--list", "--left-out")
     programs = ("bash", "python", "dama")
-    found = [c for c in commands() if c.words[0] in programs and set(words) & set(c.words)]
+    found = [c for c in commands() if c.words[0] in programs]
+    found = [c for c in found if set(words) & set(c.words) or c.words[-1] == "--version"]  # training's has a value
     return sorted({(c.words, tuple(v for v in c.variables)): c for c in found}.values(), key=lambda c: c.text)
 
 

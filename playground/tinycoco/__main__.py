@@ -23,6 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--pairs", type=int, help="use only the first so many pairs (default: all)")
     scenes.add_argument("--scenes", type=int, default=300, help="held-out scenes (default: %(default)s)")
     scenes.add_argument("--split", choices=("test", "validation"), default="test", help="which (default: %(default)s)")
+    scenes.add_argument(
+        "--second_images", action="store_true",
+        help="also draw each pair's scene without one object that its chosen answer names, and add an answer that is "
+        "right for it: what `dama train --corruption field` compares with",
+    )  # fmt: skip
     vlm = commands.add_parser("vlm", help="make a tiny LLaVA-OneVision from the tiny LLaVA by a short fine-tuning")
     vlm.add_argument("--out", type=Path, required=True, help="folder; the model will be in its model/")
     vlm.add_argument("--scenes", type=int, default=1600, help="to fine-tune on, 16 a step (default: %(default)s)")
@@ -101,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from playground.tinycoco import run
 
             if args.command == "scenes":
-                run.prepare(args.out, args.pairs, args.scenes, args.split)
+                run.prepare(args.out, args.pairs, args.scenes, args.split, second_images=args.second_images)
             else:
                 run.report(args.run, run.parse_models(args.models), args.smoke)
     except Exception as error:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from playground.tinycoco.captions import QUESTIONS, hallucinated_categories, one_word_edit, truthful_caption
-from playground.tinycoco.scenes import Scene, draw, sample_scene
+from playground.tinycoco.scenes import Scene, draw, sample_scene, without_category
 from playground.tinycoco.vocabulary import mentioned_categories
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from llava.generation.local import Answerer
 
 SHARES = {"sampled": 900, "edit": 400, "unrelated": 200}
@@ -137,7 +139,39 @@ def make_pairs(answerer: Answerer, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+# --- Second images ---------------------------------------------------------------------------------------------------
+
+WITHOUT = "-without-"  # in the file name of a scene that is drawn without one category
+
+
+def with_second_image(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair whose second image lacks one thing that its chosen answer names, with an answer that is right for it.
+
+    Raises:
+        ValueError: there is only one category in the scene.
+    """
+    scene, rng = scene_of(row["image_path"]), random.Random(f"second/{row['idx']}")
+    named = [category for category in mentioned_categories(row["chosen"]) if category in scene.categories]
+    category = rng.choice(named or scene.categories)
+    rest = without_category(scene, category)
+    answers = [truthful_caption(rest, rng) for _ in range(SAMPLES)]
+    second = min(answers, key=lambda answer: abs(len(answer.split()) - len(row["chosen"].split())))
+    image = f"{scene.id}{WITHOUT}{category.replace(' ', '_')}.png"
+    return row | {"rejected_images": [image], "second": second}
+
+
+def _parts_of(image: str) -> tuple[Scene, str | None]:
+    name, _, category = Path(image).stem.partition(WITHOUT)
+    split, _, index = name.rpartition("-")
+    return sample_scene(int(index), split), category.replace("_", " ") or None
+
+
 def scene_of(image: str) -> Scene:
-    """The scene that a picture's file name stands for."""
-    split, _, index = Path(image).stem.rpartition("-")
-    return sample_scene(int(index), split)
+    """The scene that an image's file name stands for: what is to be seen on it."""
+    scene, category = _parts_of(image)
+    return scene if category is None else without_category(scene, category)
+
+
+def image_of(image: str) -> Image.Image:
+    """The image that a file name stands for."""
+    return draw(*_parts_of(image))

@@ -17,7 +17,7 @@ from eval.core.store import Provenance, read_answers, write_results
 from eval.core.types import Record
 from eval.objhal import PROTOCOL, format_table, score_captions
 from playground.tinycoco.captions import QUESTIONS
-from playground.tinycoco.preferences import scene_of
+from playground.tinycoco.preferences import image_of, scene_of, with_second_image
 from playground.tinycoco.scenes import Scene, draw, sample_scene
 from playground.tinycoco.vocabulary import SYNONYMS
 
@@ -51,10 +51,21 @@ HOW_TO_READ = (
 )
 
 
-def prepare(out: Path, pairs: int | None, scenes: int, split: str, source: Path = PAIRS) -> None:
-    """Draws the images of the first `pairs` of `source` and of `scenes` held-out scenes; writes their files."""
+def prepare(
+    out: Path, pairs: int | None, scenes: int, split: str, source: Path = PAIRS, *, second_images: bool = False
+) -> None:
+    """Draw the images of the first `pairs` of `source` and of `scenes` held-out scenes; write their files.
+
+    Args:
+        second_images: give each pair the scene without one object that its chosen answer names, and the answer to it.
+    """
     rows = json.loads(source.read_text())[:pairs]
-    shown = list(dict.fromkeys(row["image_path"] for row in rows))
+    if second_images:
+        several = [row for row in rows if len(scene_of(row["image_path"]).categories) > 1]
+        if alone := len(rows) - len(several):
+            log(f"left out: {alone} pair(s) about one kind of object, which a second image cannot lack")
+        rows = [with_second_image(row) for row in several]
+    shown = list(dict.fromkeys(name for row in rows for name in (row["image_path"], *row.get("rejected_images", []))))
     held_out = [sample_scene(index, split) for index in range(scenes)]
     everything = [*shown, *(f"{scene.id}.png" for scene in held_out)]
     chunks = [everything[i : i + CHUNK] for i in range(0, len(everything), CHUNK)]
@@ -71,9 +82,8 @@ def prepare(out: Path, pairs: int | None, scenes: int, split: str, source: Path 
 
 
 def _draw_to(folder: Path, name: str) -> dict[str, Any]:
-    scene = scene_of(name)
-    draw(scene).save(folder / name)
-    return {"image": name, "objects": list(scene.categories)}
+    image_of(name).save(folder / name)
+    return {"image": name, "objects": list(scene_of(name).categories)}
 
 
 def _question(scene: Scene, index: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from playground.tinycoco.vocabulary import BACKGROUNDS, COLOURS, CONTEXTS, PALETTES
@@ -846,26 +846,61 @@ PAINTERS: dict[str, Callable[[Pen, str, random.Random], None]] = {
 FLYING = ("kite", "clock", "boat")  # these cast no shadow on the ground below them
 
 
-def draw(scene: Scene) -> Image.Image:
-    """The image of a scene, RGB, SIZE x SIZE; the same scene is always the same image."""
+def draw(scene: Scene, without: str | None = None) -> Image.Image:
+    """The image of a scene, RGB, SIZE x SIZE; the same scene is always the same image.
+
+    Args:
+        without: a category that is left out. Where nothing of it was to be seen, every pixel stays what it is.
+    """
+    canvas = _background(scene)
+    grounds = {thing: _paint_object(thing, canvas) for thing in _far_to_near(scene)}
+    if without is not None:
+        canvas = _background(scene)
+        for thing in _far_to_near(scene):
+            if thing.category != without:  # a shadow on the one that is left out keeps its color
+                _paint_object(thing, canvas, grounds[thing])
+    return canvas.reduce(SUPERSAMPLING)
+
+
+def without_category(scene: Scene, category: str) -> Scene:
+    """What draw(scene, category) shows.
+
+    Raises:
+        ValueError: the scene has no such object, or no other.
+    """
+    if category not in scene.categories or len(scene.categories) == 1:
+        raise ValueError(f"{scene.id} without '{category}': expected one of several categories {scene.categories}")
+    return replace(scene, objects=tuple(thing for thing in scene.objects if thing.category != category))
+
+
+def _background(scene: Scene) -> Image.Image:
     from PIL import Image, ImageDraw
 
     side = SIZE * SUPERSAMPLING
     canvas = Image.new("RGB", (side, side))
-    brush = ImageDraw.Draw(canvas, "RGB")
-    PAINTERS[scene.context](Pen(brush, (0, 0, side, side)), scene.background, random.Random(scene.id))
-    for thing in sorted(scene.objects, key=lambda thing: thing.box[3]):  # what stands nearer covers what is behind
-        _paint_object(brush, thing, canvas, scene.context)
-    return canvas.reduce(SUPERSAMPLING)
+    pen = Pen(ImageDraw.Draw(canvas, "RGB"), (0, 0, side, side))
+    PAINTERS[scene.context](pen, scene.background, random.Random(scene.id))
+    return canvas
 
 
-def _paint_object(brush: ImageDraw.ImageDraw, thing: SceneObject, canvas: Image.Image, context: str) -> None:
+def _far_to_near(scene: Scene) -> list[SceneObject]:
+    """What stands nearer covers what is behind."""
+    return sorted(scene.objects, key=lambda thing: thing.box[3])
+
+
+def _paint_object(thing: SceneObject, canvas: Image.Image, ground: RGB | None = None) -> RGB:
+    """Paint a thing and its shadow on the ground, whose color is returned; by default that below its middle."""
+    from PIL import ImageDraw
+
     left, top, right, bottom = (edge * SUPERSAMPLING for edge in thing.box)
-    pen = Pen(brush, (left, top, right, bottom), thing.flip)
-    in_the_air = thing.category in FLYING or (thing.category == "bird" and thing.box[3] < 60)
-    if not in_the_air:
+    pen = Pen(ImageDraw.Draw(canvas, "RGB"), (left, top, right, bottom), thing.flip)
+    if ground is None:
         x, y = round((left + right) / 2), min(bottom - 1, canvas.height - 1)
         r, g, b = canvas.getpixel((min(max(x, 0), canvas.width - 1), y))  # type: ignore[misc]
-        pen.ellipse(0.04, 1 - 0.05, 0.98, 1 + 0.05, shade((r, g, b), 0.78))
+        ground = r, g, b
+    in_the_air = thing.category in FLYING or (thing.category == "bird" and thing.box[3] < 60)
+    if not in_the_air:
+        pen.ellipse(0.04, 1 - 0.05, 0.98, 1 + 0.05, shade(ground, 0.78))
     sketch_colour = COLOURS[thing.colour] if thing.colour else COLOURS["gray"]
     SKETCHES[thing.category](pen, sketch_colour, thing.style)
+    return ground

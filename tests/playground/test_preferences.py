@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from dama.pairs import read_pairs
-from playground.tinycoco.captions import truthful_caption
+from dama.pairs import check_pairs, read_pairs
+from playground.tinycoco.captions import hallucinated_categories, truthful_caption
 from playground.tinycoco.preferences import (
     SHARES,
     Judged,
@@ -15,10 +15,12 @@ from playground.tinycoco.preferences import (
     scene_of,
     similar_length,
     unrelated_caption,
+    with_second_image,
     written_pairs,
 )
-from playground.tinycoco.run import CLIP, PAIRS, SFT
+from playground.tinycoco.run import CLIP, PAIRS, SFT, prepare
 from playground.tinycoco.scenes import sample_scene
+from playground.tinycoco.vocabulary import mentioned_categories
 
 
 def test_best_and_worst_on_paper():
@@ -69,3 +71,33 @@ def test_shipped_weights_fit_in_8_megabytes():
     assert {path.parent.name for path in files} == {"clip", "llava", "vision_tower"}
     assert sum(path.stat().st_size for path in files) < 8e6
     assert CLIP.is_dir()
+
+
+def test_the_second_image_lacks_what_the_chosen_answer_names():
+    """The answer beside it is right for it, and about as long. Of the shipped pairs, one has one kind of object."""
+    shipped = json.loads(PAIRS.read_text())
+    rows = [with_second_image(row) for row in shipped if len(scene_of(row["image_path"]).categories) > 1]
+    assert len(rows) == len(shipped) - 1
+    for row in rows:
+        first, second = scene_of(row["image_path"]), scene_of(row["rejected_images"][0])
+        (missing,) = set(first.categories) - set(second.categories)
+        assert missing in mentioned_categories(row["chosen"]) or not set(mentioned_categories(row["chosen"])) & set(
+            first.categories
+        )
+        assert not hallucinated_categories(row["second"], second) and missing not in mentioned_categories(row["second"])
+    lengths = [[len(row[name].split()) for row in rows] for name in ("chosen", "second")]
+    assert 0.75 < sum(lengths[1]) / sum(lengths[0]) < 1.05  # it has one thing less to tell of
+    assert rows[0] == with_second_image(json.loads(PAIRS.read_text())[0])
+
+
+def test_second_images_are_drawn_for_the_corruption_field(tmp_path, caplog):
+    source = json.loads(PAIRS.read_text())
+    alone = next(row for row in source if len(scene_of(row["image_path"]).categories) == 1)
+    (tmp_path / "source.json").write_text(json.dumps([*source[:6], alone]))
+    prepare(tmp_path, None, 0, "test", tmp_path / "source.json", second_images=True)
+    assert "left out: 1 pair(s)" in caplog.text
+    pairs, skipped = check_pairs(read_pairs(tmp_path / "pairs.json"), tmp_path / "images")
+    assert len(pairs) == 6 and not skipped
+    for pair in pairs:
+        assert pair.second and (tmp_path / "images" / pair.second_image).is_file()
+        assert (tmp_path / "images" / pair.second_image).read_bytes() != (tmp_path / "images" / pair.image).read_bytes()

@@ -5,8 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from playground.tinycoco.scenes import SIZE, SKETCHES, SPLITS, draw, sample_scene, scene_from_record, scene_record
+from playground.tinycoco.scenes import (
+    SIZE,
+    SKETCHES,
+    SPLITS,
+    SUPERSAMPLING,
+    _paint_object,
+    draw,
+    sample_scene,
+    scene_from_record,
+    scene_record,
+    without_category,
+)
 from playground.tinycoco.vocabulary import (
     BACKGROUNDS,
     CATEGORIES,
@@ -92,3 +104,33 @@ def test_pictures_are_reproducible_and_show_their_objects(scenes):
         assert len(changed) > 0.2 * thing.area
         assert changed[:, 0].min() >= top - 2 and changed[:, 0].max() <= bottom + 4
         assert changed[:, 1].min() >= left - 3 and changed[:, 1].max() <= right + 3
+
+
+def painted(thing, ground):
+    """[336, 336] whether a thing, or its shadow, covers a point: there the canvas below does not matter."""
+    canvases = [Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, color) for color in ("white", "black")]
+    for canvas in canvases:
+        _paint_object(thing, canvas, ground)
+    white, black = (np.asarray(canvas) for canvas in canvases)
+    return (white == black).all(-1)
+
+
+def test_without_a_category_all_else_stays_to_the_pixel(scenes):
+    """What changes was seen of it: covered by it and by nothing nearer, in one of a pixel's nine points."""
+    for scene in scenes[:60]:
+        for category in scene.categories if len(scene.categories) > 1 else ():
+            seen = np.zeros((SIZE * SUPERSAMPLING,) * 2, dtype=bool)
+            for thing in sorted(scene.objects, key=lambda thing: thing.box[3]):
+                cover = painted(thing, (90, 120, 60))
+                seen = seen | cover if thing.category == category else seen & ~cover
+            seen = seen.reshape(SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING).any((1, 3))
+            picture, without = np.asarray(draw(scene)), np.asarray(draw(scene, category))
+            changed = (picture != without).any(-1)
+            assert not (changed & ~seen).any() and changed.sum() > 0.6 * seen.sum() > 0, (scene.id, category)
+            assert category not in without_category(scene, category).categories
+
+
+def test_the_only_category_cannot_be_left_out(scenes):
+    alone = replace(scenes[0], objects=scenes[0].objects[:1])
+    with pytest.raises(ValueError, match=f"{alone.id} without .*: expected one of several categories"):
+        without_category(alone, alone.categories[0])
