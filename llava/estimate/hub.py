@@ -61,7 +61,8 @@ def whole_weights(args: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        set_hf_deepspeed_config(args.hf_deepspeed_config)
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 @cache

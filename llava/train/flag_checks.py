@@ -72,12 +72,20 @@ def value_errors(data_args: DataArguments, args: TrainingArguments) -> list[str]
     return failed([
         (args.bits == 16 or args.lora_enable,
          f"--bits {args.bits}: a quantized base is trained with --lora_enable True"),
+        (args.bits == 16 or not uses_zero3(args),
+         f"--bits {args.bits}: expected ZeRO-2 or no DeepSpeed, got --deepspeed {args.deepspeed}, whose ZeRO-3 cannot "
+         "divide quantized weights among the ranks; use scripts/zero2.json, or --bits 16"),
         (data_args.eval_pairs >= 0, f"--eval_pairs: expected a share or a number, got {data_args.eval_pairs}"),
         (args.per_device_train_batch_size >= 1,
          f"--per_device_train_batch_size: expected 1 or more, got {args.per_device_train_batch_size}"),
         (not args.lora_weight_path, "--lora_weight_path: starting from an adapter is not supported; merge it first "
          "with scripts/merge_lora_weights.py"),
     ])  # fmt: skip
+
+
+def uses_zero3(args: TrainingArguments) -> bool:
+    """Whether these arguments' own --deepspeed says stage 3."""
+    return bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
 
 
 def preference_errors(data_args: DataArguments, args: TrainingArguments) -> list[str]:

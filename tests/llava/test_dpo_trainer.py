@@ -14,6 +14,7 @@ from llava.train import train_dpo
 from llava.train.arguments import parse_arguments
 from llava.train.checkpoints import TOWER_PREFIX
 from llava.train.dpo_trainer import LLaVA15DPOTrainer
+from tests.conftest import ROOT
 from tests.llava.tiny import PAPER, flags, prepare
 
 
@@ -236,6 +237,12 @@ def test_preferences_are_learnt_on_a_quantised_base(in_golden, tmp_path):
     )  # fmt: skip
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[0] == pytest.approx(0.6931472, abs=1e-4) and losses[-1] < losses[0] - 1e-3
+
+
+def test_a_quantised_base_is_not_divided_among_ranks(in_golden, tmp_path):
+    zero3 = ["--deepspeed", str(ROOT / "scripts" / "zero3.json"), "--lora_enable", "True"]
+    with pytest.raises(ValueError, match="--bits 4: expected ZeRO-2 or no DeepSpeed, got --deepspeed .*zero3.json"):
+        parse_arguments(flags(tmp_path, "--bits", "4", *zero3))
 
 
 def test_a_quantised_base_needs_itself_as_reference(in_golden, tmp_path):
