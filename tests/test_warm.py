@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llava.rehearsal.build import unavailable
+from llava.rehearsal.launch import environment
 from tests import warm
 from tests.conftest import ROOT
 from tests.warm.protocol import PYTHON, SERVERS, SOCKET, at_import, is_command
@@ -41,8 +43,16 @@ def test_a_fork_has_the_callers_arguments_folder_streams_and_environment(stand_i
     os.umask(mask)
     assert about.pop("pid") != os.getpid()
     assert about == {"words": ["", "a b"], "folder": str(tmp_path), "umask": mask, "said": "said", "warm": True,
-                     "given": "this"}  # fmt: skip
+                     "given": "this", "gpus": 0}  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_fork_on_the_null_device_has_the_devices_that_it_asks_for(stand_in, devices):
+    if (reason := unavailable()) is not None:
+        pytest.skip(reason)
+    done = run(stand_in, "", **environment(gib=2, devices=devices))
+    assert json.loads(done.stdout)["warm"] is True and json.loads(done.stdout)["gpus"] == devices
 
 
 @pytest.mark.parametrize(

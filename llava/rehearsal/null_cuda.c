@@ -28,7 +28,8 @@ static const char *device_name = "NVIDIA H100 80GB HBM3";
 static size_t limit_bytes = (size_t)(79.25 * (1ull << 30));
 static __thread int current;
 
-__attribute__((constructor)) static void read_environment(void) {
+// Also for a process that was forked from one with another environment.
+__attribute__((constructor)) void nullcuda_read_environment(void) {
   const char *value;
   if ((value = getenv("NULLCUDA_DEVICES"))) device_count = atoi(value);
   if ((value = getenv("NULLCUDA_NAME"))) device_name = value;

@@ -1,12 +1,12 @@
 """Child processes of tests that do not import torch, transformers and DeepSpeed anew: `stand_in.py` beside `server.py`.
 
 A Python that trains spends twelve seconds of processor time on importing libraries, and the tests start hundreds.
-`start()` starts two processes that have imported the libraries, and nothing of this repository, and lets
-`sys.executable` name a stand-in. The stand-in asks one of them to fork, which takes milliseconds; the fork becomes the
-command, with the caller's arguments, environment, folder, limits, standard streams and signals, and with a process id
-of its own. Bash scripts find the stand-in where they call `python`. What the libraries read from the environment at
-import must be the same; else, and for everything that is no command of this repository, the stand-in becomes a real
-Python. DAMA_COLD=1 asks for that.
+`start()` starts two processes that have imported the libraries, and nothing of this repository, and a third one on the
+null device, and lets `sys.executable` name a stand-in. The stand-in asks one of them to fork, which takes milliseconds;
+the fork becomes the command, with the caller's arguments, environment, folder, limits, standard streams and signals,
+and with a process id of its own. Bash scripts find the stand-in where they call `python`. What the libraries read from
+the environment at import must be the same; else, and for everything that is no command of this repository, the stand-in
+becomes a real Python. DAMA_COLD=1 asks for that.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
-from tests.warm.protocol import COLD, COUNTS, PYTHON, SERVERS, SOCKET
+from tests.warm.protocol import COLD, COUNTS, NULL_SERVER, PYTHON, SERVERS, SOCKET
 
 HOME = Path(__file__).parent
 LAUNCHERS = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
@@ -36,13 +37,26 @@ def start() -> None:
     address, script = f"{folder.name}/socket", str(HOME / "server.py")
     write_programs(Path(folder.name) / "bin")
     servers = [
-        subprocess.Popen([sys.executable, script, f"{address}{i}", str(end)], pass_fds=(end,), start_new_session=True)
-        for i in range(SERVERS)
+        subprocess.Popen(
+            [sys.executable, script, address + kind, str(end)], env=variables, pass_fds=(end,), start_new_session=True
+        )
+        for kind, variables in environments().items()
     ]
     os.close(end)
     atexit.register(lambda: (os.close(ours), [server.wait() for server in servers]))
     os.environ |= {SOCKET: address, PYTHON: sys.executable}
     use()
+
+
+def environments() -> dict[str, dict[str, str]]:
+    """The environment of each server, by the end of its address; one is on the null device, where that is possible."""
+    from llava.rehearsal.build import RehearsalError  # here: a command of this package has nothing of the repository's
+    from llava.rehearsal.launch import environment
+
+    found = {str(number): dict(os.environ) for number in range(SERVERS)}
+    with suppress(RehearsalError):
+        found[NULL_SERVER] = environment()
+    return found
 
 
 def write_programs(folder: Path) -> None:

@@ -12,8 +12,10 @@ import time
 def main(how: str) -> None:
     """Print what this process is, and end."""
     mask = os.umask(0)
-    about = {"pid": os.getpid(), "words": sys.argv[1:], "folder": os.getcwd(), "umask": mask, "said": sys.stdin.read()}
-    sys.stdout.write(json.dumps(about | {"warm": "torch" in sys.modules, "given": os.environ.get("GIVEN")}) + "\n")
+    torch = sys.modules.get("torch")
+    about: dict[str, object] = {"gpus": torch.cuda.device_count() if torch else None}
+    about |= {"pid": os.getpid(), "words": sys.argv[1:], "folder": os.getcwd(), "umask": mask, "said": sys.stdin.read()}
+    sys.stdout.write(json.dumps(about | {"warm": torch is not None, "given": os.environ.get("GIVEN")}) + "\n")
     sys.stdout.flush()
     if how == "exit 3":
         sys.exit(3)

@@ -9,6 +9,7 @@ import socket
 
 RELAYED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SOCKET, PYTHON, COLD = "DAMA_WARM_SOCKET", "DAMA_WARM_PYTHON", "DAMA_COLD"
+NULL_DEVICE, NULL_SERVER = "NULLCUDA_DEVICES", "null"  # in the environment of a process on the null device; its server
 COUNTS = ".counts"  # behind the address: the file of what stand-ins became
 SERVERS = 2  # the ranks of a group have hash seeds of their own, as real processes have
 PACKAGES = ("dama", "llava", "eval", "playground", "scripts", "tools", "tests")

@@ -7,6 +7,7 @@ stand-in dies it is killed with the processes of its group, as those are that sh
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import importlib
 import io
@@ -21,12 +22,14 @@ import sys
 import threading
 import types
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path[0] = str(Path(__file__).resolve().parent)  # protocol.py, without the package around it
-from protocol import PYTHON, RELAYED, at_import, differing, receive, send  # noqa: E402
+from protocol import NULL_DEVICE, PYTHON, RELAYED, at_import, differing, receive, send  # noqa: E402
 
 # What the commands of this repository import; nothing of this repository itself.
 LIBRARIES = (
@@ -55,8 +58,9 @@ class Server:
         self.listener.listen(64)
         before = dict(os.environ)
         self.known = at_import(before)
-        os.environ["DS_ACCELERATOR"] = "cpu"  # what DeepSpeed finds without a GPU
-        import_libraries()
+        os.environ["DS_ACCELERATOR"] = "cuda" if NULL_DEVICE in before else "cpu"  # what DeepSpeed finds
+        with without_counting_devices():
+            import_libraries()
         self.added = {name: value for name, value in os.environ.items() if name not in {*before, "DS_ACCELERATOR"}}
         self.ended, self.wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
@@ -133,6 +137,15 @@ class Server:
                 caller.close()
 
 
+@contextmanager
+def without_counting_devices() -> Iterator[None]:
+    """Importing torch's compiler or bitsandbytes would have torch count the GPUs, of which a fork can have others."""
+    import torch
+
+    with patch.multiple(torch.cuda, is_available=lambda: False, device_count=lambda: 0):
+        yield
+
+
 def import_libraries() -> None:
     """Import all of them without a word, and keep their objects out of every later collection."""
     logging.disable(logging.WARNING)
@@ -178,6 +191,9 @@ def become(request: dict[str, Any]) -> None:
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update(environment)
+    if NULL_DEVICE in environment:
+        ctypes.CDLL(None).nullcuda_read_environment()
+        sys.modules["torch.cuda"]._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]  # no driver is lost
     take_streams(request["streams"], words[:1] == ["-u"] or bool(environment.get("PYTHONUNBUFFERED")))
     sys.warnoptions[:] = [option for option in environment.get("PYTHONWARNINGS", "").split(",") if option]
     warnings._processoptions(sys.warnoptions)  # type: ignore[attr-defined]

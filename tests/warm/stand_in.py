@@ -7,7 +7,20 @@ import socket
 import sys
 from contextlib import suppress
 
-from protocol import COLD, COUNTS, PYTHON, RELAYED, SERVERS, SOCKET, at_import, is_command, receive, send
+from protocol import (
+    COLD,
+    COUNTS,
+    NULL_DEVICE,
+    NULL_SERVER,
+    PYTHON,
+    RELAYED,
+    SERVERS,
+    SOCKET,
+    at_import,
+    is_command,
+    receive,
+    send,
+)
 
 
 def real(why: str) -> None:
@@ -34,11 +47,17 @@ def umask() -> int:
     return mask
 
 
+def address() -> str:
+    """Of the server whose kind this process is of."""
+    rank = int(os.environ.get("LOCAL_RANK", os.getpid()))
+    return f"{os.environ[SOCKET]}{NULL_SERVER if NULL_DEVICE in os.environ else rank % SERVERS}"
+
+
 def warm() -> int | str:
     """The status of the command, or why there is no fork: the server is gone or of another environment."""
     server = socket.socket(socket.AF_UNIX)
     try:
-        server.connect(f"{os.environ[SOCKET]}{(int(os.environ.get('LOCAL_RANK', os.getpid()))) % SERVERS}")
+        server.connect(address())
         ignored = [number for number in RELAYED if signal.getsignal(number) == signal.SIG_IGN]
         for number in RELAYED:  # what comes before the process id is known waits
             signal.pthread_sigmask(signal.SIG_BLOCK, [number])
