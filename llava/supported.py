@@ -94,13 +94,19 @@ def adapter_weights(source: str) -> list[str]:
 
 
 def validate_trained_model(source: str | None, flag: str) -> None:
-    """Raise ValueError where preference training knows no way to read a checkpoint.
+    """Raise ValueError where preference training knows no way to read a checkpoint, or where it is an adapter's alone.
 
     Args:
         source: folder or hub name. flag: what to call it in the error.
     """
     if not is_hub_model(source, flag):
         validate_supported_model(source, flag)
+    elif source and "model_type" not in read_small_file(source, "config.json"):
+        base = read_small_file(source, "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{flag} '{source}': expected a full model, got an adapter of '{base}'; merge it first with "
+            f"python scripts/merge_lora_weights.py --model-path {source} --model-base {base} --save-model-path NEW"
+        )
 
 
 def model_type_of(source: str | None) -> str | None:

@@ -16,7 +16,7 @@ from dama.models.families import family_of
 from dama.models.files import files_of, listed, validate_complete
 from dama.models.setup import HEAD, load_processor
 from dama.notices import without_loading_bars
-from dama.train.setup import quantization_config
+from dama.train.setup import keep_packing, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -107,6 +107,7 @@ class HubCheckpoint:
         with files_of(self.source), without_loading_bars():
             model, found = AutoModelForImageTextToText.from_pretrained(self.base, **options)
         validate_complete(self.base, found)
+        keep_packing(model)
         if self.adapter is not None:
             model = with_adapter(model, self.adapter, merge=bits == 16)
         return model.eval()

@@ -15,7 +15,14 @@ from dama.models.families import family_of
 from dama.models.family import HubFamily
 from dama.models.files import files_of, validate_complete
 from dama.notices import without_loading_bars
-from dama.train.setup import join_ranks, loading_options, precision_of_weights, with_adapters
+from dama.train.setup import (
+    drop_unused_decoding,
+    join_ranks,
+    keep_packing,
+    loading_options,
+    precision_of_weights,
+    with_adapters,
+)
 
 HEAD = "lm_head"
 
@@ -42,6 +49,8 @@ def setup_family(arguments: Any, *, dtype: torch.dtype | None = None) -> HubFami
             output_loading_info=True, **options,
         )  # fmt: skip
     validate_complete(name, found)
+    drop_unused_decoding(model)
+    keep_packing(model)
     model.config.use_cache = False
     if args.lora_enable:
         model = with_lora(model, args)

@@ -86,6 +86,31 @@ def loading_options(args: Any, skipped: Sequence[str]) -> dict[str, Any]:
     return {"device_map": {"": args.device}, "quantization_config": config}
 
 
+# Fields of a generation config that mean nothing without sampling, and without beams.
+OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+OF_BEAMS = ("early_stopping", "length_penalty")
+
+
+def drop_unused_decoding(model: Any) -> None:
+    """Empty what a model's generation config says without effect, as Vicuna's does: transformers refuses to save it."""
+    config = model.generation_config
+    unused = OF_SAMPLING * (not config.do_sample) + OF_BEAMS * ((config.num_beams or 1) == 1)
+    for name in unused:
+        if hasattr(config, name):
+            setattr(config, name, None)
+
+
+def keep_packing(model: Any) -> None:
+    """Let layers of 4 bits stay as they were loaded.
+
+    On CPUs with AVX512_BF16 bitsandbytes would repack them at the first batch without dropout: for good, without
+    gradients from then on, and only widths of a multiple of 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def with_adapters(model: Any, config: Any, args: Any) -> Any:
     """The model under PEFT's adapters of `config`, over a base that --bits may have quantized.
 

@@ -11,7 +11,7 @@ from transformers import CLIPVisionModel, GenerationConfig, PretrainedConfig
 
 from dama.console import log
 from dama.notices import without_loading_bars
-from dama.train.setup import quantization_config
+from dama.train.setup import drop_unused_decoding, keep_packing, quantization_config
 from llava.constants import DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import (
     EMBEDDINGS,
@@ -195,7 +195,8 @@ def _model(source: str, checkpoint: Checkpoint, **kwargs: Any) -> LlavaLlamaForC
         )
     if folder and (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.generation_config = _valid_generation_config(model.generation_config)
+    drop_unused_decoding(model)
+    keep_packing(model)
     model.config._name_or_path = model.name_or_path = source
     return model
 
@@ -328,10 +329,3 @@ def check_tokenizer(tokenizer: Any, rows: int, source: str, known: int | None = 
             f"{known or len(tokenizer)} and a table of {rows}. The tokenizer's files are of another model; copy those "
             "of the model's own base."
         )
-
-
-def _valid_generation_config(config: GenerationConfig) -> GenerationConfig:
-    """Vicuna's config names a temperature without sampling, which transformers refuses to save."""
-    if not config.do_sample:
-        config.temperature = config.top_p = config.top_k = None
-    return config

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from dama.models import setup
+from dama.models.loading import HubCheckpoint
 from dama.models.trainer import HubTrainer
 from dama.train.provenance import PROVENANCE_FILE
 from llava.eval.generate import main as generate
@@ -19,6 +20,7 @@ from llava.model.export import main as export
 from llava.train import train_dpo, train_hub
 from llava.train.arguments import parse_arguments
 from llava.train.train_mem import main as train_mem
+from scripts.merge_lora_weights import main as merge
 from tests.conftest import GOLDEN
 from tests.llava.test_distributed import launch, training_log
 from tests.models.tiny_hub import build
@@ -189,6 +191,39 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, on_one_rank, zero):
     for single, double in zip(rows, training_log(tmp_path / "two"), strict=True):
         for key in ("loss", "grad_norm", "dama/R_bar", "dama/alpha_M", "dama/selected"):
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=5e-5), key
+
+
+def test_an_adapter_is_named_and_merged_before_it_is_trained_on(in_golden, qwen, tmp_path, capsys):
+    """The error names its base; the merged model trains on."""
+    lora = ["--lora_enable", "True", "--lora_r", "4", "--freeze_mm_mlp_adapter", "True", "--reference", "base"]
+    assert train_mem(words_of(tmp_path / "adapter", qwen, *lora, "--strategy", "model", "--max_steps", "2")) == 0
+    more = ["--loss", "simpo", "--strategy", "none", "--max_steps", "1"]
+    capsys.readouterr()
+    assert train_mem(words_of(tmp_path / "out", tmp_path / "adapter", *more)) == 2
+    said = f"--model_name_or_path '{tmp_path / 'adapter'}': expected a full model, got an adapter of '{qwen}'"
+    assert said in capsys.readouterr().err
+    merge(["--model-path", str(tmp_path / "adapter"), "--model-base", str(qwen), "--save-model-path",
+           str(tmp_path / "merged"), "--dtype", "float32"])  # fmt: skip
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
+    wanted = HubCheckpoint(str(tmp_path / "adapter")).model(device="cpu", dtype=torch.float32).state_dict()
+    assert all(torch.equal(merged[name], weight) for name, weight in wanted.items())
+    before = AutoModelForImageTextToText.from_pretrained(qwen).state_dict()
+    assert any(not torch.equal(merged[name], weight) for name, weight in before.items())
+    assert train_mem(words_of(tmp_path / "out", tmp_path / "merged", *more)) == 0
+
+
+@pytest.mark.parametrize(
+    "said", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.0}, {"length_penalty": 0.5}]
+)
+def test_a_base_whose_decoding_has_no_effect_is_saved(in_golden, tmp_path, said):
+    """Nothing that transformers refuses to save is left of its generation config."""
+    base = saved(tmp_path / "model", "qwen2_5_vl")
+    (base / "generation_config.json").write_text(json.dumps(said))
+    words = words_of(tmp_path / "out", base, "--loss", "simpo", "--strategy", "none", "--max_steps", "1")
+    assert train_mem(words) == 0
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert not kept.keys() & said.keys() - {"do_sample"}
 
 
 @pytest.mark.distributed
