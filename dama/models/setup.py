@@ -26,6 +26,10 @@ from dama.train.setup import (
 
 HEAD = "lm_head"
 
+# What Qwen2-VL's image processor and its kin call the least and the most pixels of an image in their `size`.
+EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+OF_LOADING = ("backend", "use_fast")  # options that choose an image processor's class
+
 
 def setup_family(arguments: Any, *, dtype: torch.dtype | None = None) -> HubFamily:
     """The family that (model_args, data_args, args) describe; its model may be a PeftModel.
@@ -82,7 +86,7 @@ def load_processor(
         adapt: adds what the files lack, `adapted_processor` of the model's family.
 
     Raises:
-        ValueError: an option is no NAME=VALUE, or it is no processor of images and text.
+        ValueError: an option is no NAME=VALUE or has no effect, or it is no processor of images and text.
     """
     options: dict[str, Any] = {"min_pixels": model_args.min_pixels, "max_pixels": model_args.max_pixels}
     options = {key: value for key, value in options.items() if value is not None} | parsed(model_args.processor_option)
@@ -92,11 +96,30 @@ def load_processor(
             f"processor of '{name}': expected one of images and text, with an image_token, got "
             f"{type(processor).__name__}"
         )
+    check_options(processor, options)
     drop_repeated_limits(processor)
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def check_options(processor: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError for options that a processor drops without a word, and for limits that no image can keep."""
+    images = processor.image_processor
+    known, size = images.to_dict(), dict(getattr(images, "size", None) or {})
+    for name, value in options.items():
+        is_limit = name in EDGES and size.get(EDGES[name]) == value
+        if not (is_limit or name in known or name in OF_LOADING or hasattr(processor, name)):
+            flag = f"--{name} {value}" if name in EDGES else f"--processor_option {name}={json.dumps(value)}"
+            settings = ", ".join(sorted(known.keys() - {"image_processor_type", "processor_class"}))
+            raise ValueError(
+                f"{flag}: expected a setting of this model's {type(images).__name__}, which has none of that name; its "
+                f"settings, for --processor_option NAME=VALUE, are {settings}"
+            )
+    least, most = (size.get(edge) for edge in EDGES.values())
+    if options.keys() & EDGES and least and most and least > most:
+        raise ValueError(f"--min_pixels, --max_pixels: expected the least at most the most, got {least} and {most}")
 
 
 def drop_repeated_limits(processor: Any) -> None:
@@ -107,7 +130,7 @@ def drop_repeated_limits(processor: Any) -> None:
     """
     size = dict(getattr(processor.image_processor, "size", None) or {})
     kept = processor.tokenizer.init_kwargs
-    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+    for name, edge in EDGES.items():
         if name in kept and size.get(edge) == kept[name]:
             del kept[name]
 
