@@ -94,6 +94,8 @@ OF_BEAMS = ("early_stopping", "length_penalty")
 def drop_unused_decoding(model: Any) -> None:
     """Empty what a model's generation config says without effect, as Vicuna's does: transformers refuses to save it."""
     config = model.generation_config
+    if config is None:  # of a model that does not generate
+        return
     unused = OF_SAMPLING * (not config.do_sample) + OF_BEAMS * ((config.num_beams or 1) == 1)
     for name in unused:
         if hasattr(config, name):
