@@ -11,18 +11,22 @@ from pathlib import Path
 
 from dama.hub import TIMEOUT_S, go_offline_without_hub
 from dama.images import ImageFolder, load_image, missing_folders, resolve_image
+from dama.models.chat import ChatTemplate
 from dama.pairs import PairsError, PreferencePair, distinct_images, parse_pairs
 from dama.train.arguments import ZERO
 from dama.train.data import ImageChoice
 from dama.train.provenance import version_of
 from llava.conversation import get_template
 from llava.estimate import machine
+from llava.estimate.hub import own_processor
 from llava.estimate.lengths import views_of
 from llava.estimate.machine import format_bytes, gpu_problem
 from llava.estimate.memory import trained_parameters, weight_bytes
 from llava.estimate.plan import Plan, backends
 from llava.estimate.shapes import shape_of
 from llava.estimate.sizes import FP32, ModelShape, Training, Zero
+from llava.supported import is_hub_model, validate_trained_model
+from llava.train.arguments import Arguments
 from llava.train.sft_data import Row, read_rows
 
 SHOWN = 3  # rows of data
@@ -129,6 +133,8 @@ def check_model(plan: Plan, items: Sequence[PreferencePair] | Sequence[Row] = ()
             f"model: '{source}' is no folder, is not in the local cache, and the hub did not answer; set MODEL, or "
             "--model_name_or_path, to a checkpoint's folder"
         )
+    elif args.task == "DPO":
+        plan.errors += preference_obstacles(plan.arguments)
     if plan.clip and not has_clip_weights(*plan.clip):
         weights = ":".join(plan.clip)
         plan.errors.append(f"CLIP: the weights {weights} are not in the local cache, and the hub did not answer")
@@ -145,6 +151,18 @@ def check_model(plan: Plan, items: Sequence[PreferencePair] | Sequence[Row] = ()
         f"of width {shape.width}, {shape.patches} positions an image",
     )
     return shape
+
+
+def preference_obstacles(arguments: Arguments) -> list[str]:
+    """What would stop preference training when it reads the model's processor."""
+    source = arguments[0].model_name_or_path
+    try:
+        validate_trained_model(source, "--model_name_or_path")
+        if is_hub_model(source):
+            ChatTemplate(own_processor(arguments), arguments[0].system_prompt)
+    except (OSError, ValueError) as error:
+        return [f"model: {str(error).splitlines()[0]}"]
+    return []
 
 
 def check_host(plan: Plan, shape: ModelShape) -> None:

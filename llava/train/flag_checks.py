@@ -78,6 +78,7 @@ def value_errors(data_args: DataArguments, args: TrainingArguments) -> list[str]
         (data_args.eval_pairs >= 0, f"--eval_pairs: expected a share or a number, got {data_args.eval_pairs}"),
         (args.per_device_train_batch_size >= 1,
          f"--per_device_train_batch_size: expected 1 or more, got {args.per_device_train_batch_size}"),
+        (args.lora_r >= 1 or not args.lora_enable, f"--lora_r: expected 1 or more, got {args.lora_r}"),
         (not args.lora_weight_path, "--lora_weight_path: starting from an adapter is not supported; merge it first "
          "with scripts/merge_lora_weights.py"),
     ])  # fmt: skip

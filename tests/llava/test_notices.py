@@ -5,13 +5,14 @@ import sys
 
 import pytest
 
-# As on a CPU with AVX-512 BF16: bitsandbytes looks for a kernel there when it is imported.
+# As on a CPU with AVX-512 BF16: bitsandbytes looks for a kernel there when it is imported, which this one may be.
 IMPORT = """
 import importlib, sys
 import {module}
 import bitsandbytes.functional
-bitsandbytes.functional.has_avx512bf16 = lambda: True
-importlib.reload(importlib.import_module("bitsandbytes.backends.cpu.ops"))
+if not bitsandbytes.functional.has_avx512bf16():
+    bitsandbytes.functional.has_avx512bf16 = lambda: True
+    importlib.reload(importlib.import_module("bitsandbytes.backends.cpu.ops"))
 sys.stderr.write("imported\\n")
 if {used}:
     from dama.train.setup import quantization_config

@@ -1,5 +1,6 @@
 """Memory of Hugging Face models from configs and data alone, beside what a batch really needs."""
 
+import json
 import re
 
 import pytest
@@ -86,6 +87,34 @@ def test_parts_are_counted_once(in_golden, tmp_path):
 )
 def test_what_is_not_counted_is_said(in_golden, tmp_path, capsys, name, flags, reason):
     assert reason in page(capsys, *words_of(tmp_path / "out", saved(tmp_path / "model", name), *flags))[1]
+
+
+def without_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+def with_adapter_alone(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder.parent / "base")}))
+    saved(folder.parent / "base", "qwen2_5_vl")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "message"),
+    [
+        (without_template, [], "model: chat template: expected one in the checkpoint's processor, got none"),
+        (with_adapter_alone, [], "model: --model_name_or_path .* expected a full model, got an adapter of"),
+        (None, ["--processor_option", "foo=3"], "model: --processor_option foo=3: expected a setting"),
+        (None, ["--lora_enable", "True", "--lora_r", "0"], "--lora_r: expected 1 or more, got 0"),
+    ],
+    ids=["template", "adapter", "option", "rank"],
+)
+def test_what_would_stop_a_training_is_listed(in_golden, tmp_path, capsys, spoil, flags, message):
+    folder = saved(tmp_path / "model", "qwen2_5_vl")
+    if spoil:
+        spoil(folder)
+    status, said = page(capsys, *words_of(tmp_path / "out", folder), *flags)
+    assert status == 1 and re.search(message, said.partition("missing")[2]), said
 
 
 def test_a_training_takes_the_micro_batch_that_fits(in_golden, tmp_path, monkeypatch):

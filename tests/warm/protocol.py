@@ -18,7 +18,7 @@ LAUNCHERS = ("torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.la
 AT_IMPORT = (
     "LD_", "OMP_", "GOMP_", "MKL_", "HF_", "TRANSFORMERS_", "DIFFUSERS_", "TORCH_", "LC_", "LANG",
     "PYTHONHASHSEED", "PYTHONIOENCODING", "PYTHONUTF8", "PYTHONOPTIMIZE", "PYTHONSAFEPATH", "PYTHONHOME",
-    "PYTHONNOUSERSITE", "PYTHONDEVMODE", "PYTHONPROFILEIMPORTTIME", "CUDA_HOME", "TRITON_", "BNB_", "GRADIO_",
+    "PYTHONNOUSERSITE", "PYTHONDEVMODE", "PYTHONPROFILEIMPORTTIME", "CUDA_HOME", "TRITON_", "BNB_",
 )  # fmt: skip
 # Gradio's import sets the last one, in whatever process of the tests that happens; nothing asks a hub here.
 NOT_AT_IMPORT = ("TORCH_NCCL_", "TORCH_DISTRIBUTED_", "HF_HUB_DISABLE_TELEMETRY")
