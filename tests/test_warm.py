@@ -37,13 +37,14 @@ def run(python, *words, **environment):
 
 def test_a_fork_has_the_callers_arguments_folder_streams_and_environment(stand_in, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(stand_in, "", "a b", GIVEN="this")
+    (tmp_path / "scratch").mkdir()
+    done = run(stand_in, "", "a b", GIVEN="this", TMPDIR=str(tmp_path / "scratch"))
     about = json.loads(done.stdout)
     mask = os.umask(0)
     os.umask(mask)
     assert about.pop("pid") != os.getpid()
     assert about == {"words": ["", "a b"], "folder": str(tmp_path), "umask": mask, "said": "said", "warm": True,
-                     "given": "this", "gpus": 0}  # fmt: skip
+                     "given": "this", "gpus": 0, "scratch": str(tmp_path / "scratch")}  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -19,6 +19,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import types
 import warnings
@@ -194,6 +195,7 @@ def become(request: dict[str, Any]) -> None:
     if NULL_DEVICE in environment:
         ctypes.CDLL(None).nullcuda_read_environment()
         sys.modules["torch.cuda"]._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]  # no driver is lost
+    tempfile.tempdir = None  # what an import has found, by the server's environment
     take_streams(request["streams"], words[:1] == ["-u"] or bool(environment.get("PYTHONUNBUFFERED")))
     sys.warnoptions[:] = [option for option in environment.get("PYTHONWARNINGS", "").split(",") if option]
     warnings._processoptions(sys.warnoptions)  # type: ignore[attr-defined]
