@@ -26,8 +26,6 @@ from dama.train.setup import (
 
 HEAD = "lm_head"
 
-# What Qwen2-VL's image processor and its kin call the least and the most pixels of an image in their `size`.
-EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 OF_LOADING = ("backend", "use_fast")  # options that choose an image processor's class
 
 
@@ -106,19 +104,19 @@ def load_processor(
 
 def check_options(processor: Any, options: dict[str, Any]) -> None:
     """Raise ValueError for options that a processor drops without a word, and for limits that no image can keep."""
-    images = processor.image_processor
-    known, size = images.to_dict(), dict(getattr(images, "size", None) or {})
+    images, limits = processor.image_processor, limits_of(processor)
+    known = images.to_dict()
     for name, value in options.items():
-        is_limit = name in EDGES and size.get(EDGES[name]) == value
-        if not (is_limit or name in known or name in OF_LOADING or hasattr(processor, name)):
-            flag = f"--{name} {value}" if name in EDGES else f"--processor_option {name}={json.dumps(value)}"
+        is_kept = name in limits and limits[name] == value
+        if not (is_kept or name in known or name in OF_LOADING or hasattr(processor, name)):
+            flag = f"--{name} {value}" if name in limits else f"--processor_option {name}={json.dumps(value)}"
             settings = ", ".join(sorted(known.keys() - {"image_processor_type", "processor_class"}))
             raise ValueError(
                 f"{flag}: expected a setting of this model's {type(images).__name__}, which has none of that name; its "
                 f"settings, for --processor_option NAME=VALUE, are {settings}"
             )
-    least, most = (size.get(edge) for edge in EDGES.values())
-    if options.keys() & EDGES and least and most and least > most:
+    least, most = limits.values()
+    if options.keys() & limits and least and most and least > most:
         raise ValueError(f"--min_pixels, --max_pixels: expected the least at most the most, got {least} and {most}")
 
 
@@ -128,11 +126,16 @@ def drop_repeated_limits(processor: Any) -> None:
     from_pretrained gives its options to both. Qwen2-VL's processor and its kin write them into `size`; the tokenizer
     keeps them, and each call would pass them to the image processor again, which is deprecated and changes nothing.
     """
-    size = dict(getattr(processor.image_processor, "size", None) or {})
     kept = processor.tokenizer.init_kwargs
-    for name, edge in EDGES.items():
-        if name in kept and size.get(edge) == kept[name]:
+    for name, value in limits_of(processor).items():
+        if name in kept and value == kept[name]:
             del kept[name]
+
+
+def limits_of(processor: Any) -> dict[str, Any]:
+    """The least and the most pixels of an image, by flag, where Qwen2-VL and its kin have them; else other numbers."""
+    size = dict(getattr(processor.image_processor, "size", None) or {})
+    return {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
 
 
 def parsed(options: Sequence[str]) -> dict[str, Any]:

@@ -19,8 +19,6 @@ from playground.tinycoco.scenes import Scene, draw, sample_scene, without_catego
 from playground.tinycoco.vocabulary import mentioned_categories
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from llava.generation.local import Answerer
 
 SHARES = {"sampled": 900, "edit": 400, "unrelated": 200}
@@ -160,18 +158,14 @@ def with_second_image(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"rejected_images": [image], "second": second}
 
 
-def _parts_of(image: str) -> tuple[Scene, str | None]:
+def parts_of(image: str) -> tuple[Scene, str | None]:
+    """The scene that an image's file name stands for, and the category that it is drawn without."""
     name, _, category = Path(image).stem.partition(WITHOUT)
     split, _, index = name.rpartition("-")
     return sample_scene(int(index), split), category.replace("_", " ") or None
 
 
 def scene_of(image: str) -> Scene:
-    """The scene that an image's file name stands for: what is to be seen on it."""
-    scene, category = _parts_of(image)
+    """What is to be seen on the image of this file name."""
+    scene, category = parts_of(image)
     return scene if category is None else without_category(scene, category)
-
-
-def image_of(image: str) -> Image.Image:
-    """The image that a file name stands for."""
-    return draw(*_parts_of(image))

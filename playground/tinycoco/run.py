@@ -17,7 +17,7 @@ from eval.core.store import Provenance, read_answers, write_results
 from eval.core.types import Record
 from eval.objhal import PROTOCOL, format_table, score_captions
 from playground.tinycoco.captions import QUESTIONS
-from playground.tinycoco.preferences import image_of, scene_of, with_second_image
+from playground.tinycoco.preferences import parts_of, scene_of, with_second_image
 from playground.tinycoco.scenes import Scene, draw, sample_scene
 from playground.tinycoco.vocabulary import SYNONYMS
 
@@ -82,8 +82,9 @@ def prepare(
 
 
 def _draw_to(folder: Path, name: str) -> dict[str, Any]:
-    image_of(name).save(folder / name)
-    return {"image": name, "objects": list(scene_of(name).categories)}
+    scene, without = parts_of(name)
+    draw(scene, without).save(folder / name)
+    return {"image": name, "objects": [category for category in scene.categories if category != without]}
 
 
 def _question(scene: Scene, index: int) -> str:

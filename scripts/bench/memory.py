@@ -119,8 +119,7 @@ def measure(case: Case, shape: Shape, folder: Path) -> dict[str, Any]:
     from llava.train.arguments import parse_arguments
 
     arguments = parse_arguments(flags_of(case, folder))
-    made = hub_training(arguments, folder) if case.hub else llava_training(arguments, folder, shape)
-    trainer, sizes, length = made
+    trainer, sizes, length = hub_training(arguments, folder) if case.hub else llava_training(arguments, folder, shape)
     model = trainer.model
     with TensorPeak(arguments[2].device, [*model.parameters(), *model.buffers()]) as needed:
         trainer.train()
@@ -243,11 +242,13 @@ def main() -> None:
         folder, shape = Path(name), SHAPES[args.shape]
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         write_checkpoint(folder / "checkpoint", shape, torch.device("cpu"), dtype)
-        write_qwen(folder / "qwen")
+        chosen = [name for name in CASES if args.only in name]
+        if any(CASES[name].hub for name in chosen):
+            write_qwen(folder / "qwen")
         write_images(folder, shape, PAIRS)
         log(f"{'MiB on the rank that needs most':<42}{'measured':>10}{'estimated':>11}{'error':>9}  peak in")
         table = {}
-        for case in (case for case in CASES if args.only in case):
+        for case in chosen:
             table[case] = launch(case, args.shape, folder)
             log(line_of(case, table[case]))
     errors = [abs(error_of(figures)) for figures in table.values()]

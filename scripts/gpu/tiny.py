@@ -20,33 +20,27 @@ TOLERANCES = {"loss": 1e-3, "grad_norm": 1e-2}
 QUANTIZED = {"dpo qlora": [*DPO, *FOUR, *LORA, "--bits", "4", "--reference", "base", "--freeze_mm_mlp_adapter", "True"]}
 ROUNDED = {"loss": 1e-2, "grad_norm": 5e-2}
 REHEARSED = ("dpo plain", "dpo lora")
+NEEDS = {"--deepspeed": "deepspeed", "--bits": "bitsandbytes"}  # flag -> package
 
 
 def measure(report: Report) -> None:
     """Train the golden checkpoint on the GPU in every way and compare losses with the CPU's."""
     torch.backends.cudnn.allow_tf32 = False  # the convolution of the vision tower would round to 10 bits
-    ways = REHEARSED if is_rehearsed() else [*WAYS]
-    if not importlib.util.find_spec("deepspeed"):
-        for way in [way for way in ways if "--deepspeed" in WAYS[way]]:
-            report.leave_out(way, "deepspeed not installed")
-        ways = [way for way in ways if "--deepspeed" not in WAYS[way]]
-    quantized = {} if is_rehearsed() else QUANTIZED
-    if not importlib.util.find_spec("bitsandbytes"):
-        for way in quantized:
-            report.leave_out(way, "bitsandbytes not installed")
-        quantized = {}
+    ways = {way: WAYS[way] for way in REHEARSED} if is_rehearsed() else WAYS | QUANTIZED
+    for flag, package in NEEDS.items():
+        if not importlib.util.find_spec(package):
+            for way in [way for way, words in ways.items() if flag in words]:
+                report.leave_out(way, f"{package} not installed")
+                del ways[way]
     # A process that CUDA has not been started in may be forked; a real driver is better left alone.
     with ProcessPoolExecutor(1, get_context("fork" if is_rehearsed() else "spawn")) as cpu:
-        expected = {way: cpu.submit(steps_on_cpu, without_deepspeed(WAYS[way])) for way in ways}
-        expected |= {way: cpu.submit(steps_on_cpu, words) for way, words in quantized.items()}
-        for way in [way for way in ways if "--deepspeed" not in WAYS[way]]:
-            compare(report, way, WAYS[way], expected[way])
-        for way, words in quantized.items():
-            compare(report, way, words, expected[way], ROUNDED)
-        if zero := [way for way in ways if "--deepspeed" in WAYS[way]]:
+        expected = {way: cpu.submit(steps_on_cpu, without_deepspeed(words)) for way, words in ways.items()}
+        for way in [way for way, words in ways.items() if "--deepspeed" not in words]:
+            compare(report, way, ways[way], expected[way])
+        if zero := [way for way, words in ways.items() if "--deepspeed" in words]:
             with one_rank():
                 for way in zero:
-                    compare(report, way, WAYS[way], expected[way])
+                    compare(report, way, ways[way], expected[way])
     worst = max((found["loss"] for found in report.cases.values() if "loss" in found), default=float("nan"))
     report.line = f"{len(report.cases) - report.failed} of {len(report.cases)} trainings give the CPU's losses, "
     report.line += f"largest difference {worst:.1e} of a loss"
@@ -58,20 +52,14 @@ def steps_on_cpu(words: list[str]) -> list[dict[str, float]]:
     return steps_of([*words, "--use_cpu", "True"])
 
 
-def compare(
-    report: Report,
-    way: str,
-    words: list[str],
-    expected: Future[list[dict[str, float]]],
-    tolerances: dict[str, float] = TOLERANCES,
-) -> None:
+def compare(report: Report, way: str, words: list[str], expected: Future[list[dict[str, float]]]) -> None:
     """Largest relative difference of losses and gradient norms; beyond the tolerance the case fails."""
     with report.case(way) as found:
         steps, on_cpu = steps_of(words), expected.result()
         found["steps"] = len(steps)
         if len(steps) != len(on_cpu):
             raise ValueError(f"expected {len(on_cpu)} steps as on the CPU, got {len(steps)}")
-        for name, tolerance in tolerances.items():
+        for name, tolerance in (ROUNDED if way in QUANTIZED else TOLERANCES).items():
             apart = [abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(steps, on_cpu)]
             found[name] = max(apart)
             if not found[name] <= tolerance:

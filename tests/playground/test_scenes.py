@@ -124,8 +124,8 @@ def test_without_a_category_all_else_stays_to_the_pixel(scenes):
                 cover = painted(thing, (90, 120, 60))
                 seen = seen | cover if thing.category == category else seen & ~cover
             seen = seen.reshape(SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING).any((1, 3))
-            picture, without = np.asarray(draw(scene)), np.asarray(draw(scene, category))
-            changed = (picture != without).any(-1)
+            whole, without = np.asarray(draw(scene)), np.asarray(draw(scene, category))
+            changed = (whole != without).any(-1)
             assert not (changed & ~seen).any() and changed.sum() > 0.6 * seen.sum() > 0, (scene.id, category)
             assert category not in without_category(scene, category).categories
 
