@@ -37,7 +37,7 @@ def merge_hub_adapter(checkpoint: HubCheckpoint, path: str, dtype: torch.dtype) 
         ValueError: there is no adapter to merge.
     """
     if checkpoint.adapter is None:
-        raise ValueError(f"--model-path '{checkpoint.source}': expected an adapter, got a full model; nothing to merge")
+        raise ValueError(f"--model-path '{checkpoint.source}': expected an adapter, found no adapter_config.json")
     with new_folder(path) as folder:
         model = checkpoint.model(device="cpu", dtype=torch.float32)
         drop_unused_decoding(model)
