@@ -16,7 +16,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations, permutations
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,22 @@ from dama.console import write_atomic, write_json
 from eval import benchmarks
 from eval.core.record import RECORD
 from eval.core.transfer import digest
-from playground.tinycoco.captions import PLURALS, QUESTIONS, article
+from playground.tinycoco.captions import PLURALS, QUESTIONS
 from playground.tinycoco.hallusionbench import write_hallusionbench
-from playground.tinycoco.mmhal import CLEARLY_BESIDE, NUMBERS, write_mmhal
+from playground.tinycoco.mmhal import write_mmhal
 from playground.tinycoco.mmstar import write_mmstar
-from playground.tinycoco.scenes import Scene, SceneObject, draw, sample_scene
-from playground.tinycoco.vocabulary import CATEGORIES, PALETTES, SYNONYMS, companion_of
+from playground.tinycoco.questions import (
+    beside,
+    is_color,
+    is_left_of,
+    is_number,
+    is_there,
+    other_color,
+    usual_but_absent,
+    with_color,
+)
+from playground.tinycoco.scenes import Scene, draw, sample_scene
+from playground.tinycoco.vocabulary import CATEGORIES, SYNONYMS
 
 DESCRIBE = "Describe this image."
 EDITIONS = ("objhal", "amber", "pope", "mmhal", "hallusionbench", "mmstar", "chair")
@@ -131,8 +141,7 @@ def _pope_questions(scene: Scene, ranking: Callable[[Scene, list[str]], list[str
     absent = ranking(scene, sorted(set(CATEGORIES) - set(scene.categories)))
     for pair in zip(present, absent):
         for category, label in zip(pair, ("yes", "no")):
-            text = f"Is there {article(category)} {category} in the image?"
-            yield {"image": f"{scene.id}.png", "text": text, "label": label}
+            yield {"image": f"{scene.id}.png", "text": is_there(category), "label": label}
 
 
 # ---------------------------------------------------------------------------------------------------------- AMBER
@@ -146,7 +155,7 @@ def write_amber(folder: Path, scenes: Sequence[Scene]) -> None:
     described = [{"id": i, "image": f"{scene.id}.png", "query": DESCRIBE} for i, scene in enumerate(scenes, 1)]
     annotations: list[dict[str, Any]] = [
         {"id": i, "type": "generative", "truth": list(map(noun_of, scene.categories)),
-         "hallu": list(map(noun_of, _usual_but_absent(scene)))}
+         "hallu": list(map(noun_of, usual_but_absent(scene)))}
         for i, scene in enumerate(scenes, 1)
     ]  # fmt: skip
     asked = [(scene, *question) for scene in scenes for question in _amber_questions(scene)]
@@ -169,46 +178,22 @@ def noun_of(category: str) -> str:
     return category.split()[-1]
 
 
-def _usual_but_absent(scene: Scene) -> list[str]:
-    companions = dict.fromkeys(companion_of(category, scene.context) for category in scene.categories)
-    return [companion for companion in companions if companion is not None and companion not in scene.categories]
-
-
 def _amber_questions(scene: Scene) -> Iterator[Asked]:
     """All but those on existence come in twos, one with each answer."""
     rng = random.Random(f"tinycoco/amber/{scene.id}")
-    count = Counter(thing.category for thing in scene.objects)
-    single = [thing for thing in scene.objects if count[thing.category] == 1]
-    for companion in _usual_but_absent(scene):
-        yield "discriminative-hallucination", f"Is there {article(companion)} {companion} in this image?", "no"
-    for thing in single:
-        yield from _on_colour(thing, rng)
+    for companion in usual_but_absent(scene):
+        yield "discriminative-hallucination", is_there(companion, "this"), "no"
+    for thing in with_color(scene):
+        for color, truth in ((thing.colour, "yes"), (other_color(thing, rng), "no")):
+            yield "discriminative-attribute-state", is_color(thing.category, color), truth
     for category in scene.categories:
         if category in PLURALS:
-            for number, truth in ((count[category], "yes"), (count[category] + 1, "no")):
-                yield "discriminative-attribute-number", _on_number(category, number), truth
-    for one, other in combinations(single, 2):
-        yield from _on_sides(one, other)
-
-
-def _on_colour(thing: SceneObject, rng: random.Random) -> Iterator[Asked]:
-    others = [colour for colour in PALETTES[thing.category] if colour != thing.colour]
-    if thing.colour and others and thing.category != "person":
-        for colour, truth in ((thing.colour, "yes"), (rng.choice(others), "no")):
-            yield "discriminative-attribute-state", f"Is the {thing.category} {colour} in this image?", truth
-
-
-def _on_number(category: str, number: int) -> str:
-    if number == 1:
-        return f"Is there one {category} in this image?"
-    return f"Are there {NUMBERS[number]} {PLURALS[category]} in this image?"
-
-
-def _on_sides(one: SceneObject, other: SceneObject) -> Iterator[Asked]:
-    left, right = sorted((one, other), key=lambda thing: thing.centre[0])
-    if right.centre[0] - left.centre[0] >= CLEARLY_BESIDE:
-        for (a, b), kind, truth in (
+            count = scene.count[category]
+            for number, truth in ((count, "yes"), (count + 1, "no")):
+                yield "discriminative-attribute-number", is_number(category, number), truth
+    for left, right in beside(scene):
+        for (one, other), kind, truth in (
             ((left, right), "discriminative-relation", "yes"),
             ((right, left), "relation", "no"),
         ):
-            yield kind, f"Is the {a.category} to the left of the {b.category} in this image?", truth
+            yield kind, is_left_of(one.category, other.category), truth

@@ -250,7 +250,12 @@ def _beside(thing: Thing, other: Thing, rng: random.Random) -> str:
 def _where(thing: Thing) -> str:
     if thing.centre is None:
         return "in the picture"
-    third = int(3 * thing.centre[0] / SIZE)
+    return third_of(thing.centre)
+
+
+def third_of(centre: tuple[float, float]) -> str:
+    """In words, the third of the image's width that a place is in."""
+    third = int(3 * centre[0] / SIZE)
     return ("on the left", "in the middle", "on the right")[min(max(third, 0), 2)]
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dama.console import write_atomic, write_json
-from playground.tinycoco.captions import article
-from playground.tinycoco.scenes import Scene, SceneObject, draw
+from playground.tinycoco.questions import is_color, is_there, other_color, with_color
+from playground.tinycoco.scenes import Scene, draw
 from playground.tinycoco.vocabulary import PALETTES
 
 PROMPT = "prompts/hallusionbench_judge.txt"  # in the data folder
@@ -94,32 +93,24 @@ def edited(scene: Scene) -> Scene:
     """Give one object another color where one has a choice, else take the last object out."""
     rng = random.Random(f"tinycoco/hallusionbench/{scene.id}")
     for thing in rng.sample(scene.objects, len(scene.objects)):
-        others = [color for color in PALETTES[thing.category] if color != thing.colour]
-        if others and thing in _single(scene) and thing.category != "person":
-            changed = replace(thing, colour=rng.choice(others))
+        if thing in with_color(scene):
+            changed = replace(thing, colour=other_color(thing, rng))
             return replace(scene, objects=tuple(changed if each is thing else each for each in scene.objects))
     return replace(scene, objects=scene.objects[:-1])
-
-
-def _single(scene: Scene) -> list[SceneObject]:
-    """Return the objects that are the only ones of their category."""
-    count = Counter(thing.category for thing in scene.objects)
-    return [thing for thing in scene.objects if count[thing.category] == 1]
 
 
 def _questions(scene: Scene, other: Scene) -> Iterator[tuple[str, bool, bool]]:
     """Yield a question, and its truth for both versions of the scene."""
     for thing in scene.objects:
         now = next((each for each in other.objects if each.category == thing.category), None)
-        if thing in _single(scene) and now is not None and now.colour != thing.colour:
+        if thing in scene.single and now is not None and now.colour != thing.colour:
             for color in (thing.colour, now.colour):
-                question = f"Is the {thing.category} {color} in the image?"
-                yield question, thing.colour == color, now.colour == color
+                yield is_color(thing.category, color, "the"), thing.colour == color, now.colour == color
     for category in scene.categories[:2]:
-        yield f"Is there {article(category)} {category} in the image?", True, category in other.categories
+        yield is_there(category), True, category in other.categories
     absent = sorted(set(PALETTES) - set(scene.categories))
     missing = random.Random(f"tinycoco/hallusionbench/absent/{scene.id}").choice(absent)
-    yield f"Is there {article(missing)} {missing} in the image?", False, False
+    yield is_there(missing), False, False
 
 
 def judge_prompt(prompt: str) -> str | None:

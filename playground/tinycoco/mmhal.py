@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -17,8 +16,18 @@ from pathlib import Path
 
 from dama.console import write_atomic, write_json
 from playground.tinycoco.captions import PLURALS, QUESTIONS, SETTINGS, truthful_caption
-from playground.tinycoco.scenes import Scene, SceneObject
-from playground.tinycoco.vocabulary import COLOURS, SYNONYMS, Mention, companion_of, find_mentions
+from playground.tinycoco.questions import (
+    NUMBERS,
+    WHAT_PLACE,
+    apart,
+    how_many,
+    usual_but_absent,
+    what_color,
+    which_side,
+    with_color,
+)
+from playground.tinycoco.scenes import Scene
+from playground.tinycoco.vocabulary import COLOURS, SYNONYMS, Mention, find_mentions
 
 TEMPLATE = "mmhal-bench_answer_template.json"
 PROMPT = "prompts/mmhal_judge.txt"  # in the data folder
@@ -41,8 +50,6 @@ the points, at most 2. An answer hallucinates if it names an object that is not 
 ### Answer to rate
 {}"""
 
-CLEARLY_BESIDE = 14  # pixels between two centers
-NUMBERS = ("no", "one", "two", "three")
 _NUMBER_WORDS = {"no": 0, "zero": 0, "none": 0, "0": 0, "a": 1, "an": 1, "one": 1, "1": 1, "single": 1,
                  "two": 2, "2": 2, "pair": 2, "couple": 2, "three": 3, "3": 3, "four": 4, "4": 4,
                  "five": 5, "5": 5}  # fmt: skip
@@ -102,29 +109,18 @@ def question_about(scene: Scene, index: int) -> tuple[str, str, str]:
     raise AssertionError("every scene can be described")
 
 
-def _single(scene: Scene) -> list[SceneObject]:
-    count = Counter(thing.category for thing in scene.objects)
-    return [thing for thing in scene.objects if count[thing.category] == 1]
-
-
-def _with_color(scene: Scene) -> list[SceneObject]:
-    return [thing for thing in _single(scene) if thing.colour and thing.category != "person"]
-
-
 def _attribute(scene: Scene, rng: random.Random) -> Iterator[Asked]:
-    for thing in _with_color(scene):
-        yield f"What color is the {thing.category} in the image?", f"The {thing.category} is {thing.colour}."
+    for thing in with_color(scene):
+        yield what_color(thing.category), f"The {thing.category} is {thing.colour}."
 
 
 def _adversarial(scene: Scene, rng: random.Random) -> Iterator[Asked]:
-    companions = dict.fromkeys(companion_of(category, scene.context) for category in scene.categories)
-    for absent in companions:
-        if absent is not None and absent not in scene.categories:
-            yield f"What color is the {absent} in the image?", f"There is no {absent} in the image."
+    for absent in usual_but_absent(scene):
+        yield what_color(absent), f"There is no {absent} in the image."
 
 
 def _comparison(scene: Scene, rng: random.Random) -> Iterator[Asked]:
-    for one, other in permutations(_with_color(scene), 2):
+    for one, other in permutations(with_color(scene), 2):
         pair = f"the {one.category} and the {other.category}"
         same = one.colour == other.colour
         truth = "Yes, both are" if same else f"No, the {one.category} is {one.colour} and the {other.category}"
@@ -133,26 +129,26 @@ def _comparison(scene: Scene, rng: random.Random) -> Iterator[Asked]:
 
 
 def _counting(scene: Scene, rng: random.Random) -> Iterator[Asked]:
-    count = Counter(thing.category for thing in scene.objects)
     for category in scene.categories:
         if category in PLURALS:
-            number = count[category]
+            number = scene.count[category]
             noun = PLURALS[category] if number > 1 else category
             truth = f"There {'are' if number > 1 else 'is'} {NUMBERS[number]} {noun}."
-            yield f"How many {PLURALS[category]} are there in the image?", truth
+            yield how_many(category), truth
 
 
 def _relation(scene: Scene, rng: random.Random) -> Iterator[Asked]:
-    for one, other in permutations(_single(scene), 2):
-        gap = other.centre[0] - one.centre[0]
-        if abs(gap) >= CLEARLY_BESIDE:
-            question = f"Is the {one.category} to the left or to the right of the {other.category} in the image?"
-            side = "left" if gap > 0 else "right"
-            yield question, f"The {one.category} is to the {side} of the {other.category}."
+    for one, other in permutations(scene.single, 2):
+        if apart(one, other):
+            side = "left" if one.centre[0] < other.centre[0] else "right"
+            yield (
+                which_side(one.category, other.category),
+                f"The {one.category} is to the {side} of the {other.category}.",
+            )
 
 
 def _environment(scene: Scene, rng: random.Random) -> Iterator[Asked]:
-    yield "What kind of place does the image show?", f"The image shows a {SETTINGS[scene.context]}."
+    yield WHAT_PLACE, f"The image shows a {SETTINGS[scene.context]}."
 
 
 def _holistic(scene: Scene, rng: random.Random) -> Iterator[Asked]:

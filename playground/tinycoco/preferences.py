@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +66,11 @@ def best_and_worst(answers: Sequence[Judged]) -> tuple[Judged, Judged] | None:
 
 def sampled_pairs(answerer: Answerer, first_scene: int, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Scenes of the pairs' stream, asked in batches, until `count` of them gave a pair."""
+    import torch
+
     from llava.generation.request import Decoding, Request
 
+    torch.manual_seed(seed)
     rng = random.Random(f"sampled/{seed}")
     made, index = 0, first_scene
     decoding = Decoding(max_new_tokens=96, temperature=TEMPERATURE, samples=SAMPLES)
@@ -128,11 +131,13 @@ def record(scene: Scene, question: str, chosen: str, rejected: str, kind: str) -
     }
 
 
-def make_pairs(answerer: Answerer, seed: int = 0) -> list[dict[str, Any]]:
-    """All pairs, in an order that mixes the kinds. Each kind has scenes of its own."""
-    rows = list(sampled_pairs(answerer, 0, SHARES["sampled"], seed))
-    rows += written_pairs(100_000, SHARES["edit"], "edit", seed)
-    rows += written_pairs(200_000, SHARES["unrelated"], "unrelated", seed)
+def make_pairs(
+    answerer: Answerer, seed: int = 0, shares: Mapping[str, int] = SHARES, first_scene: int = 0
+) -> list[dict[str, Any]]:
+    """So many pairs of each kind, in an order that mixes them. Each kind has 100,000 scenes of its own to draw from."""
+    rows = list(sampled_pairs(answerer, first_scene, shares["sampled"], seed))
+    rows += written_pairs(first_scene + 100_000, shares["edit"], "edit", seed)
+    rows += written_pairs(first_scene + 200_000, shares["unrelated"], "unrelated", seed)
     random.Random(seed).shuffle(rows)
     return rows
 

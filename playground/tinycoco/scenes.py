@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,17 @@ class Scene:
         """The distinct categories present, largest first."""
         ordered = sorted(self.objects, key=lambda thing: -thing.area)
         return tuple(dict.fromkeys(thing.category for thing in ordered))
+
+    @property
+    def count(self) -> Counter[str]:
+        """How many objects there are of each category."""
+        return Counter(thing.category for thing in self.objects)
+
+    @property
+    def single(self) -> list[SceneObject]:
+        """The objects that are the only ones of their category."""
+        count = self.count
+        return [thing for thing in self.objects if count[thing.category] == 1]
 
 
 def scene_record(scene: Scene) -> dict[str, Any]:
