@@ -1,4 +1,4 @@
-"""The study of DPO and DAMA: its declaration, its draws, figures on paper, and small cells for real."""
+"""The study of preference objectives: its declaration, its draws, figures on paper, and small cells for real."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,48 @@ import numpy as np
 import pytest
 
 from dama.pairs import read_pairs
-from eval.core import curves
+from eval.core.curves import interval_of
+from eval.core.statistics import Interval
 from playground.tinycoco.__main__ import main
-from playground.tinycoco.study import analysis, grid, mechanism, runner
-from playground.tinycoco.study.analysis import RECALL, RESPONSE, Curve, Point, Study, verdict
+from playground.tinycoco.study import analysis, mechanism, runner
+from playground.tinycoco.study.analysis import (
+    BETTER,
+    NO_DIFFERENCE,
+    RECALL,
+    RESPONSE,
+    UNDEFINED,
+    WORSE,
+    Curve,
+    Point,
+    Study,
+    resample_weights,
+    verdict,
+)
+from playground.tinycoco.study.cell import ABILITIES, SCORED, reward_gap
 from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, OPEN, VERDICTS, borne_out, claims_of, summary
-from playground.tinycoco.study.data import THIRDS, Pool, draw_ids, given_row, rows_of
+from playground.tinycoco.study.data import THIRDS, Pool, given_row, rows_of
 from playground.tinycoco.study.findings import Findings
-from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, SEEDS, Cell, Scale, declare
-from playground.tinycoco.study.page import SIGNS, marks_of, tone_of, write_study
+from playground.tinycoco.study.grid import (
+    CENTRAL,
+    CONDITIONS,
+    DAMA,
+    DPO,
+    FEWER_SEEDS,
+    METHODS,
+    PROBED,
+    RANDOM_K,
+    RATES,
+    SEEDS,
+    TWO_IMAGES,
+    Cell,
+    Scale,
+    declare,
+)
+from playground.tinycoco.study.page import FIRST_NUMBERS, FIRST_PAGE, SIGNS, marks_of, tone_of, write_study
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = Scale(steps=4, stops=(2, 4), pool=96, pairs=24, small=8, probes=4, test=6, validation=4)
+SMALL = Scale(steps=4, stops=(2, 4), pool=96, pairs=24, probes=4, test=6, asked=4, validation=4)
+EVERYWHERE = 1 + analysis.RESAMPLES
 
 
 # --- The declaration --------------------------------------------------------------------------------------------------
@@ -35,10 +65,19 @@ SMALL = Scale(steps=4, stops=(2, 4), pool=96, pairs=24, small=8, probes=4, test=
 def test_every_cell_is_declared_once_and_quick_is_a_part() -> None:
     cells = declare()
     assert len({cell.name for cell in cells}) == len(cells)
-    per_seed = len(grid.RATES) * (len(grid.METHODS) + 2 * (len(CONDITIONS) - 1)) + len(grid.VARIATIONS)
-    assert len(cells) == len(SEEDS) * per_seed and len(SEEDS) >= 5
-    assert set(declare(quick=True)) < set(cells)
+    trainings = len(CENTRAL) * len(SEEDS) + (len(METHODS) - len(CENTRAL)) * len(FEWER_SEEDS)
+    assert len(cells) == trainings * len(RATES) * len(CONDITIONS)
+    assert set(CENTRAL) < set(METHODS) and {DPO, DAMA, RANDOM_K} <= set(CENTRAL) and len(SEEDS) >= 5
+    assert set(declare(quick=True)) < set(cells) and len(declare(quick=True)) == 8
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)  # whole seeds first
+
+
+def test_objectives_with_two_images_have_both_images_but_one() -> None:
+    """SymMPO's second answer describes the second image, which a blank one does not allow."""
+    names = [name.removesuffix(", counterfactual") for name in TWO_IMAGES if name.endswith(", counterfactual")]
+    assert {name for name in names if f"{name}, blank" not in TWO_IMAGES} == {"SymMPO"}
+    for name, flags in METHODS.items():
+        assert ("--corruption" in flags) is (name in TWO_IMAGES)
 
 
 # --- Draws ------------------------------------------------------------------------------------------------------------
@@ -46,28 +85,30 @@ def test_every_cell_is_declared_once_and_quick_is_a_part() -> None:
 
 def pool_of(count: int = 300) -> Pool:
     """Pairs whose delta is 0.01 times their number: two statements against one."""
-    same, scale = {"question": "What?", "chosen": "A cat."}, Scale(pairs=100, small=25, probes=10)
+    same = {"question": "What?", "chosen": "A cat.", "rejected_images": ["without.png"], "second": "A dog."}
     rows = {f"p{n}": {"idx": f"p{n}", "image_path": f"{n}.png", "rejected": f"{n}."} | same for n in range(count)}
     scores = {f"p{n}": ([0.01 * n, 0.2], [0.2]) for n in range(count)}
-    return Pool(rows, scores, {f"p{n}": (-1.0 - n, -2.0 - n) for n in range(count)}, 50.0, scale)
+    held_out = {f"h{n}": ([0.01 * n], [0.2]) for n in range(40)}
+    return Pool(rows, scores, {}, held_out, {}, Scale(pairs=100, probes=10))
 
 
 def test_conditions_are_what_they_are_called() -> None:
     pool = pool_of()
-    held_out = {id for ids in pool.probes.values() for id in ids}
+    assert {third: len(ids) for third, ids in pool.thirds.items()} == dict.fromkeys(THIRDS, 100)
+    assert pool.thirds["hard"][0] == "p0" and pool.thirds["easy"][-1] == "p299"
     assert {third: len(ids) for third, ids in pool.probes.items()} == dict.fromkeys(THIRDS, 10)
-    drawn = {condition: draw_ids(pool, condition, 3) for condition in CONDITIONS}
-    for condition, ids in drawn.items():
-        assert len(set(ids)) == len(ids) == (25 if condition == "small" else 100)
-        assert not held_out & set(ids)
-        assert ids == draw_ids(pool, condition, 3) != draw_ids(pool, condition, 4)
-    assert drawn["small"] == drawn["clean"][:25] and drawn["flipped"] == drawn["clean"]
-    rest = [id for id in pool.by_delta if id not in held_out]
-    harder = set(rest[: len(rest) // 2])
-    assert len(harder & set(drawn["hard"])) == 80 and len(harder & set(drawn["easy"])) == 20
+    assert set(pool.probes["hard"]) == {f"h{n}" for n in range(10)}
+    of_seed = {}
+    for seed in (3, 4):
+        clean, flipped = (rows_of(pool, Cell(condition, DPO, 1e-5, seed)) for condition in ("clean", "flipped"))
+        of_seed[seed] = [row["idx"] for row in clean]
+        assert len(set(of_seed[seed])) == 100 and of_seed[seed] == [row["idx"] for row in flipped]
+        assert not any(row["flipped"] for row in clean) and clean[20:] == flipped[20:]
+    assert of_seed[3] != of_seed[4]
 
 
 def test_flipped_pairs_prefer_what_was_rejected(tmp_path: Path) -> None:
+    """Their second image and the answer to it stay as they are."""
     pool = pool_of()
     rows = {row["idx"]: row for row in rows_of(pool, Cell("flipped", DPO, 1e-5, 0))}
     flipped = [id for id, row in rows.items() if row["flipped"]]
@@ -75,48 +116,44 @@ def test_flipped_pairs_prefer_what_was_rejected(tmp_path: Path) -> None:
     for id, row in rows.items():
         answers = (row["chosen"], row["rejected"])
         assert answers == (f"{id[1:]}.", "A cat.") if row["flipped"] else ("A cat.", f"{id[1:]}.")
+        assert (row["rejected_images"], row["second"]) == (["without.png"], "A dog.")
     (tmp_path / "pairs.json").write_text(json.dumps(list(rows.values())))
     for pair in read_pairs(tmp_path / "pairs.json"):
-        assert pair.clip_scores is not None and pair.reference is not None
+        assert pair.clip_scores is not None
         delta, sign = sum(pair.clip_scores[0]) - sum(pair.clip_scores[1]), -1 if pair.id in flipped else 1
         assert delta == pytest.approx(sign * pool.delta(pair.id))
-        assert pair.reference.chosen - pair.reference.rejected == sign
 
 
-@pytest.mark.parametrize(
-    ("hardness", "chosen", "rejected"),
-    [(("cosine", "sum"), [0.3, 0.2], [0.2]), (("cosine", "mean"), [0.25], [0.2]), (("logit", "sum"), [15, 10], [10]),
-     (("logit", "mean"), [12.5], [10])],
-)  # fmt: skip
-def test_kinds_of_delta(hardness: tuple[str, str], chosen: list[float], rejected: list[float]) -> None:
-    row = given_row(pool_of(), "p30", hardness)
-    assert row["chosen_logits"] == pytest.approx(chosen) and row["rejected_logits"] == pytest.approx(rejected)
+def test_scores_go_with_their_answers() -> None:
+    pool = pool_of()
+    assert [given_row(pool, "p30")[f"{side}_logits"] for side in ("chosen", "rejected")] == [[0.3, 0.2], [0.2]]
+    assert [given_row(pool, "p30", True)[f"{side}_logits"] for side in ("chosen", "rejected")] == [[0.2], [0.3, 0.2]]
 
 
-# --- Figures on paper -------------------------------------------------------------------------------------------------
+def test_weights_of_resamples_are_those_of_a_mean() -> None:
+    """The mean of 1, 2 and 6 is 3; its spread is their standard deviation over the root of three. One counts once."""
+    found = mechanism.over_seeds([1.0, 2.0, 6.0])
+    assert found[0] == 3 and np.std(found[1:]) == pytest.approx(np.std([1, 2, 6], ddof=1) / np.sqrt(3), rel=0.05)
+    assert (resample_weights("seeds", 1) == 1).all() and resample_weights("seeds", 1).shape == (EVERYWHERE, 1)
+    assert (resample_weights("seeds", 3) == resample_weights("seeds", 3)).all()
+    first, other = (resample_weights(kind, 3)[1:, 0] for kind in ("seeds", "scenes"))
+    assert abs(np.corrcoef(first, other)[0, 1]) < 0.1  # kinds are independent
 
 
-def point(rate: float, step: int, recall: float, response: float, work: float = 0.0) -> Point:
+# --- Curves on paper --------------------------------------------------------------------------------------------------
+
+
+def point(rate: float, step: int, recall: float, response: float, work: float = 0.0, **values: float) -> Point:
     """The same in every resample."""
-    values = np.zeros((4, 1 + analysis.RESAMPLES))
-    values[RECALL], values[RESPONSE] = recall, response
-    return Point(rate, step, work, values)
+    numbers = dict.fromkeys(SCORED, 0.0) | {RECALL: recall, RESPONSE: response} | values
+    return Point(rate, step, work, {name: np.full(EVERYWHERE, float(number)) for name, number in numbers.items()})
 
 
-def curve(method: str, *points: Point, rate: float = 1e-5) -> Curve:
-    return Curve(method, "clean", point(0, 0, 97, 57), points, rate)
+def curve(method: str, *points: Point, start: Point | None = None) -> Curve:
+    return Curve(method, "clean", (0,), start or point(0, 0, 97, 57), points, 1e-5)
 
 
 DPO_CURVE = curve(DPO, point(1e-5, 2, 95, 37, work=100), point(1e-5, 4, 91, 17, work=200))
-
-
-def test_a_curve_is_linear_between_its_points_and_ends_with_them() -> None:
-    """From (97, 57) over (95, 37) to (91, 17): at 96 the middle, 47; at 93, 27; at 90 and 98 there is nothing."""
-    levels = {96: 47, 93: 27, 95: 37, 91: 17}
-    for recall, response in levels.items():
-        assert DPO_CURVE.at_recall(np.full(1 + analysis.RESAMPLES, recall))[0] == pytest.approx(response)
-    for recall in (90, 98):
-        assert np.isnan(DPO_CURVE.at_recall(np.full(1 + analysis.RESAMPLES, recall))).all()
 
 
 def test_gaps_on_paper() -> None:
@@ -125,135 +162,221 @@ def test_gaps_on_paper() -> None:
     Where theirs was measured, at 95 and 91, ours has 39.5 and 15.5 against 37 and 17: +2.5, -1.5.
     """
     ours = curve(DAMA, point(1e-5, 2, 93, 22), point(1e-5, 4, 89, 9))
-    assert analysis.mean_gap(ours, DPO_CURVE) == pytest.approx((-4 / 3,) * 3)
-    assert analysis.mean_gap(DPO_CURVE, ours) == pytest.approx((4 / 3,) * 3)
-    assert analysis.mean_gap(ours, ours) == pytest.approx((0, 0, 0))
-    assert analysis.gap_at(ours, DPO_CURVE, 4.0) == pytest.approx((-5, -5, -5))
-    assert analysis.gap_at(ours, DPO_CURVE, 7.0).value is None
-    assert DPO_CURVE.response_at(4.0) == pytest.approx((27, 27, 27)) and DPO_CURVE.response_at(7.0).value is None
+    assert interval_of(analysis.gap(ours, DPO_CURVE)) == pytest.approx((-4 / 3,) * 3)
+    assert interval_of(analysis.gap(DPO_CURVE, ours)) == pytest.approx((4 / 3,) * 3)
+    assert interval_of(analysis.gap(ours, ours)) == pytest.approx((0, 0, 0))
 
 
-def test_conditions_together_are_their_mean() -> None:
-    better, worse = (curve(DAMA, point(1e-5, 2, 93, response)) for response in (22, 28))
-    alone = [analysis.mean_gap(ours, DPO_CURVE)[0] for ours in (better, worse)]
-    assert alone == pytest.approx([(-5 + 2.5) / 2, (1 + 5.5) / 2])
-    assert analysis.pooled_gap([(better, DPO_CURVE), (worse, DPO_CURVE)])[0] == pytest.approx(1)
+def test_abilities_are_compared_at_equal_recall_between_starts_and_last_stops() -> None:
+    """From (97, 80) ours ends at (91, 77), theirs at (93, 76), where ours has 78; at 91 theirs has nothing."""
+    start = point(0, 0, 97, 57, ability=80)
+    ours = curve(DAMA, point(1e-5, 2, 95, 40), point(1e-5, 4, 91, 20, ability=77), start=start)
+    theirs = curve(DPO, point(1e-5, 2, 96, 50), point(1e-5, 4, 93, 30, ability=76), start=start)
+    assert ours.against_recall("ability").coverage.shape == (2, EVERYWHERE)
+    assert interval_of(analysis.gap(ours, theirs, "ability")) == pytest.approx((2, 2, 2))
 
 
-def test_noise_favours_neither_side() -> None:
+def test_noise_favors_neither_side() -> None:
     """Two noisy views of one convex trade-off: one way the gap leans to the side that is not interpolated."""
     rng, one_way, both_ways = np.random.default_rng(0), [], []
 
     def seen(recalls: list[float]) -> Curve:
-        noisy = [point(1e-5, n, 0, 0) for n in range(len(recalls))]
-        for true, p in zip(recalls, noisy):
-            p.values[RECALL] = true + 0.5 * rng.normal(size=p.values.shape[1])
-            p.values[RESPONSE] = 10 + 0.6 * (true - 88) ** 2
+        noisy = [point(1e-5, n, true, 10 + 0.6 * (true - 88) ** 2) for n, true in enumerate(recalls)]
+        for p in noisy:
+            p.values[RECALL][:] += 0.5 * rng.normal(size=EVERYWHERE)
         return curve(DPO, *noisy)
 
     for _ in range(3):
         ours, theirs = seen([95, 93, 91, 89.5]), seen([94.5, 92.5, 91, 89])
-        one_way.append(np.nanmean(ours.trade_off.above(theirs.trade_off)))
-        both_ways.append(np.nanmean(curves.mean_gaps(ours.trade_off, theirs.trade_off)))
+        one_way.append(np.nanmean(ours.against_recall(RESPONSE).above(theirs.against_recall(RESPONSE))))
+        both_ways.append(np.nanmean(analysis.gap(ours, theirs)))
     assert np.mean(one_way) < -0.5 and abs(np.mean(both_ways)) < 0.3
 
 
-def test_equal_work_ends_their_curve_where_ours_ends() -> None:
-    """After work 150 theirs is half-way from (95, 37) to (91, 17)."""
+def test_equal_work_ends_both_curves_where_the_cheaper_has_finished() -> None:
+    """After work 150 theirs is half-way from (95, 37) to (91, 17); what is more than ours has worked is cut.
+
+    Ours, with work 300 in all, has after 200 gone two thirds of the way from (97, 57) to (92, 20): (93.67, 32.33),
+    where theirs has 30.33; at 95, where theirs has 37, ours has 42.2.
+    """
     cut = analysis.cut_at(DPO_CURVE, 150)
-    assert [(p.work, p.values[RECALL, 0], p.values[RESPONSE, 0]) for p in cut.points] == [(100, 95, 37), (150, 93, 27)]
-    assert list(analysis.cut_at(DPO_CURVE, 300).points) == list(DPO_CURVE.points)  # ours worked more than theirs
-    ours = curve(DAMA, point(1e-5, 2, 92, 20, work=150))  # from (97, 57): 42.2 at 95, 27.4 at 93
-    assert analysis.mean_gap(ours, DPO_CURVE)[0] == pytest.approx((-2 + 5.2) / 2)
-    assert analysis.at_equal_work(ours, DPO_CURVE)[0] == pytest.approx((5.2 + 0.4) / 2)
+    assert [(p.work, p.values[RECALL][0], p.values[RESPONSE][0]) for p in cut.points] == [(100, 95, 37), (150, 93, 27)]
+    assert list(analysis.cut_at(DPO_CURVE, 300).points) == list(DPO_CURVE.points)
+    cheaper = curve(DAMA, point(1e-5, 2, 92, 20, work=150))  # from (97, 57): 42.2 at 95, 27.4 at 93
+    assert analysis.gap(cheaper, DPO_CURVE)[0] == pytest.approx((-2 + 5.2) / 2)
+    for ours, theirs, sign in ((cheaper, DPO_CURVE, 1), (DPO_CURVE, cheaper, -1)):
+        assert analysis.gap_at_equal_work(ours, theirs)[0] == pytest.approx(sign * (5.2 + 0.4) / 2)
+    dearer = curve(DAMA, point(1e-5, 2, 92, 20, work=300))
+    assert analysis.gap_at_equal_work(dearer, DPO_CURVE)[0] == pytest.approx((2.0 + 5.2) / 2)
+
+
+# --- Intervals and verdicts -------------------------------------------------------------------------------------------
+
+
+def noisy_gaps(spreads: Sequence[float], seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    found = {f"m{n}": n + spread * rng.normal(size=EVERYWHERE) for n, spread in enumerate(spreads)}
+    for n, values in enumerate(found.values()):
+        values[0] = n
+    return found
+
+
+def test_simultaneous_intervals_are_those_of_a_search_by_hand() -> None:
+    gaps = noisy_gaps([1.0, 0.1, 3.0, 1.0, 0.5])
+    gaps["m2"][5] = np.nan  # undefined in one resample
+    found = analysis.simultaneous(gaps)
+    errors = {name: float(np.nanstd(values[1:])) for name, values in gaps.items()}
+    largest = []
+    for draw in range(1, EVERYWHERE):
+        deviations = [abs(values[draw] - values[0]) / errors[name] for name, values in gaps.items()]
+        largest.append(max(d for d in deviations if not np.isnan(d)))
+    quantile = sorted(largest)[int(0.95 * len(largest))]
+    for n, name in enumerate(gaps):
+        assert found[name].value == n
+        assert found[name].high - n == pytest.approx(quantile * errors[name], rel=0.01)
+        assert n - found[name].low == pytest.approx(found[name].high - n)
+    inside = [all(found[m].low <= v[draw] <= found[m].high or np.isnan(v[draw]) for m, v in gaps.items())
+              for draw in range(1, EVERYWHERE)]  # fmt: skip
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.002)
+    assert 2.3 < quantile < 2.8  # of five independent normal deviates; 1.96 of one
+
+
+def test_simultaneous_intervals_leave_out_what_is_undefined() -> None:
+    """It has no interval, and the others are no wider for it; a gap that never varies is its own interval."""
+    gaps = noisy_gaps([1.0, 2.0])
+    undefined = np.full(EVERYWHERE, np.nan)
+    with_it = analysis.simultaneous({"x": undefined, **gaps})
+    assert with_it == analysis.simultaneous(gaps) | {"x": analysis.NO_INTERVAL}
+    assert analysis.simultaneous({"x": undefined}) == {"x": analysis.NO_INTERVAL} and analysis.simultaneous({}) == {}
+    assert analysis.simultaneous({"same": np.full(EVERYWHERE, 3.0)}) == {"same": (3, 3, 3)}
 
 
 def test_verdicts_follow_the_interval() -> None:
-    told = {(-3, -1): "clearly better", (1, 3): "clearly worse", (-3, 1): "no clear difference"}
+    told = {(-3, -1): BETTER, (1, 3): WORSE, (-3, 1): NO_DIFFERENCE}
     for (low, high), words in told.items():
-        assert verdict(analysis.Interval((low + high) / 2, low, high)) == words
-    assert verdict(analysis.Interval(None, None, None)) == "not comparable"
+        assert verdict(Interval((low + high) / 2, low, high)) == words
+        assert verdict(Interval(-(low + high) / 2, -high, -low), higher=True) == words
+    assert verdict(Interval(None, None, None)) == UNDEFINED
 
 
 def test_claims_are_borne_out_by_intervals_alone() -> None:
     told = {(1, 3): "holds", (-3, -1): "the contrary holds", (-1, 3): "not shown either way", (0, 3): OPEN}
     for (low, high), words in told.items():
-        assert borne_out(analysis.Interval((low + high) / 2, low, high)) == words
-    assert borne_out(analysis.Interval(None, None, None)) == OPEN
+        assert borne_out(Interval((low + high) / 2, low, high)) == words
+        assert borne_out(Interval(-(low + high) / 2, -high, -low), below=True) == words
+    assert borne_out(Interval(None, None, None)) == OPEN
 
 
-def run_of(cell: Cell, wrong: float, found: float, **changes: Any) -> dict[str, Any]:
-    """A cell's file: of ten scenes so many have an invention, and so many of their ten objects are found."""
+# --- Figures of cells on paper ----------------------------------------------------------------------------------------
+
+
+def run_of(cell: Cell, wrong: float, found: float, able: int = 4, **changes: Any) -> dict[str, Any]:
+    """A cell's file: of ten scenes so many have a hallucination, and so many of their ten objects are found.
+
+    Of the first five scenes' open questions, one each, `able` are answered.
+    """
     scored = {
         "response_level": [[100 * (n < wrong), 1] for n in range(10)],
         "mention_level": [[100, 5]] * 10,
         "object_recall": [[100 * found, 10]] * 10,
         "mean_words": [[20, 1]] * 10,
     }
-    probe = {"loss": 0.6, "accuracy": 0.8, "margin": 0.1}
-    probes = {f"held_out_{third}": probe for third in THIRDS}
+    ability = {name: [[100 * (n < able), 1] for n in range(5)] for name in ABILITIES}
+    probes = {third: [1.0] * 8 + [-1.0] * 2 for third in THIRDS}
     pairs = [
         {"step": step, "id": f"p{n}", "R": float(step + n), "delta": 0.1 * n, "alpha_D": 1.0 + n, "beta": 0.1}
         | {"selected": n < 12}
         for step in range(3)
         for n in range(16)
     ]
-    stop = {"test": scored, "validation": scored, "probes": probes}
-    log = [{"step": step + 1, "loss": 0.5, "dama/alpha_M": 1.0, "dama/R_bar": 0.1} for step in range(3)]
+    stop = {"test": scored, "ability": ability, "validation": scored, "probes": probes}
+    log = [{"step": step + 1, "loss": 0.5} for step in range(3)]
     return {"cell": vars(cell), "stops": {"3": stop}, "pairs": pairs, "log": log, "flipped": ["p14", "p15"],
-            "seconds": 1.0} | changes  # fmt: skip
+            "tokens": 10.0, "seconds": 1.0} | changes  # fmt: skip
 
 
-def study_of(runs: dict[Cell, dict[str, Any]], declared: Sequence[Cell] | None = None) -> Study:
-    start = run_of(Cell("", "", 0, 0), wrong=9, found=9.6)["stops"]["3"]
-    sft = {"test": start["test"], "validation": start["validation"]}
-    return Study(runs, list(runs) if declared is None else declared, sft)
+def study_of(runs: Mapping[Cell, dict[str, Any]], declared: Sequence[Cell] | None = None) -> Study:
+    start = run_of(Cell("", "", 0, 0), wrong=9, found=9.6, able=5)["stops"]["3"]
+    return Study(runs, list(runs) if declared is None else declared, start)
+
+
+def study_with(ends: Mapping[str, tuple[float, float, int]], conditions: Sequence[str] = tuple(CONDITIONS)) -> Study:
+    """Method -> wrong, found and able, at one rate, two seeds, the same under all conditions."""
+    cells = [Cell(c, method, 2e-5, seed) for c in conditions for method in ends for seed in (0, 1)]
+    return study_of({cell: run_of(cell, *ends[cell.method]) for cell in cells})
+
+
+SIXTEEN = {"hard": ["p0", "p1"], "middle": ["p2"], "easy": [f"p{n}" for n in range(3, 16)]}
+"""Of the pairs of `run_of`."""
+
+
+def sixteen_pool() -> Pool:
+    """With these thirds."""
+    pool = pool_of()
+    vars(pool)["thirds"] = SIXTEEN
+    return pool
 
 
 def test_resamples_draw_the_same_scenes_and_seeds_for_all() -> None:
-    """Each resample's figure is what adding up its draws one by one gives; so is the spread that they ought to have."""
+    """Each resample's figure is what adding up its draws one by one gives; abilities are of the first scenes."""
     rng = np.random.default_rng(1)
     cells = [Cell("clean", DPO, 2e-5, seed) for seed in range(3)]
     runs = {cell: run_of(cell, 5, 9.5) for cell in cells}
-    wrong = rng.integers(0, 2, size=(3, 10))
-    for run, row in zip(runs.values(), wrong):
+    wrong, right = rng.integers(0, 2, size=(3, 10)), rng.integers(0, 2, size=(3, 5))
+    for run, row, able in zip(runs.values(), wrong, right):
         run["stops"]["3"]["test"] = run["stops"]["3"]["test"] | {"response_level": [[100 * int(w), 1] for w in row]}
+        run["stops"]["3"]["ability"]["ability"] = [[100 * int(r), 1] for r in able]
     study = study_of(runs)
-    found = study.curve("clean", DPO).points[0].values[RESPONSE]
-    for draw in (0, 1, 17):
-        top = bottom = 0.0
-        for seed in range(3):
-            for scene in range(10):
-                weight = study.draws.seeds[draw, seed] * study.draws.scenes[draw, scene]
-                top, bottom = top + weight * 100 * wrong[seed, scene], bottom + weight
-        assert found[draw] == pytest.approx(top / bottom)
-    by_seed = mechanism.over_seeds(study, [1.0, 2.0, 6.0])
-    assert by_seed[0] == 3 and np.std(by_seed[1:]) == pytest.approx(np.std([1, 2, 6], ddof=1) / np.sqrt(3), rel=0.05)
+    (found,) = study.curve("clean", DPO).points
+    of_seeds, of_scenes = resample_weights("seeds", 3), resample_weights("scenes", 10)
+    for metric, table in ((RESPONSE, wrong), ("ability", right)):
+        for draw in (0, 1, 17):
+            top = bottom = 0.0
+            for seed in range(3):
+                for scene in range(table.shape[1]):
+                    weight = of_seeds[draw, seed] * of_scenes[draw, scene]
+                    top, bottom = top + weight * 100 * table[seed, scene], bottom + weight
+            assert found.values[metric][draw] == pytest.approx(top / bottom)
 
 
-def test_a_seed_that_lacks_a_cell_of_dpo_or_dama_is_left_out() -> None:
-    declared = [Cell("clean", method, 2e-5, seed) for seed in range(3) for method in (DPO, DAMA, "data-aware")]
-    missing = {Cell("clean", DAMA, 2e-5, 1), Cell("clean", "data-aware", 2e-5, 2)}
-    study = study_of({cell: run_of(cell, 5, 9.5) for cell in declared if cell not in missing}, declared)
-    assert study.seeds == [0, 2] and not study.curve("clean", "data-aware").points
-    findings = Findings(study, statements_pool())
-    assert [row["method"] for row in findings.ablations] == [DAMA] and claims_of(findings)
-    assert set(findings.numbers["missing"]) == {cell.name for cell in missing}
-    with pytest.raises(ValueError, match=r"expected a seed with every cell of DPO and DAMA, got none; 1 of 9"):
-        study_of({declared[0]: run_of(declared[0], 5, 9.5)}, declared).seeds  # noqa: B018
+def test_methods_are_compared_over_the_seeds_that_both_have_whole() -> None:
+    """IPO lacks seed 2, in which alone DPO is different: over seeds 0 and 1 both are the same in every resample."""
+    declared = [Cell("clean", m, rate, s) for s in range(3) for m in (DPO, DAMA, "IPO") for rate in (1e-5, 2e-5)]
+    missing = Cell("clean", "IPO", 2e-5, 2)
+    runs = {c: run_of(c, 2 if (c.seed, c.method) == (2, DPO) else 5, 9.5) for c in declared if c != missing}
+    study = study_of(runs, declared)
+    assert study.seeds_of("clean", "IPO") == study.seeds_of("clean", "IPO", DPO) == (0, 1)
+    assert study.seeds_of("clean", DPO) == (0, 1, 2) and study.seeds_of("flipped", DPO) == ()
+    findings = Findings(study, sixteen_pool())
+    assert (findings.gap("clean", "IPO", DPO) == 0).all()
+    assert findings.gap("clean", DAMA, DPO)[0] == pytest.approx(10)
+    rows = {row["method"]: row for row in findings.rows["clean"]}
+    assert [rows[m]["seeds"] for m in (DPO, DAMA, "IPO")] == [(0, 1, 2), (0, 1, 2), (0, 1)]
+    assert findings.numbers["missing"] == [missing.name] and claims_of(findings)
+
+
+def test_a_method_without_a_whole_seed_has_no_row() -> None:
+    declared = [Cell("clean", method, 2e-5, seed) for seed in range(2) for method in (DPO, DAMA, "IPO")]
+    study = study_of({c: run_of(c, 5, 9.5) for c in declared if c.method != "IPO"}, declared)
+    findings = Findings(study, sixteen_pool())
+    assert [row["method"] for row in findings.rows["clean"]] == [DPO, DAMA]
+    with pytest.raises(
+        ValueError, match=r"expected a seed with every cell of DPO and DAMA under a condition, got none"
+    ):
+        Findings(study_of({declared[0]: run_of(declared[0], 5, 9.5)}, declared), sixteen_pool()).rows  # noqa: B018
 
 
 def test_cells_that_diverged_are_named() -> None:
-    cells = [Cell("clean", DPO, 2e-5, seed) for seed in (0, 1)]
+    cells = [Cell("clean", DPO, 2e-5, seed) for seed in (0, 1, 2)]
     runs = {cell: run_of(cell, 5, 9.5) for cell in cells}
     assert study_of(runs).diverged == []
-    probes = runs[cells[1]]["stops"]["3"]["probes"]
-    probes["held_out_hard"] = probes["held_out_hard"] | {"margin": float("nan")}
-    assert study_of(runs).diverged == [cells[1].name]
+    runs[cells[1]]["stops"]["3"]["probes"]["hard"][3] = float("nan")
+    runs[cells[2]]["log"][1]["loss"] = float("inf")
+    assert study_of(runs).diverged == [cells[1].name, cells[2].name]
 
 
 def test_the_learning_rate_is_the_best_that_costs_little_recall() -> None:
-    """From a recall of 96: at 4e-5 it falls to 90, too far; of the others the one that invents less is taken."""
+    """From a recall of 96: at 4e-5 it falls to 90, too far; of the others the one that hallucinates less is chosen."""
     ends = {1e-5: (7, 9.5), 2e-5: (5, 9.3), 4e-5: (2, 9.0)}
     cells = {Cell("clean", DPO, rate, seed): ends[rate] for rate in ends for seed in (0, 1)}
     study = study_of({cell: run_of(cell, *end) for cell, end in cells.items()})
@@ -262,13 +385,68 @@ def test_the_learning_rate_is_the_best_that_costs_little_recall() -> None:
     assert found.chosen.of("object_recall").value == pytest.approx(93)
     low, high = found.chosen.of("response_level")[1:]
     assert low is not None and high is not None and low < 50 < high  # scenes differ
-    assert found.chosen.work == 3 * (16 + 2 * 12)
+    assert found.chosen.work == found.work == 10.0 * 3 * (16 + 2 * 12)  # tokens, steps, passes
 
 
-def test_a_rate_that_a_seed_lacks_is_no_point() -> None:
-    cells = [Cell("clean", DPO, rate, seed) for rate in (1e-5, 2e-5) for seed in (0, 1)][:-1]
-    study = study_of({cell: run_of(cell, 5, 9.5) for cell in cells})
-    assert {p.rate for p in study.curve("clean", DPO).points} == {1e-5}
+def test_rows_say_what_each_method_gains_and_pays() -> None:
+    """At DPO's recall OPA hallucinates in 60 points fewer scenes and answers 60 points fewer questions."""
+    study = study_with({DPO: (8, 9.5, 4), DAMA: (8, 9.5, 4), "OPA, blank": (2, 9.5, 1)})
+    findings = Findings(study, sixteen_pool())
+    for condition in CONDITIONS:
+        rows = {row["method"]: row for row in findings.rows[condition]}
+        opa = rows["OPA, blank"]
+        assert (opa["gap"].value, opa["less_dama"].value, opa["ability_gap"].value) == pytest.approx((-60, -60, -60))
+        assert opa["together"]["gap"].low < opa["gap"].value < opa["together"]["gap"].high < 0
+        assert opa["verdicts"]["gap"] == opa["verdicts"]["less_dama"] == BETTER
+        assert opa["equal_work"].value == pytest.approx(-60)
+        assert rows[DAMA]["verdicts"]["gap"] == NO_DIFFERENCE and "gap" not in rows[DPO]
+        assert set(rows[DPO]["together"]) == {"less_dama"} and "less_dama" not in rows[DAMA]["together"]
+        assert findings.best_others(condition) == ["OPA, blank"]
+    assert findings.recommended == ["OPA, blank"]
+    told = {claim.claim: claim for claim in claims_of(findings)}
+    best = told["Some method beats both DPO and DAMA under both conditions"]
+    assert best.verdict == HOLDS and best.figures.startswith("Other methods: 1. Clearly better at equal recall, in")
+    assert best.figures.endswith(": OPA, blank.")
+    assert "A second image without one object helps more than a blank one" not in told
+
+
+def test_what_is_better_under_one_condition_alone_is_not_recommended() -> None:
+    ends = {"clean": {DPO: 8, DAMA: 8, "IPO": 2}, "flipped": {DPO: 8, DAMA: 8, "IPO": 8}}
+    cells = {Cell(c, m, 2e-5, s): wrong for c, of in ends.items() for m, wrong in of.items() for s in (0, 1)}
+    findings = Findings(study_of({cell: run_of(cell, wrong, 9.5) for cell, wrong in cells.items()}), sixteen_pool())
+    assert [findings.rows[c][2]["verdicts"]["gap"] for c in CONDITIONS] == [BETTER, NO_DIFFERENCE]
+    assert findings.recommended == []
+    claim = next(claim for claim in claims_of(findings) if claim.claim.startswith("Some method"))
+    assert claim.verdict == NONE and claim.figures.endswith(": none.")
+
+
+def test_pooled_differences_and_their_claims() -> None:
+    """The counterfactual image is 60 points better than the blank one; they cost 80 and 100 points of ability."""
+    study = study_with(
+        {DPO: (8, 9.5, 5), DAMA: (2, 9.5, 5), "mDPO, blank": (8, 9.5, 1), "mDPO, counterfactual": (2, 9.5, 0)}
+    )
+    findings = Findings(study, sixteen_pool())
+    assert {name: interval.value for name, interval in findings.pooled.items()} == pytest.approx(
+        {"dama": -60, "dama_ability": 0, "counterfactual": -60, "two_images_ability": -90}
+    )
+    verdicts = {claim.claim: claim.verdict for claim in claims_of(findings)}
+    assert verdicts["DAMA hallucinates less than DPO at equal recall"] == HOLDS
+    assert verdicts["DAMA keeps more general ability than DPO at equal recall"] == OPEN
+    assert verdicts["A second image without one object helps more than a blank one"] == HOLDS
+    assert findings.second_images == ["mDPO"]
+    assert verdicts["Objectives with two images cost ability"] == HOLDS
+
+
+def test_robustness_is_the_difference_of_differences() -> None:
+    """Clean, both hallucinate in 8 of 10 scenes; flipped, DPO in 9 and DAMA in 3: -60 against 0."""
+    ends = {("clean", DPO): 8, ("clean", DAMA): 8, ("flipped", DPO): 9, ("flipped", DAMA): 3}
+    cells = {Cell(c, m, 2e-5, seed): wrong for (c, m), wrong in ends.items() for seed in (0, 1)}
+    findings = Findings(study_of({cell: run_of(cell, wrong, 9.5) for cell, wrong in cells.items()}), sixteen_pool())
+    assert findings.robust.value == pytest.approx(-60)
+    claim = next(claim for claim in claims_of(findings) if "robust" in claim.claim)
+    assert claim.verdict == HOLDS and "DAMA 100.0 [100.0, 100.0] and 14.3 [14.3, 14.3]" in claim.figures
+    alone = study_of({c: run_of(c, 5, 9.5) for c in cells if c.condition == "clean"})
+    assert Findings(alone, sixteen_pool()).robust == analysis.NO_INTERVAL and claims_of(Findings(alone, sixteen_pool()))
 
 
 def test_what_happened_to_the_pairs() -> None:
@@ -276,119 +454,135 @@ def test_what_happened_to_the_pairs() -> None:
 
     So both of the two flipped ones are dropped, and two of the fourteen others.
     """
-    cell = Cell("flipped", DAMA, 2e-5, 0)
-    study = study_of({cell: run_of(cell, 5, 9.5)})
-    for part in mechanism.drop_rates(study, DAMA, 2e-5):
+    run = run_of(Cell("flipped", DAMA, 2e-5, 0), 5, 9.5)
+    for part in mechanism.drop_rates([run]):
         assert (part["flipped"][0], part["right"][0]) == pytest.approx((100, 100 / 7))
         assert part["difference"] == pytest.approx((600 / 7,) * 3)
-    weights = mechanism.weights_of_thirds(study, "flipped", DAMA, 2e-5, SIXTEEN)
+    weights = mechanism.weights_of_thirds([run], SIXTEEN)
     assert weights["hard"] == pytest.approx(
         {"alpha_D": 1.5, "beta": 0.1, "selected": 1.0, "R_first": 0.5, "R_last": 2.5}
     )
     assert weights["easy"]["selected"] == pytest.approx(9 / 13)
-    assert mechanism.alpha_M(study, "flipped", DAMA, 2e-5)[0] == [1, 2, 3]
-    assert mechanism.spread_of_alpha_D(study, "flipped", DAMA, 2e-5) == pytest.approx(np.std(range(16)))
 
 
-SIXTEEN = {"hard": ["p0", "p1"], "middle": ["p2"], "easy": [f"p{n}" for n in range(3, 16)]}
-"""Of the pairs of `run_of`."""
+def test_fits_of_trained_and_held_out_pairs() -> None:
+    """Last met at R = 2 and 3 the two hard pairs are right, of the held-out ones 80 %, with a mean R of 0.6.
+
+    Both seeds have the same ten held-out pairs, so that their choice alone makes the accuracy vary, by
+    100 sqrt(0.8 * 0.2 / 9).
+    """
+    runs = [run_of(Cell("clean", DPO, 2e-5, seed), 5, 9.5) for seed in (0, 1)]
+    seen, unseen = mechanism.trained(runs, SIXTEEN), mechanism.held_out(runs, THIRDS)
+    assert (seen["hard"]["margin"][0], seen["hard"]["accuracy"][0]) == pytest.approx((0.25, 100))
+    assert (unseen["hard"]["margin"][0], unseen["hard"]["accuracy"][0]) == pytest.approx((0.06, 80))
+    assert np.std(unseen["hard"]["accuracy"][1:]) == pytest.approx(100 * np.sqrt(0.8 * 0.2 / 9), rel=0.1)
+    findings = Findings(study_with({DPO: (5, 9.5, 4), DAMA: (5, 9.5, 4)}), sixteen_pool())
+    assert findings.overfit["hard"].value == pytest.approx(20)
+    assert findings.underfit == pytest.approx((0, 0, 0))
+    assert [(row["method"], row["third"]) for row in findings.thirds] == [(m, t) for m in (DPO, DAMA) for t in THIRDS]
 
 
-def test_overfitting_is_of_the_same_third_and_knows_that_few_pairs_were_held_out() -> None:
-    """Last met at R = 2 and 3 the two hard pairs are right, of the held-out ones 80 %."""
-    cells = [Cell("clean", DPO, 2e-5, seed) for seed in (0, 1)]
-    study = study_of({cell: run_of(cell, 5, 9.5) for cell in cells})
-    seen = mechanism.trained(study, "clean", DPO, 2e-5, SIXTEEN)
-    assert seen["hard"] == {"margin": pytest.approx([0.25, 0.25]), "accuracy": [1, 1]}
-    accuracies = {third: figures["accuracy"] for third, figures in seen.items()}
-    unseen = mechanism.held_out_at_end(study, "clean", DPO, 2e-5, "accuracy")
-    found = mechanism.overfitting(study, accuracies, unseen, probes=50)
-    assert found["hard"][0] == pytest.approx(20)
-    assert np.std(found["hard"][1:]) == pytest.approx(100 * np.sqrt(0.8 * 0.2 / 50), rel=0.1)
+def test_held_out_pairs_and_seeds_are_resampled_together() -> None:
+    values = np.random.default_rng(2).normal(size=(3, 4))
+    found = mechanism.over_seeds_and_pairs(values, "easy")
+    of_seeds, of_pairs = resample_weights("seeds", 3), resample_weights("held-out pairs, easy", 4)
+    for draw in (0, 1, 17):
+        weighted = [[of_seeds[draw, n] * of_pairs[draw, p] * values[n, p] for p in range(4)] for n in range(3)]
+        assert found[draw] == pytest.approx(np.sum(weighted) / 12)
+    assert found[0] == pytest.approx(values.mean())
 
 
-def test_evenness_is_counted_where_both_margins_are_positive() -> None:
-    def with_margins(cell: Cell, easy: float, hard: float) -> dict[str, Any]:
-        run = run_of(cell, 5, 9.5)
-        for third, margin in (("easy", easy), ("hard", hard)):
-            run["stops"]["3"]["probes"][f"held_out_{third}"] = {"margin": margin, "accuracy": 0.8, "loss": 0.6}
-        return run
-
-    margins = {(DPO, 0): (0.4, 0.1), (DAMA, 0): (0.3, 0.1), (DPO, 1): (0.4, 0.1), (DAMA, 1): (0.4, -0.01),
-               (DPO, 2): (0.4, 0.2), (DAMA, 2): (0.4, 0.2)}  # fmt: skip
-    cells = {Cell("clean", method, 2e-5, seed): ends for (method, seed), ends in margins.items()}
-    study = study_of({cell: with_margins(cell, *ends) for cell, ends in cells.items()})
-    assert mechanism.easy_over_hard(study, "clean", DAMA, 2e-5) == pytest.approx({0: 3, 2: 2})
-    assert mechanism.more_even(study, "clean", DAMA) == (1, 2)
+def test_reward_gaps_are_of_the_preferred_answer() -> None:
+    assert reward_gap((-10.0, -12.0), (-11.0, -11.5)) == pytest.approx(1.0 - -0.5)
 
 
-def test_pairs_in_parts_by_delta() -> None:
-    """Deltas 0 to 3 last met at R 1, 2, 3, 6, whose mean is 3: in two parts 0.5 and 1.5 times it."""
-    met = [{"id": f"p{n}", "delta": float(n), "alpha_D": 1.0 + n, "R": R} for n, R in enumerate([1.0, 2.0, 3.0, 6.0])]
-    earlier = [pair | {"R": 100.0} for pair in met]
-    cell = Cell("clean", DPO, 2e-5, 0)
-    study = study_of({cell: run_of(cell, 5, 9.5, pairs=[*earlier, *met])})
-    found = mechanism.by_delta(study, "clean", DPO, 2e-5, parts=2)
-    for name, means in {"delta": [0.5, 2.5], "alpha_D": [1.5, 3.5], "R": [0.5, 1.5]}.items():
-        assert found[name] == pytest.approx(means)
-
-
-def statements_pool() -> Pool:
-    """Cosines nearly alike, one to three statements against one."""
-    pool = pool_of()
-    scores = {id: ([0.2 + 0.001 * (n % 2)] * (1 + n % 3), [0.2]) for n, id in enumerate(pool.rows)}
-    return replace(pool, scores=scores)
-
-
-def test_what_beats_both_is_named() -> None:
-    """A variation that invents half as much at the same recall, and one that invents as much."""
-    ends = {DPO: 6, DAMA: 6, "DAMA, mean": 2, "DAMA, logit": 6}
-    cells = {Cell("clean", method, 2e-5, seed): wrong for method, wrong in ends.items() for seed in (0, 1)}
-    study = study_of({cell: run_of(cell, wrong, 9.5) for cell, wrong in cells.items()})
-    findings = Findings(study, statements_pool())
-    assert findings.better_than_both == ["DAMA, mean"]
-    told = {claim.claim: claim for claim in claims_of(findings)}
-    beats = told["Some variant beats both DPO and DAMA"]
-    assert beats[1:] == ("holds", "Of 2 tried on clean pairs, clearly better at the same recall: DAMA, mean.")
-    free = told["A delta free of length is better"]
-    assert free.verdict == "holds" and "DAMA, mean -40.0 [" in free.figures
-
-
-def test_a_sum_grows_with_statements() -> None:
-    """The sum's delta is nearly their number, which the mean does not see."""
-    study = study_of({CELLS[0]: run_of(CELLS[0], 6, 9.5)})
-    found = Findings(study, statements_pool()).statements
-    assert found["sum"] == pytest.approx(1, abs=0.01) and found["mean"] == pytest.approx(0, abs=0.01)
+def test_the_summary_fits_a_page() -> None:
+    """With every method, whose names are long, and differences of two digits; DPO's own line is left out."""
+    ends = {method: (2 + n % 7, 9.5 - 0.01 * n, n % 5) for n, method in enumerate(METHODS)}
+    findings = Findings(study_with(ends), sixteen_pool())
+    numbers = {"claims": [claim._asdict() for claim in claims_of(findings)], **findings.numbers}
+    lines = summary(numbers).splitlines()
+    assert max(map(len, lines)) <= 118 and lines == summary(json.loads(json.dumps(numbers))).splitlines()
+    assert [line.split("  ")[0] for line in lines[1 : len(METHODS)]] == list(METHODS)[1:]
+    assert lines[-8:] == [f"{claim.claim}: {claim.verdict}" for claim in claims_of(findings)]
 
 
 # --- For real ---------------------------------------------------------------------------------------------------------
 
+CELLS = [Cell(c, m, 2e-5, 0) for c in ("clean", "flipped") for m in (DPO, DAMA, "mDPO, counterfactual")]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of two methods and two conditions, one rate, one seed, finished by two processes."""
+    """A study of three methods and two conditions, one rate, one seed, finished by two processes."""
     folder = tmp_path_factory.mktemp("study")
     assert not runner.run_study(CELLS, runner.prepare_world(folder, SMALL), folder, 2)
     return folder
 
 
-CELLS = [Cell(condition, method, 2e-5, 0) for condition in ("clean", "flipped") for method in (DPO, DAMA)]
+def test_the_held_out_pairs_are_always_the_same() -> None:
+    """Whatever has drawn random numbers before."""
+    first = runner.held_out_pairs(3)
+    assert runner.held_out_pairs(3) == first and len(first) >= 3
 
 
-def test_cells_are_trainings_with_captions_and_probes(folder: Path) -> None:
-    study = Study.read(folder, CELLS, runner.read_world(folder, SMALL).fingerprint)
+@pytest.fixture(scope="module")
+def findings(folder: Path) -> Findings:
+    world = runner.read_world(folder, SMALL)
+    return Findings(Study.read(folder, CELLS, world.fingerprint), world.pool)
+
+
+@pytest.fixture(scope="module")
+def page(findings: Findings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the small study, with study.json beside it."""
+    out = tmp_path_factory.mktemp("page")
+    write_study(findings, out)
+    return out / "study.html"
+
+
+def test_the_pool_has_second_images_and_the_held_out_pairs_other_scenes(folder: Path) -> None:
+    pool = runner.read_world(folder, SMALL).pool
+    for row in pool.rows.values():
+        (second,) = row["rejected_images"]
+        assert (folder / "pool/images" / second).is_file() and second != row["image_path"] and row["second"]
+    scenes = [{row["image_path"] for row in rows.values()} for rows in (pool.rows, pool.held_out)]
+    assert not scenes[0] & scenes[1] and len(pool.held_out) >= 3 * SMALL.probes
+    assert pool.reference.keys() == pool.held_out.keys()
+
+
+def test_cells_are_trainings_with_captions_abilities_and_probes(folder: Path, findings: Findings) -> None:
+    study, tokens = findings.study, {}
     for cell, run in study.cells.items():
         assert list(run["stops"]) == ["2", "4"] and len(run["pairs"]) == SMALL.steps * 16 - 16  # 16 + 8 pairs an epoch
         assert [entry["step"] for entry in run["log"]] == [1, 2, 3, 4]
-        assert run["log"][0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
-        stop = run["stops"]["4"]
-        assert len(stop["test"]["response_level"]) == SMALL.test
-        assert set(stop["probes"]) == {f"held_out_{third}" for third in THIRDS}
+        middle, last = run["stops"].values()
+        assert set(middle) == {"test"} and set(last) == {"test", "ability", "validation", "probes"}
+        assert {name: len(parts) for name, parts in last["test"].items()} == dict.fromkeys(SCORED, SMALL.test)
+        assert {name: len(parts) for name, parts in last["ability"].items()} == dict.fromkeys(ABILITIES, SMALL.asked)
+        assert len(last["validation"][RESPONSE]) == SMALL.validation
+        probed = dict.fromkeys(THIRDS, SMALL.probes) if cell.method in PROBED else {}
+        assert {third: len(gaps) for third, gaps in last["probes"].items()} == probed
         assert len(run["flipped"]) == (5 if cell.condition == "flipped" else 0)
-        assert all(pair["selected"] for pair in run["pairs"]) is (cell.method == DPO)
-    margins = [run["stops"]["4"]["probes"]["held_out_easy"]["margin"] for run in study.cells.values()]
-    assert len(set(margins)) == len(margins)
+        assert all(pair["selected"] for pair in run["pairs"]) is (cell.method != DAMA)
+        if cell.method in (DPO, DAMA):
+            assert run["log"][0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+        tokens[cell.method] = run["tokens"]
+        assert (folder / "cells" / f"{cell.name}.json").stat().st_size < 15_000
+    assert tokens[DPO] == tokens[DAMA] < tokens["mDPO, counterfactual"]
+    gaps = [run["stops"]["4"]["probes"]["easy"][0] for cell, run in study.cells.items() if cell.method in PROBED]
+    assert len(set(gaps)) == len(gaps) == 4
     assert not list((folder / "cells/work").iterdir())
+
+
+def test_abilities_are_about_the_first_test_scenes(folder: Path) -> None:
+    """A scene has two questions about what is there or fewer, and two about what is not."""
+    world = runner.read_world(folder, SMALL)
+    sft = json.loads((folder / "cells/sft.json").read_text())
+    for kind in ("yes_no", "present"):
+        assert len(sft["ability"][kind]) == SMALL.asked
+    for scene, (_, count) in zip(world.test.scenes, sft["ability"]["present"]):
+        assert count == min(2, len(scene.categories))
+    assert all(count == 4 for _, count in sft["ability"]["yes_no"]) or SMALL.asked < 4
 
 
 def test_what_is_finished_is_kept_and_what_is_repeated_is_the_same(
@@ -398,7 +592,7 @@ def test_what_is_finished_is_kept_and_what_is_repeated_is_the_same(
     world = runner.prepare_world(folder, SMALL)
     assert not runner.run_study(CELLS, world, folder, 2)
     assert files == {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
-    assert "4 cells declared, 4 finished" in capsys.readouterr().out
+    assert "6 cells declared, 6 finished" in capsys.readouterr().out
     assert runner.run_again(CELLS, world, folder, 1) == 0
     assert "the same to the last caption" in capsys.readouterr().out
 
@@ -422,20 +616,36 @@ def test_a_cell_that_fails_is_listed_and_the_others_go_on(folder: Path, tmp_path
     assert list(json.loads((tmp_path / "study/failed.json").read_text())) == [bad.name] and last.is_file()
 
 
-def test_the_page_holds_every_figure_and_nothing_from_outside(folder: Path, tmp_path: Path) -> None:
-    world = runner.read_world(folder, SMALL)
-    findings = Findings(Study.read(folder, CELLS, world.fingerprint), world.pool)
-    numbers = write_study(findings, tmp_path)
-    text, data = (tmp_path / "study.html").read_text(), json.loads((tmp_path / "study.json").read_text())
-    assert set(data["cells"]) == {cell.name for cell in CELLS} and not data["missing"] and not data["failed"]
-    for claim in claims_of(findings):
-        assert claim.verdict in text and claim.claim in text and claim.figures.replace("'", "&#39;") in text
-    assert data["claims"] == [claim._asdict() for claim in claims_of(findings)]
-    assert summary(data) == summary(numbers)
-    assert [row["condition"] for row in data["main"]] == ["clean", "flipped"]
-    assert text.count("<svg") == 6 and "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text
-    first = data["main"][0]["ends"][0]["response_level"][0]
+def test_the_page_holds_every_figure_and_nothing_from_outside(findings: Findings, page: Path) -> None:
+    text, data = page.read_text(), json.loads((page.parent / "study.json").read_text())
+    assert data["version"] == 2 and not data["missing"] and not data["failed"]
+    assert set(data["cells"]) == {cell.name for cell in CELLS}
+    assert data["claims"] == [claim._asdict() for claim in claims_of(findings)] and len(data["claims"]) == 7
+    assert [[row["method"] for row in rows] for rows in data["rows"].values()] == [[c.method for c in CELLS[:3]]] * 2
+    assert "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text
+    assert f'href="{FIRST_PAGE}"' in text and f'href="{FIRST_NUMBERS}"' in text
+    first = data["rows"]["clean"][0]["response_level"][0]
     assert f"{first:.1f} [" in text
+
+
+def assert_page_says_the_same(page: str, numbers: Mapping[str, Any]) -> None:
+    """Every claim with its figures, its verdict in color and sign, and below each plot what it shows."""
+    for row in numbers["claims"]:
+        tone = tone_of(row["verdict"])
+        assert f'<span class="verdict {tone}">{SIGNS[tone]} {row["verdict"]}</span>' in page
+        assert row["claim"] in html.unescape(page) and row["figures"] in html.unescape(page)
+    titles = [html.unescape(title) for title in re.findall(r"<figcaption>(.*?)</figcaption>", page)]
+    assert len(titles) == page.count("<svg") == 4 * len(numbers["rows"]) + 1
+    assert all(marks_of(title) in html.unescape(page) and "Horizontal: " in marks_of(title) for title in titles)
+
+
+def test_verdicts_differ_in_color_and_sign_and_every_plot_is_explained(page: Path) -> None:
+    tones = {words: tone_of(words) for words in (HOLDS, CONTRARY, OPEN, NONE, *VERDICTS)}
+    assert tones == {
+        HOLDS: "positive", CONTRARY: "negative", OPEN: "open", NONE: "negative", "clearly better": "positive",
+        "clearly worse": "negative", "no clear difference": "open", "not comparable": "open",
+    }  # fmt: skip
+    assert_page_says_the_same(page.read_text(), json.loads((page.parent / "study.json").read_text()))
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -443,32 +653,21 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Ca
     assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
 
 
-def test_the_docs_quote_the_committed_study() -> None:
-    """Of every declared cell; the page beside it says the same."""
-    page, text = (ROOT / "docs/study.html").read_text(), (ROOT / "docs/study.json").read_text()
-    data = json.loads(text)
-    assert summary(data) in (ROOT / "docs/tinycoco.md").read_text()
-    assert set(data["cells"]) == {cell.name for cell in declare()} and not data["missing"] and not data["failed"]
-    for row in data["claims"]:
-        assert row["figures"].replace("'", "&#39;") in page
+def test_the_docs_quote_the_committed_studies() -> None:
+    """Of both; the second, where it is committed, has every declared cell, and the page beside it says the same."""
+    docs = (ROOT / "docs/tinycoco.md").read_text()
+    first = json.loads((ROOT / "docs" / FIRST_NUMBERS).read_text())
+    assert (ROOT / "docs" / FIRST_PAGE).is_file() and "version" not in first
+    for claim in first["claims"]:
+        assert f"{claim['claim']}: {claim['verdict']}" in docs
+    for path in (ROOT / "docs").glob("study.json"):
+        data = json.loads(path.read_text())
+        assert data["version"] == 2 and summary(data) in docs
+        assert set(data["cells"]) == {cell.name for cell in declare()} and not data["missing"] and not data["failed"]
+        assert_page_says_the_same(path.with_suffix(".html").read_text(), data)
 
 
-def test_verdicts_differ_in_color_and_sign_and_every_plot_is_explained() -> None:
-    tones = {words: tone_of(words) for words in (HOLDS, CONTRARY, OPEN, NONE, *VERDICTS)}
-    assert tones == {
-        HOLDS: "positive", CONTRARY: "negative", OPEN: "open", NONE: "negative", "clearly better": "positive",
-        "clearly worse": "negative", "no clear difference": "open", "not comparable": "open",
-    }  # fmt: skip
-    page = (ROOT / "docs/study.html").read_text()
-    for row in json.loads((ROOT / "docs/study.json").read_text())["claims"]:
-        tone = tone_of(row["verdict"])
-        assert f'<span class="verdict {tone}">{SIGNS[tone]} {row["verdict"]}</span>' in page
-    titles = [html.unescape(title) for title in re.findall(r"<figcaption>(.*?)</figcaption>", page)]
-    assert len(titles) == page.count("<svg") and all(marks_of(title) in html.unescape(page) for title in titles)
-    assert all("Horizontal: " in marks_of(title) for title in titles)
-
-
-def test_the_study_in_a_browser(tmp_path: Path) -> None:
+def test_the_study_in_a_browser(page: Path, tmp_path: Path) -> None:
     """Three colors of verdicts in light and dark; on a phone the tables have a hint and the page fits."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
@@ -479,16 +678,16 @@ def test_the_study_in_a_browser(tmp_path: Path) -> None:
     options.binary_location = chromium
     for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", f"user-data-dir={tmp_path}"):
         options.add_argument(f"--{flag}")
+    color = (
+        "const verdict = document.querySelector('.verdict'); verdict.className = 'verdict ' + arguments[0];"
+        "return getComputedStyle(verdict).color"
+    )
     with webdriver.Chrome(options=options, service=Service(driver)) as chrome:
-        chrome.get((ROOT / "docs/study.html").as_uri())
+        chrome.get(page.as_uri())
         for scheme in ("light", "dark"):
             features = [{"name": "prefers-color-scheme", "value": scheme}]
             chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-            colors = {
-                chrome.execute_script("return getComputedStyle(document.querySelector(arguments[0])).color", selector)
-                for selector in (".verdict.positive", ".verdict.negative", ".verdict.open")
-            }
-            assert len(colors) == 3
+            assert len({chrome.execute_script(color, tone) for tone in SIGNS}) == 3
         size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         assert chrome.execute_script("return document.documentElement.scrollWidth") == 390

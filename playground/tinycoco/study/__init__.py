@@ -1,1 +1,1 @@
-"""Does DAMA do what it claims? A grid of trainings on TinyCOCO, compared along their trade-off; `docs/study.html`."""
+"""Which preference objective is best at equal recall? A grid of trainings on TinyCOCO; `docs/study.html`."""

@@ -1,12 +1,13 @@
-"""One cell of the study: the real trainer on the cell's pairs, captions and held-out pairs at every stop, one file."""
+"""One cell of the study: the real trainer on the cell's pairs, answers and held-out pairs on its way, one file."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,39 +15,59 @@ from typing import Any
 import torch
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from dama.console import digest_of, write_json
+from dama.console import digest_of, write_atomic, write_json
+from dama.views import PAIR_VIEWS
 from eval.core.types import Answer
 from eval.objhal import score_captions
-from playground.tinycoco import run
+from playground.tinycoco import ability, run
 from playground.tinycoco.preferences import scene_of
-from playground.tinycoco.study.data import Pool, Row, given_row, rows_of
-from playground.tinycoco.study.grid import STEP_PAIRS, VERSION, Cell, Scale
+from playground.tinycoco.scenes import Scene
+from playground.tinycoco.study.data import Pool, Row, logps_of, rows_of
+from playground.tinycoco.study.grid import PROBED, STEP_PAIRS, VERSION, Cell, Scale
 
-MAX_NEW_TOKENS = 96
-CAPTION_BATCH = 50
+CAPTION_BATCH, ABILITY_BATCH, PROBE_BATCH = 50, 150, 48
+CAPTION_TOKENS, ABILITY_TOKENS = 96, 16
 SCORED = ("response_level", "mention_level", "object_recall", "mean_words")
+ABILITIES = ("ability", "yes_no", "yes_ratio", *ability.OPEN, *ability.CLOSED)
+SIGNIFICANT = 6  # digits of a logged number that a cell's file has
+PAIR_COLUMNS = ("step", "id", "R", "alpha_D", "beta", "selected")  # of the pair log
+LOG_COLUMNS = ("step", "loss", "grad_norm", "rewards/accuracies", "rewards/margins", "dama/alpha_M", "dama/R_bar")
+
+Ratios = dict[str, list[list[int]]]
+"""Metric -> numerator and denominator, scene by scene."""
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Held-out images with their questions: `questions.jsonl` and `images/` in a folder of `scenes`."""
+    """Held-out scenes with their questions: `questions.jsonl` and `images/` in a folder of `scenes`."""
 
     folder: Path
 
     @cached_property
     def requests(self) -> list[Any]:
-        """Questions of questions.jsonl, one for each scene."""
+        """Questions of questions.jsonl, one for each scene, in the order of the scenes."""
         from llava.generation.questions import read_questions
 
-        return read_questions(self.folder / "questions.jsonl")
+        return sorted(read_questions(self.folder / "questions.jsonl"), key=lambda request: request.id)
+
+    @property
+    def images(self) -> Path:
+        """Folder of the images."""
+        return self.folder / "images"
+
+    @property
+    def scenes(self) -> list[Scene]:
+        """The scenes themselves."""
+        return [scene_of(str(request.image)) for request in self.requests]
 
 
 @dataclass(frozen=True)
 class World:
-    """What all cells share."""
+    """What all cells share: pairs, their images, scenes."""
 
     pool: Pool
     images: Path
+    held_out: Path  # pairs.json and images/ of the held-out pairs
     test: Scenes
     validation: Scenes
 
@@ -56,20 +77,28 @@ class World:
         return self.pool.scale
 
     @cached_property
-    def asked(self) -> list[list[str]]:
-        """Id and prompt of all scenes' questions."""
-        return [[request.id, request.prompt] for s in (self.test, self.validation) for request in s.requests]
+    def asked(self) -> Any:
+        """The ability benchmark about the first test scenes."""
+        return ability.benchmark(self.test.scenes[: self.scale.asked], self.test.images)
+
+    @cached_property
+    def all_questions(self) -> list[list[str]]:
+        """Id and prompt of everything that is asked."""
+        captions = [request for scenes in (self.test, self.validation) for request in scenes.requests]
+        return [[request.id, request.prompt] for request in [*captions, *self.asked.requests()]]
 
     def fingerprint(self, cell: Cell) -> str:
         """Of everything that a cell's figures depend on."""
-        return digest_of([VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), self.asked, list(self.scale)])
+        parts = [VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), list(self.scale)]
+        return digest_of([*parts, self.all_questions, self.pool.probes, self.pool.reference])
 
 
 def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
-    """Trains, and writes out/NAME.json; what it needs on the way is removed. Returns the figures.
+    """Train, write out/NAME.json and remove intermediate files. Returns the contents of the file.
 
-    stops: step -> captions of "test" scenes and "probes"; at the end also captions of "validation" scenes, by which
-    learning rates are chosen. pairs: the trainer's pair log.
+    stops: step -> captions of "test" scenes; at the end also "ability", held-out "probes", and captions of "validation"
+    scenes, by which learning rates are chosen. pairs: PAIR_COLUMNS of the trainer's pair log. tokens: those of a pair's
+    views, packed, mean over pairs.
     """
     began = time.monotonic()
     work = out / "work" / cell.name
@@ -84,123 +113,176 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
         "cell": vars(cell),
         "fingerprint": world.fingerprint(cell),
         "flipped": sorted(str(row["idx"]) for row in rows if row["flipped"]),
+        "tokens": look.tokens,
         "stops": look.figures,
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "pairs": [json.loads(line) for line in lines],
+        "log": [rounded(entry, LOG_COLUMNS) for entry in trainer.state.log_history if "loss" in entry],
+        "pairs": [rounded(json.loads(line), PAIR_COLUMNS) for line in lines],
         "seconds": time.monotonic() - began,
     }
-    write_json(out / f"{cell.name}.json", figures)
+    write_atomic(out / f"{cell.name}.json", json.dumps(figures, separators=(",", ":")) + "\n")  # hundreds of these
     shutil.rmtree(work)
     return figures
 
 
+def rounded(entry: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """These columns of a logged entry, as far as it has them, with numbers of SIGNIFICANT digits."""
+    found = {name: entry[name] for name in columns if name in entry}
+    return {k: float(f"{v:.{SIGNIFICANT}g}") if isinstance(v, float) else v for k, v in found.items()}
+
+
 def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> tuple[Any, Look]:
-    """The trainer as train_mem.py would build it, told to be looked at on its way."""
+    """The trainer as train_mem.py would build it after `dama reference`, with a Look at its stops."""
+    from dama.token_weights import NONE
     from dama.train.data import hardness_of_pairs, join_pairs, read_checked_pairs
-    from dama.train.reference import reference_of_pairs
+    from dama.train.reference import reference_of_pairs, run_reference
     from llava.generation.local import Answerer
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
     from llava.train.family import LlavaFamily
     from llava.train.setup_model import setup_model
 
+    write_json(work / "pairs.json", list(rows))
     arguments = parse_arguments(flags_of(cell, world, work), task="DPO")
+    _, data_args, args = arguments
     model, tokenizer, processor = setup_model(arguments)
     family = LlavaFamily.of(arguments, model, tokenizer)
-
-    def prepared(rows: Sequence[Row], name: str) -> Any:
-        """What training would make of these rows."""
-        arguments[1].data_path = str(work / f"{name}.json")
-        write_json(arguments[1].data_path, list(rows))
-        pairs, _ = read_checked_pairs(arguments[1])
-        hardness = hardness_of_pairs(pairs, None, {}, needed=True)
-        reference = reference_of_pairs(pairs, *arguments[1:], {}, family)
-        return join_pairs(pairs, hardness, reference, family, arguments[1], arguments[2])
-
-    data = prepared(rows, "pairs")
-    trainer = LLaVA15DPOTrainer(model, tokenizer, arguments[2], train_dataset=data.train, delta_bar=data.delta_bar)
+    pairs, skipped = read_checked_pairs(data_args)
+    model.eval()
+    run_reference(
+        family.with_views(args.preference_loss().views), data_args, args, pairs, skipped, work / "reference",
+        PROBE_BATCH, progress=False, per_token=args.token_weights != NONE,
+    )  # fmt: skip
+    data_args.reference = str(work / "reference")  # a flag must name a folder that exists
+    hardness = hardness_of_pairs(pairs, None, {}, needed=True)
+    reference = reference_of_pairs(pairs, data_args, args, {}, family)
+    data = join_pairs(pairs, hardness, reference, family, data_args, args)
+    trainer = LLaVA15DPOTrainer(model, tokenizer, args, train_dataset=data.train, delta_bar=data.delta_bar)
     trainer.remove_callback(PrinterCallback)
-    held_out = {f"held_out_{third}": ids for third, ids in world.pool.probes.items()}
-    probes = {name: prepared([given_row(world.pool, id) for id in ids], name).train for name, ids in held_out.items()}
-    look = Look(world, trainer, Answerer.of(model, tokenizer, processor, conv_mode="v1"), probes)
+    answerer = Answerer.of(model, tokenizer, processor, conv_mode="v1")
+    probes = Probes(world, family, arguments, work / "probes") if cell.method in PROBED else None
+    look = Look(world, answerer, probes)
+    look.tokens = statistics.fmean(sum(g.positions for g in family.groups(item)) for item in data.train.prepared)
     trainer.add_callback(look)
     return trainer, look
 
 
 def flags_of(cell: Cell, world: World, work: Path) -> list[str]:
-    """Of train_mem.py; `build_trainer` names the data that it has written."""
+    """Of train_mem.py."""
     chosen = {
         "--model_name_or_path": run.SFT, "--version": "v1", "--image_aspect_ratio": "pad", "--use_cpu": True,
-        "--data_path": run.PAIRS, "--image_folder": world.images, "--output_dir": work / "trained",
+        "--data_path": work / "pairs.json", "--image_folder": world.images,
+        "--output_dir": work / "trained",
         "--learning_rate": cell.rate, "--lr_scheduler_type": "cosine", "--warmup_steps": 0.1,
         "--max_steps": world.scale.steps, "--per_device_train_batch_size": STEP_PAIRS, "--model_max_length": 512,
-        "--per_device_eval_batch_size": 48, "--seed": cell.seed, "--data_seed": cell.seed, "--pair_log": True,
+        "--seed": cell.seed, "--data_seed": cell.seed, "--pair_log": True,
         "--save_strategy": "no", "--logging_steps": 1, "--disable_tqdm": True, "--report_to": "none",
     }  # fmt: skip
     return [str(word) for pair in chosen.items() for word in pair] + list(cell.flags)
 
 
 class Look(TrainerCallback):
-    """At each stop: captions of held-out scenes, and reward gaps of held-out pairs."""
+    """At each stop: captions of test scenes; at the end also abilities, validation scenes and held-out pairs."""
 
-    def __init__(self, world: World, trainer: Any, answerer: Any, probes: dict[str, Any]) -> None:
-        self.world, self.trainer, self.answerer, self.probes = world, trainer, answerer, probes
+    tokens = 0.0
+
+    def __init__(self, world: World, answerer: Any, probes: Probes | None) -> None:
+        self.world, self.answerer, self.probes = world, answerer, probes
         self.figures: dict[str, Any] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure at the declared stops without changing what the trainer logs."""
+        """Measure at the declared stops."""
         if state.global_step in self.world.scale.stops:
-            logged = control.should_log
             self.at(state.global_step)
-            control.should_log = logged  # which evaluating has taken back
 
     def at(self, step: int) -> None:
         """Once for each step: what a later call repeats is known already."""
         if str(step) in self.figures:
             return
-        self.trainer.model.eval()
-        figures = {"test": captions(self.answerer, self.world.test)}
+        model = self.answerer.model
+        model.eval()
+        figures: dict[str, Any] = {"test": captions(self.answerer, self.world.test)}
         if step == self.world.scale.steps:
-            figures["validation"] = captions(self.answerer, self.world.validation)
-        figures["probes"] = {name: self.reward_figures(data) for name, data in self.probes.items()}
+            figures |= abilities(self.answerer, self.world)
+            figures["probes"] = self.probes.gaps() if self.probes else {}
         self.figures[str(step)] = figures
-        self.trainer.model.train()
-
-    def reward_figures(self, pairs: Any) -> dict[str, float]:
-        """Loss, accuracy and margin (nats, with beta) of held-out pairs."""
-        found = self.trainer.evaluate(pairs, metric_key_prefix="p")
-        kept = {"loss": "p_loss", "accuracy": "p_rewards/accuracies", "margin": "p_rewards/margins"}
-        return {name: found[key] for name, key in kept.items()}
+        model.train()
 
 
-def captions(answerer: Any, scenes: Scenes) -> dict[str, Any]:
-    """Greedy captions by rule-mode Object HalBench: for each metric numerators and denominators, scene by scene."""
+class Probes:
+    """Reward gaps of held-out pairs: R of plain DPO against the model before alignment, whatever the objective."""
+
+    def __init__(self, world: World, family: Any, arguments: Any, work: Path) -> None:
+        from dama.train.data import read_checked_pairs
+
+        _, data_args, self.args = arguments
+        self.world, self.family, self.work = world, family.with_views(PAIR_VIEWS), work
+        self.data_args = replace(data_args, data_path=str(world.held_out / "pairs.json"),
+                                 image_folder=[str(world.held_out / "images")])  # fmt: skip
+        self.pairs, self.skipped = read_checked_pairs(self.data_args)
+
+    def gaps(self) -> dict[str, list[float]]:
+        """Third -> R of its pairs, in nats, in the order of `Pool.probes`."""
+        from dama.train.reference import run_reference
+
+        inputs = (self.family, self.data_args, self.args, self.pairs, self.skipped)
+        run_reference(*inputs, self.work, PROBE_BATCH, overwrite=True, progress=False)
+        now = logps_of(self.work)
+        before = self.world.pool.reference
+        return {
+            third: [float(f"{reward_gap(now[id], before[id]):.{SIGNIFICANT}g}") for id in ids]
+            for third, ids in self.world.pool.probes.items()
+        }
+
+
+def reward_gap(now: tuple[float, float], before: tuple[float, float]) -> float:
+    """R (Eq. 1) from the log-probs of chosen and rejected answer."""
+    return (now[0] - before[0]) - (now[1] - before[1])
+
+
+def answered(answerer: Any, requests: Sequence[Any], images: Path, tokens: int, batch_size: int) -> list[Answer]:
+    """Greedy answers to the requests, in their order."""
     from llava.generation.answers import by_length
     from llava.generation.request import Decoding
 
-    requests = by_length(answerer, scenes.requests, scenes.folder / "images")
+    ordered = by_length(answerer, requests, images)
     texts: dict[str, str] = {}
-    for start in range(0, len(requests), CAPTION_BATCH):
-        batch = requests[start : start + CAPTION_BATCH]
-        found = answerer.answer(batch, scenes.folder / "images", Decoding(max_new_tokens=MAX_NEW_TOKENS))
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        found = answerer.answer(batch, images, Decoding(max_new_tokens=tokens))
         texts |= {request.id: answers[0] for request, answers in zip(batch, found)}
-    ordered = sorted(requests, key=lambda request: request.id)
-    answers = [Answer(r.id, r.image_id, r.prompt, texts[r.id]) for r in ordered]
+    return [Answer(r.id, r.image_id, r.prompt, texts[r.id]) for r in requests]
+
+
+def captions(answerer: Any, scenes: Scenes) -> Ratios:
+    """Captions by rule-mode Object HalBench."""
+    answers = answered(answerer, scenes.requests, scenes.images, CAPTION_TOKENS, CAPTION_BATCH)
     truth = {answer.image_id: set(scene_of(answer.image_id).categories) for answer in answers}
     items = score_captions(answers, truth, run.vocabulary()).items
     return {name: [[int(number) for number in item["parts"][name]] for item in items] for name in SCORED}
 
 
-def sft_captions(world: World, out: Path) -> dict[str, Any]:
+def abilities(answerer: Any, world: World) -> dict[str, Any]:
+    """Metrics of the end alone: "ability" of test scenes, captions of "validation" scenes."""
+    asked = world.asked
+    answers = answered(answerer, asked.requests(), asked.image_folder, ABILITY_TOKENS, ABILITY_BATCH)
+    by_scene: dict[str, dict[str, list[int]]] = {}
+    for item in ability.score(asked, answers).items:
+        sums = by_scene.setdefault(item["image_id"], {name: [0, 0] for name in ABILITIES})
+        for name, parts in item["parts"].items():
+            sums[name] = [before + int(part) for before, part in zip(sums[name], parts)]
+    found = {name: [sums[name] for sums in by_scene.values()] for name in ABILITIES}
+    return {"ability": found, "validation": captions(answerer, world.validation)}
+
+
+def before_alignment(world: World, out: Path) -> dict[str, Any]:
     """Where every cell starts: out/sft.json."""
     from llava.generation.local import Answerer
 
     path = out / "sft.json"
-    asked = digest_of([VERSION, *world.asked])
+    asked = digest_of([VERSION, *world.all_questions])
     if path.is_file() and (found := json.loads(path.read_text()))["fingerprint"] == asked:
         return found
     answerer = Answerer(str(run.SFT), conv_mode="v1", device="cpu", dtype=torch.float32)
-    found = {"fingerprint": asked, "test": captions(answerer, world.test)}
-    found["validation"] = captions(answerer, world.validation)
+    found = {"fingerprint": asked, "test": captions(answerer, world.test), **abilities(answerer, world)}
     write_json(path, found)
     return found

@@ -1,25 +1,27 @@
-"""The study in words and in one table: what the figures say of each claim, as far as their intervals allow."""
+"""The study in words and in one table: a verdict on each claim, as far as the intervals allow one."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eval.core.scores import aligned
 from eval.core.statistics import Interval
-from playground.tinycoco.study.analysis import SHOWN_LEVEL, verdict
-from playground.tinycoco.study.findings import Findings
-from playground.tinycoco.study.grid import DAMA, DPO, RATE
+from playground.tinycoco.study.analysis import BETTER, NO_DIFFERENCE, UNDEFINED, WORSE, verdict
+from playground.tinycoco.study.findings import Findings, Row
+from playground.tinycoco.study.grid import DAMA, DPO, TWO_IMAGES
 
 HOLDS, CONTRARY, OPEN, NONE = "holds", "the contrary holds", "not shown either way", "none does"
-VERDICTS = ("clearly better", "no clear difference", "clearly worse", "not comparable")
-LENGTH_FREE = {"DAMA, mean": DAMA, "DAMA, logit mean": "DAMA, logit"}
-"""Variations of delta that take means -> the same with sums."""
+VERDICTS = (BETTER, NO_DIFFERENCE, WORSE, UNDEFINED)
+SHORT = {BETTER: "better", NO_DIFFERENCE: "-", WORSE: "worse", UNDEFINED: "n/a"}
+NOTE = (
+    "Points at equal recall, minus DPO's; brackets: 95 % intervals that hold for all methods of a column at once. "
+    "better,\nworse: the interval excludes zero; *: that of the ability does; n/a: not comparable."
+)
 
 
 class Claim(NamedTuple):
-    """What is claimed, whether the intervals bear it out, and the figures that say so."""
+    """What is claimed, whether the intervals bear it out, and the figures behind the verdict."""
 
     claim: str
     verdict: str
@@ -27,37 +29,53 @@ class Claim(NamedTuple):
 
 
 def claims_of(findings: Findings) -> list[Claim]:
-    """Those of the paper first."""
-    found = [_fewer_inventions(findings), _overfits(findings), _underfits(findings), _evens_out(findings)]
-    if findings.drops:
-        found.append(_filters(findings))
-    if any(row["method"] in LENGTH_FREE for row in findings.variations):
-        found.append(_length_free(findings))
-    if tried := {row["method"] for row in (*findings.ablations, *findings.variations)} - {DAMA}:
-        better = "; ".join(findings.better_than_both)
-        told = f"Of {len(tried)} tried on clean pairs, clearly better at the same recall: {better or 'none'}."
-        found.append(Claim("Some variant beats both DPO and DAMA", HOLDS if better else NONE, told))
-    return found
+    """The five of the paper first."""
+    return [
+        _fewer_hallucinations(findings),
+        _more_ability(findings),
+        _overfits(findings),
+        _underfits(findings),
+        _robust(findings),
+        *_of_other_methods(findings),
+    ]
 
 
 def borne_out(difference: Interval, *, below: bool = False) -> str:
-    """Of a claim that the difference is above 0, or `below`."""
+    """Verdict on a claim that the difference is above 0, or `below`."""
     if difference.low is None or difference.high is None:
         return OPEN
     above, under = (CONTRARY, HOLDS) if below else (HOLDS, CONTRARY)
     return above if difference.low > 0 else under if difference.high < 0 else OPEN
 
 
-def _fewer_inventions(findings: Findings) -> Claim:
-    by_verdict: dict[str, list[str]] = {}
-    for row in findings.main:
-        by_verdict.setdefault(row["verdict"], []).append(f"{row['condition']} {written(row['mean'], sign=True)}")
-    told = "; ".join(f"{kind}: {', '.join(by_verdict[kind])}" for kind in VERDICTS if kind in by_verdict)
+# --- The paper's ------------------------------------------------------------------------------------------------------
+
+
+def _fewer_hallucinations(findings: Findings) -> Claim:
+    pooled = findings.pooled["dama"]
+    told = _dama_by_condition(findings, "gap")
     return Claim(
-        "DAMA gives fewer inventions than DPO at the same recall",
-        borne_out(findings.pooled, below=True),
-        f"Response-level minus DPO's, points: {told}; all together {written(findings.pooled, sign=True)}.",
+        "DAMA hallucinates less than DPO at equal recall",
+        borne_out(pooled, below=True),
+        f"Response-level minus DPO's, points: {told}; mean {written(pooled, sign=True)}.",
     )
+
+
+def _more_ability(findings: Findings) -> Claim:
+    pooled = findings.pooled["dama_ability"]
+    told, yes_no = (_dama_by_condition(findings, name) for name in ("ability_gap", "yes_no_gap"))
+    return Claim(
+        "DAMA keeps more general ability than DPO at equal recall",
+        borne_out(pooled),
+        f"Ability minus DPO's, points: {told}; mean {written(pooled, sign=True)}. Accuracy on yes/no questions minus "
+        f"DPO's: {yes_no}.",
+    )
+
+
+def _dama_by_condition(findings: Findings, name: str) -> str:
+    """Each condition with DAMA's difference from DPO."""
+    found = {c: row for c, rows in findings.rows.items() for row in rows if row["method"] == DAMA}
+    return ", ".join(f"{condition} {written(row[name], sign=True)}" for condition, row in found.items())
 
 
 def _overfits(findings: Findings) -> Claim:
@@ -66,7 +84,7 @@ def _overfits(findings: Findings) -> Claim:
     return Claim(
         "Plain DPO overfits easy pairs more than hard ones",
         borne_out(gaps["easy less hard"]),
-        f"Its accuracy on easy pairs that it was trained on is {easy} points above that on held-out ones, on hard "
+        f"Its accuracy on easy pairs that it was trained on minus that on held-out ones is {easy} points, on hard "
         f"pairs {hard}; the difference is {both}.",
     )
 
@@ -74,75 +92,115 @@ def _overfits(findings: Findings) -> Claim:
 def _underfits(findings: Findings) -> Claim:
     rows = {row["third"]: row for row in findings.thirds if row["method"] == DPO}
     seen, unseen = (
-        " and ".join(written(rows[third][f"{kind}_accuracy"]) for third in ("easy", "hard"))
+        " and ".join(written(rows[third][f"{kind}_accuracy"]) for third in ("easy", "hard") if third in rows)
         for kind in ("trained", "held_out")
     )
     return Claim(
-        "Plain DPO fits hard pairs less than easy ones",
+        "Plain DPO underfits hard pairs",
         borne_out(findings.underfit),
-        f"Where it was trained on them, it prefers the right answer in {seen} % of easy and hard pairs, held out in "
-        f"{unseen} %. How much of that is the pairs' own nature, no figure here tells.",
+        f"It prefers the right answer in {seen} % of the easy and hard pairs that it was trained on, a difference of "
+        f"{written(findings.underfit, sign=True)} points; held out in {unseen} %. The figures do not show how much of "
+        "this is the nature of the pairs.",
     )
 
 
-def _evens_out(findings: Findings) -> Claim:
-    """A ratio of margins, and which parts of DAMA lower it."""
-    lower = "; ".join(f"{name} {less} of {total}" for name, (less, total) in findings.more_even.items())
-    means = [f"{statistics.fmean(r.values()):.2f} with {m}" for m, r in findings.easy_over_hard.items() if r]
+def _robust(findings: Findings) -> Claim:
+    by_condition = _dama_by_condition(findings, "gap")
+    drops = "; ".join(
+        f"{method} {written(parts[-1]['flipped'])} and {written(parts[-1]['right'])}"
+        for method, parts in findings.drops.items()
+    )
     return Claim(
-        "DAMA evens that out",
-        borne_out(findings.evened),
-        f"The held-out margin of easy pairs over that of hard ones is {' and '.join(means)} (learning rate {RATE:g}); "
-        f"DPO's minus DAMA's {written(findings.evened, 2, sign=True)}. Over all rates and seeds, so many runs have a "
-        f"lower one than DPO's: {lower}.",
+        "DAMA's filter makes it more robust to flipped pairs than DPO",
+        borne_out(findings.robust, below=True),
+        f"Response-level minus DPO's at equal recall, points: {by_condition}; flipped minus clean "
+        f"{written(findings.robust, sign=True)}. Flipped and right pairs dropped in the last third of training, %: "
+        f"{drops or 'n/a'}.",
     )
 
 
-def _filters(findings: Findings) -> Claim:
-    late = findings.drops[-1]
-    flipped, right = (written(late[kind]) for kind in ("flipped", "right"))
+# --- Of the other methods ---------------------------------------------------------------------------------------------
+
+
+def _of_other_methods(findings: Findings) -> Iterator[Claim]:
+    tried = {row["method"] for rows in findings.rows.values() for row in rows} - {DPO, DAMA}
+    if tried:
+        yield _some_method_is_best(findings, len(tried))
+    if findings.second_images:
+        yield _counterfactual(findings)
+    if tried & TWO_IMAGES.keys():
+        yield _two_images_cost_ability(findings)
+
+
+def _some_method_is_best(findings: Findings, tried: int) -> Claim:
+    better = "; ".join(findings.recommended)
     return Claim(
-        "The filter drops wrong pairs rather than right ones",
-        borne_out(late["difference"]),
-        f"In the last third of training it drops {flipped} % of the flipped pairs and {right} % of the right ones, a "
-        f"difference of {written(late['difference'], sign=True)} points.",
+        "Some method beats both DPO and DAMA under both conditions",
+        HOLDS if better else NONE,
+        f"Other methods: {tried}. Clearly better at equal recall, in intervals that hold for all methods at once: "
+        f"{better or 'none'}.",
     )
 
 
-def _length_free(findings: Findings) -> Claim:
-    """Of delta as a mean over statements instead of a sum."""
-    with_sum, with_mean = (findings.statements[reduction] for reduction in ("sum", "mean"))
-    gaps = {row["method"]: row["less_dama"] for row in findings.variations}
-    pairs = {mean: total for mean, total in LENGTH_FREE.items() if mean in gaps and total in gaps}
-    found = "; ".join(f"{name} {written(gaps[name], sign=True)}" for name in pairs)
-    spread = findings.spread_of_alpha_D
-    spreads = "; ".join(f"{total} {spread(total):.3f}, {mean} {spread(mean):.3f}" for mean, total in pairs.items())
-    verdicts = {borne_out(gaps[name], below=True) for name in pairs}
+def _counterfactual(findings: Findings) -> Claim:
+    pooled = findings.pooled["counterfactual"]
     return Claim(
-        "A delta free of length is better",
-        verdicts.pop() if len(verdicts) == 1 else OPEN,
-        f"The sum over statements correlates with how many more of them the preferred answer makes by {with_sum:.2f}, "
-        f"the mean by {with_mean:.2f}. Response-level at the same recall minus DAMA's, points: {found}. Standard "
-        f"deviation of alpha_D over pairs: {spreads}.",
+        "A second image without one object helps more than a blank one",
+        borne_out(pooled, below=True),
+        f"Response-level at equal recall minus that with a blank image, points: {written(pooled, sign=True)}, mean "
+        f"over {', '.join(findings.second_images)} and the conditions.",
     )
+
+
+def _two_images_cost_ability(findings: Findings) -> Claim:
+    pooled = findings.pooled["two_images_ability"]
+    worse = {row["method"] for rows in findings.rows.values() for row in rows if _costs_ability(row)}
+    names = [method for method in TWO_IMAGES if method in worse]
+    return Claim(
+        "Objectives with two images cost ability",
+        borne_out(pooled, below=True),
+        f"Ability minus DPO's at equal recall, points: {written(pooled, sign=True)}, mean over these methods and the "
+        f"conditions. Clearly below DPO's, all methods at once: {'; '.join(names) or 'none'}.",
+    )
+
+
+def _costs_ability(row: Row) -> bool:
+    return row["verdicts"].get("ability_gap") == WORSE
+
+
+# --- As text ----------------------------------------------------------------------------------------------------------
 
 
 def summary(numbers: Mapping[str, Any]) -> str:
-    """From what study.json holds: DPO and DAMA under each condition as aligned lines, then claims and verdicts."""
-    at_level = f"at recall -{SHOWN_LEVEL:g}"
-    lines = [["response-level %", "", f"DPO {at_level}", f"DAMA {at_level}", "DAMA minus DPO", ""]]
-    for row in numbers["main"]:
-        levels = (written(value) for value in row["at_level"])
-        lines.append([row["condition"], "", *levels, written(row["mean"], sign=True), row["verdict"]])
-    pooled = Interval(*numbers["pooled"])
-    lines.append(["together", "", "", "", written(pooled, sign=True), verdict(pooled)])
-    table = [line.rstrip() for line in aligned(lines).splitlines()]
-    return "\n".join([*table, "", *(f"{row['claim']}: {row['verdict']}" for row in numbers["claims"])])
+    """From the contents of study.json: a line for each method, then claims and verdicts; 118 columns at most."""
+    conditions = numbers["rows"]
+    titles = [["method", *(word for c in conditions for word in (f"{c}: response-level", "", "ability"))]]
+    by_method: dict[str, dict[str, Row]] = {}
+    for condition, rows in conditions.items():
+        for row in rows:
+            by_method.setdefault(row["method"], {})[condition] = row
+    body = [
+        [method, *(word for condition in conditions for word in _summary_cells(found.get(condition)))]
+        for method, found in by_method.items()
+        if method != DPO
+    ]
+    table = [line.rstrip() for line in aligned([*titles, *body], left=1).splitlines()]
+    return "\n".join([*table, NOTE, "", *(f"{row['claim']}: {row['verdict']}" for row in numbers["claims"])])
+
+
+def _summary_cells(row: Mapping[str, Any] | None) -> list[str]:
+    """Response-level minus DPO's with interval, its verdict, ability minus DPO's."""
+    if row is None:
+        return ["", SHORT[UNDEFINED], ""]
+    gap, ability = (Interval(*row["together"][name]) for name in ("gap", "ability_gap"))
+    clear = "*" if verdict(ability) in (BETTER, WORSE) else " "
+    of_ability = "n/a " if ability.value is None else f"{ability.value:+z.1f}{clear}"
+    return [written(gap, sign=True), SHORT[verdict(gap)], of_ability]
 
 
 def written(value: Interval | Sequence[float | None], decimals: int = 1, sign: bool = False) -> str:
     """Value and interval as text: `21.3 [16.7, 26.0]`, or n/a."""
     if any(number is None for number in value):
         return "n/a"
-    middle, low, high = (f"{number:{'+' * sign}.{decimals}f}" for number in value)
+    middle, low, high = (f"{number:{'+' * sign}z.{decimals}f}" for number in value)
     return f"{middle} [{low}, {high}]"

@@ -1,11 +1,9 @@
-"""The pairs of a cell: drawn from the shipped ones by condition and seed, with scores and log-probs inside."""
+"""The pairs of a cell: sampled from the shipped ones by seed, with their CLIP scores, some of them flipped."""
 
 from __future__ import annotations
 
 import json
 import random
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,100 +14,87 @@ from dama.stage import read_stage
 from playground.tinycoco.study.grid import FULL, Cell, Scale
 
 FLIPPED = 0.2
-MOSTLY = 0.8  # of an easy or hard set from the half that it is named after
 THIRDS = ("hard", "middle", "easy")
 
 Row = dict[str, Any]
+Scores = dict[str, tuple[list[float], list[float]]]
+"""Id -> cosines of the statements of both answers."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """All pairs with what the hardness and the reference stage say of them; the probes are never trained on."""
+    """Pairs with their CLIP scores: those to sample from, and held-out ones of other scenes.
+
+    reference: id of a held-out pair -> log-probs of both answers before alignment.
+    """
 
     rows: dict[str, Row]
-    scores: dict[str, tuple[list[float], list[float]]]  # cosines of the statements of both answers
-    logps: dict[str, tuple[float, float]]
-    logit_scale: float
+    scores: Scores
+    held_out: dict[str, Row]
+    held_out_scores: Scores
+    reference: dict[str, tuple[float, float]]
     scale: Scale = FULL
-
-    def delta(self, id: str) -> float:
-        """A pair's hardness (Eq. 6) from its stored scores."""
-        return hardness_delta(*self.scores[id])
-
-    @cached_property
-    def by_delta(self) -> list[str]:
-        """Ids, hardest first; the id settles ties."""
-        return sorted(self.rows, key=lambda id: (self.delta(id), id))
 
     @cached_property
     def thirds(self) -> dict[str, list[str]]:
-        """Ids by third, each hardest first; sizes differ by at most one."""
-        ids = self.by_delta
-        cuts = [round(k * len(ids) / 3) for k in range(4)]
-        return {name: ids[cuts[k] : cuts[k + 1]] for k, name in enumerate(THIRDS)}
+        """Ids by third of delta, each hardest first; sizes differ by at most one."""
+        return thirds_of(self.scores)
 
     @cached_property
     def probes(self) -> dict[str, list[str]]:
-        """Held-out pairs of each third, the same in all cells."""
-        rng = random.Random("study/probes")
-        return {name: sorted(rng.sample(ids, self.scale.probes)) for name, ids in self.thirds.items()}
+        """Ids of held-out pairs by third of their delta, the same in all cells."""
+        return {third: sorted(ids[: self.scale.probes]) for third, ids in thirds_of(self.held_out_scores).items()}
+
+    def delta(self, id: str) -> float:
+        """A pair's hardness (Eq. 6)."""
+        return hardness_delta(*self.scores[id])
 
 
-def read_pool(data: Path, hardness: Path, reference: Path, logit_scale: float, scale: Scale) -> Pool:
-    """From the folders of `scenes`, `hardness` (cosine) and `reference`."""
-    rows = {str(row["idx"]): row for row in json.loads((data / "pairs.json").read_text())}
-    _, scored = read_stage(hardness, "hardness")
-    _, given = read_stage(reference, "reference")
+def thirds_of(scores: Scores) -> dict[str, list[str]]:
+    """Ids by third of delta, hardest first; the id settles ties."""
+    ids = sorted(scores, key=lambda id: (hardness_delta(*scores[id]), id))
+    cuts = [round(k * len(ids) / 3) for k in range(4)]
+    return {name: ids[cuts[k] : cuts[k + 1]] for k, name in enumerate(THIRDS)}
+
+
+def read_pool(folder: Path, scale: Scale) -> Pool:
+    """From pool/, held_out/, hardness/, held_out_hardness/ and reference/ of the study's folder."""
     return Pool(
-        rows,
-        {record["id"]: (record["chosen_scores"], record["rejected_scores"]) for record in scored},
-        {record["id"]: (record["chosen_logp"], record["rejected_logp"]) for record in given},
-        logit_scale,
+        _rows(folder / "pool"),
+        _scores(folder / "hardness"),
+        _rows(folder / "held_out"),
+        _scores(folder / "held_out_hardness"),
+        logps_of(folder / "reference"),
         scale,
     )
 
 
-def draw_ids(pool: Pool, condition: str, seed: int) -> list[str]:
-    """Ids of the condition's pairs, in the order of the draw."""
-    rng = random.Random(f"study/{seed}")
-    held_out = {id for ids in pool.probes.values() for id in ids}
-    ids = [id for id in pool.by_delta if id not in held_out]
-    if condition in ("easy", "hard"):
-        half = len(ids) // 2
-        low, high = ids[:half], ids[half:]
-        most, rest = (high, low) if condition == "easy" else (low, high)
-        many = round(MOSTLY * pool.scale.pairs)
-        return rng.sample(most, many) + rng.sample(rest, pool.scale.pairs - many)
-    drawn = rng.sample(ids, pool.scale.pairs)
-    return drawn[: pool.scale.small] if condition == "small" else drawn
+def _rows(data: Path) -> dict[str, Row]:
+    return {str(row["idx"]): row for row in json.loads((data / "pairs.json").read_text())}
+
+
+def _scores(stage: Path) -> Scores:
+    _, scored = read_stage(stage, "hardness")
+    return {record["id"]: (record["chosen_scores"], record["rejected_scores"]) for record in scored}
+
+
+def logps_of(stage: Path) -> dict[str, tuple[float, float]]:
+    """Id -> log-probs of both answers, from a folder of `reference`."""
+    _, given = read_stage(stage, "reference")
+    return {record["id"]: (record["chosen_logp"], record["rejected_logp"]) for record in given}
 
 
 def rows_of(pool: Pool, cell: Cell) -> list[Row]:
-    """The cell's training pairs in the released layout, scores as its kind of delta takes them."""
-    ids = draw_ids(pool, cell.condition, cell.seed)
-    flipped = set(ids[: round(FLIPPED * len(ids))] if cell.condition == "flipped" else [])
-    return [given_row(pool, id, cell.hardness, id in flipped) for id in ids]
+    """The cell's training pairs in the released layout with the statements' scores; the first are flipped, if any."""
+    ids = random.Random(f"study/{cell.seed}").sample(sorted(pool.rows), pool.scale.pairs)
+    flipped = round(FLIPPED * len(ids)) if cell.condition == "flipped" else 0
+    return [given_row(pool, id, place < flipped) for place, id in enumerate(ids)]
 
 
-def given_row(pool: Pool, id: str, hardness: tuple[str, str] = ("cosine", "sum"), flipped: bool = False) -> Row:
-    """One pair with `logps` and `*_logits`; flipped, what was rejected is preferred, and delta changes its sign."""
-    scale, reduction = hardness
-    factor = pool.logit_scale if scale == "logit" else 1.0
-    sides = [_reduced([factor * score for score in scores], reduction) for scores in pool.scores[id]]
-    answers = [pool.rows[id]["chosen"], pool.rows[id]["rejected"]]
-    logps = list(pool.logps[id])
-    if flipped:
-        sides, answers, logps = sides[::-1], answers[::-1], logps[::-1]
-    return pool.rows[id] | {
-        "chosen": answers[0],
-        "rejected": answers[1],
-        "chosen_logits": sides[0],
-        "rejected_logits": sides[1],
-        "logps": [logps[0], 0.0, [], logps[1], 0.0, []],
-        "flipped": flipped,
-    }
-
-
-def _reduced(scores: Sequence[float], reduction: str) -> list[float]:
-    """What training adds up: the scores, or their mean alone."""
-    return [statistics.fmean(scores)] if reduction == "mean" else list(scores)
+def given_row(pool: Pool, id: str, flipped: bool = False) -> Row:
+    """One pair with `*_logits`; flipped, what was rejected is preferred, and delta changes its sign."""
+    order = slice(None, None, -1 if flipped else 1)
+    chosen, rejected = [pool.rows[id]["chosen"], pool.rows[id]["rejected"]][order]
+    of_chosen, of_rejected = pool.scores[id][order]
+    scores = {"chosen_logits": of_chosen, "rejected_logits": of_rejected}
+    return pool.rows[id] | {"chosen": chosen, "rejected": rejected, **scores, "flipped": flipped}

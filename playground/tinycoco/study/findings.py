@@ -2,233 +2,277 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from dama.hardness.score import REDUCTIONS, hardness_delta
+import numpy as np
+
 from dama.train.provenance import repository_revision
-from eval.core.statistics import Interval
+from eval.core.curves import interval_of
+from eval.core.statistics import Array, Interval
+from playground.tinycoco.ability import CLOSED, OPEN
 from playground.tinycoco.study import analysis, mechanism
-from playground.tinycoco.study.analysis import LEVELS, METRICS, SHOWN_LEVEL, Curve, Study, interval_of, verdict
+from playground.tinycoco.study.analysis import BETTER, RECALL, RESPONSE, Curve, Study, verdict
 from playground.tinycoco.study.data import THIRDS, Pool
-from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, RATE, VARIATIONS
+from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, METHODS, RANDOM_K, TWO_IMAGES
+
+STUDY = 2  # which study study.json is of: the first one's is study_1.json
+ENDS = (RESPONSE, "mention_level", RECALL, "mean_words", "ability", "yes_no", "yes_ratio", *OPEN, *CLOSED)
+ASKED = ("ability", "yes_no", "yes_ratio")  # compared with DPO's at equal recall
+SHOWN_OTHERS = 2  # methods beside DPO and DAMA in a plot of trade-offs
+
+Row = dict[str, Any]
 
 
 class Findings:
-    """What the study found, each figure computed once."""
+    """The study's results, each computed once."""
 
     def __init__(self, study: Study, pool: Pool) -> None:
         self.study, self.pool = study, pool
+        self._curves: dict[tuple[Any, ...], Curve] = {}
+        self._gaps: dict[tuple[str, ...], Array] = {}
 
     @cached_property
-    def curves(self) -> dict[tuple[str, str], Curve]:
-        """Curves by (condition, method), without those that have no finished learning rate."""
-        names = {(cell.condition, cell.method) for cell in self.study.cells}
-        found = {name: self.study.curve(*name) for name in sorted(names)}
-        return {name: curve for name, curve in found.items() if curve.points}
-
-    @property
     def conditions(self) -> list[str]:
-        """Conditions under which both DPO and DAMA have a curve."""
-        return [c for c in CONDITIONS if (c, DPO) in self.curves and (c, DAMA) in self.curves]
+        """Conditions under which DPO and DAMA have a whole seed in common. Raises ValueError where none has."""
+        study = self.study
+        found = [c for c in CONDITIONS if study.seeds_of(c, DPO, DAMA)]
+        if not found:
+            finished = f"{len(study.cells)} of {len(study.declared)} cells are finished, {len(study.failed)} failed"
+            raise ValueError(
+                f"study: expected a seed with every cell of {DPO} and {DAMA} under a condition, got none; {finished}: "
+                "run it again"
+            )
+        return found
+
+    def methods(self, condition: str) -> list[str]:
+        """Methods that have a whole seed in common with DPO."""
+        return [m for m in self.study.methods(condition) if self.study.seeds_of(condition, m, DPO)]
+
+    def curve(self, condition: str, method: str, *others: str) -> Curve:
+        """A method's curve, over the seeds that these other methods have, too."""
+        key = (condition, method, self.study.seeds_of(condition, method, *others))
+        if key not in self._curves:
+            self._curves[key] = self.study.curve(*key)
+        return self._curves[key]
+
+    def gap(self, condition: str, ours: str, theirs: str, metric: str = RESPONSE) -> Array:
+        """A metric of ours minus theirs at equal recall over the seeds of both, [1 + RESAMPLES]; NaN without any."""
+        key = (condition, ours, theirs, metric)
+        if key not in self._gaps:
+            common = self.study.seeds_of(condition, ours, theirs)
+            both = self._both(condition, ours, theirs) if common else ()
+            self._gaps[key] = analysis.gap(*both, metric) if both else np.full(1 + analysis.RESAMPLES, np.nan)
+        return self._gaps[key]
+
+    def _both(self, condition: str, ours: str, theirs: str) -> tuple[Curve, Curve]:
+        return self.curve(condition, ours, theirs), self.curve(condition, theirs, ours)
+
+    # --- Methods --------------------------------------------------------------------------------------------------
 
     @cached_property
-    def main(self) -> list[dict[str, Any]]:
-        """DPO and DAMA under each condition: where they end, and DAMA's difference."""
-        return [self._main_row(condition) for condition in self.conditions]
+    def rows(self) -> dict[str, list[Row]]:
+        """Condition -> each method: where it ends, and its differences from DPO and DAMA.
 
-    @cached_property
-    def pooled(self) -> Interval:
-        """DAMA's difference, averaged over the conditions."""
-        return analysis.pooled_gap([(self.curves[c, DAMA], self.curves[c, DPO]) for c in self.conditions])
+        "gap" and "less_dama" are of response-level at equal recall, "..._gap" of other metrics; "together" holds the
+        intervals of all methods under the condition that hold at once, by which "verdicts" are given.
+        """
+        return {condition: self._rows_of(condition) for condition in self.conditions}
 
-    def _main_row(self, condition: str) -> dict[str, Any]:
-        dpo, dama = (self.curves[condition, method] for method in (DPO, DAMA))
-        return {
-            "condition": condition,
-            "about": CONDITIONS[condition],
-            "ends": [self.end_of(curve) for curve in (dpo, dama)],
-            "at_level": [curve.response_at(SHOWN_LEVEL) for curve in (dpo, dama)],
-            **self.compared(dama, dpo),
+    def _rows_of(self, condition: str) -> list[Row]:
+        together = {
+            "gap": self.family(condition, DPO),
+            "less_dama": self.family(condition, DAMA),
+            "ability_gap": self.family(condition, DPO, "ability"),
         }
-
-    @staticmethod
-    def end_of(curve: Curve) -> dict[str, Any]:
-        """The last stop at the learning rate that the validation scenes chose."""
-        point = curve.chosen
-        return {"method": curve.method, "rate": point.rate, "work": point.work,
-                **{metric: point.of(metric) for metric in METRICS}}  # fmt: skip
-
-    @staticmethod
-    def compared(ours: Curve, theirs: Curve) -> dict[str, Any]:
-        """Differences ours minus theirs: by recall level, at equal work and on average, with the verdict."""
-        gap = analysis.mean_gap(ours, theirs)
-        return {
-            "levels": {level: analysis.gap_at(ours, theirs, level) for level in LEVELS},
-            "equal_work": analysis.at_equal_work(ours, theirs),
-            "mean": gap,
-            "verdict": verdict(gap),
-        }
-
-    @cached_property
-    def ablations(self) -> list[dict[str, Any]]:
-        """The other methods on clean pairs, against DPO and against DAMA."""
-        dpo, dama = (self.curves["clean", method] for method in (DPO, DAMA))
-        curves = [self.curves["clean", m] for m in analysis.ablations(self.study) if ("clean", m) in self.curves]
-        return [self.end_of(c) | self.compared(c, dpo) | {"less_dama": analysis.mean_gap(c, dama)} for c in curves]
-
-    @cached_property
-    def variations(self) -> list[dict[str, Any]]:
-        """One constant changed, against DPO and unchanged DAMA, all at one learning rate."""
-        named = [m for m in (DPO, DAMA, *VARIATIONS) if ("clean", m) in self.curves]
-        found = {m: self.curves["clean", m].at_rate(RATE) for m in named}
         rows = []
-        for method, ours in found.items():
-            if method == DPO or not ours.points:
-                continue
-            end = max(ours.points, key=lambda point: point.step)
-            gap = analysis.mean_gap(ours, found[DPO])
-            rows.append(
-                {"method": method, **{metric: end.of(metric) for metric in METRICS}, "mean": gap,
-                 "verdict": verdict(gap), "less_dama": analysis.mean_gap(ours, found[DAMA])}
-            )  # fmt: skip
+        for method in self.methods(condition):
+            row = self._end_of(self.curve(condition, method)) | self._differences(condition, method)
+            row["together"] = {name: of_all[method] for name, of_all in together.items() if method in of_all}
+            row["verdicts"] = {n: verdict(i, higher=n == "ability_gap") for n, i in row["together"].items()}
+            rows.append(row)
         return rows
 
-    @cached_property
-    def statements(self) -> dict[str, float]:
-        """Correlation of delta with how many statements more the preferred answer makes, over the pool, by reduction.
+    def family(self, condition: str, theirs: str, metric: str = RESPONSE) -> dict[str, Interval]:
+        """`gap` of every other method to theirs, with intervals that hold for all of them at once."""
+        others = [method for method in self.methods(condition) if method != theirs]
+        return analysis.simultaneous({method: self.gap(condition, method, theirs, metric) for method in others})
 
-        The sum grows with them; the mean should not.
+    @staticmethod
+    def _end_of(curve: Curve) -> Row:
+        """The last stop at the learning rate that the validation scenes chose."""
+        point = curve.chosen
+        return {"method": curve.method, "seeds": curve.seeds, "rate": point.rate, "work": point.work,
+                **{metric: point.of(metric) for metric in ENDS}}  # fmt: skip
+
+    def _differences(self, condition: str, method: str) -> Row:
+        """From DPO and DAMA at equal recall, each with its own interval."""
+        row: Row = {}
+        if method != DPO:
+            row["gap"] = interval_of(self.gap(condition, method, DPO))
+            row["equal_work"] = interval_of(analysis.gap_at_equal_work(*self._both(condition, method, DPO)))
+            row |= {f"{metric}_gap": interval_of(self.gap(condition, method, DPO, metric)) for metric in ASKED}
+        if method != DAMA:
+            row["less_dama"] = interval_of(self.gap(condition, method, DAMA))
+        return row
+
+    def best_others(self, condition: str) -> list[str]:
+        """Methods beside DPO and DAMA with the least response-level at equal recall."""
+        gaps = {row["method"]: row["gap"].value for row in self.rows[condition] if row["method"] not in (DPO, DAMA)}
+        known = {method: value for method, value in gaps.items() if value is not None}
+        return sorted(known, key=known.__getitem__)[:SHOWN_OTHERS]
+
+    @cached_property
+    def recommended(self) -> list[str]:
+        """Methods clearly better than DPO and than DAMA under every condition, in intervals that hold at once."""
+        tables = [{row["method"]: row["verdicts"] for row in rows} for rows in self.rows.values()]
+        return [
+            m for m in METHODS if m not in (DPO, DAMA) and tables and all(_beats_both(t.get(m, {})) for t in tables)
+        ]
+
+    # --- Pooled over the conditions -------------------------------------------------------------------------------
+
+    @cached_property
+    def pooled(self) -> dict[str, Interval]:
+        """Averages over conditions and methods of differences at equal recall.
+
+        "dama", "dama_ability": DAMA minus DPO. "counterfactual": a second image without one object minus a blank one,
+        over the methods that have both. "two_images_ability": ability of methods with two images minus DPO's.
         """
-        more = [len(chosen) - len(rejected) for chosen, rejected in self.pool.scores.values()]
+        both = [(c, m, DPO) for c in self.conditions for m in self.methods(c) if m in TWO_IMAGES]
         return {
-            reduction: statistics.correlation(
-                more, [hardness_delta(*scores, reduction=reduction) for scores in self.pool.scores.values()]
-            )
-            for reduction in REDUCTIONS
+            "dama": self._mean_gap((c, DAMA, DPO) for c in self.conditions),
+            "dama_ability": self._mean_gap(((c, DAMA, DPO) for c in self.conditions), "ability"),
+            "counterfactual": self._mean_gap(self._second_images),
+            "two_images_ability": self._mean_gap(both, "ability"),
         }
 
     @cached_property
-    def better_than_both(self) -> list[str]:
-        """What is clearly better than DPO and than DAMA on clean pairs."""
-        rows = [*self.ablations, *self.variations]
-        clear = "clearly better"
-        return [r["method"] for r in rows if r["method"] != DAMA and r["verdict"] == verdict(r["less_dama"]) == clear]
+    def _second_images(self) -> list[tuple[str, str, str]]:
+        """(condition, method with the counterfactual image, the same with the blank one) that have seeds in common."""
+        names = [(m, m.replace(", counterfactual", ", blank")) for m in TWO_IMAGES if m.endswith(", counterfactual")]
+        return [(c, *pair) for c in self.conditions for pair in names if self.study.seeds_of(c, *pair)]
+
+    @property
+    def second_images(self) -> list[str]:
+        """Methods that have both second images, without the image in their name."""
+        return list(dict.fromkeys(blank.removesuffix(", blank") for _, _, blank in self._second_images))
+
+    def _mean_gap(self, compared: Iterable[tuple[str, str, str]], metric: str = RESPONSE) -> Interval:
+        """Average of the gaps of (condition, ours, theirs) that are defined."""
+        gaps = [self.gap(*names, metric) for names in compared]
+        defined = [values for values in gaps if interval_of(values).value is not None]
+        return interval_of(np.mean(defined, axis=0)) if defined else analysis.NO_INTERVAL
+
+    @cached_property
+    def robust(self) -> Interval:
+        """DAMA minus DPO at equal recall on flipped pairs, minus the same on clean ones; below 0: more robust."""
+        if not {"clean", "flipped"} <= set(self.conditions):
+            return analysis.NO_INTERVAL
+        return interval_of(self.gap("flipped", DAMA, DPO) - self.gap("clean", DAMA, DPO))
 
     # --- Mechanism ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def thirds(self) -> list[dict[str, Any]]:
-        """Each third and method on clean pairs: margin and accuracy at the end, trained on and held out."""
-        rows = []
-        for method, seen in self._trained.items():
-            for third in THIRDS:
-                row: dict[str, Any] = {"method": method, "third": third}
-                for figure, scale in (("margin", 1), ("accuracy", 100)):
-                    unseen = mechanism.held_out_at_end(self.study, "clean", method, RATE, figure)[third]
-                    row[f"trained_{figure}"] = self._mean([scale * value for value in seen[third][figure]])
-                    row[f"held_out_{figure}"] = self._mean([scale * value for value in unseen])
-                rows.append(row)
-        return rows
+    def _fits(self) -> dict[str, tuple[mechanism.Fit, mechanism.Fit]]:
+        """DPO and DAMA on clean pairs -> trained and held-out pairs."""
+        runs_of = {method: mechanism.runs_at_rate(self.study, "clean", method) for method in (DPO, DAMA)}
+        return {
+            method: (mechanism.trained(runs, self.pool.thirds), mechanism.held_out(runs, THIRDS))
+            for method, runs in runs_of.items()
+            if runs
+        }
 
     @cached_property
-    def _trained(self) -> dict[str, dict[str, dict[str, list[float]]]]:
-        """`mechanism.trained` of both methods on clean pairs."""
-        return {m: mechanism.trained(self.study, "clean", m, RATE, self.pool.thirds) for m in (DPO, DAMA)}
-
-    def spread_of_alpha_D(self, method: str) -> float:
-        """Standard deviation of alpha_D on clean pairs."""
-        return mechanism.spread_of_alpha_D(self.study, "clean", method, RATE)
-
-    def _mean(self, values: Sequence[float]) -> Interval:
-        return interval_of(mechanism.over_seeds(self.study, values))
+    def thirds(self) -> list[Row]:
+        """Each third of the clean pairs and method: margin and accuracy (%) at the end, trained on and held out."""
+        return [
+            {"method": method, "third": third}
+            | {f"trained_{figure}": interval_of(values) for figure, values in seen[third].items()}
+            | {f"held_out_{figure}": interval_of(values) for figure, values in unseen[third].items()}
+            for method, (seen, unseen) in self._fits.items()
+            for third in THIRDS
+        ]
 
     @cached_property
     def overfit(self) -> dict[str, Interval]:
-        """DPO's accuracy on trained less on held-out pairs, points: by third, and "easy less hard"."""
-        seen = {third: figures["accuracy"] for third, figures in self._trained[DPO].items()}
-        unseen = mechanism.held_out_at_end(self.study, "clean", DPO, RATE, "accuracy")
-        found = mechanism.overfitting(self.study, seen, unseen, self.pool.scale.probes)
+        """DPO's accuracy on trained minus held-out pairs, points: by third, and "easy less hard"."""
+        if DPO not in self._fits:
+            return dict.fromkeys((*THIRDS, "easy less hard"), analysis.NO_INTERVAL)
+        seen, unseen = self._fits[DPO]
+        found = {third: seen[third]["accuracy"] - unseen[third]["accuracy"] for third in THIRDS}
         found["easy less hard"] = found["easy"] - found["hard"]
         return {name: interval_of(values) for name, values in found.items()}
 
     @cached_property
     def underfit(self) -> Interval:
-        """DPO's accuracy on easy pairs that it was trained on less that on hard ones, points."""
-        easy, hard = (self._trained[DPO][third]["accuracy"] for third in ("easy", "hard"))
-        return self._mean([100 * (e - h) for e, h in zip(easy, hard)])
-
-    @cached_property
-    def easy_over_hard(self) -> dict[str, dict[int, float]]:
-        """DPO and DAMA -> seed -> held-out margin of easy over hard pairs: clean, at the rate of the variations."""
-        return {method: mechanism.easy_over_hard(self.study, "clean", method, RATE) for method in (DPO, DAMA)}
-
-    @cached_property
-    def evened(self) -> Interval:
-        """That ratio with DPO less that with DAMA; undefined where a seed has none."""
-        dpo, dama = (self.easy_over_hard[method] for method in (DPO, DAMA))
-        if not set(self.study.seeds) == dpo.keys() == dama.keys():
-            return Interval(None, None, None)
-        return self._mean([dpo[seed] - dama[seed] for seed in self.study.seeds])
-
-    @cached_property
-    def more_even(self) -> dict[str, tuple[int, int]]:
-        """Method -> in how many runs on clean pairs that ratio is less than DPO's at the same rate and seed, of all."""
-        return {m: mechanism.more_even(self.study, "clean", m) for m in analysis.ablations(self.study)}
+        """DPO's accuracy on easy pairs that it was trained on minus that on hard ones, points."""
+        if DPO not in self._fits:
+            return analysis.NO_INTERVAL
+        seen, _ = self._fits[DPO]
+        return interval_of(seen["easy"]["accuracy"] - seen["hard"]["accuracy"])
 
     @cached_property
     def weights(self) -> dict[str, dict[str, float]]:
         """DAMA's weights by third of the clean pairs."""
-        return mechanism.weights_of_thirds(self.study, "clean", DAMA, RATE, self.pool.thirds)
+        runs = mechanism.runs_at_rate(self.study, "clean", DAMA)
+        return mechanism.weights_of_thirds(runs, self.pool.thirds) if runs else {}
 
     @cached_property
-    def drops(self) -> list[dict[str, Interval]]:
-        """Share of pairs that the filter dropped, by third of the training; empty without flipped pairs."""
-        return mechanism.drop_rates(self.study, DAMA, RATE) if "flipped" in self.conditions else []
-
-    @cached_property
-    def by_delta(self) -> dict[str, dict[str, list[float]]]:
-        """Means of delta, alpha_D and R by tenth of the clean pairs, for DPO and DAMA."""
-        return {method: mechanism.by_delta(self.study, "clean", method, RATE) for method in (DPO, DAMA)}
+    def drops(self) -> dict[str, list[dict[str, Interval]]]:
+        """Method with a filter -> share of flipped and of right pairs that it dropped, by third of the training."""
+        runs_of = {method: mechanism.runs_at_rate(self.study, "flipped", method) for method in (DAMA, RANDOM_K)}
+        return {method: mechanism.drop_rates(runs) for method, runs in runs_of.items() if runs}
 
     # --- As numbers -----------------------------------------------------------------------------------------------
 
     @cached_property
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> Row:
         """What study.json holds beside the claims: every figure of the page, and each cell's own."""
+        study, sft = self.study, self.study.sft
         return {
+            "version": STUDY,
             "revision": repository_revision(),
-            "seeds": self.study.seeds,
-            "scenes": {split: len(self.study.sft[split]["response_level"]) for split in ("test", "validation")},
-            "declared": len(self.study.declared),
-            "missing": [cell.name for cell in self.study.declared if cell not in self.study.cells],
-            "failed": dict(self.study.failed),
-            "diverged": self.study.diverged,
-            "better_than_both": self.better_than_both,
-            "hours": sum(run["seconds"] for run in self.study.cells.values()) / 3600,
-            "main": self.main,
+            "seeds": {c: {m: study.seeds_of(c, m) for m in study.methods(c)} for c in CONDITIONS},
+            "scenes": {split: len(sft[split][RESPONSE]) for split in ("test", "validation")}
+            | {"asked": len(sft["ability"]["ability"])},
+            "declared": len(study.declared),
+            "missing": [cell.name for cell in study.declared if cell not in study.cells],
+            "failed": dict(study.failed),
+            "diverged": study.diverged,
+            "hours": sum(run["seconds"] for run in study.cells.values()) / 3600,
+            "start": self.start,
+            "rows": self.rows,
+            "recommended": self.recommended,
             "pooled": self.pooled,
-            "ablations": self.ablations,
-            "variations": self.variations,
+            "robust": self.robust,
             "thirds": self.thirds,
             "overfit": self.overfit,
             "underfit": self.underfit,
-            "evened": self.evened,
-            "easy_over_hard": self.easy_over_hard,
-            "more_even": self.more_even,
             "weights": self.weights,
-            "by_delta": self.by_delta,
-            "statements": self.statements,
             "drops": self.drops,
-            "cells": {cell.name: end_of_cell(run) for cell, run in self.study.cells.items()},
+            "cells": {cell.name: end_of_cell(run) for cell, run in study.cells.items()},
         }
 
+    @cached_property
+    def start(self) -> dict[str, Interval]:
+        """The model before alignment."""
+        point = self.curve(self.conditions[0], DPO, DAMA).start
+        return {metric: point.of(metric) for metric in ENDS}
 
-def end_of_cell(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Test metrics of a cell's last stop, in percent, and its seconds."""
-    last = analysis.last_stop(run)["test"]
-    return {metric: round(analysis.plain_ratio([last], metric), 2) for metric in METRICS} | {
-        "seconds": round(run["seconds"])
-    }
+
+def _beats_both(verdicts: Mapping[str, str]) -> bool:
+    return verdicts.get("gap") == verdicts.get("less_dama") == BETTER
+
+
+def end_of_cell(run: Mapping[str, Any]) -> dict[str, float]:
+    """Test metrics and abilities of a cell's last stop, in percent, and its seconds."""
+    last = analysis.last_stop(run)
+    found = {metric: _rounded([last["test"]], metric) for metric in ENDS if metric in last["test"]}
+    found |= {metric: _rounded([last["ability"]], metric) for metric in ASKED}
+    return found | {"seconds": round(run["seconds"])}
+
+
+def _rounded(scored: Sequence[Mapping[str, Any]], metric: str) -> float:
+    return round(analysis.plain_ratio(scored, metric), 2)

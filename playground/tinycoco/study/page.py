@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dama.console import write_atomic, write_json
 from dama.pages import render_page
 from dama.report import SERIES, svg_of, url_of
 from eval.core.statistics import Interval
+from playground.tinycoco.ability import CLOSED, OPEN
 from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.scenes import draw
 from playground.tinycoco.study import analysis, mechanism
-from playground.tinycoco.study.analysis import LEVELS, METRICS, RECALL, RESPONSE, SHOWN_LEVEL, Curve, verdict
+from playground.tinycoco.study.analysis import BETTER, RECALL, RESPONSE, WORSE, Curve
 from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, claims_of, written
 from playground.tinycoco.study.data import THIRDS, Pool
-from playground.tinycoco.study.findings import Findings
-from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, RATE
+from playground.tinycoco.study.findings import Findings, Row
+from playground.tinycoco.study.grid import CENTRAL, CONDITIONS, DAMA, DPO, RATE, STEP_PAIRS, TWO_IMAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PAGE, NUMBERS = "study.html", "study.json"
+FIRST_PAGE, FIRST_NUMBERS = "study_1.html", "study_1.json"  # of the first study
 LEAD = (
-    "DAMA weighs each preference pair by how hard it is and each step by how the model responds. Its paper says that "
-    "plain DPO overfits easy pairs and underfits hard ones, and that the weights cure it. Here both train the same "
-    "small model on the same pairs, five conditions, several learning rates and seeds; a method is better where it "
-    "invents fewer objects at the same recall, for saying less is the cheap way to invent less."
+    "DAMA weights each preference pair by its hardness and each step by how the model responds. Its paper claims less "
+    "hallucination, more general ability, and a cure for overfitting of easy pairs and underfitting of hard ones. Here "
+    "DPO, DAMA and other objectives, several of which compare two images, train the same small model on the same "
+    "pairs. Saying less is the cheap way to hallucinate less, so a method is better if it hallucinates less at equal "
+    "recall."
 )
-SHOWN_PAIRS = 1  # of each third
-TONES = {HOLDS: "positive", "clearly better": "positive", CONTRARY: "negative", NONE: "negative",
-         "clearly worse": "negative"}  # fmt: skip
+TONES = {HOLDS: "positive", BETTER: "positive", CONTRARY: "negative", NONE: "negative", WORSE: "negative"}
 SIGNS = {"positive": "✓", "negative": "✗", "open": "?"}
+GRAY = SERIES[4]
 MARKS = {
+    "Hallucination minus DPO's": (
+        "Horizontal: response-level hallucination minus DPO's at equal recall, in points; left of the zero line is "
+        "better than DPO. Thick bar: 95 % interval of this method alone; thin bar: 95 % intervals that hold for all "
+        "methods at once. Blue: better, orange: worse, by the thin bar; gray: no clear difference."
+    ),
+    "Ability minus DPO's": (
+        "Horizontal: ability minus DPO's at equal recall, in points; right of the zero line is better than DPO. Bars "
+        "and colors as for hallucination."
+    ),
     "Trade-off": (
-        "Horizontal: object recall in %, higher on the left. Vertical: response-level hallucination in %; lower "
-        "is better. A dot is a stop of a training, a thin line one learning rate from the common start (SFT) "
-        "through its stops, mean over seeds. The cross is the end of the learning rate chosen on validation; its "
-        "arms are 95 % intervals."
+        "Horizontal: object recall in %, higher on the left. Vertical: response-level hallucination in %; lower is "
+        "better. A dot is a stop of a training, a thin line one learning rate from the common start through its stops, "
+        "mean over seeds. The cross is the end of the learning rate chosen on validation; its arms are 95 % intervals. "
+        "Beside DPO and DAMA: the two methods with the least hallucination at equal recall in these very results."
     ),
-    "Against": (
-        "Horizontal: response-level minus DPO's at equal recall, in points; left of the zero line is better than "
-        "DPO. Dot: mean; bar: 95 % interval. Blue: the interval excludes zero; gray: no clear difference."
+    "Ability against recall": (
+        "Horizontal: object recall in %, higher on the left. Vertical: ability in %. A dot is a method at the end of "
+        "the learning rate chosen on validation, mean over seeds; the gray cross is the common start, with 95 % "
+        "intervals."
     ),
-    "Margins": (
-        "Horizontal: optimizer step. Vertical: reward margin of pairs that are not trained on, mean over seeds. "
-        "Solid: DPO; dashed: DAMA. Color: third of the pairs by delta."
-    ),
-    "Reward gap": (
-        "Horizontal: delta, in tenths of the pairs from hard to easy. Vertical: multiple of the mean, 1 at the "
-        "thin line. A dot is a tenth: its reward gap R over the mean, by method; gray: DAMA's alpha_D."
-    ),
-    "The model-aware": (
-        "Horizontal: optimizer step. Vertical: the value of alpha_M (no unit, 1 leaves beta as it is) and of "
-        "R_bar, the running mean of the reward gap."
+    "Accuracy": (
+        "Horizontal: third of the pairs by delta. Vertical: share of pairs whose preferred answer has the larger "
+        "reward, in %. Filled: pairs that were trained on; hollow: held-out pairs. Bars: 95 % intervals over seeds "
+        "and, of held-out pairs, also over pairs."
     ),
 }
 """Beginning of a plot's title -> what its axes and marks are."""
@@ -67,20 +72,21 @@ MARKS = {
 
 def draw_trade_off(axes: Axes, curves: Mapping[str, Curve]) -> None:
     """Response-level against recall, a line for each learning rate's way through its stops."""
-    for number, (name, curve) in enumerate(curves.items()):
-        color = SERIES[number % len(SERIES)]
+    for color, (name, curve) in zip(SERIES, curves.items()):
         for rate in sorted({point.rate for point in curve.points}):
             way = [curve.start, *sorted((p for p in curve.points if p.rate == rate), key=lambda p: p.step)]
-            x, y = ([point.values[metric, 0] for point in way] for metric in (RECALL, RESPONSE))
+            x, y = ([point.values[metric][0] for point in way] for metric in (RECALL, RESPONSE))
             axes.plot(x, y, color=color, linewidth=0.8, alpha=0.5)
             axes.scatter(x[1:], y[1:], s=14, color=color, label=name if rate == curve.points[0].rate else None)
-        end = curve.chosen
-        across, up = end.of("object_recall"), end.of("response_level")
-        centre = float(across.value or 0), float(up.value or 0)
-        axes.errorbar(*centre, xerr=_arms(across), yerr=_arms(up), color=color, capsize=2)
+        _draw_cross(axes, curve.chosen.of(RECALL), curve.chosen.of(RESPONSE), color)
     axes.set_xlabel("object recall, %")
     axes.set_ylabel("response-level hallucination, %")
     axes.invert_xaxis()
+
+
+def _draw_cross(axes: Axes, across: Interval, up: Interval, color: str) -> None:
+    if across.value is not None and up.value is not None:
+        axes.errorbar(across.value, up.value, xerr=_arms(across), yerr=_arms(up), color=color, capsize=2)
 
 
 def _arms(interval: Interval) -> list[list[float]]:
@@ -88,55 +94,62 @@ def _arms(interval: Interval) -> list[list[float]]:
     return [[interval.value - interval.low], [interval.high - interval.value]]
 
 
-_DOT: dict[str, Any] = {"fmt": "o", "markersize": 4, "capsize": 2}
-
-
-def draw_gaps(axes: Axes, rows: Mapping[str, Interval]) -> None:
-    """Differences with their intervals, one below the other, zero marked."""
-    shown = {name: gap for name, gap in rows.items() if gap.value is not None}
-    for place, gap in enumerate(reversed(shown.values())):
-        clear = verdict(gap) != "no clear difference"
-        color = SERIES[0] if clear else SERIES[4]
-        axes.errorbar(float(gap.value or 0), place, xerr=_arms(gap), color=color, **_DOT)
-    axes.set_yticks(range(len(shown)), list(reversed(shown)))
-    axes.axvline(0, color=SERIES[4], linewidth=1)
-    axes.set_xlabel("response-level at equal recall, minus DPO's (points)")
+def draw_gaps(axes: Axes, rows: Sequence[Row], name: str, label: str) -> None:
+    """Differences from DPO, one method below the other: its own interval thick, that of all at once thin."""
+    shown = [row for row in reversed(rows) if row["method"] != DPO and row[name].value is not None]
+    cast("Figure", axes.figure).set_size_inches(5.6, 0.9 + 0.2 * len(shown))
+    for place, row in enumerate(shown):
+        own, together = row[name], row["together"][name]
+        color = {BETTER: SERIES[0], WORSE: SERIES[1]}.get(row["verdicts"][name], GRAY)
+        axes.plot([own.low, own.high], [place, place], color=color, linewidth=3.2, solid_capstyle="butt")
+        axes.errorbar(own.value, place, xerr=_arms(together), color=color, fmt="o", markersize=4, capsize=2)
+    axes.set_yticks(range(len(shown)), [row["method"] for row in shown])
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.axvline(0, color=GRAY, linewidth=1)
+    axes.set_xlabel(label)
     axes.grid(axis="x")
 
 
-def draw_thirds(axes: Axes, tables: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]) -> None:
-    """Held-out margin of each third over the steps, mean over seeds: methods by dash, thirds by color."""
-    for dash, (method, table) in zip(("-", "--"), tables.items()):
-        for third, color in zip(THIRDS, SERIES):
-            steps = table[third]
-            means = [0.0, *(statistics.fmean(steps[step]) for step in sorted(steps))]
-            axes.plot([0, *sorted(steps)], means, color=color, linestyle=dash, label=f"{method}, {third}")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("reward margin, held out")
+def draw_abilities(axes: Axes, rows: Sequence[Row], start: Mapping[str, Interval]) -> None:
+    """Ability against recall where each method ends, in groups of methods."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        method = row["method"]
+        kind = "two images" if method in TWO_IMAGES else "others with one image"
+        group = method if method in (DPO, DAMA) else kind
+        groups.setdefault(group, []).append((row[RECALL].value, row["ability"].value))
+    for color, (name, points) in zip(SERIES, groups.items()):
+        recalls, abilities = zip(*points)
+        axes.scatter(recalls, abilities, s=20, color=color, label=name)
+    _draw_cross(axes, start[RECALL], start["ability"], GRAY)
+    axes.set_xlabel("object recall, %")
+    axes.set_ylabel("ability, %")
+    axes.invert_xaxis()
 
 
-def draw_by_delta(axes: Axes, tables: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """What pairs came to by their delta, in tenths of them: R over its mean by method, and DAMA's alpha_D."""
-    for color, (method, table) in zip(SERIES, tables.items()):
-        axes.plot(table["delta"], table["R"], color=color, marker="o", markersize=3, label=f"R over its mean, {method}")
-    axes.plot(tables[DAMA]["delta"], tables[DAMA]["alpha_D"], color=SERIES[4], label="alpha_D of DAMA")
-    axes.axhline(1, color=SERIES[4], linewidth=0.5)
-    axes.set_xlabel("delta, hard to easy")
-    axes.set_ylabel("times the mean")
-
-
-def draw_alpha_M(axes: Axes, steps: Sequence[int], alphas: Sequence[float], bars: Sequence[float]) -> None:
-    """Plot alpha_M and R_bar over optimizer steps."""
-    axes.plot(steps, alphas, color=SERIES[0], linewidth=1.2, label="alpha_M")
-    axes.plot(steps, bars, color=SERIES[1], linewidth=1.2, label="R_bar")
-    axes.set_xlabel("optimiser step")
+def draw_thirds(axes: Axes, rows: Sequence[Row]) -> None:
+    """Accuracy by third: methods by color, trained pairs filled, held-out ones hollow."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for number, (color, method) in enumerate(zip(SERIES, methods)):
+        for kind, fill in (("trained", color), ("held_out", "none")):
+            label: str | None = f"{method}, {kind.replace('_', ' ')}"
+            for row in (row for row in rows if row["method"] == method):
+                place = THIRDS.index(row["third"]) + 0.3 * (number - 0.5) + (0.1 if fill == "none" else 0)
+                interval = row[f"{kind}_accuracy"]
+                if interval.value is not None:
+                    style: dict[str, Any] = {"fmt": "o", "markersize": 5, "markerfacecolor": fill, "capsize": 2}
+                    axes.errorbar(place, interval.value, yerr=_arms(interval), color=color, label=label, **style)
+                    label = None
+    axes.set_xticks(range(len(THIRDS)), THIRDS)
+    axes.set_xlabel("third of the pairs by delta")
+    axes.set_ylabel("accuracy, %")
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
 def write_study(findings: Findings, out: Path) -> dict[str, Any]:
-    """Writes out/study.html and out/study.json; returns what the latter holds."""
+    """Write out/study.html and out/study.json; return the contents of the latter."""
     numbers = {"claims": [claim._asdict() for claim in claims_of(findings)], **findings.numbers}
     write_json(out / NUMBERS, numbers)
     write_atomic(out / PAGE, render(findings, numbers))
@@ -145,22 +158,24 @@ def write_study(findings: Findings, out: Path) -> dict[str, Any]:
 
 def render(findings: Findings, numbers: Mapping[str, Any]) -> str:
     """HTML of the study's page, complete in one file."""
-    study = findings.study
+    scale = findings.pool.scale
     return render_page(
         "study.html.jinja",
         Path(__file__).parent,
-        report={"title": "Does DAMA do what it claims? A study on TinyCOCO", "how_to_read": LEAD},
+        report={"title": "Which preference objective, at equal recall? A study on TinyCOCO", "how_to_read": LEAD},
         numbers=numbers,
         pairs=list(_shown_pairs(findings.pool)),
         conditions=CONDITIONS,
-        levels=LEVELS,
-        shown_level=SHOWN_LEVEL,
+        kinds=(*OPEN, *CLOSED),
+        central=CENTRAL,
+        parts=mechanism.PARTS,
         rate=RATE,
-        steps=findings.pool.scale.steps,
-        probes=findings.pool.scale.probes,
-        start={metric: study.curve(*next(iter(findings.curves))).start.of(metric) for metric in METRICS},
+        steps=scale.steps,
+        step_pairs=STEP_PAIRS,
+        probes=scale.probes,
         plots={title: svg_of(f"study-{n}", plot) for n, (title, plot) in enumerate(_plots(findings))},
         cost=analysis.RECALL_COST,
+        first=(FIRST_PAGE, FIRST_NUMBERS),
         written=written,
         tone_of=tone_of,
         marks_of=marks_of,
@@ -179,23 +194,21 @@ def marks_of(title: str) -> str:
 
 
 def _plots(findings: Findings) -> Iterator[tuple[str, Callable[[Axes], None]]]:
-    for condition in findings.conditions:
-        curves = {method: findings.curves[condition, method] for method in (DPO, DAMA)}
+    """Title -> plot; titles of a condition's plots end with its name."""
+    for condition, rows in findings.rows.items():
+        shown = (DPO, DAMA, *findings.best_others(condition))
+        curves = {method: findings.curve(condition, method) for method in shown}
+        response, ability = (f"{name} at equal recall, minus DPO's (points)" for name in ("response-level", "ability"))
+        yield f"Hallucination minus DPO's, {condition}", partial(draw_gaps, rows=rows, name="gap", label=response)
         yield f"Trade-off, {condition}", partial(draw_trade_off, curves=curves)
-    gaps = {f"DAMA, {row['condition']}": row["mean"] for row in findings.main}
-    gaps |= {row["method"]: row["mean"] for row in findings.ablations if row["method"] != DAMA}
-    yield "Against DPO's trade-off", partial(draw_gaps, rows=gaps)
-    tables = {method: mechanism.held_out(findings.study, "clean", method, RATE, "margin") for method in (DPO, DAMA)}
-    yield "Margins of held-out pairs, clean", partial(draw_thirds, tables=tables)
-    yield "Reward gap and alpha_D of trained pairs, clean", partial(draw_by_delta, tables=findings.by_delta)
-    steps, alphas, bars = mechanism.alpha_M(findings.study, "clean", DAMA, RATE)
-    yield "The model-aware factor, clean", partial(draw_alpha_M, steps=steps, alphas=alphas, bars=bars)
+        yield f"Ability minus DPO's, {condition}", partial(draw_gaps, rows=rows, name="ability_gap", label=ability)
+        yield f"Ability against recall, {condition}", partial(draw_abilities, rows=rows, start=findings.start)
+    yield "Accuracy by third, clean", partial(draw_thirds, rows=findings.thirds)
 
 
 def _shown_pairs(pool: Pool) -> Iterator[dict[str, Any]]:
-    """The pairs in the middle of each third."""
+    """The pair in the middle of each third."""
     for third, ids in pool.thirds.items():
-        for id in ids[len(ids) // 2 :][:SHOWN_PAIRS]:
-            row = pool.rows[id]
-            yield {"third": third, "delta": pool.delta(id), "picture": url_of(draw(scene_of(row["image_path"]))),
-                   "chosen": row["chosen"], "rejected": row["rejected"]}  # fmt: skip
+        row = pool.rows[ids[len(ids) // 2]]
+        yield {"third": third, "delta": pool.delta(str(row["idx"])), "image": url_of(draw(scene_of(row["image_path"]))),
+               "chosen": row["chosen"], "rejected": row["rejected"]}  # fmt: skip

@@ -6,6 +6,7 @@ What is finished is kept; the same command continues. A cell that fails is liste
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -20,14 +21,16 @@ from tqdm import tqdm
 
 from dama.console import log, write_json
 from playground.tinycoco import run
+from playground.tinycoco.preferences import SHARES, make_pairs
 from playground.tinycoco.study.analysis import Study, last_stop, plain_ratio, read_cell
-from playground.tinycoco.study.cell import Scenes, World, run_cell, sft_captions
+from playground.tinycoco.study.cell import Scenes, World, before_alignment, run_cell
 from playground.tinycoco.study.claims import summary
 from playground.tinycoco.study.data import read_pool
 from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import FULL, Cell, Scale, declare, hours_of
 from playground.tinycoco.study.page import NUMBERS, PAGE, write_study
 
+FIRST_HELD_OUT = 300_000  # scene of the pairs' stream; the shipped pairs' are below it
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -49,29 +52,46 @@ def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: in
 
 
 def prepare_world(folder: Path, scale: Scale = FULL) -> World:
-    """Scenes, hardness, reference log-probs: the stages that `scripts/dama_tiny.sh` runs, by their own commands."""
+    """Pairs, scenes, hardness and the held-out pairs' log-probs, by the commands that `scripts/dama_tiny.sh` runs."""
     from dama.cli import main as dama
 
-    run.prepare(folder / "test", scale.pool, scale.test, "test")
-    run.prepare(folder / "validation", 1, scale.validation, "validation")
-    data = ["--data", folder / "test/pairs.json", "--image_folder", folder / "test/images"]
+    run.prepare(folder / "pool", scale.pool, 0, "test", second_images=True)
+    run.prepare(folder / "test", 0, scale.test, "test")
+    run.prepare(folder / "validation", 0, scale.validation, "validation")
+    source = folder / "held_out_pairs.json"
+    if not source.is_file():
+        write_json(source, held_out_pairs(3 * scale.probes))
+    run.prepare(folder / "held_out", None, 0, "test", source)
+    data, held_out = (["--data", folder / name / "pairs.json", "--image_folder", folder / name / "images"]
+                      for name in ("pool", "held_out"))  # fmt: skip
     stages = [
         ["hardness", *data, "--clip", run.CLIP, "--out", folder / "hardness"],
-        ["reference", *data, "--model_name_or_path", run.SFT, "--model_max_length", 512, "--out", folder / "reference"],
-    ]
+        ["hardness", *held_out, "--clip", run.CLIP, "--out", folder / "held_out_hardness"],
+        ["reference", *held_out, "--model_name_or_path", run.SFT, "--model_max_length", 512,
+         "--out", folder / "reference"],
+    ]  # fmt: skip
     for words in stages:
         if dama([str(word) for word in words]):
             raise RuntimeError(f"python -m dama {words[0]}: failed, see above")
     return read_world(folder, scale)
 
 
+def held_out_pairs(count: int) -> list[dict[str, Any]]:
+    """Pairs of scenes that no shipped pair is about, made as those are and in the same shares; always the same."""
+    from llava.generation.local import Answerer
+
+    whole = sum(SHARES.values())
+    shares = {kind: math.ceil(count * share / whole) for kind, share in SHARES.items()}
+    log(f"study: {sum(shares.values())} held-out pairs are sampled from the model before alignment")
+    return make_pairs(Answerer(str(run.SFT), conv_mode="v1", device="cpu"), 0, shares, FIRST_HELD_OUT)
+
+
 def read_world(folder: Path, scale: Scale = FULL) -> World:
     """What `prepare_world` has prepared."""
-    from dama.hardness.clip import load_clip
-
-    logit_scale = load_clip(str(run.CLIP), None, "cpu").logit_scale
-    pool = read_pool(folder / "test", folder / "hardness", folder / "reference", logit_scale, scale)
-    return World(pool, folder / "test/images", Scenes(folder / "test"), Scenes(folder / "validation"))
+    pool = read_pool(folder, scale)
+    return World(
+        pool, folder / "pool/images", folder / "held_out", Scenes(folder / "test"), Scenes(folder / "validation")
+    )
 
 
 def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> bool:
@@ -82,7 +102,7 @@ def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> 
     os.environ.update(ONE_THREAD)
     out = folder / "cells"
     out.mkdir(parents=True, exist_ok=True)
-    sft_captions(world, out)
+    before_alignment(world, out)
     to_do = [cell for cell in cells if not is_finished(cell, world, out)]
     log(
         f"study: {len(cells)} cells declared, {len(cells) - len(to_do)} finished; {cores} at a time, about "
@@ -132,14 +152,14 @@ def is_finished(cell: Cell, world: World, out: Path) -> bool:
 
 
 def line_of(figures: dict[str, Any]) -> str:
-    """What a finished cell says: response-level and recall on the test scenes at its last stop."""
+    """Log line of a finished cell: response-level and recall on the test scenes at its last stop."""
     last, cell = last_stop(figures)["test"], Cell(**figures["cell"])
     response, recall = (plain_ratio([last], metric) for metric in ("response_level", "object_recall"))
     return f"{cell.name:<44} response-level {response:5.1f}  recall {recall:5.1f}  {figures['seconds']:5.0f} s"
 
 
 def run_again(cells: Sequence[Cell], world: World, folder: Path, count: int) -> int:
-    """Repeats `count` cells drawn at random and compares; returns how many came out differently."""
+    """Repeat `count` cells, chosen at random, and compare; return how many came out differently."""
     out = folder / "cells"
     finished = [cell for cell in cells if is_finished(cell, world, out)]
     _quiet_worker()
@@ -147,7 +167,7 @@ def run_again(cells: Sequence[Cell], world: World, folder: Path, count: int) -> 
     for cell in random.SystemRandom().sample(finished, min(count, len(finished))):
         was = json.loads((out / f"{cell.name}.json").read_text())
         now = run_cell(cell, world, folder / "again")
-        same = was["stops"] == json.loads(json.dumps(now["stops"]))
+        same = json.dumps(was["stops"]) == json.dumps(now["stops"])
         different += not same
         log(f"{line_of(now)}  {'the same to the last caption' if same else 'was ' + line_of(was)}")
     return different
