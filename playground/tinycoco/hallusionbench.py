@@ -91,9 +91,9 @@ def _row(
 
 def edited(scene: Scene) -> Scene:
     """Give one object another color where one has a choice, else take the last object out."""
-    rng = random.Random(f"tinycoco/hallusionbench/{scene.id}")
+    rng, colored = random.Random(f"tinycoco/hallusionbench/{scene.id}"), with_color(scene)
     for thing in rng.sample(scene.objects, len(scene.objects)):
-        if thing in with_color(scene):
+        if thing in colored:
             changed = replace(thing, colour=other_color(thing, rng))
             return replace(scene, objects=tuple(changed if each is thing else each for each in scene.objects))
     return replace(scene, objects=scene.objects[:-1])

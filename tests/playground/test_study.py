@@ -32,7 +32,7 @@ from playground.tinycoco.study.analysis import (
     resample_weights,
     verdict,
 )
-from playground.tinycoco.study.cell import ABILITIES, SCORED, reward_gap
+from playground.tinycoco.study.cell import ABILITIES, SCORED, gaps_of
 from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, OPEN, VERDICTS, borne_out, claims_of, summary
 from playground.tinycoco.study.data import THIRDS, Pool, given_row, rows_of
 from playground.tinycoco.study.findings import Findings
@@ -89,7 +89,7 @@ def pool_of(count: int = 300) -> Pool:
     rows = {f"p{n}": {"idx": f"p{n}", "image_path": f"{n}.png", "rejected": f"{n}."} | same for n in range(count)}
     scores = {f"p{n}": ([0.01 * n, 0.2], [0.2]) for n in range(count)}
     held_out = {f"h{n}": ([0.01 * n], [0.2]) for n in range(40)}
-    return Pool(rows, scores, {}, held_out, {}, Scale(pairs=100, probes=10))
+    return Pool(rows, scores, held_out, {}, Scale(pairs=100, probes=10))
 
 
 def test_conditions_are_what_they_are_called() -> None:
@@ -493,7 +493,7 @@ def test_held_out_pairs_and_seeds_are_resampled_together() -> None:
 
 
 def test_reward_gaps_are_of_the_preferred_answer() -> None:
-    assert reward_gap((-10.0, -12.0), (-11.0, -11.5)) == pytest.approx(1.0 - -0.5)
+    assert gaps_of({"p": (-10.0, -12.0)}, {"p": (-11.0, -11.5)}, ["p"]) == pytest.approx([1.0 - -0.5])
 
 
 def test_the_summary_fits_a_page() -> None:
@@ -545,9 +545,10 @@ def test_the_pool_has_second_images_and_the_held_out_pairs_other_scenes(folder: 
     for row in pool.rows.values():
         (second,) = row["rejected_images"]
         assert (folder / "pool/images" / second).is_file() and second != row["image_path"] and row["second"]
-    scenes = [{row["image_path"] for row in rows.values()} for rows in (pool.rows, pool.held_out)]
-    assert not scenes[0] & scenes[1] and len(pool.held_out) >= 3 * SMALL.probes
-    assert pool.reference.keys() == pool.held_out.keys()
+    held_out = {row["idx"]: row for row in json.loads((folder / "held_out/pairs.json").read_text())}
+    scenes = [{row["image_path"] for row in rows.values()} for rows in (pool.rows, held_out)]
+    assert not scenes[0] & scenes[1] and len(held_out) >= 3 * SMALL.probes
+    assert pool.reference.keys() == held_out.keys()
 
 
 def test_cells_are_trainings_with_captions_abilities_and_probes(folder: Path, findings: Findings) -> None:

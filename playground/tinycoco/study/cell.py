@@ -16,19 +16,20 @@ import torch
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from dama.console import digest_of, write_atomic, write_json
+from dama.losses import reward_gap
 from dama.views import PAIR_VIEWS
 from eval.core.types import Answer
 from eval.objhal import score_captions
 from playground.tinycoco import ability, run
 from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.scenes import Scene
-from playground.tinycoco.study.data import Pool, Row, logps_of, rows_of
+from playground.tinycoco.study.data import Logps, Pool, Row, logps_of, rows_of
 from playground.tinycoco.study.grid import PROBED, STEP_PAIRS, VERSION, Cell, Scale
 
 CAPTION_BATCH, ABILITY_BATCH, PROBE_BATCH = 50, 150, 48
 CAPTION_TOKENS, ABILITY_TOKENS = 96, 16
 SCORED = ("response_level", "mention_level", "object_recall", "mean_words")
-ABILITIES = ("ability", "yes_no", "yes_ratio", *ability.OPEN, *ability.CLOSED)
+ABILITIES = tuple(metric.name for metric in ability.METRICS)
 SIGNIFICANT = 6  # digits of a logged number that a cell's file has
 PAIR_COLUMNS = ("step", "id", "R", "alpha_D", "beta", "selected")  # of the pair log
 LOG_COLUMNS = ("step", "loss", "grad_norm", "rewards/accuracies", "rewards/margins", "dama/alpha_M", "dama/R_bar")
@@ -89,8 +90,12 @@ class World:
 
     def fingerprint(self, cell: Cell) -> str:
         """Of everything that a cell's figures depend on."""
-        parts = [VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), list(self.scale)]
-        return digest_of([*parts, self.all_questions, self.pool.probes, self.pool.reference])
+        return digest_of([VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), self._shared])
+
+    @cached_property
+    def _shared(self) -> str:
+        """Digest of the inputs that are the same for all cells."""
+        return digest_of([list(self.scale), self.all_questions, self.pool.probes, self.pool.reference])
 
 
 def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
@@ -127,7 +132,12 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
 def rounded(entry: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
     """These columns of a logged entry, as far as it has them, with numbers of SIGNIFICANT digits."""
     found = {name: entry[name] for name in columns if name in entry}
-    return {k: float(f"{v:.{SIGNIFICANT}g}") if isinstance(v, float) else v for k, v in found.items()}
+    return {name: significant(value) if isinstance(value, float) else value for name, value in found.items()}
+
+
+def significant(value: float) -> float:
+    """Rounded to SIGNIFICANT digits."""
+    return float(f"{value:.{SIGNIFICANT}g}")
 
 
 def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> tuple[Any, Look]:
@@ -226,17 +236,14 @@ class Probes:
 
         inputs = (self.family, self.data_args, self.args, self.pairs, self.skipped)
         run_reference(*inputs, self.work, PROBE_BATCH, overwrite=True, progress=False)
-        now = logps_of(self.work)
-        before = self.world.pool.reference
-        return {
-            third: [float(f"{reward_gap(now[id], before[id]):.{SIGNIFICANT}g}") for id in ids]
-            for third, ids in self.world.pool.probes.items()
-        }
+        now, pool = logps_of(self.work), self.world.pool
+        return {third: gaps_of(now, pool.reference, ids) for third, ids in pool.probes.items()}
 
 
-def reward_gap(now: tuple[float, float], before: tuple[float, float]) -> float:
-    """R (Eq. 1) from the log-probs of chosen and rejected answer."""
-    return (now[0] - before[0]) - (now[1] - before[1])
+def gaps_of(now: Logps, before: Logps, ids: Sequence[str]) -> list[float]:
+    """R of these pairs (Eq. 1), SIGNIFICANT digits."""
+    logps = torch.tensor([(*now[id], *before[id]) for id in ids], dtype=torch.float64)
+    return [significant(R) for R in reward_gap(*logps.unbind(1)).tolist()]
 
 
 def answered(answerer: Any, requests: Sequence[Any], images: Path, tokens: int, batch_size: int) -> list[Answer]:

@@ -19,6 +19,8 @@ THIRDS = ("hard", "middle", "easy")
 Row = dict[str, Any]
 Scores = dict[str, tuple[list[float], list[float]]]
 """Id -> cosines of the statements of both answers."""
+Logps = dict[str, tuple[float, float]]
+"""Id -> log-probs of both answers."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,8 @@ class Pool:
 
     rows: dict[str, Row]
     scores: Scores
-    held_out: dict[str, Row]
     held_out_scores: Scores
-    reference: dict[str, tuple[float, float]]
+    reference: Logps
     scale: Scale = FULL
 
     @cached_property
@@ -58,19 +59,14 @@ def thirds_of(scores: Scores) -> dict[str, list[str]]:
 
 
 def read_pool(folder: Path, scale: Scale) -> Pool:
-    """From pool/, held_out/, hardness/, held_out_hardness/ and reference/ of the study's folder."""
+    """From pool/, hardness/, held_out_hardness/ and reference/ of the study's folder."""
     return Pool(
-        _rows(folder / "pool"),
+        {str(row["idx"]): row for row in json.loads((folder / "pool/pairs.json").read_text())},
         _scores(folder / "hardness"),
-        _rows(folder / "held_out"),
         _scores(folder / "held_out_hardness"),
         logps_of(folder / "reference"),
         scale,
     )
-
-
-def _rows(data: Path) -> dict[str, Row]:
-    return {str(row["idx"]): row for row in json.loads((data / "pairs.json").read_text())}
 
 
 def _scores(stage: Path) -> Scores:
@@ -78,8 +74,8 @@ def _scores(stage: Path) -> Scores:
     return {record["id"]: (record["chosen_scores"], record["rejected_scores"]) for record in scored}
 
 
-def logps_of(stage: Path) -> dict[str, tuple[float, float]]:
-    """Id -> log-probs of both answers, from a folder of `reference`."""
+def logps_of(stage: Path) -> Logps:
+    """From a folder of `reference`."""
     _, given = read_stage(stage, "reference")
     return {record["id"]: (record["chosen_logp"], record["rejected_logp"]) for record in given}
 
