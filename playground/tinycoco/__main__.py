@@ -52,10 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     study = commands.add_parser("study", help="compare preference objectives on a grid, write a page: 11 core hours")
     study.add_argument("--quick", action="store_true", help="DPO and DAMA, two rates, one seed: about 15 core minutes")
     study.add_argument("--out", type=Path, help="cells, kept (default: runs/study, or runs/study_quick)")
-    study.add_argument("--docs", type=Path, help="for study.html and study.json (default: docs, or OUT when quick)")
+    study.add_argument(
+        "--docs", type=Path, help="for study.html and study.json (default: docs; OUT with --quick or --page)"
+    )
     study.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="cells at a time (default: %(default)s)")
     study.add_argument("--again", type=int, metavar="N", help="only repeat N finished cells at random and compare")
-    build = commands.add_parser("build", help="rebuild every shipped file from nothing (up to 30 minutes on 2 cores)")
+    study.add_argument("--page", action="store_true", help="only write the page, of what is finished, to OUT")
+    build = commands.add_parser("build", help="rebuild every shipped file from nothing (up to 40 minutes on 2 cores)")
     build.add_argument("--out", type=Path, default=Path(__file__).parent, help="for weights/ and pairs.json")
     build.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
     build.add_argument("--seed", type=int, default=0)
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "study":
             from playground.tinycoco.study import runner
 
-            return runner.main(args.out, args.docs, args.cores, args.quick, args.again)
+            return runner.main(args.out, args.docs, args.cores, args.quick, args.again, args.page)
         elif args.command == "vlm":
             from playground.tinycoco import vlm
 

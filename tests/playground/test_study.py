@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -652,6 +653,22 @@ def test_verdicts_differ_in_color_and_sign_and_every_plot_is_explained(page: Pat
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "--cores", "0", "--out", str(tmp_path)]) == 2
     assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
+    assert main(["study", "--page", "--out", str(tmp_path)]) == 2
+    assert f"study {tmp_path}: expected finished cells, found none" in capsys.readouterr().err
+
+
+def test_the_page_of_what_is_finished(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the cell that is missing, which is named, and without a training."""
+    shutil.copytree(folder, tmp_path / "study")
+    (missing := tmp_path / f"study/cells/{CELLS[-1].name}.json").unlink()
+    monkeypatch.setattr(runner, "declare", lambda quick: CELLS)
+    monkeypatch.setattr(runner, "read_world", partial(runner.read_world, scale=SMALL))
+    assert main(["study", "--page", "--out", str(tmp_path / "study")]) == 0
+    assert json.loads((tmp_path / "study/study.json").read_text())["missing"] == [CELLS[-1].name]
+    assert (tmp_path / "study/study.html").is_file() and not missing.exists()
+    assert f"study: {tmp_path / 'study/study.html'}" in capsys.readouterr().out
 
 
 def test_the_docs_quote_the_committed_studies() -> None:

@@ -109,7 +109,7 @@ class Study:
         read = ((cell, read_cell(folder / "cells", cell, fingerprint(cell))) for cell in declared)
         cells = {cell: figures for cell, figures in read if figures is not None}
         if not cells:
-            raise FileNotFoundError(f"study {folder}: expected finished cells, found none; run the study first")
+            raise no_cells(folder)
         failed = folder / "failed.json"
         sft = json.loads((folder / "cells/sft.json").read_text())
         return Study(cells, declared, sft, json.loads(failed.read_text()) if failed.is_file() else {})
@@ -197,6 +197,11 @@ def read_cell(folder: Path, cell: Cell, fingerprint: str) -> dict[str, Any] | No
     path = folder / f"{cell.name}.json"
     figures = json.loads(path.read_text()) if path.is_file() else {"fingerprint": None}
     return figures if figures["fingerprint"] == fingerprint else None
+
+
+def no_cells(folder: Path) -> FileNotFoundError:
+    """What is raised where a page is asked for and no cell is finished."""
+    return FileNotFoundError(f"study {folder}: expected finished cells, found none; run the study first")
 
 
 def last_stop(run: Mapping[str, Any]) -> dict[str, Any]:

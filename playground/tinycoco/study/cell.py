@@ -30,7 +30,7 @@ CAPTION_BATCH, ABILITY_BATCH, PROBE_BATCH = 50, 150, 48
 CAPTION_TOKENS, ABILITY_TOKENS = 96, 16
 SCORED = ("response_level", "mention_level", "object_recall", "mean_words")
 ABILITIES = tuple(metric.name for metric in ability.METRICS)
-SIGNIFICANT = 6  # digits of a logged number that a cell's file has
+SIGNIFICANT = 4  # digits of a logged number that a cell's file has
 PAIR_COLUMNS = ("step", "id", "R", "alpha_D", "beta", "selected")  # of the pair log
 LOG_COLUMNS = ("step", "loss", "grad_norm", "rewards/accuracies", "rewards/margins", "dama/alpha_M", "dama/R_bar")
 

@@ -24,7 +24,7 @@ class Scale(NamedTuple):
     validation: int = 100
 
 
-VERSION = 4  # of what a cell computes: raised with any change of it, so that no old result is taken for a new one
+VERSION = 5  # of what a cell computes: raised with any change of it, so that no old result is taken for a new one
 FULL = Scale()
 STEP_PAIRS = 16
 RATES = (1e-5, 2e-5, 4e-5)

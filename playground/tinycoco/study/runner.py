@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dama.console import log, write_json
 from playground.tinycoco import run
 from playground.tinycoco.preferences import SHARES, make_pairs
-from playground.tinycoco.study.analysis import Study, last_stop, plain_ratio, read_cell
+from playground.tinycoco.study.analysis import Study, last_stop, no_cells, plain_ratio, read_cell
 from playground.tinycoco.study.cell import Scenes, World, before_alignment, run_cell
 from playground.tinycoco.study.claims import summary
 from playground.tinycoco.study.data import read_pool
@@ -34,18 +34,23 @@ FIRST_HELD_OUT = 300_000  # scene of the pairs' stream; the shipped pairs' are b
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: int | None) -> int:
-    """The command: cells, then the page; with `again` only repetitions. 1 where a cell failed or came out otherwise."""
+def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: int | None, page: bool) -> int:
+    """The command: cells, then the page; with `again` only repetitions. 1 where a cell failed or came out otherwise.
+
+    page: only the page, of what is finished, and without `docs` into the study's folder.
+    """
     if cores < 1:
         raise ValueError(f"--cores: expected 1 or more, got {cores}")
     cells = declare(quick)
     folder = out or Path("runs/study_quick" if quick else "runs/study")
-    world = prepare_world(folder)
+    if page and not list((folder / "cells").glob("*.json")):
+        raise no_cells(folder)
+    world = read_world(folder) if page else prepare_world(folder)
     if again is not None:
         return int(run_again(cells, world, folder, again) > 0)
-    failed = run_study(cells, world, folder, cores)
+    failed = not page and run_study(cells, world, folder, cores)
     findings = Findings(Study.read(folder, cells, world.fingerprint), world.pool)
-    docs = docs or (folder if quick else Path("docs"))
+    docs = docs or (folder if quick or page else Path("docs"))
     log(summary(write_study(findings, docs)))
     log(f"study: {docs / PAGE}, {docs / NUMBERS}")
     return int(failed)
