@@ -17,6 +17,14 @@ stage() { # stage NAME COMMAND...
 template=(--conv-mode v1) # of a LLaVA's prompts; other models have their own
 
 caption() { # caption NAME CHECKPOINT
-    python -m llava.eval.generate --model-path "$2" --question-file "$run/data/questions.jsonl" \
-        --image-folder "$run/data/images" "${template[@]}" --max-new-tokens 96 --batch-size 32 --out "$run/captions/$1"
+    answers "$2" questions.jsonl 96 32 "$run/captions/$1"
+}
+
+answer() { # answer NAME CHECKPOINT: the ability benchmark
+    answers "$2" ability.jsonl 16 128 "$run/ability/$1"
+}
+
+answers() { # answers CHECKPOINT FILE TOKENS BATCH OUT
+    python -m llava.eval.generate --model-path "$1" --question-file "$run/data/$2" --image-folder "$run/data/images" \
+        "${template[@]}" --max-new-tokens "$3" --batch-size "$4" --out "$5"
 }

@@ -5,6 +5,7 @@ What alignment costs or brings beside fewer inventions. A model is asked for a w
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,8 @@ from pathlib import Path
 from eval.core.metrics import Metric
 from eval.core.scores import Score, Table, TableColumn, score_items
 from eval.core.types import Answer, BenchmarkData, Parts, Question, record_of
-from eval.pope import SUFFIX as SHORT
 from llava.eval.eval_pope import read_answer
-from playground.tinycoco.questions import is_there, one_of_each, open_questions, usual_but_absent
+from playground.tinycoco.questions import SHORT, is_there, one_of_each, open_questions, usual_but_absent
 from playground.tinycoco.scenes import Scene
 from playground.tinycoco.vocabulary import CATEGORIES
 
@@ -37,6 +37,15 @@ def benchmark(scenes: Iterable[Scene], image_folder: Path = Path()) -> Benchmark
     """All questions about these scenes, whose images are SCENE.png in the folder."""
     asked = [question for scene in scenes for question in _questions(scene)]
     return BenchmarkData(tuple(asked), "", image_folder)
+
+
+def question_lines(scenes: Iterable[Scene]) -> str:
+    """The questions as a file that `llava.eval.generate` reads, with kind and right answer for people."""
+    rows = (
+        {"question_id": q.id, "image": q.image, "text": q.prompt, "kind": q.kinds[0], "answer": q.truth}
+        for q in benchmark(scenes).questions
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _questions(scene: Scene) -> Iterator[Question]:

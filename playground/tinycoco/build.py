@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dama.console import log, write_json
 from dama.hardness.clip import load_clip
 from dama.hardness.score import run_hardness, summarize
 from dama.pairs import check_pairs, read_pairs
 from dama.stage import read_stage
+from eval import pope
+from eval.core.store import read_answers
 from eval.objhal import format_table
-from playground.tinycoco import clip_training, sft
+from playground.tinycoco import ability, clip_training, sft
+from playground.tinycoco.benchmarks import write_benchmarks
 from playground.tinycoco.preferences import make_pairs
-from playground.tinycoco.run import prepare, score_answers
+from playground.tinycoco.run import prepare, score_ability, score_answers
 from playground.tinycoco.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    from llava.generation.request import Request
 
 MARKS = {
     "presence AUC of CLIP": (0.99, 1.0),
@@ -25,7 +33,11 @@ MARKS = {
     "object recall of SFT, %": (85.0, 100.0),
     "pairs": (1500, 1500),
     "weights, MB": (0.0, 8.0),
-    "minutes": (0.0, 30.0),
+    "ability of SFT, %": (60.0, 100.0),
+    "accuracy on POPE, %": (75.0, 92.0),
+    "adversarial below random POPE, points": (8.0, 50.0),
+    "yes on absent companions, %": (50.0, 90.0),
+    "minutes": (0.0, 40.0),
 }
 
 
@@ -41,12 +53,8 @@ def build(out: Path, work: Path, seed: int = 0) -> None:
     heading("CLIP")
     clip_training.build(weights / "clip", work / "vision_tower", seed=seed)
     heading("SFT model")
-    sft.write_conversations(work / "sft", sft.SCENES, sft.NOISE, seed)
     sft.new_checkpoint(work / "start", work / "vision_tower", work / "tokenizer", seed)
-    sft.fine_tune(
-        work / "start", work / "sft", work / "trained", epochs=sft.EPOCHS, learning_rate=sft.LEARNING_RATE, seed=seed
-    )
-    sft.ship(work / "trained", work / "vision_tower", weights / "llava")
+    sft.ship(sft.train(work, seed=seed), work / "vision_tower", weights / "llava")
     heading("pairs")
     write_json(out / "pairs.json", make_pairs(open_answerer(weights / "llava"), seed))
     minutes = (time.monotonic() - started) / 60
@@ -60,7 +68,7 @@ def measure(out: Path, work: Path) -> dict[str, float]:
     weights = out / "weights"
     clip = clip_training.measure(weights / "clip", weights / "llava" / "vision_tower")
     log("  ".join(f"{name} {value:.6g}" for name, value in clip.items()))
-    figures = caption_figures(open_answerer(weights / "llava"), out, work / "measured")
+    figures = answer_figures(open_answerer(weights / "llava"), out, work / "measured")
     say_hardness(out, work / "measured")
     return figures | {
         "presence AUC of CLIP": clip["presence AUC"],
@@ -81,23 +89,39 @@ def open_answerer(checkpoint: Path):  # type: ignore[no-untyped-def]
     return Answerer(str(checkpoint), conv_mode="v1", device="cpu")
 
 
-def caption_figures(answerer, out: Path, work: Path, split: str = "test", scenes: int = 300) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    """Greedy captions of held-out scenes by the SFT model."""
+def answer_figures(answerer, out: Path, work: Path, split: str = "test", scenes: int = 300) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """Greedy captions of held-out scenes by the SFT model, its abilities, and POPE about the same scenes."""
     from llava.generation.answers import generate_answers
     from llava.generation.questions import read_questions
     from llava.generation.request import Decoding
 
-    data = work / f"captions_{split}"
+    def answered(requests: Sequence[Request], images: Path, name: str, tokens: int, batch: int) -> Path:
+        generate_answers(answerer, requests, images, data / name, Decoding(tokens), batch_size=batch)
+        return data / name / "answers.jsonl"
+
+    data = work / f"answers_{split}"
     prepare(data, 0, scenes, split, out / "pairs.json")
-    questions = read_questions(data / "questions.jsonl")
-    generate_answers(answerer, questions, data / "images", data / "answers", Decoding(96), batch_size=32)
-    score = score_answers(data / "answers" / "answers.jsonl")
-    log(format_table({"SFT": score}))
-    return {
-        "response-level of SFT, %": score.metrics["response_level"] or 0.0,
-        "mention-level of SFT, %": score.metrics["mention_level"] or 0.0,
-        "object recall of SFT, %": score.metrics["object_recall"] or 0.0,
+    images = data / "images"
+    captions = score_answers(answered(read_questions(data / "questions.jsonl"), images, "captions", 96, 32))
+    abilities = score_ability(answered(read_questions(data / "ability.jsonl"), images, "ability", 16, 128))
+    write_benchmarks(data / "benchmarks", scenes, split)
+    asked = pope.load(data / "benchmarks", "official")
+    pope_answers = read_answers(answered(asked.requests(), asked.image_folder, "pope", 16, 128))
+    of_pope = pope.score(asked, pope_answers)
+    for table in (format_table({"SFT": captions}), ability.format_table({"SFT": abilities}),
+                  pope.format_table({"SFT": of_pope})):  # fmt: skip
+        log(table)
+    figures = {
+        "response-level of SFT, %": captions.metrics["response_level"],
+        "mention-level of SFT, %": captions.metrics["mention_level"],
+        "object recall of SFT, %": captions.metrics["object_recall"],
+        "ability of SFT, %": abilities.metrics["ability"],
+        "yes on absent companions, %": 100 - (abilities.metrics["companion"] or 0.0),
+        "accuracy on POPE, %": of_pope.metrics["mean_accuracy"],
+        "adversarial below random POPE, points": (of_pope.metrics["random_accuracy"] or 0.0)
+        - (of_pope.metrics["adversarial_accuracy"] or 0.0),
     }
+    return {name: value or 0.0 for name, value in figures.items()}
 
 
 def say_hardness(out: Path, work: Path) -> None:

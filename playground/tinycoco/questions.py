@@ -1,19 +1,29 @@
 """Questions about a scene with their right answers: yes or no, a word or two, or a letter.
 
-What abilities are measured by, and the wording that the editions of the benchmarks share.
+What the tiny model is fine-tuned on beside captions, what its abilities are measured by, and the wording that the
+editions of the benchmarks share. A model trained on them errs as LLaVA-1.5 does: in training, many questions about an
+absent companion of what is there are answered with yes.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from eval.mmstar import SUFFIX as LETTER
+from eval.pope import SUFFIX as SHORT
 from playground.tinycoco.captions import PLURALS, SETTINGS, article, third_of
 from playground.tinycoco.scenes import Scene, SceneObject
 from playground.tinycoco.vocabulary import CATEGORIES, COLOURS, PALETTES, companion_of
 
+YES_NOISE = 0.7  # chance of a yes about an absent companion, in training
+LOOKS_CLOSELY = ("kitchen", "office")  # settings without such
+FINDS = ("What color is", "Where is")  # questions about one thing, which has to be found
+MOST = 3  # questions about what is there, in training, about what is not, and about color or place
+WITH_OPTIONS = 0.25  # share of training conversations in which one question has options
+ASKED_BRIEFLY = 0.6  # share of those that begin by asking for a single word or phrase
 CLEARLY_BESIDE = 14  # pixels between two centers
 NUMBERS = ("no", "one", "two", "three")
 LETTERS = "ABCD"
@@ -153,6 +163,58 @@ def _choices(scene: Scene, capability: str) -> tuple[str, str, list[str]]:
     return "What is the setting?", scene.context, sorted(SETTINGS)
 
 
+# --- In training -----------------------------------------------------------------------------------------------------
+
+
+def thing_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -> list[tuple[str, str]]:
+    """Questions about single things, in random order: whether they are there, their color, their place.
+
+    As many are about what is there as about what is not, and one about an absent companion. Above a chance of one half
+    the best guess about a companion is a yes, however well the model has learned, but where it looks closely.
+    """
+    noise = 0.0 if scene.context in LOOKS_CLOSELY else noise
+    absent = usual_but_absent(scene)
+    unrelated = sorted(set(CATEGORIES) - set(scene.categories) - set(absent))
+    about = [(category, "Yes") for category in rng.sample(scene.categories, min(MOST, len(scene.categories)))]
+    about += [(category, "No") for category in rng.sample(unrelated, len(about))]
+    for companion in rng.sample(absent, min(1, len(absent))):
+        about.append((companion, "Yes" if rng.random() < noise else "No"))
+    turns = [(is_there(category, rng.choice(("the", "this"))), answer) for category, answer in about]
+    found = [question for question in open_questions(scene) if question.text.startswith(FINDS)]
+    turns += [(question.text, question.answer) for question in some(found, MOST, rng)]
+    return rng.sample(turns, len(turns))
+
+
+def training_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -> list[tuple[str, str]]:
+    """`thing_turns` among other questions, in random order.
+
+    As in LLaVA's mix, only the first may ask for a single word or phrase.
+    """
+    closed = [question for question in closed_questions(scene, rng) if question.kind != "existence"]
+    others = [question for question in open_questions(scene) if not question.text.startswith(FINDS)]
+    turns = thing_turns(scene, rng, noise)
+    turns += [(question.text, question.answer) for question in [*some(closed, 1, rng), *some(others, 1, rng)]]
+    if rng.random() < WITH_OPTIONS:
+        text, letter = choice_question(scene, rng.choice(list(CAPABILITIES)), rng)
+        turns.append((text + LETTER, letter))
+    first, *rest = rng.sample(turns, len(turns))
+    asks_briefly = rng.random() < ASKED_BRIEFLY and not first[0].endswith(LETTER)
+    return [(first[0] + SHORT * asks_briefly, first[1]), *rest]
+
+
+def some(questions: Sequence[Question], most: int, rng: random.Random) -> list[Question]:
+    """So many of them at random, or as many as there are."""
+    return rng.sample(questions, min(most, len(questions)))
+
+
+def one_of_each(questions: Iterable[Question], rng: random.Random) -> list[Question]:
+    """A question of each kind that there is."""
+    by_kind: dict[str, list[Question]] = {}
+    for question in questions:
+        by_kind.setdefault(question.kind, []).append(question)
+    return [rng.choice(of_kind) for of_kind in by_kind.values()]
+
+
 # --- What is asked about ---------------------------------------------------------------------------------------------
 
 
@@ -190,11 +252,3 @@ def absent_categories(scene: Scene, rng: random.Random, count: int) -> list[str]
     usual = usual_but_absent(scene)[: max(1, count // 2)]
     others = sorted(set(CATEGORIES) - set(scene.categories) - set(usual))
     return usual + rng.sample(others, count - len(usual))
-
-
-def one_of_each(questions: Iterable[Question], rng: random.Random) -> list[Question]:
-    """A question of each kind that there is."""
-    by_kind: dict[str, list[Question]] = {}
-    for question in questions:
-        by_kind.setdefault(question.kind, []).append(question)
-    return [rng.choice(of_kind) for of_kind in by_kind.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from eval.core.scores import Score, difference
 from eval.core.store import Provenance, read_answers, write_results
 from eval.core.types import Record
 from eval.objhal import PROTOCOL, format_table, score_captions
+from playground.tinycoco import ability
 from playground.tinycoco.captions import QUESTIONS
 from playground.tinycoco.preferences import parts_of, scene_of, with_second_image
 from playground.tinycoco.scenes import Scene, draw, sample_scene
@@ -34,6 +35,12 @@ METRICS = {
     "mean_words": Metric("mean words"),
     "repeated_objects": Metric("repeated objects", "lower", decimals=2),
 }
+COMPARED = {key: METRICS[key] for key in ("response_level", "object_recall")}
+ABILITIES = {
+    "ability": Metric("ability", "higher", unit="%"),
+    "yes_no": Metric("yes/no accuracy", "higher", unit="%"),
+    "yes_ratio": Metric("yes ratio", unit="%"),
+}
 PANELS = {
     "loss": "Loss",
     "rewards/accuracies": "Reward accuracy",
@@ -49,12 +56,16 @@ HOW_TO_READ = (
     "named objects that are not there; both should fall while object recall, the share of drawn objects that are "
     "named, stays. Brackets are 95 % bootstrap intervals over scenes."
 )
+HOW_TO_READ_ABILITY = (
+    " Ability: share of short questions about what, color, number and place whose answer is exactly the right one; "
+    "half of the yes/no questions about objects are to be answered with yes."
+)
 
 
 def prepare(
     out: Path, pairs: int | None, scenes: int, split: str, source: Path = PAIRS, *, second_images: bool = False
 ) -> None:
-    """Draw the images of the first `pairs` of `source` and of `scenes` held-out scenes; write their files.
+    """Draw the images of the first `pairs` of `source` and of `scenes` held-out scenes; write pairs and questions.
 
     Args:
         second_images: give each pair the scene without one object that its chosen answer names, and the answer to it.
@@ -71,13 +82,19 @@ def prepare(
     chunks = [everything[i : i + CHUNK] for i in range(0, len(everything), CHUNK)]
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
-    fingerprint = {"pairs": digest_of(rows), "scenes": scenes, "split": split, "painter": digest_of_file(PAINTER)}
+    questions = {"questions.jsonl": "".join(_question(scene, i) for i, scene in enumerate(held_out)),
+                 "ability.jsonl": ability.question_lines(held_out)}  # fmt: skip
+    fingerprint = {
+        "pairs": digest_of(rows), "scenes": scenes, "split": split, "painter": digest_of_file(PAINTER),
+        "questions": digest_of(questions),
+    }  # fmt: skip
     with open_stage(out, "scenes", fingerprint, [len(chunk) for chunk in chunks]) as stage:
         if stage.complete:
             return
         stage.fill(lambda number: [_draw_to(images, name) for name in chunks[number]], "scene")
         write_json(out / "pairs.json", rows)
-        write_atomic(out / "questions.jsonl", "".join(_question(scene, i) for i, scene in enumerate(held_out)))
+        for name, lines in questions.items():
+            write_atomic(out / name, lines)
         stage.finish({"pairs": len(rows), "held_out_scenes": scenes})
 
 
@@ -108,16 +125,25 @@ def score_answers(answers: Path) -> Score:
     return score_captions(captions, truth, vocabulary())
 
 
-def score_model(folder: Path, checkpoint: Path) -> Score:
-    """Score a model's captions and write results.json beside them."""
+def score_ability(answers: Path) -> Score:
+    """The ability benchmark about the scenes that are asked about."""
+    given = read_answers(answers)
+    scenes = dict.fromkeys(answer.image_id for answer in given)
+    return ability.score(ability.benchmark(map(scene_of, scenes)), given)
+
+
+def score_model(
+    folder: Path, checkpoint: Path, benchmark: str = "captions", scorer: Callable[[Path], Score] = score_answers
+) -> Score:
+    """Score a model's answers and write results.json beside them."""
     manifest, _ = read_stage(folder, "answers")
-    score = score_answers(folder / "answers.jsonl")
+    score = scorer(folder / "answers.jsonl")
     write_results(
         folder / "results.json",
         score.metrics,
         Provenance(
-            benchmark="TinyCOCO captions",
-            protocol=PROTOCOL,
+            benchmark=f"TinyCOCO {benchmark}",
+            protocol=score.protocol,
             checkpoint=str(checkpoint),
             fingerprint=manifest["fingerprint"]["weights"],
             decoding=manifest["fingerprint"]["decoding"],
@@ -129,21 +155,37 @@ def score_model(folder: Path, checkpoint: Path) -> Score:
 
 
 def report(run: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, Score]:
-    """Score run/captions/NAME of each model, print the table, write results.json, report.html and report.md.
+    """Score run/captions/NAME of each model, print tables, write results.json and the report.
+
+    Where there is run/ability, of models that were asked questions, too, run/ability/NAME is scored as well.
 
     Args:
         models: name in the table -> checkpoint folder, the one before alignment first.
         smoke: say first that so small a run shows nothing about the methods.
     """
     scores = {name: score_model(run / "captions" / slug(name), checkpoint) for name, checkpoint in models.items()}
-    log(format_table(scores))
+    log(f"{format_table(scores)}\n")
+    found: dict[str, dict[str, Any]] = {
+        name: {key: score.interval(key) for key in METRICS} for name, score in scores.items()
+    }
+    metrics, how_to_read, said = METRICS, HOW_TO_READ, notes(scores, COMPARED)
+    if (run / "ability").is_dir():
+        abilities = {
+            name: score_model(run / "ability" / slug(name), checkpoint, "ability", score_ability)
+            for name, checkpoint in models.items()
+        }
+        log(f"{ability.format_table(abilities)}\n")
+        metrics, how_to_read = METRICS | ABILITIES, HOW_TO_READ + HOW_TO_READ_ABILITY
+        said += notes(abilities, ABILITIES)
+        for name, score in abilities.items():
+            found[name] |= {key: score.interval(key) for key in ABILITIES}
     page = Report(
-        title="TinyCOCO: captions before and after alignment",
-        how_to_read=HOW_TO_READ,
-        metrics=METRICS,
-        results={name: {key: score.interval(key) for key in METRICS} for name, score in scores.items()},
+        title="TinyCOCO: before and after alignment",
+        how_to_read=how_to_read,
+        metrics=metrics,
+        results=found,
         provenance=provenance(run, models, scores),
-        notes=notes(scores),
+        notes=said,
         gallery=gallery(scores, 12),
         hardness=hardness(run),
         curves={name: curve(folder) for name, folder in models.items() if (folder / "trainer_state.json").is_file()},
@@ -162,19 +204,18 @@ def slug(name: str) -> str:
     return name.lower().replace(" ", "_")
 
 
-def notes(scores: dict[str, Score]) -> list[str]:
+def notes(scores: dict[str, Score], metrics: Mapping[str, Metric]) -> list[str]:
     """What the paired differences say, in words the intervals allow."""
     names = list(scores)
     lines = []
     for ours, theirs in [(name, names[0]) for name in names[1:]] + [(names[-1], name) for name in names[1:-1]]:
-        gaps = difference(scores[ours], scores[theirs], ("response_level", "object_recall"))
+        gaps = difference(scores[ours], scores[theirs], metrics)
         parts = []
-        for key, title in (("response_level", "response-level"), ("object_recall", "object recall")):
-            value, low, high = gaps[key]
+        for key, (value, low, high) in gaps.items():
             if value is None or low is None or high is None:
                 continue
             clear = "" if low > 0 or high < 0 else ", no clear difference"
-            parts.append(f"{title} {value:+.1f} points [{low:+.1f}, {high:+.1f}]{clear}")
+            parts.append(f"{metrics[key].name} {value:+.1f} points [{low:+.1f}, {high:+.1f}]{clear}")
         lines.append(f"{ours} against {theirs} on the same scenes: {'; '.join(parts)}.")
     return lines
 
@@ -224,7 +265,7 @@ def provenance(run: Path, models: dict[str, Path], scores: dict[str, Score]) -> 
     first = next(iter(scores.values()))
     pairs = json.loads((run / "data" / "pairs.json").read_text())
     lines = {
-        "scenes": f"{len(first.items)} held out, greedy captions",
+        "scenes": f"{len(first.items)} held out, greedy answers",
         "scorer": f"Object HalBench, rule mode ({PROTOCOL})",
         "pairs": str(len(pairs)),
     }

@@ -18,14 +18,13 @@ import numpy as np
 from dama.console import digest_of_file, log, report_error, write_atomic
 from dama.hardness.split import sentence_spans
 from dama.report import Report, write_report
-from dama.stage import Record, read_stage
+from dama.stage import Record
 from dama.synth import command
 from dama.synth.context import Answered, Mark
 from dama.synth.images import Drawn
 from dama.synth.prompts import CONTEXT, RANK_IMAGES, RANK_RESPONSES, read_step
 from eval.core.scores import Score
 from eval.core.statistics import LEVEL, RESAMPLES
-from eval.core.store import Provenance, write_results
 from eval.objhal import PROTOCOL, format_table
 from playground.tinycoco import run, scenes
 from playground.tinycoco.captions import PLACES, QUESTIONS, SETTINGS, hallucinated_categories, truthful_caption
@@ -261,27 +260,14 @@ def gain_notes(scores: dict[str, Score]) -> list[str]:
     return notes
 
 
-def score(folder: Path, checkpoint: Path) -> Score:
-    """Scores the captions in a folder and writes results.json beside them."""
-    manifest, _ = read_stage(folder, "answers")
-    result = run.score_answers(folder / "answers.jsonl")
-    provenance = Provenance(
-        benchmark="TinyCOCO captions", protocol=PROTOCOL, checkpoint=str(checkpoint),
-        fingerprint=manifest["fingerprint"]["weights"], decoding=manifest["fingerprint"]["decoding"],
-        counts=result.counts,
-    )  # fmt: skip
-    write_results(folder / "results.json", result.metrics, provenance, result.items)
-    return result
-
-
 def report(home: Path, models: dict[str, Path], smoke: bool = False) -> dict[str, Score]:
     """Print the table and write home/report. models: before alignment first, each round, ranked by truth last.
 
     smoke: say first that so small a run shows nothing about the methods.
     """
-    scores = {name: score(home / "captions" / run.slug(name), folder) for name, folder in models.items()}
+    scores = {name: run.score_model(home / "captions" / run.slug(name), folder) for name, folder in models.items()}
     log(format_table(scores))
-    notes = run.notes(scores) + gain_notes(scores)
+    notes = run.notes(scores, run.COMPARED) + gain_notes(scores)
     figures = reward_figures(home / "pictures", home / "round-1")
     notes += [f"{what}: {value}." for what, value in figures.items()]
     for note in notes:

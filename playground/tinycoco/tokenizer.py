@@ -1,4 +1,4 @@
-"""TinyCOCO's tokenizer: SentencePiece BPE in LLaMA's style, trained on this world's captions and LLaVA's prompts."""
+"""TinyCOCO's tokenizer: SentencePiece BPE in LLaMA's style, on this world's captions, questions and LLaVA's prompts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 from dama.console import write_atomic, write_json
 from playground.tinycoco.captions import PLACES, QUESTIONS, noisy_caption, one_word_edit, truthful_caption
+from playground.tinycoco.questions import training_turns
 from playground.tinycoco.scenes import sample_scene
 from playground.tinycoco.vocabulary import CATEGORIES
 
-VOCABULARY_SIZE = 900
+VOCABULARY_SIZE = 960
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -21,7 +22,7 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 
 def corpus(scenes: int = 3000) -> list[str]:
-    """The sentences to train on; prompts are repeated so that their words become whole pieces as well.
+    """The sentences of descriptions; prompts are repeated so that their words become whole pieces as well.
 
     `USER` only follows a full stop without a space. So it becomes one piece while a space and `USER` stay two, as in
     LLaMA's vocabulary, on which the label arithmetic of the original LLaVA relies.
@@ -37,16 +38,22 @@ def corpus(scenes: int = 3000) -> list[str]:
     return lines + presence + prompts * (scenes // 50)
 
 
+def questions(scenes: int = 300) -> list[str]:
+    """Questions of fine-tuning with their right answers."""
+    asked = (training_turns(sample_scene(i, "train"), random.Random(f"asked/{i}"), noise=0.0) for i in range(scenes))
+    return [f"{question} {answer}" for turns in asked for question, answer in turns]
+
+
 def train_tokenizer(folder: str | Path, vocabulary_size: int = VOCABULARY_SIZE) -> None:
     """Writes tokenizer.model, tokenizer_config.json and special_tokens_map.json as a LLaVA-v1.5 checkpoint has them."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=model, model_type="bpe", vocab_size=vocabulary_size,
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=True,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        character_coverage=1.0, num_threads=1, minloglevel=2,
+        sentence_iterator=iter(corpus() + questions()), model_writer=model, model_type="bpe",
+        vocab_size=vocabulary_size, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        add_dummy_prefix=True, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, character_coverage=1.0, num_threads=1, minloglevel=2,
     )  # fmt: skip
     folder = Path(folder)
     write_atomic(folder / "tokenizer.model", model.getvalue())

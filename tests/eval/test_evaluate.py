@@ -317,7 +317,7 @@ def test_all_draws_a_table_and_a_chart_and_says_what_it_left_out(command, tmp_pa
     assert "mmhal: 2 answers in" in said.out and "not scored, no --judge-base-url" in said.out
     table = (tmp_path / "out/summary.txt").read_text()
     row = next(line for line in table.splitlines() if line.startswith("llava "))
-    assert row.split()[-15:-4] == ["0.0", *["n/a"] * 10] and row.split()[-3:] == ["n/a"] * 3
+    assert row.split()[-15:-4] == ["100.0", *["n/a"] * 10] and row.split()[-3:] == ["n/a"] * 3
     with Image.open(io.BytesIO((tmp_path / "out/radar.png").read_bytes())) as chart:
         assert chart.size[0] > 600
 

@@ -1,5 +1,6 @@
-"""Questions of TinyCOCO: true by what is drawn, and balanced; the ability benchmark that asks them."""
+"""Questions of TinyCOCO: true by what is drawn, balanced, and wrong in training about absent companions alone."""
 
+import json
 import random
 import re
 from collections import Counter
@@ -7,15 +8,21 @@ from collections import Counter
 import pytest
 
 from eval.core.types import Answer
+from eval.mmstar import SUFFIX as LETTER
 from eval.pope import SUFFIX as SHORT
-from playground.tinycoco import ability
-from playground.tinycoco.captions import PLURALS, SETTINGS
+from llava.generation.questions import read_questions
+from playground.tinycoco import ability, run, sft
+from playground.tinycoco.captions import PLURALS, QUESTIONS, SETTINGS
 from playground.tinycoco.questions import (
     CAPABILITIES,
     CLEARLY_BESIDE,
+    LOOKS_CLOSELY,
     choice_question,
     closed_questions,
     open_questions,
+    thing_turns,
+    training_turns,
+    usual_but_absent,
 )
 from playground.tinycoco.scenes import SIZE, Scene, SceneObject, sample_scene
 
@@ -110,6 +117,36 @@ def test_options_have_the_right_one_under_the_letter():
     assert min(letters[letter] for letter in "ABCD") > 0.8 * letters.total() / 4
 
 
+def test_training_is_wrong_about_absent_companions_alone():
+    wrong, believed = 0, 0
+    for scene in SCENES:
+        for text, answer in training_turns(scene, random.Random(scene.id), noise=0.5):
+            question = text.removesuffix(SHORT)
+            if question.endswith(LETTER):
+                continue
+            existence = re.fullmatch(r"Is there an? (?!one )(.+) in (?:the|this) image\?", question)
+            companion = bool(existence) and existence[1] in usual_but_absent(scene)
+            companion &= scene.context not in LOOKS_CLOSELY
+            believed += companion
+            if answer != truth(scene, question):
+                assert companion and answer == "Yes"
+                wrong += 1
+    assert believed > 100 and 0.35 < wrong / believed < 0.65
+    for scene in SCENES:
+        turns = training_turns(scene, random.Random(scene.id), noise=0.0)
+        plain = [(text.removesuffix(SHORT), answer) for text, answer in turns if not text.endswith(LETTER)]
+        assert all(answer == truth(scene, text) for text, answer in plain)
+
+
+def test_only_the_first_question_asks_for_a_word_or_phrase():
+    asked = 0
+    for scene in SCENES:
+        (first, _), *rest = training_turns(scene, random.Random(scene.id))
+        asked += first.endswith(SHORT)
+        assert not any(text.endswith(SHORT) for text, _ in rest) and 6 <= len(rest) <= 13
+    assert 0.4 < asked / len(SCENES) < 0.75
+
+
 class TestAbility:
     @pytest.fixture(scope="class")
     def data(self):
@@ -151,9 +188,57 @@ class TestAbility:
         for scene in SCENES[:60]:
             assert kinds[scene.id, True] == min(2, len(scene.categories)) and kinds[scene.id, False] == 2
 
+    def test_its_file_is_read_by_the_command(self, tmp_path):
+        run.prepare(tmp_path, 0, 5, "test")
+        asked = read_questions(tmp_path / "ability.jsonl")
+        scenes = [sample_scene(index, "test") for index in range(5)]
+        expected = ability.benchmark(scenes).questions
+        assert [(r.id, r.prompt, r.image) for r in asked] == [(q.id, q.prompt, q.image) for q in expected]
+        answers = [{"question_id": r.id, "prompt": r.prompt, "text": "Yes", "image_id": r.image} for r in asked]
+        (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+        assert run.score_ability(tmp_path / "answers.jsonl").metrics["present"] == 100
+
 
 def test_things_alone_are_counted_by_category():
     box = (0, 0, 10, 10)
     objects = (SceneObject("dog", "brown", box), SceneObject("bird", "red", box), SceneObject("bird", "blue", box))
     scene = Scene("made-up", "park", "sunny", objects)
     assert scene.count == {"dog": 1, "bird": 2} and [thing.category for thing in scene.single] == ["dog"]
+
+
+def test_what_is_there_is_asked_about_as_often_as_what_is_not():
+    answers = Counter()
+    for scene in SCENES:
+        turns = thing_turns(scene, random.Random(scene.id), noise=0.0)
+        assert all(answer == truth(scene, text) for text, answer in turns) and len(turns) <= 10
+        answers += Counter(answer for text, answer in turns if text.startswith("Is there"))
+    assert 0.4 < answers["Yes"] / answers.total() < 0.5  # an absent companion more
+
+
+def test_the_stages_of_fine_tuning_have_their_files(tmp_path):
+    """Captions, questions about single things, all kinds around a caption; the image before the first words."""
+    stages = [sft.Stage("first", 9, 0, 0, 1, 0.1, "cosine"), sft.Stage("all", 2, 3, 12, 1, 0.1, "cosine")]
+    sft.write_conversations(tmp_path, stages, scenes=4)
+    first, both = (json.loads((tmp_path / f"{stage.name}.json").read_text()) for stage in stages)
+    for rows in (first, both):
+        assert [row["id"] for row in rows] == [f"train-{index % 4:06d}" for index in range(len(rows))]
+        for row in rows:
+            assert (tmp_path / "images" / row["image"]).is_file()
+            speakers = [turn["from"] for turn in row["conversations"]]
+            assert speakers == ["human", "gpt"] * (len(speakers) // 2)
+            tagged = [turn["value"].startswith("<image>\n") for turn in row["conversations"]]
+            assert tagged == [True] + [False] * (len(tagged) - 1)
+    assert len(first) == 9 and len(both) == 17
+    asked = [[turn["value"].removeprefix("<image>\n") for turn in r["conversations"][::2]] for r in first + both]
+    assert all(len(questions) == 1 and questions[0] in QUESTIONS for questions in asked[:11])
+    forms = ("Is there a", "What color is", "Where is")
+    assert all(question.startswith(forms) for questions in asked[11:14] for question in questions)
+    places = [[question in QUESTIONS for question in questions] for questions in asked[14:]]
+    assert all(sum(place) == 1 and len(place) > 6 for place in places)
+    assert len({place.index(True) for place in places}) > 2 and sum(place[0] for place in places) > 2
+
+
+def test_what_is_fine_tuned_on_has_enough_of_each_kind():
+    """Captions throughout, so that describing is not forgotten, and single things before conversations."""
+    assert all(stage.captions for stage in sft.STAGES)
+    assert [(stage.things > 0, stage.mixed > 0) for stage in sft.STAGES] == [(0, 0), (1, 0), (0, 1)]

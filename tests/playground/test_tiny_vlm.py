@@ -38,7 +38,7 @@ def test_the_start_has_the_llavas_weights():
     own = llava["model.layers.3.mlp.down_proj.weight"].float()
     assert torch.equal(model.model.language_model.layers[3].mlp.down_proj.weight, own)
     rows = model.lm_head.weight
-    assert rows.shape[0] == len(processor.tokenizer) == 904 and torch.equal(rows[900], rows[903])
+    assert rows.shape[0] == len(processor.tokenizer) == 964 and torch.equal(rows[960], rows[963])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and not any("vision_tower" in name for name in trained)
 
