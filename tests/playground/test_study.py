@@ -46,6 +46,7 @@ from playground.tinycoco.study.grid import (
     METHODS,
     PROBED,
     RANDOM_K,
+    RATE,
     RATES,
     SEEDS,
     TWO_IMAGES,
@@ -303,7 +304,7 @@ def study_of(runs: Mapping[Cell, dict[str, Any]], declared: Sequence[Cell] | Non
 
 def study_with(ends: Mapping[str, tuple[float, float, int]], conditions: Sequence[str] = tuple(CONDITIONS)) -> Study:
     """Method -> wrong, found and able, at one rate, two seeds, the same under all conditions."""
-    cells = [Cell(c, method, 2e-5, seed) for c in conditions for method in ends for seed in (0, 1)]
+    cells = [Cell(c, method, RATE, seed) for c in conditions for method in ends for seed in (0, 1)]
     return study_of({cell: run_of(cell, *ends[cell.method]) for cell in cells})
 
 
@@ -321,7 +322,7 @@ def sixteen_pool() -> Pool:
 def test_resamples_draw_the_same_scenes_and_seeds_for_all() -> None:
     """Each resample's figure is what adding up its draws one by one gives; abilities are of the first scenes."""
     rng = np.random.default_rng(1)
-    cells = [Cell("clean", DPO, 2e-5, seed) for seed in range(3)]
+    cells = [Cell("clean", DPO, RATE, seed) for seed in range(3)]
     runs = {cell: run_of(cell, 5, 9.5) for cell in cells}
     wrong, right = rng.integers(0, 2, size=(3, 10)), rng.integers(0, 2, size=(3, 5))
     for run, row, able in zip(runs.values(), wrong, right):
@@ -342,8 +343,8 @@ def test_resamples_draw_the_same_scenes_and_seeds_for_all() -> None:
 
 def test_methods_are_compared_over_the_seeds_that_both_have_whole() -> None:
     """IPO lacks seed 2, in which alone DPO is different: over seeds 0 and 1 both are the same in every resample."""
-    declared = [Cell("clean", m, rate, s) for s in range(3) for m in (DPO, DAMA, "IPO") for rate in (1e-5, 2e-5)]
-    missing = Cell("clean", "IPO", 2e-5, 2)
+    declared = [Cell("clean", m, rate, s) for s in range(3) for m in (DPO, DAMA, "IPO") for rate in (1e-5, RATE)]
+    missing = Cell("clean", "IPO", RATE, 2)
     runs = {c: run_of(c, 2 if (c.seed, c.method) == (2, DPO) else 5, 9.5) for c in declared if c != missing}
     study = study_of(runs, declared)
     assert study.seeds_of("clean", "IPO") == study.seeds_of("clean", "IPO", DPO) == (0, 1)
@@ -357,7 +358,7 @@ def test_methods_are_compared_over_the_seeds_that_both_have_whole() -> None:
 
 
 def test_a_method_without_a_whole_seed_has_no_row() -> None:
-    declared = [Cell("clean", method, 2e-5, seed) for seed in range(2) for method in (DPO, DAMA, "IPO")]
+    declared = [Cell("clean", method, RATE, seed) for seed in range(2) for method in (DPO, DAMA, "IPO")]
     study = study_of({c: run_of(c, 5, 9.5) for c in declared if c.method != "IPO"}, declared)
     findings = Findings(study, sixteen_pool())
     assert [row["method"] for row in findings.rows["clean"]] == [DPO, DAMA]
@@ -368,7 +369,7 @@ def test_a_method_without_a_whole_seed_has_no_row() -> None:
 
 
 def test_cells_that_diverged_are_named() -> None:
-    cells = [Cell("clean", DPO, 2e-5, seed) for seed in (0, 1, 2)]
+    cells = [Cell("clean", DPO, RATE, seed) for seed in (0, 1, 2)]
     runs = {cell: run_of(cell, 5, 9.5) for cell in cells}
     assert study_of(runs).diverged == []
     runs[cells[1]]["stops"]["3"]["probes"]["hard"][3] = float("nan")
@@ -413,7 +414,7 @@ def test_rows_say_what_each_method_gains_and_pays() -> None:
 
 def test_what_is_better_under_one_condition_alone_is_not_recommended() -> None:
     ends = {"clean": {DPO: 8, DAMA: 8, "IPO": 2}, "flipped": {DPO: 8, DAMA: 8, "IPO": 8}}
-    cells = {Cell(c, m, 2e-5, s): wrong for c, of in ends.items() for m, wrong in of.items() for s in (0, 1)}
+    cells = {Cell(c, m, RATE, s): wrong for c, of in ends.items() for m, wrong in of.items() for s in (0, 1)}
     findings = Findings(study_of({cell: run_of(cell, wrong, 9.5) for cell, wrong in cells.items()}), sixteen_pool())
     assert [findings.rows[c][2]["verdicts"]["gap"] for c in CONDITIONS] == [BETTER, NO_DIFFERENCE]
     assert findings.recommended == []
@@ -441,7 +442,7 @@ def test_pooled_differences_and_their_claims() -> None:
 def test_robustness_is_the_difference_of_differences() -> None:
     """Clean, both hallucinate in 8 of 10 scenes; flipped, DPO in 9 and DAMA in 3: -60 against 0."""
     ends = {("clean", DPO): 8, ("clean", DAMA): 8, ("flipped", DPO): 9, ("flipped", DAMA): 3}
-    cells = {Cell(c, m, 2e-5, seed): wrong for (c, m), wrong in ends.items() for seed in (0, 1)}
+    cells = {Cell(c, m, RATE, seed): wrong for (c, m), wrong in ends.items() for seed in (0, 1)}
     findings = Findings(study_of({cell: run_of(cell, wrong, 9.5) for cell, wrong in cells.items()}), sixteen_pool())
     assert findings.robust.value == pytest.approx(-60)
     claim = next(claim for claim in claims_of(findings) if "robust" in claim.claim)
@@ -455,7 +456,7 @@ def test_what_happened_to_the_pairs() -> None:
 
     So both of the two flipped ones are dropped, and two of the fourteen others.
     """
-    run = run_of(Cell("flipped", DAMA, 2e-5, 0), 5, 9.5)
+    run = run_of(Cell("flipped", DAMA, RATE, 0), 5, 9.5)
     for part in mechanism.drop_rates([run]):
         assert (part["flipped"][0], part["right"][0]) == pytest.approx((100, 100 / 7))
         assert part["difference"] == pytest.approx((600 / 7,) * 3)
@@ -472,7 +473,7 @@ def test_fits_of_trained_and_held_out_pairs() -> None:
     Both seeds have the same ten held-out pairs, so that their choice alone makes the accuracy vary, by
     100 sqrt(0.8 * 0.2 / 9).
     """
-    runs = [run_of(Cell("clean", DPO, 2e-5, seed), 5, 9.5) for seed in (0, 1)]
+    runs = [run_of(Cell("clean", DPO, RATE, seed), 5, 9.5) for seed in (0, 1)]
     seen, unseen = mechanism.trained(runs, SIXTEEN), mechanism.held_out(runs, THIRDS)
     assert (seen["hard"]["margin"][0], seen["hard"]["accuracy"][0]) == pytest.approx((0.25, 100))
     assert (unseen["hard"]["margin"][0], unseen["hard"]["accuracy"][0]) == pytest.approx((0.06, 80))
@@ -510,7 +511,7 @@ def test_the_summary_fits_a_page() -> None:
 
 # --- For real ---------------------------------------------------------------------------------------------------------
 
-CELLS = [Cell(c, m, 2e-5, 0) for c in ("clean", "flipped") for m in (DPO, DAMA, "mDPO, counterfactual")]
+CELLS = [Cell(c, m, RATE, 0) for c in ("clean", "flipped") for m in (DPO, DAMA, "mDPO, counterfactual")]
 
 
 @pytest.fixture(scope="module")
