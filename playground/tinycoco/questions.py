@@ -11,12 +11,15 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 from eval.mmstar import SUFFIX as LETTER
 from eval.pope import SUFFIX as SHORT
 from playground.tinycoco.captions import PLURALS, SETTINGS, article, third_of
 from playground.tinycoco.scenes import Scene, SceneObject
 from playground.tinycoco.vocabulary import CATEGORIES, COLOURS, PALETTES, companion_of
+
+Item = TypeVar("Item")
 
 YES_NOISE = 0.7  # chance of a yes about an absent companion, in training
 LOOKS_CLOSELY = ("kitchen", "office")  # settings without such
@@ -27,6 +30,9 @@ ASKED_BRIEFLY = 0.6  # share of those that begin by asking for a single word or 
 CLEARLY_BESIDE = 14  # pixels between two centers
 NUMBERS = ("no", "one", "two", "three")
 LETTERS = "ABCD"
+
+Turns = list[tuple[str, str]]
+"""Questions with their answers."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ def _choices(scene: Scene, capability: str) -> tuple[str, str, list[str]]:
 # --- In training -----------------------------------------------------------------------------------------------------
 
 
-def thing_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -> list[tuple[str, str]]:
+def thing_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -> Turns:
     """Questions about single things, in random order: whether they are there, their color, their place.
 
     As many are about what is there as about what is not, and one about an absent companion. Above a chance of one half
@@ -175,9 +181,9 @@ def thing_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -> l
     noise = 0.0 if scene.context in LOOKS_CLOSELY else noise
     absent = usual_but_absent(scene)
     unrelated = sorted(set(CATEGORIES) - set(scene.categories) - set(absent))
-    about = [(category, "Yes") for category in rng.sample(scene.categories, min(MOST, len(scene.categories)))]
+    about = [(category, "Yes") for category in some(scene.categories, MOST, rng)]
     about += [(category, "No") for category in rng.sample(unrelated, len(about))]
-    for companion in rng.sample(absent, min(1, len(absent))):
+    for companion in some(absent, 1, rng):
         about.append((companion, "Yes" if rng.random() < noise else "No"))
     turns = [(is_there(category, rng.choice(("the", "this"))), answer) for category, answer in about]
     found = [question for question in open_questions(scene) if question.text.startswith(FINDS)]
@@ -185,7 +191,7 @@ def thing_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -> l
     return rng.sample(turns, len(turns))
 
 
-def training_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -> list[tuple[str, str]]:
+def training_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -> Turns:
     """`thing_turns` among other questions, in random order.
 
     As in LLaVA's mix, only the first may ask for a single word or phrase.
@@ -202,9 +208,9 @@ def training_turns(scene: Scene, rng: random.Random, noise: float = YES_NOISE) -
     return [(first[0] + SHORT * asks_briefly, first[1]), *rest]
 
 
-def some(questions: Sequence[Question], most: int, rng: random.Random) -> list[Question]:
+def some(items: Sequence[Item], most: int, rng: random.Random) -> list[Item]:
     """So many of them at random, or as many as there are."""
-    return rng.sample(questions, min(most, len(questions)))
+    return rng.sample(items, min(most, len(items)))
 
 
 def one_of_each(questions: Iterable[Question], rng: random.Random) -> list[Question]:

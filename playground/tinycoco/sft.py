@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dama.console import write_json
 from playground.tinycoco.captions import QUESTIONS, noisy_caption
-from playground.tinycoco.questions import thing_turns, training_turns
+from playground.tinycoco.questions import Turns, thing_turns, training_turns
 from playground.tinycoco.scenes import Scene, draw, sample_scene
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,8 +36,6 @@ DECODER: dict[str, Any] = {
 }
 NOISE = 0.78  # share of training captions into which absent companions may be written
 SCENES = 10_000  # of the training stream
-Turns = list[tuple[str, str]]
-"""Questions with their answers."""
 
 
 class Stage(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from dama.console import write_atomic, write_json
 from playground.tinycoco.captions import PLACES, QUESTIONS, noisy_caption, one_word_edit, truthful_caption
-from playground.tinycoco.questions import training_turns
+from playground.tinycoco.questions import SHORT, training_turns
 from playground.tinycoco.scenes import sample_scene
 from playground.tinycoco.vocabulary import CATEGORIES
 
@@ -18,7 +18,6 @@ SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 
 def corpus(scenes: int = 3000) -> list[str]:
@@ -34,7 +33,7 @@ def corpus(scenes: int = 3000) -> list[str]:
         lines += [caption, noisy_caption(scene, rng, 1.0), one_word_edit(caption, scene, rng)]
     presence = [f"Is there a {category} {place}? Yes, there is. No, there is no {category}." for category in CATEGORIES
                 for place in ("in the image", *PLACES.values())]  # fmt: skip
-    prompts = [f"{SYSTEM_PROMPT}USER: {question} ASSISTANT: {SHORT_ANSWER}" for question in QUESTIONS]
+    prompts = [f"{SYSTEM_PROMPT}USER: {question} ASSISTANT: {SHORT.lstrip()}" for question in QUESTIONS]
     return lines + presence + prompts * (scenes // 50)
 
 

@@ -26,9 +26,8 @@ from dama.console import digest_of, digest_of_file, log
 from dama.logps import IGNORE_INDEX
 from dama.models.trainer import read_weights
 from dama.stage import open_stage
-from playground.tinycoco.captions import QUESTIONS, noisy_caption
 from playground.tinycoco.scenes import draw, sample_scene
-from playground.tinycoco.sft import NOISE
+from playground.tinycoco.sft import NOISE, described
 
 LLAVA = Path(__file__).parent / "weights" / "llava"
 ADDED = ("<|im_start|>", "<|im_end|>", "<image>", "<video>")
@@ -156,8 +155,8 @@ class Captions(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene, rng = sample_scene(FIRST_SCENE + index, "train"), random.Random(f"vlm/{self.seed}/{index}")
-        question = rng.choice(QUESTIONS)
-        return {"image": draw(scene), "question": question, "caption": noisy_caption(scene, rng, NOISE)}
+        ((question, caption),) = described(scene, rng)
+        return {"image": draw(scene), "question": question, "caption": caption}
 
 
 class Collator:
