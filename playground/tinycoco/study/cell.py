@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from dama.console import digest_of, write_atomic, write_json
 from dama.losses import reward_gap
+from dama.token_weights import NONE
 from dama.views import PAIR_VIEWS
 from eval.core.types import Answer
 from eval.objhal import score_captions
@@ -142,9 +144,8 @@ def significant(value: float) -> float:
 
 def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> tuple[Any, Look]:
     """The trainer as train_mem.py would build it after `dama reference`, with a Look at its stops."""
-    from dama.token_weights import NONE
     from dama.train.data import hardness_of_pairs, join_pairs, read_checked_pairs
-    from dama.train.reference import reference_of_pairs, run_reference
+    from dama.train.reference import reference_of_pairs
     from llava.generation.local import Answerer
     from llava.train.arguments import parse_arguments
     from llava.train.dpo_trainer import LLaVA15DPOTrainer
@@ -158,11 +159,8 @@ def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> 
     family = LlavaFamily.of(arguments, model, tokenizer)
     pairs, skipped = read_checked_pairs(data_args)
     model.eval()
-    run_reference(
-        family.with_views(args.preference_loss().views), data_args, args, pairs, skipped, work / "reference",
-        PROBE_BATCH, progress=False, per_token=args.token_weights != NONE,
-    )  # fmt: skip
-    data_args.reference = str(work / "reference")  # a flag must name a folder that exists
+    folder = reference_folder(cell, world, work, family, arguments, (pairs, skipped))
+    data_args.reference = str(folder)  # a flag must name a folder that exists
     hardness = hardness_of_pairs(pairs, None, {}, needed=True)
     reference = reference_of_pairs(pairs, data_args, args, {}, family)
     data = join_pairs(pairs, hardness, reference, family, data_args, args)
@@ -174,6 +172,27 @@ def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> 
     look.tokens = statistics.fmean(sum(g.positions for g in family.groups(item)) for item in data.train.prepared)
     trainer.add_callback(look)
     return trainer, look
+
+
+def reference_folder(cell: Cell, world: World, work: Path, family: Any, arguments: Any, checked: Any) -> Path:
+    """Folder of the pairs' log-probs before alignment, computed once for all cells that read the same views of them.
+
+    checked: of `read_checked_pairs`.
+    """
+    from dama.train.reference import run_reference
+
+    _, data_args, args = arguments
+    views, per_token = args.preference_loss().views, args.token_weights != NONE
+    of = [rows_of(world.pool, cell), world.pool.reference, [view.name for view in views], args.corruption, per_token]
+    folder = work.parents[1] / "references" / digest_of([VERSION, *of])
+    if not folder.is_dir():
+        new = work / "reference"
+        inputs = (family.with_views(views), data_args, args, *checked, new, PROBE_BATCH)
+        run_reference(*inputs, progress=False, per_token=per_token)
+        folder.parent.mkdir(exist_ok=True)
+        with suppress(OSError):  # another cell has just put the same there
+            new.rename(folder)
+    return folder
 
 
 def flags_of(cell: Cell, world: World, work: Path) -> list[str]:

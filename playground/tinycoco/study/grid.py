@@ -102,16 +102,18 @@ def hours_of(cells: int, cores: int) -> float:
 def declare(quick: bool = False) -> list[Cell]:
     """All cells in the order in which they run: seed by seed, so that an interrupted study has whole seeds.
 
+    Neighbors have other pairs or views, so that cells that run at one time can take what earlier ones have computed.
+
     quick: DPO and DAMA on clean and flipped pairs, two rates, one seed.
     """
     if quick:
-        return [Cell(c, m, r, 0) for c in CONDITIONS for m in (DPO, DAMA) for r in RATES[1:]]
+        return [Cell(c, m, r, 0) for r in RATES[1:] for m in (DPO, DAMA) for c in CONDITIONS]
     return [cell for seed in SEEDS for cell in _of_seed(seed)]
 
 
 def _of_seed(seed: int) -> Iterator[Cell]:
-    for method in METHODS:
-        if method in CENTRAL or seed in FEWER_SEEDS:
-            for condition in CONDITIONS:
-                for rate in RATES:
+    for rate in RATES:
+        for method in METHODS:
+            if method in CENTRAL or seed in FEWER_SEEDS:
+                for condition in CONDITIONS:
                     yield Cell(condition, method, rate, seed)
