@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from dama.console import log
 from dama.train.arguments import PreferenceArguments, described
-from llava.train.flag_checks import BASE_AS_REFERENCE, find_errors
+from llava.train.flag_checks import BASE_AS_REFERENCE, find_errors, report_errors
 from llava.train.flag_help import describe_flags
 from llava.train.flag_names import raise_flag_error, reject_unknown_flags, translate_flags
 
@@ -167,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None = None, task: str | None = None) 
         data_args.is_multimodal = True
     for warning in warnings:
         log(f"warning: {warning}")
-    errors = find_errors(model_args, data_args, training_args)
+    errors = [*find_errors(model_args, data_args, training_args), *report_errors(training_args)]
     if errors:
         raise ValueError("\n  ".join([f"{len(errors)} error(s) in the flags:", *errors]))
     return model_args, data_args, training_args

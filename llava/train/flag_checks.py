@@ -144,6 +144,26 @@ def unsupported_flags(model_args: ModelArguments, args: TrainingArguments) -> li
     return failed(checks)
 
 
+def report_errors(args: TrainingArguments) -> list[str]:
+    """Names in --report_to that are not known, or whose package is not installed here."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    installed = get_available_reporting_integrations()
+    checks = []
+    for name in args.report_to:
+        known = name in INTEGRATION_TO_CALLBACK
+        checks += [
+            (known, f"--report_to {name}: expected none, all or some of {', '.join(INTEGRATION_TO_CALLBACK)}"),
+            (not known or name in (*installed, "flyte"),  # the list leaves that one out
+             f"--report_to {name}: expected an installed package, found none; install it, or give none or "
+             f"{' '.join(installed)}"),
+        ]  # fmt: skip
+    return failed(checks)
+
+
 def resume_errors(args: TrainingArguments) -> list[str]:
     """Why --resume_from_checkpoint cannot be honored, known from the flags and the folders' names."""
     value, folder = args.resume_from_checkpoint, Path(str(args.output_dir))

@@ -234,6 +234,8 @@ def test_old_names_with_dashes_are_mapped_too():
         ("--resume_from_checkpoint True", "--resume_from_checkpoint True: expected a checkpoint in 'out', found none"),
         ("--train_sampling_strategy batch_rebalance", "batch_rebalance: expected one of random, "),
         ("--save_strategy best --load_best_model_at_end True", "--load_best_model_at_end: needs evaluations"),
+        ("--report_to neptune", "neptune: expected an installed package, found none; install it, or "),
+        ("--report_to wandbb", "--report_to wandbb: expected none, all or some of .*, tensorboard, .*wandb"),
     ],
 )
 def test_flags_that_could_not_be_honored_are_refused_at_the_start(words, message, task):

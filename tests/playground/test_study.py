@@ -575,6 +575,7 @@ def test_cells_are_trainings_with_captions_abilities_and_probes(folder: Path, fi
     gaps = [run["stops"]["4"]["probes"]["easy"][0] for cell, run in study.cells.items() if cell.method in PROBED]
     assert len(set(gaps)) == len(gaps) == 4
     assert not list((folder / "cells/work").iterdir())
+    assert len(list((folder / "cells/references").iterdir())) == 4  # one or two images, clean or flipped
 
 
 def test_abilities_are_about_the_first_test_scenes(folder: Path) -> None:
