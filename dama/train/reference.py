@@ -283,6 +283,9 @@ def logps_of_batch(
     Returns:
         One record a pair: its id, and for each view VIEW_logp (nats, summed) and VIEW_tokens. And with `per_token` the
         log-probs of its answers' tokens, pair after pair, as bytes.
+
+    Raises:
+        ValueError: a log-prob is infinite or no number.
     """
     device = args.device
     inputs = {name: value.to(device) for name, value in batch.items() if name != "images"}
@@ -291,11 +294,24 @@ def logps_of_batch(
     found = family.answer_logps(family.module, inputs, images, False, args.logp_chunk, **asked)
     logps, tokens = (values.view(len(family.views), -1).tolist() for values in (found.logps, found.tokens))
     names = [view.name for view in family.views]
+    require_finite(names, logps, items)
     columns = {f"{name}_logp": column for name, column in zip(names, logps)}
     columns |= {f"{name}_tokens": column for name, column in zip(names, tokens)}
     rows = zip(*columns.values())
     records = [{"id": item.pair.id} | dict(zip(columns, row)) for item, row in zip(items, rows, strict=True)]
     return records, token_bytes(cast("AnswerTokenLogps", found), len(items)) if per_token else b""
+
+
+def require_finite(names: Sequence[str], logps: Sequence[Sequence[float]], items: Sequence[PreparedPair]) -> None:
+    """Raise ValueError where a log-prob, [V][B], is infinite or no number."""
+    for name, column in zip(names, logps):
+        for item, logp in zip(items, column, strict=True):
+            if not math.isfinite(logp):
+                raise ValueError(
+                    f"reference: expected finite log-probs, got {logp} for view {name} of pair {item.pair.id}\n"
+                    "Remedy: another checkpoint where its weights hold such numbers (a training that diverged), "
+                    "--precision fp32 where they overflow"
+                )
 
 
 def token_bytes(found: AnswerTokenLogps, pairs: int) -> bytes:

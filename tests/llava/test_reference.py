@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dama.cli import main
 from dama.console import USER_ERROR
@@ -314,6 +315,19 @@ def test_log_probs_that_depend_on_the_batch_stop_the_stage(world, capsys, monkey
     said = capsys.readouterr().err
     assert "reference: pairs computed again" in said and "alone; expected a difference of at most" in said
     assert json.loads((world / "reference" / "manifest.json").read_text())["complete"] is False
+
+
+def test_log_probs_that_are_no_numbers_point_to_the_weights(world, capsys):
+    """Of a checkpoint that diverged: it is not the device that is in doubt."""
+    broken = world / "llava-v1.5-diverged"
+    shutil.copytree("llava-v1.5-tiny", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"][5] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    assert reference(world, "--model_name_or_path", str(broken)) == USER_ERROR
+    said = capsys.readouterr().err
+    assert "reference: expected finite log-probs, got nan for view chosen of pair" in said
+    assert "another checkpoint where its weights" in said and "device" not in said
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
