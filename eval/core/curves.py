@@ -47,16 +47,19 @@ class Curve:
         return [error - other.at(coverage) for coverage, error in zip(self.coverage[first:], self.error[first:])]
 
 
-def mean_gaps(ours: Curve, theirs: Curve) -> Array:
+def mean_gaps(ours: Curve, theirs: Curve, both_ways: bool = False) -> Array:
     """Compute the error of ours minus theirs at equal coverage, averaged over the points of both: [1 + RESAMPLES].
 
     At each point of one curve the other is interpolated; points that it does not reach are excluded, in each resample.
     Both directions count, because interpolating along a noisy convex curve overstates it, which would favor the side
-    that is not interpolated. NaN where neither reaches a point of the other.
+    that is not interpolated. NaN where neither reaches a point of the other; with `both_ways` also where only one does.
     """
-    gaps = np.stack([*ours.above(theirs), *(-gap for gap in theirs.above(ours))])
-    defined = ~np.isnan(gaps)
-    return np.where(defined.any(axis=0), np.nansum(gaps, axis=0) / np.maximum(defined.sum(axis=0), 1), np.nan)
+    at_ours, at_theirs = np.stack(ours.above(theirs)), -np.stack(theirs.above(ours))
+    ours_reached, theirs_reached = ((~np.isnan(gaps)).sum(axis=0) for gaps in (at_ours, at_theirs))
+    points = ours_reached + theirs_reached
+    known = (ours_reached > 0) & (theirs_reached > 0) if both_ways else points > 0
+    sums = np.nansum(at_ours, axis=0) + np.nansum(at_theirs, axis=0)
+    return np.where(known, sums / np.maximum(points, 1), np.nan)
 
 
 def points_compared(ours: Curve, theirs: Curve) -> tuple[int, int]:

@@ -27,7 +27,9 @@ from playground.tinycoco.study.grid import Cell
 RESAMPLES = 2000
 RECALL_COST = 5.0  # points of recall that a learning rate may cost on the validation scenes
 RESPONSE, RECALL = "response_level", "object_recall"
+FEWEST_SEEDS = 3  # for a verdict: of fewer, intervals do not show how much trainings differ
 BETTER, WORSE, NO_DIFFERENCE, UNDEFINED = "clearly better", "clearly worse", "no clear difference", "not comparable"
+TOO_FEW = "too few seeds"
 NO_INTERVAL = Interval(None, None, None)
 
 
@@ -229,8 +231,11 @@ def work_until(run: Mapping[str, Any], step: int) -> float:
 
 
 def gap(ours: Curve, theirs: Curve, metric: str = RESPONSE) -> Array:
-    """A metric of ours minus theirs at equal recall, averaged over the points of both: [1 + RESAMPLES]."""
-    return curves.mean_gaps(ours.against_recall(metric), theirs.against_recall(metric))
+    """A metric of ours minus theirs at equal recall, averaged over the points of both: [1 + RESAMPLES].
+
+    NaN unless each reaches a point of the other: one way alone leans to a side.
+    """
+    return curves.mean_gaps(ours.against_recall(metric), theirs.against_recall(metric), both_ways=True)
 
 
 def gap_at_equal_work(ours: Curve, theirs: Curve) -> Array:

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 from eval.core.scores import aligned
 from eval.core.statistics import Interval
-from playground.tinycoco.study.analysis import BETTER, NO_DIFFERENCE, UNDEFINED, WORSE, verdict
-from playground.tinycoco.study.findings import Findings, Row
-from playground.tinycoco.study.grid import DAMA, DPO, TWO_IMAGES
+from playground.tinycoco.study.analysis import BETTER, NO_DIFFERENCE, TOO_FEW, UNDEFINED, WORSE, verdict
+from playground.tinycoco.study.findings import Comparison, Findings, Row
+from playground.tinycoco.study.grid import DAMA, DPO, RATE, TWO_IMAGES
 
-HOLDS, CONTRARY, OPEN, NONE = "holds", "the contrary holds", "not shown either way", "none does"
-VERDICTS = (BETTER, NO_DIFFERENCE, WORSE, UNDEFINED)
-SHORT = {BETTER: "better", NO_DIFFERENCE: "-", WORSE: "worse", UNDEFINED: "n/a"}
+HOLDS, CONTRARY, OPEN, NONE = "holds", "the contrary holds", "not shown either way", "none is shown to"
+VERDICTS = (BETTER, NO_DIFFERENCE, WORSE, UNDEFINED, TOO_FEW)
+SHORT = {BETTER: "better", NO_DIFFERENCE: "-", WORSE: "worse", UNDEFINED: "n/a", TOO_FEW: "few"}
 NOTE = (
     "Points at equal recall, minus DPO's; brackets: 95 % intervals that hold for all methods of a column at once. "
-    "better,\nworse: the interval excludes zero; *: that of the ability does; n/a: not comparable."
+    "better,\nworse: the interval excludes zero; *: that of the ability does; n/a: not comparable; few: too few seeds."
 )
 
 
@@ -29,8 +29,8 @@ class Claim(NamedTuple):
 
 
 def claims_of(findings: Findings) -> list[Claim]:
-    """The five of the paper first."""
-    return [
+    """The five of the paper first; none has a verdict where the methods have too few seeds."""
+    claims = [
         _fewer_hallucinations(findings),
         _more_ability(findings),
         _overfits(findings),
@@ -38,6 +38,7 @@ def claims_of(findings: Findings) -> list[Claim]:
         _robust(findings),
         *_of_other_methods(findings),
     ]
+    return claims if findings.has_verdicts else [claim._replace(verdict=TOO_FEW) for claim in claims]
 
 
 def borne_out(difference: Interval, *, below: bool = False) -> str:
@@ -84,8 +85,8 @@ def _overfits(findings: Findings) -> Claim:
     return Claim(
         "Plain DPO overfits easy pairs more than hard ones",
         borne_out(gaps["easy less hard"]),
-        f"Its accuracy on easy pairs that it was trained on minus that on held-out ones is {easy} points, on hard "
-        f"pairs {hard}; the difference is {both}.",
+        f"At {RATE:g} on clean pairs. Its accuracy on easy pairs that it was trained on minus that on held-out ones is "
+        f"{easy} points, on hard pairs {hard}; the difference is {both}.",
     )
 
 
@@ -96,11 +97,11 @@ def _underfits(findings: Findings) -> Claim:
         for kind in ("trained", "held_out")
     )
     return Claim(
-        "Plain DPO underfits hard pairs",
+        "Plain DPO fits hard pairs less than easy ones",
         borne_out(findings.underfit),
-        f"It prefers the right answer in {seen} % of the easy and hard pairs that it was trained on, a difference of "
-        f"{written(findings.underfit, sign=True)} points; held out in {unseen} %. The figures do not show how much of "
-        "this is the nature of the pairs.",
+        f"At {RATE:g} on clean pairs. It prefers the right answer in {seen} % of the easy and hard pairs that it was "
+        f"trained on, a difference of {written(findings.underfit, sign=True)} points; held out in {unseen} %. The "
+        "figures do not show how much of this is the nature of the pairs.",
     )
 
 
@@ -111,11 +112,11 @@ def _robust(findings: Findings) -> Claim:
         for method, parts in findings.drops.items()
     )
     return Claim(
-        "DAMA's filter makes it more robust to flipped pairs than DPO",
+        "DAMA is more robust to flipped pairs than DPO",
         borne_out(findings.robust, below=True),
         f"Response-level minus DPO's at equal recall, points: {by_condition}; flipped minus clean "
-        f"{written(findings.robust, sign=True)}. Flipped and right pairs dropped in the last third of training, %: "
-        f"{drops or 'n/a'}.",
+        f"{written(findings.robust, sign=True)}. Flipped and right pairs dropped in the last third of training at "
+        f"{RATE:g}, %: {drops or 'n/a'}.",
     )
 
 
@@ -147,8 +148,8 @@ def _counterfactual(findings: Findings) -> Claim:
     return Claim(
         "A second image without one object helps more than a blank one",
         borne_out(pooled, below=True),
-        f"Response-level at equal recall minus that with a blank image, points: {written(pooled, sign=True)}, mean "
-        f"over {', '.join(findings.second_images)} and the conditions.",
+        f"Response-level at equal recall minus that with a blank image, points: {written(pooled, sign=True)}, mean of "
+        f"{len(findings.second_images)} comparisons: {_by_method(findings.second_images)}.",
     )
 
 
@@ -159,9 +160,18 @@ def _two_images_cost_ability(findings: Findings) -> Claim:
     return Claim(
         "Objectives with two images cost ability",
         borne_out(pooled, below=True),
-        f"Ability minus DPO's at equal recall, points: {written(pooled, sign=True)}, mean over these methods and the "
-        f"conditions. Clearly below DPO's, all methods at once: {'; '.join(names) or 'none'}.",
+        f"Ability minus DPO's at equal recall, points: {written(pooled, sign=True)}, mean of "
+        f"{len(findings.asked_two_images)} comparisons of such methods. Clearly below DPO's, all methods at once: "
+        f"{'; '.join(names) or 'none'}.",
     )
+
+
+def _by_method(compared: Sequence[Comparison]) -> str:
+    """Methods, without their second image, and under which conditions."""
+    found: dict[str, list[str]] = {}
+    for condition, method, _ in compared:
+        found.setdefault(method.split(", ")[0], []).append(condition)
+    return ", ".join(f"{method} ({' and '.join(conditions)})" for method, conditions in found.items())
 
 
 def _costs_ability(row: Row) -> bool:
@@ -195,7 +205,7 @@ def _summary_cells(row: Mapping[str, Any] | None) -> list[str]:
     gap, ability = (Interval(*row["together"][name]) for name in ("gap", "ability_gap"))
     clear = "*" if verdict(ability) in (BETTER, WORSE) else " "
     of_ability = "n/a " if ability.value is None else f"{ability.value:+z.1f}{clear}"
-    return [written(gap, sign=True), SHORT[verdict(gap)], of_ability]
+    return [written(gap, sign=True), SHORT[row["verdicts"]["gap"]], of_ability]
 
 
 def written(value: Interval | Sequence[float | None], decimals: int = 1, sign: bool = False) -> str:

@@ -10,10 +10,20 @@ import numpy as np
 
 from dama.train.provenance import repository_revision
 from eval.core.curves import interval_of
-from eval.core.statistics import Array, Interval
+from eval.core.statistics import Array, Interval, ratio
 from playground.tinycoco.ability import CLOSED, OPEN
 from playground.tinycoco.study import analysis, mechanism
-from playground.tinycoco.study.analysis import BETTER, RECALL, RESPONSE, Curve, Study, verdict
+from playground.tinycoco.study.analysis import (
+    BETTER,
+    FEWEST_SEEDS,
+    NO_INTERVAL,
+    RECALL,
+    RESPONSE,
+    TOO_FEW,
+    Curve,
+    Study,
+    verdict,
+)
 from playground.tinycoco.study.data import THIRDS, Pool
 from playground.tinycoco.study.grid import CONDITIONS, DAMA, DPO, METHODS, RANDOM_K, TWO_IMAGES
 
@@ -23,6 +33,8 @@ ASKED = ("ability", "yes_no", "yes_ratio")  # compared with DPO's at equal recal
 SHOWN_OTHERS = 2  # methods beside DPO and DAMA in a plot of trade-offs
 
 Row = dict[str, Any]
+Comparison = tuple[str, str, str]
+"""Condition, ours, theirs."""
 
 
 class Findings:
@@ -45,6 +57,11 @@ class Findings:
                 "run it again"
             )
         return found
+
+    @cached_property
+    def has_verdicts(self) -> bool:
+        """Whether DPO and DAMA have seeds enough under every condition."""
+        return all(len(self.study.seeds_of(c, DPO, DAMA)) >= FEWEST_SEEDS for c in self.conditions)
 
     def methods(self, condition: str) -> list[str]:
         """Methods that have a whole seed in common with DPO."""
@@ -90,7 +107,11 @@ class Findings:
         for method in self.methods(condition):
             row = self._end_of(self.curve(condition, method)) | self._differences(condition, method)
             row["together"] = {name: of_all[method] for name, of_all in together.items() if method in of_all}
-            row["verdicts"] = {n: verdict(i, higher=n == "ability_gap") for n, i in row["together"].items()}
+            enough = len(row["seeds"]) >= FEWEST_SEEDS and self.has_verdicts
+            row["verdicts"] = {
+                name: verdict(interval, higher=name == "ability_gap") if enough else TOO_FEW
+                for name, interval in row["together"].items()
+            }
             rows.append(row)
         return rows
 
@@ -127,9 +148,9 @@ class Findings:
     def recommended(self) -> list[str]:
         """Methods clearly better than DPO and than DAMA under every condition, in intervals that hold at once."""
         tables = [{row["method"]: row["verdicts"] for row in rows} for rows in self.rows.values()]
-        return [
-            m for m in METHODS if m not in (DPO, DAMA) and tables and all(_beats_both(t.get(m, {})) for t in tables)
-        ]
+        if len(tables) < len(CONDITIONS):
+            return []
+        return [m for m in METHODS if m not in (DPO, DAMA) and all(_beats_both(t.get(m, {})) for t in tables)]
 
     # --- Pooled over the conditions -------------------------------------------------------------------------------
 
@@ -137,39 +158,44 @@ class Findings:
     def pooled(self) -> dict[str, Interval]:
         """Averages over conditions and methods of differences at equal recall.
 
-        "dama", "dama_ability": DAMA minus DPO. "counterfactual": a second image without one object minus a blank one,
-        over the methods that have both. "two_images_ability": ability of methods with two images minus DPO's.
+        "dama", "dama_ability": DAMA minus DPO, under all conditions. "counterfactual": `second_images`.
+        "two_images_ability": `asked_two_images`.
         """
-        both = [(c, m, DPO) for c in self.conditions for m in self.methods(c) if m in TWO_IMAGES]
+        dama = [(c, DAMA, DPO) for c in CONDITIONS]
         return {
-            "dama": self._mean_gap((c, DAMA, DPO) for c in self.conditions),
-            "dama_ability": self._mean_gap(((c, DAMA, DPO) for c in self.conditions), "ability"),
-            "counterfactual": self._mean_gap(self._second_images),
-            "two_images_ability": self._mean_gap(both, "ability"),
+            "dama": self._mean_gap(dama),
+            "dama_ability": self._mean_gap(dama, "ability"),
+            "counterfactual": self._mean_gap(self.second_images),
+            "two_images_ability": self._mean_gap(self.asked_two_images, "ability"),
         }
 
     @cached_property
-    def _second_images(self) -> list[tuple[str, str, str]]:
-        """(condition, method with the counterfactual image, the same with the blank one) that have seeds in common."""
+    def second_images(self) -> list[Comparison]:
+        """Each method with a second image without one object, and the same with a blank one, as far as comparable."""
         names = [(m, m.replace(", counterfactual", ", blank")) for m in TWO_IMAGES if m.endswith(", counterfactual")]
-        return [(c, *pair) for c in self.conditions for pair in names if self.study.seeds_of(c, *pair)]
+        return self._comparable(((c, *pair) for c in self.conditions for pair in names), RESPONSE)
 
-    @property
-    def second_images(self) -> list[str]:
-        """Methods that have both second images, without the image in their name."""
-        return list(dict.fromkeys(blank.removesuffix(", blank") for _, _, blank in self._second_images))
+    @cached_property
+    def asked_two_images(self) -> list[Comparison]:
+        """Methods with two images and DPO, as far as their ability is comparable."""
+        return self._comparable(((c, m, DPO) for c in self.conditions for m in TWO_IMAGES), "ability")
 
-    def _mean_gap(self, compared: Iterable[tuple[str, str, str]], metric: str = RESPONSE) -> Interval:
-        """Average of the gaps of (condition, ours, theirs) that are defined."""
-        gaps = [self.gap(*names, metric) for names in compared]
-        defined = [values for values in gaps if interval_of(values).value is not None]
-        return interval_of(np.mean(defined, axis=0)) if defined else analysis.NO_INTERVAL
+    def _comparable(self, compared: Iterable[Comparison], metric: str) -> list[Comparison]:
+        return [names for names in compared if interval_of(self.gap(*names, metric)).value is not None]
+
+    def _mean_gap(self, compared: Sequence[Comparison], metric: str = RESPONSE) -> Interval:
+        """Average of gaps, none of which may be undefined; in a resample, of those that are defined there."""
+        if not compared or self._comparable(compared, metric) != list(compared):
+            return NO_INTERVAL
+        gaps = np.stack([self.gap(*names, metric) for names in compared])
+        known = ~np.isnan(gaps)
+        return interval_of(ratio(np.where(known, gaps, 0).sum(axis=0), known.sum(axis=0)))
 
     @cached_property
     def robust(self) -> Interval:
         """DAMA minus DPO at equal recall on flipped pairs, minus the same on clean ones; below 0: more robust."""
         if not {"clean", "flipped"} <= set(self.conditions):
-            return analysis.NO_INTERVAL
+            return NO_INTERVAL
         return interval_of(self.gap("flipped", DAMA, DPO) - self.gap("clean", DAMA, DPO))
 
     # --- Mechanism ------------------------------------------------------------------------------------------------
@@ -199,7 +225,7 @@ class Findings:
     def overfit(self) -> dict[str, Interval]:
         """DPO's accuracy on trained minus held-out pairs, points: by third, and "easy less hard"."""
         if DPO not in self._fits:
-            return dict.fromkeys((*THIRDS, "easy less hard"), analysis.NO_INTERVAL)
+            return dict.fromkeys((*THIRDS, "easy less hard"), NO_INTERVAL)
         seen, unseen = self._fits[DPO]
         found = {third: seen[third]["accuracy"] - unseen[third]["accuracy"] for third in THIRDS}
         found["easy less hard"] = found["easy"] - found["hard"]
@@ -209,7 +235,7 @@ class Findings:
     def underfit(self) -> Interval:
         """DPO's accuracy on easy pairs that it was trained on minus that on hard ones, points."""
         if DPO not in self._fits:
-            return analysis.NO_INTERVAL
+            return NO_INTERVAL
         seen, _ = self._fits[DPO]
         return interval_of(seen["easy"]["accuracy"] - seen["hard"]["accuracy"])
 

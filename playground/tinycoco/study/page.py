@@ -16,7 +16,7 @@ from playground.tinycoco.preferences import scene_of
 from playground.tinycoco.scenes import draw
 from playground.tinycoco.study import analysis, mechanism
 from playground.tinycoco.study.analysis import BETTER, RECALL, RESPONSE, WORSE, Curve
-from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, claims_of, written
+from playground.tinycoco.study.claims import CONTRARY, HOLDS, claims_of, written
 from playground.tinycoco.study.data import THIRDS, Pool
 from playground.tinycoco.study.findings import Findings, Row
 from playground.tinycoco.study.grid import CENTRAL, CONDITIONS, DAMA, DPO, RATE, STEP_PAIRS, TWO_IMAGES
@@ -34,7 +34,7 @@ LEAD = (
     "pairs. Saying less is the cheap way to hallucinate less, so a method is better if it hallucinates less at equal "
     "recall."
 )
-TONES = {HOLDS: "positive", BETTER: "positive", CONTRARY: "negative", NONE: "negative", WORSE: "negative"}
+TONES = {HOLDS: "positive", BETTER: "positive", CONTRARY: "negative", WORSE: "negative"}
 SIGNS = {"positive": "✓", "negative": "✗", "open": "?"}
 GRAY = SERIES[4]
 MARKS = {
@@ -175,6 +175,7 @@ def render(findings: Findings, numbers: Mapping[str, Any]) -> str:
         probes=scale.probes,
         plots={title: svg_of(f"study-{n}", plot) for n, (title, plot) in enumerate(_plots(findings))},
         cost=analysis.RECALL_COST,
+        fewest=analysis.FEWEST_SEEDS,
         first=(FIRST_PAGE, FIRST_NUMBERS),
         written=written,
         tone_of=tone_of,
