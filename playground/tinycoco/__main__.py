@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "judge", help="serve a judge for that MMHal-Bench on 127.0.0.1: it rates by rules and is no language model"
     )
     judge.add_argument("--port", type=int, default=8765, help="default: %(default)s; 0 takes a free one")
-    study = commands.add_parser("study", help="compare preference objectives on a grid, write a page: 11 core hours")
+    study = commands.add_parser("study", help="compare preference objectives on a grid, write a page: 9 core hours")
     study.add_argument("--quick", action="store_true", help="DPO and DAMA, two rates, one seed: about 15 core minutes")
     study.add_argument("--out", type=Path, help="cells, kept (default: runs/study, or runs/study_quick)")
     study.add_argument(
@@ -58,6 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="cells at a time (default: %(default)s)")
     study.add_argument("--again", type=int, metavar="N", help="only repeat N finished cells at random and compare")
     study.add_argument("--page", action="store_true", help="only write the page, of what is finished, to OUT")
+    study.add_argument(
+        "--unpack", type=Path, metavar="FOLDER",
+        help="first put the cells of FOLDER's archives into OUT, as those of docs/study_cells, to go on from there",
+    )  # fmt: skip
     build = commands.add_parser("build", help="rebuild every shipped file from nothing (up to 40 minutes on 2 cores)")
     build.add_argument("--out", type=Path, default=Path(__file__).parent, help="for weights/ and pairs.json")
     build.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
@@ -84,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "study":
             from playground.tinycoco.study import runner
 
-            return runner.main(args.out, args.docs, args.cores, args.quick, args.again, args.page)
+            return runner.main(args.out, args.docs, args.cores, args.quick, args.again, args.page, args.unpack)
         elif args.command == "vlm":
             from playground.tinycoco import vlm
 

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from dama.pairs import read_pairs
 from eval.core.curves import interval_of
 from eval.core.statistics import Interval
 from playground.tinycoco.__main__ import main
-from playground.tinycoco.study import analysis, mechanism, runner
+from playground.tinycoco.study import analysis, archive, mechanism, runner
 from playground.tinycoco.study.analysis import (
     BETTER,
     NO_DIFFERENCE,
@@ -36,7 +37,7 @@ from playground.tinycoco.study.analysis import (
 from playground.tinycoco.study.cell import ABILITIES, SCORED, gaps_of
 from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, OPEN, VERDICTS, borne_out, claims_of, summary
 from playground.tinycoco.study.data import THIRDS, Pool, given_row, rows_of
-from playground.tinycoco.study.findings import Findings
+from playground.tinycoco.study.findings import Findings, end_of_cell
 from playground.tinycoco.study.grid import (
     CENTRAL,
     CONDITIONS,
@@ -657,6 +658,22 @@ def test_what_is_finished_is_kept_and_what_is_repeated_is_the_same(
     assert "the same to the last caption" in capsys.readouterr().out
 
 
+def test_cells_go_on_from_their_archives(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In another folder they are finished, as if they had been trained there; a seed that is not whole is left out."""
+    other = Cell("clean", DPO, RATE, 1)
+    for out in ("first", "second"):
+        archive.pack([*CELLS, other], folder, tmp_path / out)
+    packed = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("first", "second")]
+    assert packed[0] == packed[1] and packed[0].keys() == {"world.tar.xz", "seed_0.tar.xz"}
+    archive.unpack(tmp_path / "first", tmp_path / "study")
+    capsys.readouterr()
+    assert not runner.run_study(CELLS, runner.prepare_world(tmp_path / "study", SMALL), tmp_path / "study", 1)
+    said = capsys.readouterr().out
+    assert "6 cells declared, 6 finished" in said and "900 held-out pairs are sampled" not in said
+    with pytest.raises(FileExistsError, match="expected a folder without cells, found hardness, .*give another --out"):
+        archive.unpack(tmp_path / "first", tmp_path / "study")
+
+
 def test_another_scale_is_another_result(folder: Path) -> None:
     world = runner.read_world(folder, SMALL)
     assert runner.is_finished(CELLS[0], world, folder / "cells")
@@ -713,6 +730,8 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Ca
     assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
     assert main(["study", "--page", "--out", str(tmp_path)]) == 2
     assert f"study {tmp_path}: expected finished cells, found none" in capsys.readouterr().err
+    assert main(["study", "--unpack", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
+    assert "expected a folder with archives (*.tar.xz), found none" in capsys.readouterr().err
 
 
 def test_the_page_of_what_is_finished(
@@ -741,6 +760,24 @@ def test_the_docs_quote_the_committed_studies() -> None:
         assert data["version"] == 2 and summary(data) in docs
         assert set(data["cells"]) == {cell.name for cell in declare()} and not data["missing"] and not data["failed"]
         assert_page_says_the_same(path.with_suffix(".html").read_text(), data)
+
+
+def test_the_committed_archives_hold_the_declared_cells() -> None:
+    """Those of whole seeds; each with the figures that study.json has, where it is committed."""
+    numbers = ROOT / "docs/study.json"
+    written = json.loads(numbers.read_text())["cells"] if numbers.is_file() else {}
+    paths = {path.name: path for path in (ROOT / "docs/study_cells").iterdir()}
+    del paths["world.tar.xz"]
+    for seed in SEEDS if written else range(len(paths)):
+        names = {f"cells/{cell.name}.json": cell for cell in declare() if cell.seed == seed}
+        with tarfile.open(paths.pop(archive.archive_of(seed))) as cells:
+            assert {member.name for member in cells} == names.keys()
+            for name, cell in names.items():
+                content = cells.extractfile(name)
+                assert content
+                run = json.load(content)
+                assert run["cell"] == vars(cell) and (not written or end_of_cell(run) == written[cell.name])
+    assert not paths
 
 
 def test_the_study_in_a_browser(page: Path, tmp_path: Path) -> None:

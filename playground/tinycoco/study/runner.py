@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dama.console import log, write_json
 from playground.tinycoco import run
 from playground.tinycoco.preferences import SHARES, make_pairs
+from playground.tinycoco.study import archive
 from playground.tinycoco.study.analysis import Study, last_stop, no_cells, plain_ratio, read_cell
 from playground.tinycoco.study.cell import Scenes, World, before_alignment, run_cell
 from playground.tinycoco.study.claims import summary
@@ -31,21 +32,27 @@ from playground.tinycoco.study.grid import FULL, Cell, Scale, declare, hours_of
 from playground.tinycoco.study.page import NUMBERS, PAGE, write_study
 
 FIRST_HELD_OUT = 300_000  # scene of the pairs' stream; the shipped pairs' are below it
+ARCHIVES = "study_cells"  # folder beside the page
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: int | None, page: bool) -> int:
-    """The command: cells, then the page; with `again` only repetitions. 1 where a cell failed or came out otherwise.
+def main(
+    out: Path | None, docs: Path | None, cores: int, quick: bool, again: int | None, page: bool, unpack: Path | None
+) -> int:
+    """The command: cells, then the page and the archives; with `again` only repetitions.
 
-    page: only the page, of what is finished, and without `docs` into the study's folder.
+    page: only the page, of what is finished, and without `docs` into the study's folder. unpack: archives to begin
+    with. Returns 1 where a cell failed or came out otherwise.
     """
     if cores < 1:
         raise ValueError(f"--cores: expected 1 or more, got {cores}")
     cells = declare(quick)
     folder = out or Path("runs/study_quick" if quick else "runs/study")
+    if unpack:
+        archive.unpack(unpack, folder)
     if page and not list((folder / "cells").glob("*.json")):
         raise no_cells(folder)
-    world = read_world(folder) if page else prepare_world(folder)
+    world = read_world(folder) if page and not unpack else prepare_world(folder)
     if again is not None:
         return int(run_again(cells, world, folder, again) > 0)
     failed = not page and run_study(cells, world, folder, cores)
@@ -53,6 +60,8 @@ def main(out: Path | None, docs: Path | None, cores: int, quick: bool, again: in
     docs = docs or (folder if quick or page else Path("docs"))
     log(summary(write_study(findings, docs)))
     log(f"study: {docs / PAGE}, {docs / NUMBERS}")
+    if not page:
+        archive.pack(cells, folder, docs / ARCHIVES)
     return int(failed)
 
 
