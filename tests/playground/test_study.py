@@ -662,7 +662,7 @@ def test_cells_go_on_from_their_archives(folder: Path, tmp_path: Path, capsys: p
     """In another folder they are finished, as if they had been trained there; a seed that is not whole is left out."""
     other = Cell("clean", DPO, RATE, 1)
     for out in ("first", "second"):
-        archive.pack([*CELLS, other], folder, tmp_path / out)
+        archive.pack([*CELLS, other], CELLS, folder, tmp_path / out)
     packed = [{path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("first", "second")]
     assert packed[0] == packed[1] and packed[0].keys() == {"world.tar.xz", "seed_0.tar.xz"}
     archive.unpack(tmp_path / "first", tmp_path / "study")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from dama.console import log, write_atomic
@@ -21,14 +21,14 @@ def archive_of(seed: int) -> str:
     return f"seed_{seed}.tar.xz"
 
 
-def pack(declared: Sequence[Cell], folder: Path, out: Path) -> None:
-    """Write out/world.tar.xz and out/seed_N.tar.xz of every seed all of whose declared cells are in `folder`."""
+def pack(declared: Sequence[Cell], finished: Collection[Cell], folder: Path, out: Path) -> None:
+    """Write out/world.tar.xz and out/seed_N.tar.xz of every seed all of whose declared cells are finished."""
     write_atomic(out / WORLD_ARCHIVE, packed(folder, WORLD))
     for seed in sorted({cell.seed for cell in declared}):
-        files = [f"cells/{cell.name}.json" for cell in declared if cell.seed == seed]
-        if all((folder / name).is_file() for name in files):
-            write_atomic(out / archive_of(seed), packed(folder, sorted(files)))
-            log(f"study: {len(files)} cells in {out / archive_of(seed)}")
+        cells = [cell for cell in declared if cell.seed == seed]
+        if all(cell in finished for cell in cells):
+            write_atomic(out / archive_of(seed), packed(folder, sorted(f"cells/{cell.name}.json" for cell in cells)))
+            log(f"study: {len(cells)} cells in {out / archive_of(seed)}")
 
 
 def packed(folder: Path, names: Iterable[str]) -> bytes:

@@ -61,7 +61,7 @@ def main(
     log(summary(write_study(findings, docs)))
     log(f"study: {docs / PAGE}, {docs / NUMBERS}")
     if not page:
-        archive.pack(cells, folder, docs / ARCHIVES)
+        archive.pack(cells, findings.study.cells, folder, docs / ARCHIVES)
     return int(failed)
 
 
