@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from dama.console import digest_of, write_atomic, write_json
@@ -156,6 +158,7 @@ def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> 
     arguments = parse_arguments(flags_of(cell, world, work), task="DPO")
     _, data_args, args = arguments
     model, tokenizer, processor = setup_model(arguments)
+    remember_features(model.get_vision_tower())
     family = LlavaFamily.of(arguments, model, tokenizer)
     pairs, skipped = read_checked_pairs(data_args)
     model.eval()
@@ -172,6 +175,29 @@ def build_trainer(cell: Cell, world: World, rows: Sequence[Row], work: Path) -> 
     look.tokens = statistics.fmean(sum(g.positions for g in family.groups(item)) for item in data.train.prepared)
     trainer.add_callback(look)
     return trainer, look
+
+
+_FEATURES: dict[tuple[bytes, bool], Tensor] = {}
+"""Digest of a batch of images, whether in inference mode -> the vision tower's features."""
+
+
+def remember_features(tower: Any) -> None:
+    """Let a frozen tower answer from _FEATURES: the cells of a process show it the same batches again and again.
+
+    Features of the same batch are the same bits, so that no figure changes; those of an image in another batch might
+    differ in their last ones.
+    """
+    encode: Callable[[Tensor], Tensor] = tower.forward
+
+    def remembered(images: Tensor) -> Tensor:
+        key = hashlib.blake2b(images.contiguous().numpy()).digest(), torch.is_inference_mode_enabled()
+        if key not in _FEATURES:
+            _FEATURES[key] = encode(images)
+        return _FEATURES[key]
+
+    if not tower.is_frozen:
+        raise ValueError("study: expected flags that leave the vision tower as it is, got a tower that is trained")
+    tower.forward = remembered
 
 
 def reference_folder(cell: Cell, world: World, work: Path, family: Any, arguments: Any, checked: Any) -> Path:
