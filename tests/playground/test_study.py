@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dama.pairs import read_pairs
 from eval.core.curves import interval_of
 from eval.core.statistics import Interval
+from llava.generation.local import Answerer
 from playground.tinycoco.__main__ import main
+from playground.tinycoco.run import SFT
 from playground.tinycoco.study import analysis, archive, mechanism, runner
 from playground.tinycoco.study.analysis import (
     BETTER,
@@ -34,7 +37,7 @@ from playground.tinycoco.study.analysis import (
     resample_weights,
     verdict,
 )
-from playground.tinycoco.study.cell import ABILITIES, SCORED, gaps_of
+from playground.tinycoco.study.cell import ABILITIES, SCORED, gaps_of, remember_features
 from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, OPEN, VERDICTS, borne_out, claims_of, summary
 from playground.tinycoco.study.data import THIRDS, Pool, given_row, rows_of
 from playground.tinycoco.study.findings import Findings, end_of_cell
@@ -672,6 +675,21 @@ def test_cells_go_on_from_their_archives(folder: Path, tmp_path: Path, capsys: p
     assert "6 cells declared, 6 finished" in said and "900 held-out pairs are sampled" not in said
     with pytest.raises(FileExistsError, match="expected a folder without cells, found hardness, .*give another --out"):
         archive.unpack(tmp_path / "first", tmp_path / "study")
+
+
+def test_a_frozen_tower_computes_a_batch_once() -> None:
+    tower = Answerer(str(SFT), conv_mode="v1", device="cpu", dtype=torch.float32).model.get_vision_tower()
+    remember_features(tower)
+    computed: list[Any] = []
+    tower.vision_tower.register_forward_hook(lambda *call: computed.append(call))
+    images = torch.rand(2, 3, 112, 112)
+    first, again, other = tower(images), tower(images.clone()), tower(images.flip(0))
+    assert len(computed) == 2 and again is first and torch.allclose(other.flip(0), first, atol=1e-5)
+    with torch.inference_mode():  # whose tensors a training cannot use
+        assert torch.equal(tower(images), first) and len(computed) == 3
+    tower.requires_grad_(True)
+    with pytest.raises(ValueError, match="leave the vision tower as it is"):
+        remember_features(tower)
 
 
 def test_another_scale_is_another_result(folder: Path) -> None:

@@ -190,7 +190,7 @@ def remember_features(tower: Any) -> None:
     encode: Callable[[Tensor], Tensor] = tower.forward
 
     def remembered(images: Tensor) -> Tensor:
-        key = hashlib.blake2b(images.contiguous().numpy()).digest(), torch.is_inference_mode_enabled()
+        key = hashlib.blake2b(images.contiguous().numpy().data).digest(), torch.is_inference_mode_enabled()
         if key not in _FEATURES:
             _FEATURES[key] = encode(images)
         return _FEATURES[key]
