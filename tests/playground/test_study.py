@@ -38,7 +38,17 @@ from playground.tinycoco.study.analysis import (
     verdict,
 )
 from playground.tinycoco.study.cell import ABILITIES, SCORED, gaps_of, remember_features
-from playground.tinycoco.study.claims import CONTRARY, HOLDS, NONE, OPEN, VERDICTS, borne_out, claims_of, summary
+from playground.tinycoco.study.claims import (
+    CONTRARY,
+    HOLDS,
+    NONE,
+    OPEN,
+    VERDICTS,
+    borne_out,
+    claims_of,
+    summary,
+    verdicts_on,
+)
 from playground.tinycoco.study.data import THIRDS, Pool, given_row, rows_of
 from playground.tinycoco.study.findings import Findings, end_of_cell
 from playground.tinycoco.study.grid import (
@@ -766,6 +776,28 @@ def test_the_page_of_what_is_finished(
     assert f"study: {tmp_path / 'study/study.html'}" in capsys.readouterr().out
 
 
+def test_the_command_writes_the_page_and_the_tables_that_quote_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page without the study's mark stays as it is."""
+    shutil.copytree(folder, tmp_path / "study")
+    monkeypatch.setattr(runner, "declare", lambda quick: CELLS)
+    monkeypatch.setattr(runner, "prepare_world", partial(runner.prepare_world, scale=SMALL))
+    mark = "<!-- table: python -m playground.tinycoco study -->\n```\n"
+    readme = f"```\n1\n```\n{mark}old\n\nold\n```\nText.\n```\n2\n```\n"
+    (docs := tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(readme)
+    (docs / "tinycoco.md").write_text("```\nold\n```\n")
+    assert main(["study", "--out", str(tmp_path / "study"), "--docs", str(docs)]) == 0
+    numbers = json.loads((docs / "study.json").read_text())
+    assert (tmp_path / "README.md").read_text() == readme.replace("old\n\nold", verdicts_on(numbers["claims"]))
+    assert (docs / "tinycoco.md").read_text() == "```\nold\n```\n"
+    assert {path.name for path in docs.glob("study*")} == {"study.html", "study.json", "study_cells"}
+    (docs / "tinycoco.md").write_text(f"{mark}old\n```\n")
+    assert main(["study", "--out", str(tmp_path / "study"), "--docs", str(docs)]) == 0
+    assert (docs / "tinycoco.md").read_text() == f"{mark}{summary(numbers)}\n```\n"
+
+
 def test_the_docs_quote_the_committed_studies() -> None:
     """Of both; the second, where it is committed, has every declared cell, and the page beside it says the same."""
     docs = (ROOT / "docs/tinycoco.md").read_text()
@@ -776,6 +808,7 @@ def test_the_docs_quote_the_committed_studies() -> None:
     for path in (ROOT / "docs").glob("study.json"):
         data = json.loads(path.read_text())
         assert data["version"] == 2 and summary(data) in docs
+        assert verdicts_on(data["claims"]) in (ROOT / "README.md").read_text()
         assert set(data["cells"]) == {cell.name for cell in declare()} and not data["missing"] and not data["failed"]
         assert_page_says_the_same(path.with_suffix(".html").read_text(), data)
 

@@ -195,7 +195,12 @@ def summary(numbers: Mapping[str, Any]) -> str:
         if method != DPO
     ]
     table = [line.rstrip() for line in aligned([*titles, *body], left=1).splitlines()]
-    return "\n".join([*table, NOTE, "", *(f"{row['claim']}: {row['verdict']}" for row in numbers["claims"])])
+    return "\n".join([*table, NOTE, "", verdicts_on(numbers["claims"])])
+
+
+def verdicts_on(claims: Sequence[Mapping[str, str]]) -> str:
+    """From the claims of study.json: a line for each."""
+    return "\n".join(f"{row['claim']}: {row['verdict']}" for row in claims)
 
 
 def _summary_cells(row: Mapping[str, Any] | None) -> list[str]:

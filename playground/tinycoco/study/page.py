@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE, NUMBERS = "study.html", "study.json"
+QUOTED = re.compile(r"(<!-- table: python -m playground\.tinycoco study -->\n```\n).*?(\n```\n)", re.DOTALL)
 FIRST_PAGE, FIRST_NUMBERS = "study_1.html", "study_1.json"  # of the first study
 LEAD = (
     "DAMA weights each preference pair by its hardness and each step by how the model responds. Its paper claims less "
@@ -154,6 +156,14 @@ def write_study(findings: Findings, out: Path) -> dict[str, Any]:
     write_json(out / NUMBERS, numbers)
     write_atomic(out / PAGE, render(findings, numbers))
     return numbers
+
+
+def quote(text: str, page: Path) -> None:
+    """Put the text into the block below the study's mark on a page of Markdown; without a mark, nothing is written."""
+    old = page.read_text(encoding="utf-8") if page.is_file() else ""
+    new = QUOTED.sub(lambda block: f"{block[1]}{text}{block[2]}", old)
+    if new != old:
+        write_atomic(page, new)
 
 
 def render(findings: Findings, numbers: Mapping[str, Any]) -> str:

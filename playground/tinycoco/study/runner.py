@@ -25,21 +25,22 @@ from playground.tinycoco.preferences import SHARES, make_pairs
 from playground.tinycoco.study import archive
 from playground.tinycoco.study.analysis import Study, last_stop, no_cells, plain_ratio, read_cell
 from playground.tinycoco.study.cell import Scenes, World, before_alignment, run_cell
-from playground.tinycoco.study.claims import summary
+from playground.tinycoco.study.claims import summary, verdicts_on
 from playground.tinycoco.study.data import read_pool
 from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import FULL, Cell, Scale, declare, hours_of
-from playground.tinycoco.study.page import NUMBERS, PAGE, write_study
+from playground.tinycoco.study.page import NUMBERS, PAGE, quote, write_study
 
 FIRST_HELD_OUT = 300_000  # scene of the pairs' stream; the shipped pairs' are below it
 ARCHIVES = "study_cells"  # folder beside the page
+QUOTING = "tinycoco.md"  # beside the page, with the study's summary
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def main(
     out: Path | None, docs: Path | None, cores: int, quick: bool, again: int | None, page: bool, unpack: Path | None
 ) -> int:
-    """The command: cells, then the page and the archives; with `again` only repetitions.
+    """The command: cells, then the page, the tables that quote it, and the archives; with `again` only repetitions.
 
     page: only the page, of what is finished, and without `docs` into the study's folder. unpack: archives to begin
     with. Returns 1 where a cell failed or came out otherwise.
@@ -58,9 +59,12 @@ def main(
     failed = not page and run_study(cells, world, folder, cores)
     findings = Findings(Study.read(folder, cells, world.fingerprint), world.pool)
     docs = docs or (folder if quick or page else Path("docs"))
-    log(summary(write_study(findings, docs)))
+    numbers = write_study(findings, docs)
+    log(summary(numbers))
     log(f"study: {docs / PAGE}, {docs / NUMBERS}")
     if not page:
+        quote(summary(numbers), docs / QUOTING)
+        quote(verdicts_on(numbers["claims"]), docs.parent / "README.md")
         archive.pack(cells, findings.study.cells, folder, docs / ARCHIVES)
     return int(failed)
 
