@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "judge", help="serve a judge for that MMHal-Bench on 127.0.0.1: it rates by rules and is no language model"
     )
     judge.add_argument("--port", type=int, default=8765, help="default: %(default)s; 0 takes a free one")
-    study = commands.add_parser("study", help="compare preference objectives on a grid, write a page: 9 core hours")
+    study = commands.add_parser("study", help="compare preference objectives on a grid, write a page: 8 core hours")
     study.add_argument("--quick", action="store_true", help="DPO and DAMA, two rates, one seed: about 15 core minutes")
     study.add_argument("--out", type=Path, help="cells, kept (default: runs/study, or runs/study_quick)")
     study.add_argument(

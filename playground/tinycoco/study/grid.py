@@ -70,7 +70,7 @@ CONDITIONS: Mapping[str, str] = {
     "clean": "384 pairs",
     "flipped": "the same, with chosen and rejected answer exchanged in 20 % of them",
 }
-CELL_SECONDS = 70  # of one core, about
+CELL_SECONDS = 60  # of one core, about
 
 
 @dataclass(frozen=True, order=True)
