@@ -187,6 +187,8 @@ def remember_features(tower: Any) -> None:
     Features of the same batch are the same bits, so that no figure changes; those of an image in another batch might
     differ in their last ones.
     """
+    if not tower.is_frozen:
+        raise ValueError("study: expected flags that leave the vision tower as it is, got a tower that is trained")
     encode: Callable[[Tensor], Tensor] = tower.forward
 
     def remembered(images: Tensor) -> Tensor:
@@ -195,8 +197,6 @@ def remember_features(tower: Any) -> None:
             _FEATURES[key] = encode(images)
         return _FEATURES[key]
 
-    if not tower.is_frozen:
-        raise ValueError("study: expected flags that leave the vision tower as it is, got a tower that is trained")
     tower.forward = remembered
 
 

@@ -33,7 +33,6 @@ from playground.tinycoco.study.page import NUMBERS, PAGE, quote, write_study
 
 FIRST_HELD_OUT = 300_000  # scene of the pairs' stream; the shipped pairs' are below it
 ARCHIVES = "study_cells"  # folder beside the page
-QUOTING = "tinycoco.md"  # beside the page, with the study's summary
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -60,10 +59,11 @@ def main(
     findings = Findings(Study.read(folder, cells, world.fingerprint), world.pool)
     docs = docs or (folder if quick or page else Path("docs"))
     numbers = write_study(findings, docs)
-    log(summary(numbers))
+    text = summary(numbers)
+    log(text)
     log(f"study: {docs / PAGE}, {docs / NUMBERS}")
     if not page:
-        quote(summary(numbers), docs / QUOTING)
+        quote(text, docs / "tinycoco.md")
         quote(verdicts_on(numbers["claims"]), docs.parent / "README.md")
         archive.pack(cells, findings.study.cells, folder, docs / ARCHIVES)
     return int(failed)
