@@ -35,7 +35,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eval.evaluate", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmark", choices=(*benchmarks.names(), "all"))
+    parser.add_argument("benchmark", choices=(*benchmarks.names(), "all"), help="one, or all for which data is at hand")
     parser.add_argument("checkpoint", help="folder or hub name; with --backend openai the name that the server lists")
     parser.add_argument(
         "--compare", metavar="BASE",

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eval.score_answers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("benchmark", choices=benchmarks.names())
+    parser.add_argument("benchmark", choices=benchmarks.names(), help="that was answered")
     parser.add_argument("answers", nargs="+", type=Path, help="files of one model's answers")
     parser.add_argument("--name", help="name of the model (default: that in the answers, else the first file's name)")
     parser.add_argument(

@@ -90,10 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 1 where a score differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("record").add_argument("folder", type=Path)
-    comparing = commands.add_parser("compare")
-    comparing.add_argument("results", nargs="+", type=Path)
-    comparing.add_argument("--judge", type=Path, required=True)
+    recording = commands.add_parser("record", help="write answers that lmms-eval replays")
+    recording.add_argument("folder", type=Path, help="for a file of each task")
+    comparing = commands.add_parser("compare", help="score the answers here and compare the metrics")
+    comparing.add_argument("results", nargs="+", type=Path, help="output folders of lmms-eval")
+    comparing.add_argument("--judge", type=Path, required=True, help="folder for the judge's verdicts, kept")
     args = parser.parse_args(argv)
     if args.command == "record":
         record(args.folder)

@@ -70,3 +70,16 @@ def test_the_templates_are_never_reassigned():
             targets = node.targets if isinstance(node, ast.Assign) else []
             for target in targets:
                 assert not (isinstance(target, ast.Attribute) and target.attr == "default_conversation"), source
+
+
+def test_every_flag_says_what_it_is():
+    """In --help; `**options` may bring the words."""
+    scripts = [path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.py")]
+    silent = []
+    for source in MODULES + scripts:
+        for node in ast.walk(ast.parse((ROOT / source).read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+                given = {keyword.arg for keyword in node.keywords}
+                if not given & {"help", None} and "'version'" not in ast.unparse(node):
+                    silent.append(f"{source}:{node.lineno}: {ast.unparse(node)}")
+    assert not silent, "\n".join(silent)

@@ -32,9 +32,9 @@ def apply_delta(base_model_path: str, target_model_path: str, delta_path: str) -
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-model-path", type=str, required=True)
+    parser.add_argument("--base-model-path", type=str, required=True, help="folder or hub name")
     parser.add_argument("--target-model-path", type=str, required=True, help="new folder")
-    parser.add_argument("--delta-path", type=str, required=True)
+    parser.add_argument("--delta-path", type=str, required=True, help="folder or hub name")
     args = parser.parse_args(argv)
     apply_delta(args.base_model_path, args.target_model_path, args.delta_path)
 

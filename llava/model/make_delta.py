@@ -71,8 +71,8 @@ def combined(model: Checkpoint, base: Weights, sign: int, subject: str) -> Weigh
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-model-path", type=str, required=True)
-    parser.add_argument("--target-model-path", type=str, required=True)
+    parser.add_argument("--base-model-path", type=str, required=True, help="folder or hub name")
+    parser.add_argument("--target-model-path", type=str, required=True, help="folder or hub name")
     parser.add_argument("--delta-path", type=str, required=True, help="new folder")
     parser.add_argument("--hub-repo-id", type=str, default=None, help="also upload the delta there")
     args = parser.parse_args(argv)

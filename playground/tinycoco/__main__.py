@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     vlm = commands.add_parser("vlm", help="make a tiny LLaVA-OneVision from the tiny LLaVA by a short fine-tuning")
     vlm.add_argument("--out", type=Path, required=True, help="folder; the model will be in its model/")
     vlm.add_argument("--scenes", type=int, default=1600, help="to fine-tune on, 16 a step (default: %(default)s)")
-    vlm.add_argument("--seed", type=int, default=0)
+    vlm.add_argument("--seed", type=int, default=0, help="of the fine-tuning (default: %(default)s)")
     report = commands.add_parser("report", help="score the captions of a run, print the table, write the report")
     report.add_argument("--run", type=Path, required=True, help="folder with data/, hardness/, captions/")
     report.add_argument(
@@ -40,13 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--smoke", action="store_true", help="say in the report that so small a run shows nothing")
     benchmarks = commands.add_parser(
         "benchmarks",
-        help="write Object HalBench, AMBER, POPE and MMHal-Bench about held-out scenes, in the official files' formats",
+        help="write the benchmarks' questions about held-out scenes, in the official files' formats",
     )
     benchmarks.add_argument("--out", type=Path, required=True, help="folder; DAMA_BENCH_DATA for scripts/eval_*.sh")
     benchmarks.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: %(default)s)")
     benchmarks.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
     judge = commands.add_parser(
-        "judge", help="serve a judge for that MMHal-Bench on 127.0.0.1: it rates by rules and is no language model"
+        "judge", help="serve a judge for their MMHal-Bench on 127.0.0.1: it rates by rules and is no language model"
     )
     judge.add_argument("--port", type=int, default=8765, help="default: %(default)s; 0 takes a free one")
     study = commands.add_parser("study", help="compare preference objectives on a grid, write a page: 8 core hours")
@@ -63,14 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="first put the cells of FOLDER's archives into OUT, as those of docs/study_cells, to go on from there",
     )  # fmt: skip
     build = commands.add_parser("build", help="rebuild every shipped file from nothing (up to 40 minutes on 2 cores)")
-    build.add_argument("--out", type=Path, default=Path(__file__).parent, help="for weights/ and pairs.json")
-    build.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
-    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--seed", type=int, default=0, help="of all training and sampling (default: %(default)s)")
     examples = commands.add_parser("examples", help="write the example images of the chat page")
     examples.add_argument("--out", type=Path, help="folder (default: llava/serve/example_images)")
     figures = commands.add_parser("figures", help="measure the shipped files against their marks (1 minute)")
-    figures.add_argument("--out", type=Path, default=Path(__file__).parent, help="has weights/ and pairs.json")
-    figures.add_argument("--work", type=Path, default=Path("runs/tinycoco_build"), help="for what lies between")
+    here, work = Path(__file__).parent, Path("runs/tinycoco_build")
+    for command in (build, figures):
+        command.add_argument("--out", type=Path, default=here, help="has weights/, pairs.json (default: this package)")
+        command.add_argument("--work", type=Path, default=work, help="for what lies between (default: %(default)s)")
     return parser
 
 

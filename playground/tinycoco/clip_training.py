@@ -115,7 +115,11 @@ def build_pool(count: int, split: str = "train") -> Pool:
     from tqdm import tqdm
 
     scenes = [sample_scene(index, split) for index in range(count)]
-    chunks = [render(scenes[k : k + 500]) for k in tqdm(range(0, count, 500), desc="drawing scenes", unit="x500")]
+    chunks = []
+    with tqdm(total=count, desc="drawing scenes", unit="scene") as bar:
+        for start in range(0, count, 500):
+            chunks.append(render(scenes[start : start + 500]))
+            bar.update(len(chunks[-1]))
     patches = torch.tensor(np.stack([patch_labels(scene) for scene in scenes]))
     return Pool(scenes, torch.cat(chunks), patches, presence_of(scenes))
 
@@ -467,7 +471,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for clip/ and vision_tower/")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} pictures each (default {STEPS})")
     parser.add_argument("--pictures", type=int, default=PICTURES, help=f"distinct pictures (default {PICTURES})")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     args = parser.parse_args()
     figures = build(args.out / "clip", args.out / "vision_tower", args.steps, args.pictures, args.seed)
     log(json.dumps({name: round(value, 6) for name, value in figures.items()}, indent=2))

@@ -154,7 +154,10 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> Comparison:
 def main() -> None:
     """Measure the requested shapes; print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=("tinycoco", "wide", "7b"), default=["tinycoco", "wide"])
+    parser.add_argument(
+        "--shape", nargs="+", choices=("tinycoco", "wide", "7b"), default=["tinycoco", "wide"],
+        help="sizes of the model, measured one after another (default: tinycoco wide)",
+    )  # fmt: skip
     parser.add_argument("--answers", type=int, default=16, help="questions of a round (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="questions at a time (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer at most (default: %(default)s)")
