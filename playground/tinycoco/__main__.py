@@ -8,20 +8,32 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dama.console import report_error
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of a flag that counts something."""
+
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"expected {low} or more, got {text}")
+        return int(text)
+
+    return number
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all subcommands; importing their modules is left to `main`, so that --help is fast."""
     parser = argparse.ArgumentParser(prog="python -m playground.tinycoco", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    count, positive = at_least(0), at_least(1)
     scenes = commands.add_parser("scenes", help="draw the pairs' pictures and held-out scenes, write their questions")
     scenes.add_argument("--out", type=Path, required=True, help="folder for images/, pairs.json, questions.jsonl")
-    scenes.add_argument("--pairs", type=int, help="use only the first so many pairs (default: all)")
-    scenes.add_argument("--scenes", type=int, default=300, help="held-out scenes (default: %(default)s)")
+    scenes.add_argument("--pairs", type=count, help="use only the first so many pairs (default: all)")
+    scenes.add_argument("--scenes", type=count, default=300, help="held-out scenes (default: %(default)s)")
     scenes.add_argument("--split", choices=("test", "validation"), default="test", help="which (default: %(default)s)")
     scenes.add_argument(
         "--second_images", action="store_true",
@@ -30,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     vlm = commands.add_parser("vlm", help="make a tiny LLaVA-OneVision from the tiny LLaVA by a short fine-tuning")
     vlm.add_argument("--out", type=Path, required=True, help="folder; the model will be in its model/")
-    vlm.add_argument("--scenes", type=int, default=1600, help="to fine-tune on, 16 a step (default: %(default)s)")
+    vlm.add_argument("--scenes", type=positive, default=1600, help="to fine-tune on, 16 a step (default: %(default)s)")
     vlm.add_argument("--seed", type=int, default=0, help="of the fine-tuning (default: %(default)s)")
     report = commands.add_parser("report", help="score the captions of a run, print the table, write the report")
     report.add_argument("--run", type=Path, required=True, help="folder with data/, hardness/, captions/")
@@ -43,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write the benchmarks' questions about held-out scenes, in the official files' formats",
     )
     benchmarks.add_argument("--out", type=Path, required=True, help="folder; DAMA_BENCH_DATA for scripts/eval_*.sh")
-    benchmarks.add_argument("--scenes", type=int, default=100, help="held-out scenes (default: %(default)s)")
+    benchmarks.add_argument("--scenes", type=positive, default=100, help="held-out scenes (default: %(default)s)")
     benchmarks.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")
     judge = commands.add_parser(
         "judge", help="serve a judge for their MMHal-Bench on 127.0.0.1: it rates by rules and is no language model"
@@ -53,10 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--quick", action="store_true", help="DPO and DAMA, two rates, one seed: about 15 core minutes")
     study.add_argument("--out", type=Path, help="cells, kept (default: runs/study, or runs/study_quick)")
     study.add_argument(
-        "--docs", type=Path, help="for study.html and study.json (default: docs; OUT with --quick or --page)"
+        "--docs",
+        type=Path,
+        help="for study.html and study.json (default: docs; OUT with --quick or --page, or where a cell failed)",
     )
-    study.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="cells at a time (default: %(default)s)")
-    study.add_argument("--again", type=int, metavar="N", help="only repeat N finished cells at random and compare")
+    study.add_argument(
+        "--cores", type=positive, default=os.cpu_count() or 1, help="cells at a time (default: %(default)s)"
+    )
+    study.add_argument("--again", type=positive, metavar="N", help="only repeat N finished cells at random and compare")
     study.add_argument("--page", action="store_true", help="only write the page, of what is finished, to OUT")
     study.add_argument(
         "--unpack", type=Path, metavar="FOLDER",

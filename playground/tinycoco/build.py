@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dama.console import log, write_json
+from dama.console import log, write_atomic, write_json
 from dama.hardness.clip import load_clip
 from dama.hardness.score import run_hardness, summarize
 from dama.pairs import check_pairs, read_pairs
@@ -26,6 +26,7 @@ from playground.tinycoco.tokenizer import train_tokenizer
 if TYPE_CHECKING:
     from llava.generation.request import Request
 
+OWN = "of_a_build.txt"  # in a folder that a build has made
 MARKS = {
     "presence AUC of CLIP": (0.99, 1.0),
     "response-level of SFT, %": (45.0, 65.0),
@@ -37,16 +38,19 @@ MARKS = {
     "accuracy on POPE, %": (75.0, 92.0),
     "adversarial below random POPE, points": (8.0, 50.0),
     "yes on absent companions, %": (50.0, 90.0),
-    "minutes": (0.0, 40.0),
 }
 
 
 def build(out: Path, work: Path, seed: int = 0) -> None:
-    """Tokenizer, CLIP and its tower, SFT model, pairs: into `out` (weights/ and pairs.json), by way of `work`."""
+    """Tokenizer, CLIP and its tower, SFT model, pairs: into `out` (weights/ and pairs.json), by way of `work`.
+
+    Files in `out` are replaced when the new ones are measured and keep to their marks. Where they do not, all is left
+    in `work`.
+    """
     started = time.monotonic()
-    weights = out / "weights"
-    shutil.rmtree(weights, ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)
+    clear(work)
+    new = work / "new"
+    weights = new / "weights"
 
     heading("tokenizer")
     train_tokenizer(work / "tokenizer")
@@ -56,15 +60,36 @@ def build(out: Path, work: Path, seed: int = 0) -> None:
     sft.new_checkpoint(work / "start", work / "vision_tower", work / "tokenizer", seed)
     sft.ship(sft.train(work, seed=seed), work / "vision_tower", weights / "llava")
     heading("pairs")
-    write_json(out / "pairs.json", make_pairs(open_answerer(weights / "llava"), seed))
+    write_json(new / "pairs.json", make_pairs(open_answerer(weights / "llava"), seed))
     minutes = (time.monotonic() - started) / 60
-    judge(measure(out, work) | {"minutes": minutes})
+    log(f"build: new files in {new} after {minutes:.0f} minutes; they go to {out} if they keep to their marks")
+    judge(measure(new, work))
+    publish(new, out)
+
+
+def publish(new: Path, out: Path) -> None:
+    """Replace the files in `out` by those of a build; what it does not have stays."""
+    for path in sorted(path for path in new.rglob("*") if path.is_file()):
+        write_atomic(out / path.relative_to(new), path.read_bytes())
+    log(f"build: weights/ and pairs.json -> {out}")
+
+
+def clear(work: Path) -> None:
+    """Remove what an earlier build has left in its folder.
+
+    Raises:
+        FileExistsError: it holds something else.
+    """
+    if work.exists() and any(work.iterdir()) and not (work / OWN).is_file():
+        raise FileExistsError(f"--work {work}: expected a new folder or a build's, found other files; give another")
+    shutil.rmtree(work, ignore_errors=True)
+    write_atomic(work / OWN, "of python -m playground.tinycoco, which may remove this folder\n")
 
 
 def measure(out: Path, work: Path) -> dict[str, float]:
     """The figures of the files in `out`, those that MARKS expects, measured anew."""
     heading("figures")
-    shutil.rmtree(work / "measured", ignore_errors=True)
+    clear(work / "measured")
     weights = out / "weights"
     clip = clip_training.measure(weights / "clip", weights / "llava" / "vision_tower")
     log("  ".join(f"{name} {value:.6g}" for name, value in clip.items()))

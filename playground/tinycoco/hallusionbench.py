@@ -1,8 +1,8 @@
 """TinyCOCO edition of HallusionBench in the official format, and the rules that judge its answers.
 
 Set N is about scene N. Visual dependent (VD): figure 0 is the scene, figure 1 the scene edited, and both get the same
-questions, so that some truths change. Visual supplement (VS): the same, and figure 0 is the question without a figure.
-An edit takes one object out, or gives it another color.
+questions, some of whose truths change. Visual supplement (VS): the same, and figure 0 is the question without a figure.
+An edit gives one object another color, or takes all of one category out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def write_hallusionbench(folder: Path, scenes: Sequence[Scene]) -> None:
             path = folder / "hallusionbench/images" / _file_of(category, number, figure)
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(version).save(path)
-        questions = list(_questions(*versions))
+        questions = list(asked_about(*versions))
         rows += [row for i, asked in enumerate(questions) for row in _rows(category, number, first, i, *asked)]
     write_json(folder / "hallusionbench/HallusionBench.json", rows)
     write_atomic(folder / PROMPT, JUDGE_PROMPT)
@@ -90,24 +90,26 @@ def _row(
 
 
 def edited(scene: Scene) -> Scene:
-    """Give one object another color where one has a choice, else take the last object out."""
+    """Give one object another color where one has a choice, else take out all that is of the last one's category."""
     rng, colored = random.Random(f"tinycoco/hallusionbench/{scene.id}"), with_color(scene)
     for thing in rng.sample(scene.objects, len(scene.objects)):
         if thing in colored:
             changed = replace(thing, colour=other_color(thing, rng))
             return replace(scene, objects=tuple(changed if each is thing else each for each in scene.objects))
-    return replace(scene, objects=scene.objects[:-1])
+    gone = scene.objects[-1].category
+    return replace(scene, objects=tuple(each for each in scene.objects if each.category != gone))
 
 
-def _questions(scene: Scene, other: Scene) -> Iterator[tuple[str, bool, bool]]:
+def asked_about(scene: Scene, other: Scene) -> Iterator[tuple[str, bool, bool]]:
     """Yield a question, and its truth for both versions of the scene."""
     for thing in scene.objects:
         now = next((each for each in other.objects if each.category == thing.category), None)
         if thing in scene.single and now is not None and now.colour != thing.colour:
             for color in (thing.colour, now.colour):
                 yield is_color(thing.category, color, "the"), thing.colour == color, now.colour == color
-    for category in scene.categories[:2]:
-        yield is_there(category), True, category in other.categories
+    for place, category in enumerate(scene.categories):
+        if place < 2 or category not in other.categories:
+            yield is_there(category), True, category in other.categories
     absent = sorted(set(PALETTES) - set(scene.categories))
     missing = random.Random(f"tinycoco/hallusionbench/absent/{scene.id}").choice(absent)
     yield is_there(missing), False, False

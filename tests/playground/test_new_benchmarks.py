@@ -10,7 +10,7 @@ from PIL import Image
 from eval import chair, evaluate, hallusionbench, mmstar
 from eval.core.types import Answer
 from playground.tinycoco.benchmarks import write_benchmarks
-from playground.tinycoco.hallusionbench import JUDGE_PROMPT, edited, judge_prompt
+from playground.tinycoco.hallusionbench import JUDGE_PROMPT, asked_about, edited, judge_prompt
 from playground.tinycoco.judge import JudgeServer
 from playground.tinycoco.run import SFT
 from playground.tinycoco.scenes import sample_scene
@@ -59,6 +59,12 @@ class TestHallusionBench:
         assert always["question_accuracy"] > always["pair_accuracy"] + 10
         right = hallusionbench.score(data, perfect(data)).metrics
         assert {right[f"{name}_accuracy"] for name in ("question", "pair", "figure", "easy", "hard")} == {100.0}
+
+    def test_every_set_asks_about_its_edit(self):
+        """Also where no color can change and the last object is not the only one of its kind."""
+        for scene in (sample_scene(index, "test") for index in range(300)):
+            truths = [(now, after) for _, now, after in asked_about(scene, edited(scene))]
+            assert any(now != after for now, after in truths), scene.id
 
     def test_images_are_there(self, folder):
         data = hallusionbench.load(folder)

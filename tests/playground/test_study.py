@@ -37,7 +37,7 @@ from playground.tinycoco.study.analysis import (
     resample_weights,
     verdict,
 )
-from playground.tinycoco.study.cell import ABILITIES, SCORED, gaps_of, remember_features
+from playground.tinycoco.study.cell import ABILITIES, SCORED, before_alignment, gaps_of, remember_features
 from playground.tinycoco.study.claims import (
     CONTRARY,
     HOLDS,
@@ -687,6 +687,43 @@ def test_cells_go_on_from_their_archives(folder: Path, tmp_path: Path, capsys: p
         archive.unpack(tmp_path / "first", tmp_path / "study")
 
 
+def test_an_archive_that_cannot_be_unpacked_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path) -> None:
+    """Cut off, of something else, or with a file that no study writes."""
+    archive.pack(CELLS, CELLS, folder, tmp_path / "archives")
+    whole = (seed := tmp_path / "archives/seed_0.tar.xz").read_bytes()
+    (study := tmp_path / "study").mkdir()
+    (study / "kept.txt").write_text("kept")
+    (tmp_path / "foreign.txt").write_text("foreign")
+    foreign = archive.packed(tmp_path, ["foreign.txt"])
+    for content, got in ((whole[: len(whole) // 2], ""), (b"not xz", ""), (foreign, "foreign.txt, which no study wri")):
+        seed.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=re.escape(f"--unpack {seed}: expected an archive of the study, got {got}")
+        ):
+            archive.unpack(tmp_path / "archives", study)
+        assert [path.name for path in study.iterdir()] == ["kept.txt"]
+    seed.write_bytes(whole)
+    archive.unpack(tmp_path / "archives", study)
+    assert len(list((study / "cells").iterdir())) == len(CELLS) + 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[1]", b"\xff\xfe"])
+def test_a_damaged_file_is_named_and_counts_as_unfinished(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | bytes
+) -> None:
+    shutil.copytree(folder / "cells", tmp_path / "cells")
+    world = runner.read_world(folder, SMALL)
+    data = content.encode() if isinstance(content, str) else content
+    (damaged := tmp_path / f"cells/{CELLS[0].name}.json").write_bytes(data)
+    assert list(Study.read(tmp_path, CELLS, world.fingerprint).cells) == CELLS[1:]
+    assert (f"study: {damaged}: expected" in capsys.readouterr().out) is (content != "{}")
+    (sft := tmp_path / "cells/sft.json").write_bytes(data)
+    if content != "{}":
+        with pytest.raises(ValueError, match=re.escape(f"study: {sft}: expected")):
+            Study.read(tmp_path, CELLS, world.fingerprint)
+    assert before_alignment(world, tmp_path / "cells") == json.loads((folder / "cells/sft.json").read_text())
+
+
 def test_a_frozen_tower_computes_a_batch_once() -> None:
     tower = Answerer(str(SFT), conv_mode="v1", device="cpu", dtype=torch.float32).model.get_vision_tower()
     remember_features(tower)
@@ -754,8 +791,10 @@ def test_verdicts_differ_in_color_and_sign_and_every_plot_is_explained(page: Pat
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["study", "--cores", "0", "--out", str(tmp_path)]) == 2
-    assert "--cores: expected 1 or more, got 0" in capsys.readouterr().err
+    for flag in ("--cores", "--again"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["study", flag, "0", "--out", str(tmp_path)])
+        assert f"{flag}: expected 1 or more, got 0" in capsys.readouterr().err
     assert main(["study", "--page", "--out", str(tmp_path)]) == 2
     assert f"study {tmp_path}: expected finished cells, found none" in capsys.readouterr().err
     assert main(["study", "--unpack", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
@@ -796,6 +835,18 @@ def test_the_command_writes_the_page_and_the_tables_that_quote_it(
     (docs / "tinycoco.md").write_text(f"{mark}old\n```\n")
     assert main(["study", "--out", str(tmp_path / "study"), "--docs", str(docs)]) == 0
     assert (docs / "tinycoco.md").read_text() == f"{mark}{summary(numbers)}\n```\n"
+
+
+def test_docs_stay_where_a_cell_failed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page, which lists it, is in the study's folder then."""
+    shutil.copytree(folder, tmp_path / "study")
+    bad = Cell("clean", DPO, -1.0, 0)
+    monkeypatch.setattr(runner, "declare", lambda quick: [bad, *CELLS])
+    monkeypatch.setattr(runner, "prepare_world", partial(runner.prepare_world, scale=SMALL))
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "--out", "study"]) == 1
+    assert not (tmp_path / "docs").exists()
+    assert list(json.loads((tmp_path / "study/study.json").read_text())["failed"]) == [bad.name]
 
 
 def test_the_docs_quote_the_committed_studies() -> None:

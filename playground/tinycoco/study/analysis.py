@@ -8,7 +8,6 @@ Where the best of many methods is wanted, the intervals of all of them hold at o
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ import numpy as np
 from eval.core import curves
 from eval.core.curves import interval_of
 from eval.core.statistics import LEVEL, Array, Interval, ratio
-from playground.tinycoco.study.cell import ABILITIES, SCORED
+from playground.tinycoco.study.cell import ABILITIES, SCORED, read_finished, read_object
 from playground.tinycoco.study.grid import Cell
 
 RESAMPLES = 2000
@@ -113,8 +112,8 @@ class Study:
         if not cells:
             raise no_cells(folder)
         failed = folder / "failed.json"
-        sft = json.loads((folder / "cells/sft.json").read_text())
-        return Study(cells, declared, sft, json.loads(failed.read_text()) if failed.is_file() else {})
+        listed = read_object(failed) if failed.is_file() else {}
+        return Study(cells, declared, read_object(folder / "cells/sft.json"), listed)
 
     @cached_property
     def _seeds(self) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -196,9 +195,7 @@ class Study:
 
 def read_cell(folder: Path, cell: Cell, fingerprint: str) -> dict[str, Any] | None:
     """What folder/NAME.json holds; None where it is missing or of other inputs."""
-    path = folder / f"{cell.name}.json"
-    figures = json.loads(path.read_text()) if path.is_file() else {"fingerprint": None}
-    return figures if figures["fingerprint"] == fingerprint else None
+    return read_finished(folder / f"{cell.name}.json", fingerprint)
 
 
 def no_cells(folder: Path) -> FileNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import shutil
 import tarfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -47,8 +48,11 @@ def packed(folder: Path, names: Iterable[str]) -> bytes:
 def unpack(source: Path, folder: Path) -> None:
     """Put all archives' files into a study's folder that has none of its own yet.
 
+    Where an archive cannot be unpacked, the folder is as it was.
+
     Raises:
         FileNotFoundError: `source` holds no archive. FileExistsError: `folder` holds cells or what they were made from.
+        ValueError: of `extract`.
     """
     archives = sorted(source.glob("*.tar.xz"))
     if not archives:
@@ -58,8 +62,34 @@ def unpack(source: Path, folder: Path) -> None:
             f"--unpack: expected a folder without cells, found {', '.join(there)} in {folder}; give another --out, or "
             "leave --unpack out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in archives:
-        with tarfile.open(path, mode="r:xz") as archive:
-            archive.extractall(folder, filter="data")
+    new = folder / "unpacking"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        for path in archives:
+            extract(path, new)
+        for path in new.iterdir():
+            path.rename(folder / path.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     log(f"study: {len(archives)} archives of {source} are in {folder}")
+
+
+def extract(path: Path, folder: Path) -> None:
+    """Put an archive's files into a folder.
+
+    Raises:
+        ValueError: the archive is damaged or holds something that no study writes, or there is no room.
+    """
+    try:
+        with tarfile.open(path, mode="r:xz") as archive:
+            archive.extractall(folder, filter=only_own)
+    except (lzma.LZMAError, EOFError, tarfile.TarError, OSError) as error:
+        raise ValueError(f"--unpack {path}: expected an archive of the study, got {error}") from error
+
+
+def only_own(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    """A filter of tarfile: what `pack` puts into an archive."""
+    if not member.isreg() or Path(member.name).parts[0] not in {Path(name).parts[0] for name in WORLD}:
+        raise tarfile.FilterError(f"{member.name}, which no study writes")
+    return tarfile.data_filter(member, folder)

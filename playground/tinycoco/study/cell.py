@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from dama.console import digest_of, write_atomic, write_json
+from dama.console import digest_of, log, write_atomic, write_json
 from dama.losses import reward_gap
 from dama.token_weights import NONE
 from dama.views import PAIR_VIEWS
@@ -93,7 +93,7 @@ class World:
         return [[request.id, request.prompt] for request in [*captions, *self.asked.requests()]]
 
     def fingerprint(self, cell: Cell) -> str:
-        """Of everything that a cell's figures depend on."""
+        """Of everything that a cell's figures depend on; images follow from their names."""
         return digest_of([VERSION, rows_of(self.pool, cell), cell.name, list(cell.flags), self._shared])
 
     @cached_property
@@ -131,6 +131,29 @@ def run_cell(cell: Cell, world: World, out: Path) -> dict[str, Any]:
     write_atomic(out / f"{cell.name}.json", json.dumps(figures, separators=(",", ":")) + "\n")  # hundreds of these
     shutil.rmtree(work)
     return figures
+
+
+def read_finished(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What the file made of these inputs holds; None where it is missing, damaged or of other inputs."""
+    if not path.is_file():
+        return None
+    try:
+        found = read_object(path)
+    except ValueError as error:
+        log(str(error))
+        return None
+    return found if found.get("fingerprint") == fingerprint else None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the study. Raises ValueError where the file is missing or not whole."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"study: {path}: expected a file that the study wrote, got {error}; run it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"study: {path}: expected an object, got {str(found)[:60]}; run it again")
+    return found
 
 
 def rounded(entry: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
@@ -332,7 +355,7 @@ def before_alignment(world: World, out: Path) -> dict[str, Any]:
 
     path = out / "sft.json"
     asked = digest_of([VERSION, *world.all_questions])
-    if path.is_file() and (found := json.loads(path.read_text()))["fingerprint"] == asked:
+    if found := read_finished(path, asked):
         return found
     answerer = Answerer(str(run.SFT), conv_mode="v1", device="cpu", dtype=torch.float32)
     found = {"fingerprint": asked, "test": captions(answerer, world.test), **abilities(answerer, world)}

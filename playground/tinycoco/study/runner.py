@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
-import signal
-import traceback
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from playground.tinycoco.study.data import read_pool
 from playground.tinycoco.study.findings import Findings
 from playground.tinycoco.study.grid import FULL, Cell, Scale, declare, hours_of
 from playground.tinycoco.study.page import NUMBERS, PAGE, quote, write_study
+from playground.tinycoco.study.workers import each_outcome
 
 FIRST_HELD_OUT = 300_000  # scene of the pairs' stream; the shipped pairs' are below it
 ARCHIVES = "study_cells"  # folder beside the page
@@ -41,11 +40,9 @@ def main(
 ) -> int:
     """The command: cells, then the page, the tables that quote it, and the archives; with `again` only repetitions.
 
-    page: only the page, of what is finished, and without `docs` into the study's folder. unpack: archives to begin
-    with. Returns 1 where a cell failed or came out otherwise.
+    page: only the page, of what is finished, and without `docs` into the study's folder, as where a cell failed.
+    unpack: archives to begin with. Returns 1 where a cell failed or came out otherwise.
     """
-    if cores < 1:
-        raise ValueError(f"--cores: expected 1 or more, got {cores}")
     cells = declare(quick)
     folder = out or Path("runs/study_quick" if quick else "runs/study")
     if unpack:
@@ -57,7 +54,7 @@ def main(
         return int(run_again(cells, world, folder, again) > 0)
     failed = not page and run_study(cells, world, folder, cores)
     findings = Findings(Study.read(folder, cells, world.fingerprint), world.pool)
-    docs = docs or (folder if quick or page else Path("docs"))
+    docs = docs or (folder if quick or page or failed else Path("docs"))
     numbers = write_study(findings, docs)
     text = summary(numbers)
     log(text)
@@ -127,28 +124,17 @@ def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> 
         f"{hours_of(len(to_do), cores):.1f} hours"
     )
     failed: dict[str, str] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores, mp_context=context, initializer=_start_worker) as workers:
-        futures: dict[Future[Any], Cell] = {}
-        for cell in to_do:
-            futures[workers.submit(run_cell, cell, world, out)] = cell
-        bar = tqdm(as_completed(futures), total=len(cells), initial=len(cells) - len(to_do), desc="study", unit="cell")
-        for done in bar:
-            cell = futures[done]
-            try:
-                bar.write(line_of(done.result()))
-            except Exception as error:  # a cell's error is the study's result, not its end
-                failed[cell.name] = "".join(traceback.format_exception_only(error)).strip()
-                bar.write(f"{cell.name}: FAILED: {failed[cell.name]}")
+    bar = tqdm(total=len(cells), initial=len(cells) - len(to_do), desc="study", unit="cell")
+    with bar, closing(each_outcome(partial(run_cell, world=world, out=out), to_do, cores, _quiet_worker)) as outcomes:
+        for cell, (figures, error) in outcomes:
+            if error:
+                failed[cell.name] = error
+            bar.write(f"{cell.name}: FAILED: {error}" if error else line_of(figures))
+            bar.update()
     write_json(folder / "failed.json", failed)
     if failed:
         log(f"study: {len(failed)} cells failed, listed in {folder / 'failed.json'}; the same command tries them again")
     return bool(failed)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends its workers
-    _quiet_worker()
 
 
 def _quiet_worker() -> None:
@@ -180,6 +166,8 @@ def run_again(cells: Sequence[Cell], world: World, folder: Path, count: int) -> 
     """Repeat `count` cells, chosen at random, and compare; return how many came out differently."""
     out = folder / "cells"
     finished = [cell for cell in cells if is_finished(cell, world, out)]
+    if not finished:
+        raise no_cells(folder)
     _quiet_worker()
     different = 0
     for cell in random.SystemRandom().sample(finished, min(count, len(finished))):
