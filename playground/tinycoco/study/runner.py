@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from tqdm import tqdm
@@ -133,7 +134,7 @@ def run_study(cells: Sequence[Cell], world: World, folder: Path, cores: int) -> 
             bar.update()
     write_json(folder / "failed.json", failed)
     if failed:
-        log(f"study: {len(failed)} cells failed, listed in {folder / 'failed.json'}; the same command tries them again")
+        log(f"study: {len(failed)} failed, listed in {folder / 'failed.json'}; the same command tries them again")
     return bool(failed)
 
 
@@ -145,6 +146,7 @@ def _quiet_worker() -> None:
     from transformers.utils import logging
 
     torch.set_num_threads(1)
+    tqdm.set_lock(RLock())  # of its own; multiprocessing's would count as leaked where the worker is ended
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 Task = TypeVar("Task")
 SPAWN = multiprocessing.get_context("spawn")
+PATIENCE = 10  # seconds for a process to end by itself
 
 
 class Outcome(NamedTuple):
@@ -29,7 +30,8 @@ class Worker:
 
     def __init__(self, function: Callable[[Any], Any], start: Callable[[], Any]) -> None:
         self.pipe, end = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_serve, args=(end, function, start))
+        # start comes first, so that what it imports can quiet the libraries that function imports.
+        self.process = SPAWN.Process(target=_serve, args=(end, start, function))
         self.process.start()
         end.close()  # so that a worker's death ends the pipe
 
@@ -42,11 +44,14 @@ class Worker:
             code = self.process.exitcode
             return Outcome(error=f"its process ended with exit code {code}{' (out of memory?)' * (code == -9)}")
 
-    def end(self) -> None:
-        """At once, whatever it is doing."""
-        self.process.terminate()
-        self.process.join()
+    def end(self, at_once: bool) -> None:
+        """Whatever it is doing, or when it has nothing to do."""
+        if at_once:
+            self.process.terminate()
         self.pipe.close()
+        self.process.join(PATIENCE)
+        self.process.kill()
+        self.process.join()
 
 
 def each_outcome(
@@ -78,15 +83,16 @@ def each_outcome(
                 yield task, outcome
     finally:
         for worker in [*idle, *busy]:
-            worker.end()
+            worker.end(at_once=worker in busy)
 
 
-def _serve(pipe: Connection, function: Callable[[Any], Any], start: Callable[[], Any]) -> None:
+def _serve(pipe: Connection, start: Callable[[], Any], function: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the main process, which ends its workers
     Thread(target=_end_with_parent, daemon=True).start()
     start()
-    while True:
-        pipe.send(_outcome_of(function, pipe.recv()))
+    with suppress(EOFError):  # the main process has closed the pipe
+        while True:
+            pipe.send(_outcome_of(function, pipe.recv()))
 
 
 def _end_with_parent() -> None:
