@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,8 @@ if "DAMA_CONFIG_HOME" not in os.environ:  # checkpoints are signed with a key of
 if "DAMA_CACHE_HOME" not in os.environ:  # nor what the user's commands have kept
     os.environ["DAMA_CACHE_HOME"] = tempfile.mkdtemp(prefix="dama-cache-")
     atexit.register(shutil.rmtree, os.environ["DAMA_CACHE_HOME"], ignore_errors=True)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -17,11 +17,10 @@ from playground.tinycoco.study.workers import SPAWN, each_outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 SLEEPERS = """\
-import gc, signal, time
+import gc, time
 from playground.tinycoco.study.workers import SPAWN, each_outcome
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest runs in the background, it is ignored
     for _, outcome in each_outcome(time.sleep, [0, 0, 600, 600, 0], 2, gc.collect):
         print(*(worker.pid for worker in SPAWN.active_children()), flush=True)
 """
