@@ -52,7 +52,8 @@ class Stage(NamedTuple):
 
 # A model that describes learns to find a thing that it is asked for where questions about single things are most of the
 # loss: in conversations of all kinds their few tokens count for little, and three times as many steps were not enough.
-# Without captions among them it would forget how to describe.
+# Without captions among them it would forget how to describe. With yes/no questions about colors and sides among them
+# it did not learn to find in as many steps (58 instead of 95 % of the colors), and those stayed at chance.
 STAGES = (
     Stage("captions", 16_000, 0, 0, 32, 2e-3, "cosine"),
     Stage("things", 6_000, 14_000, 0, 16, 1.5e-3, "constant_with_warmup"),
