@@ -697,9 +697,8 @@ def test_an_archive_that_cannot_be_unpacked_leaves_the_folder_as_it_was(folder: 
     foreign = archive.packed(tmp_path, ["foreign.txt"])
     for content, got in ((whole[: len(whole) // 2], ""), (b"not xz", ""), (foreign, "foreign.txt, which no study wri")):
         seed.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=re.escape(f"--unpack {seed}: expected an archive of the study, got {got}")
-        ):
+        said = f"--unpack {seed}: expected an archive of the study, got {got}"
+        with pytest.raises(ValueError, match=re.escape(said)):
             archive.unpack(tmp_path / "archives", study)
         assert [path.name for path in study.iterdir()] == ["kept.txt"]
     seed.write_bytes(whole)

@@ -38,11 +38,12 @@ class Worker:
     def outcome(self) -> Outcome:
         """Of its task, as soon as there is one."""
         try:
-            return Outcome(*self.pipe.recv())
+            outcome: Outcome = self.pipe.recv()
         except (EOFError, OSError):  # it was killed
             self.process.join()
             code = self.process.exitcode
             return Outcome(error=f"its process ended with exit code {code}{' (out of memory?)' * (code == -9)}")
+        return outcome
 
     def end(self, at_once: bool) -> None:
         """Whatever it is doing, or when it has nothing to do."""
